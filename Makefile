@@ -1,0 +1,32 @@
+# `make demo` runs the main job end to end, `make test` passes the tests. Each sets up what it needs:
+# a virtual environment in .venv, made with the first Python >= 3.12 on PATH or in pyenv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo/run.py
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(STAMP): requirements.txt setup.py
+	bash tools/make_venv.sh $(VENV)
+	$(BIN)/python -m pip install --no-deps -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

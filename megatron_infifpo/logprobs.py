@@ -1,0 +1,166 @@
+"""The log-prob head: from hidden states to the log-prob of every response token.
+
+Only rows that predict a response token reach the output layer. Their log-probs are computed in
+chunks, with the vocabulary split over tensor-parallel ranks; the backward pass recomputes each
+chunk's logits. Peak memory is O(chunk x V / TP), never O(tokens x V).
+
+Symbols: `T` tokens of a row, `K` scored tokens, `H` hidden size, `V` vocabulary, `S` segments.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+# Logits of one chunk, per rank: large enough for full-speed matrix products.
+CHUNK_BYTES = 256 * 2**20
+
+
+class _VocabParallelLogprobs(torch.autograd.Function):
+    """Log-softmax at the targets, with this rank's vocabulary shard of the output weight.
+
+    Saves hidden rows and one log-sum-exp a row. The gradient of the hidden rows is this shard's
+    part only: the caller's mapping sums it over the group.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        valid: int,
+        group: dist.ProcessGroup,
+        chunk_bytes: int,
+    ) -> Tensor:
+        """Return `[K]` log-probs for `hidden` `[K, H]` and the shard `weight` `[V/TP, H]`.
+
+        `targets` `[K]` are relative to the shard; `valid` columns of it are real, the rest padding.
+        """
+        rows = max(1, chunk_bytes // (4 * max(1, valid)))
+        here = (targets >= 0) & (targets < valid)
+        local_targets = targets.clamp(0, max(0, valid - 1))
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        logsumexp = hidden.new_full(hidden.shape[:1], -torch.inf, dtype=precise)
+        target_logits = torch.zeros_like(logsumexp)
+        if valid > 0:
+            for start in range(0, hidden.shape[0], rows):
+                part = slice(start, start + rows)
+                logits = (hidden[part] @ weight[:valid].t()).to(precise)
+                logsumexp[part] = logits.logsumexp(dim=-1)
+                picked = logits.gather(1, local_targets[part, None]).squeeze(1)
+                target_logits[part] = torch.where(here[part], picked, 0.0)
+        if dist.get_world_size(group) > 1:
+            # Two collectives for the whole row, however many chunks: shift by the common maximum,
+            # then add up both sums at once.
+            highest = logsumexp.clone()
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+            sums = torch.stack([(logsumexp - highest).exp(), target_logits])
+            dist.all_reduce(sums, group=group)
+            logsumexp, target_logits = sums[0].log() + highest, sums[1]
+        ctx.save_for_backward(hidden, weight, logsumexp, local_targets, here)
+        ctx.valid, ctx.rows = valid, rows
+        return target_logits - logsumexp
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        """Gradients `[K, H]` (partial sum over the group) and `[V/TP, H]`."""
+        (grad,) = grad_outputs
+        hidden, weight, logsumexp, targets, here = ctx.saved_tensors
+        shard = weight[: ctx.valid]
+        grad_hidden = torch.zeros_like(hidden)
+        precise = logsumexp.dtype
+        grad_weight = torch.zeros_like(weight, dtype=precise)
+        if ctx.valid > 0:
+            for start in range(0, hidden.shape[0], ctx.rows):
+                part = slice(start, start + ctx.rows)
+                rows, upstream = hidden[part], grad[part].to(precise)
+                grad_logits = (rows @ shard.t()).to(precise)
+                # d log p(t) / d logit(v) = [v = t] - p(v)
+                grad_logits.sub_(logsumexp[part, None]).exp_().mul_(-upstream[:, None])
+                grad_logits.scatter_add_(1, targets[part, None], (upstream * here[part])[:, None])
+                grad_logits = grad_logits.to(hidden.dtype)
+                torch.mm(grad_logits, shard, out=grad_hidden[part])
+                if hidden.dtype == precise:
+                    grad_weight[: ctx.valid].addmm_(grad_logits.t(), rows)
+                else:
+                    grad_weight[: ctx.valid] += grad_logits.t() @ rows
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def vocab_parallel_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Log-prob of each target token, differentiable with respect to `hidden` and `weight`.
+
+    Args:
+        hidden: `[K, H]`, equal on all ranks of `group`.
+        weight: `[V_padded / TP, H]`, this rank's shard of the output layer.
+        targets: `[K]` token ids.
+        vocab_size: real vocabulary; columns beyond it are padding and take no part.
+        group: the tensor-parallel group.
+        chunk_bytes: logits held at once on this rank.
+
+    Returns:
+        `[K]` in float32 (float64 for float64 input). The gradient of `hidden` is partial: sum it
+        over `group`, as `response_logprobs` does.
+    """
+    first = dist.get_rank(group) * weight.shape[0]
+    valid = max(0, min(weight.shape[0], vocab_size - first))
+    logprobs: Tensor = _VocabParallelLogprobs.apply(
+        hidden, weight, targets - first, valid, group, chunk_bytes
+    )
+    return logprobs
+
+
+def response_logprobs(
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    config: Any,
+    context: dict[str, Any],
+    **_: Any,
+) -> Tensor:
+    """Megatron's `output_processor`: log-probs of the response tokens of a packed row.
+
+    Args:
+        hidden_states: `[T, 1, H]` (`[T / TP, 1, H]` under sequence parallelism).
+        output_layer: Megatron's ColumnParallelLinear over the vocabulary.
+        output_weight: the embedding when the two are tied, else None.
+        config: the TransformerConfig.
+        context: `scored_rows` `[K]`, the rows that predict a response token; `target_ids` `[K]`;
+            `vocab_size`.
+
+    Returns:
+        `[K]` float32.
+    """
+    group = output_layer.tp_group
+    weight = output_layer.weight if output_weight is None else output_weight
+    rows = context["scored_rows"]
+    if config.sequence_parallel:
+        full = gather_from_sequence_parallel_region(hidden_states, group=group)
+        hidden = full.squeeze(1).index_select(0, rows)
+    else:
+        # Select first: the backward all-reduce then carries K rows instead of T.
+        selected = hidden_states.squeeze(1).index_select(0, rows)
+        hidden = copy_to_tensor_model_parallel_region(selected, group=group)
+    return vocab_parallel_logprobs(
+        hidden, weight, context["target_ids"], vocab_size=context["vocab_size"], group=group
+    )
+
+
+def segment_sums(token_logprobs: Tensor, segment_ids: Tensor, segments: int) -> Tensor:
+    """Sum token log-probs by response: `[K]` and `[K]` in `[0, S)` to `[S]`."""
+    return token_logprobs.new_zeros(segments).index_add(0, segment_ids, token_logprobs)

