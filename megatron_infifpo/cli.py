@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit the process: 0 on success, 2 with one sentence on `UserError`."""
+    """Run a command's `main` and exit: 0 on success, 2 with one sentence on `UserError`."""
     try:
         sys.exit(main() or 0)
     except UserError as error:

@@ -1,8 +1,8 @@
 """Megatron on a CPU: make its CUDA calls act on the CPU, over gloo, where there is no GPU.
 
-Megatron assumes CUDA in some forty places (`device="cuda"`, `torch.cuda.current_device()`, ...). With
-these stand-ins the code that runs in production runs unchanged on a laptop and in CI. This is the
-only file that patches anything, and it does nothing where CUDA works.
+Megatron assumes CUDA in some forty places (`device="cuda"`, `torch.cuda.current_device()`, ...).
+With these stand-ins the code that runs in production runs unchanged on a laptop and in CI. This is
+the only file that patches anything, and it does nothing where CUDA works.
 
 Call `enable()` before the first import of `megatron`.
 """

@@ -7,8 +7,8 @@ Example, two ranks:
         --pretrained-checkpoint pivot --save run --pipeline-model-parallel-size 2 \
         --micro-batch-size 2 --global-batch-size 128 --lr 1e-7 --bf16
 
-Every Megatron flag works; the architecture comes from the checkpoint. `--load` defaults to `--save`,
-so the same command starts a run and resumes it.
+Every Megatron flag works; the architecture comes from the checkpoint. `--load` defaults to
+`--save`, so the same command starts a run and resumes it.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def datasets_provider(
 
 
 def carry_architecture(pivot: Path, save: str | None) -> None:
-    """Copy the Hugging Face configuration and tokenizer beside the run's checkpoints, for export."""
+    """Copy the Hugging Face configuration and tokenizer beside the run's checkpoints."""
     if save is None or (Path(save) / "hf").exists():
         return
     aside = Path(save) / ".hf.partial"

@@ -53,7 +53,7 @@ class Ranks:
         self.logs: list[str] = []
 
     def __call__(self, world: int, target: str, *args) -> list:
-        """Return every rank's result; raise RankError if one failed. `self.logs` keeps the output."""
+        """Return every rank's result; raise RankError if one failed. `logs` keeps the output."""
         self.count += 1
         output = self.folder / f"{self.count:03d}"
         output.mkdir(parents=True)

@@ -44,8 +44,8 @@ def train(argv: list[str]) -> dict[str, Any]:
 
     import megatron_infifpo.train as program
 
-    record: dict[str, Any] = {"steps": [], "norms": []}
-    original = loop.train_step
+    record: dict[str, Any] = {"steps": [], "norms": [], "evaluations": []}
+    original, evaluate = loop.train_step, loop.evaluate
 
     def train_step(*args, **kwargs):
         result = original(*args, **kwargs)
@@ -53,7 +53,45 @@ def train(argv: list[str]) -> dict[str, Any]:
         record["norms"].append(float(result[5]))
         return result
 
-    loop.train_step = train_step
+    def evaluate_and_record(*args, **kwargs):
+        result = evaluate(*args, **kwargs)
+        record["evaluations"].append({k: float(v) for k, v in result[0].items()})
+        return result
+
+    loop.train_step, loop.evaluate = train_step, evaluate_and_record
     sys.argv = ["train", *argv]
     program.main()
     return record
+
+
+def score(argv: list[str]) -> None:
+    """Run `python tools/score_source.py ARGV` as one rank."""
+    run_tool("score_source", argv)
+
+
+def export(checkpoint: str, folder: str) -> None:
+    """Run `python tools/convert_checkpoint.py export` as one rank."""
+    run_tool("convert_checkpoint", ["export", "--load", checkpoint, "--save", folder])
+
+
+def run_tool(name: str, argv: list[str]) -> None:
+    """Run the main of a file in tools/ as one rank."""
+    import importlib.util
+    from pathlib import Path
+
+    path = Path(__file__).resolve().parent.parent / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.argv = [name, *argv]
+    module.main()
+
+
+def megatron_logprobs(hf: str, rows: str, tp: int, pp: int) -> list[torch.Tensor] | None:
+    """Log-probs of saved rows from the Megatron backend, on the rank that writes."""
+    from megatron_infifpo.scoring.megatron_backend import MegatronBackend
+
+    backend = MegatronBackend(hf, tensor_parallel=tp, pipeline_parallel=pp)
+    output = backend(torch.load(rows))
+    return output if backend.is_writer else None
+

@@ -5,6 +5,8 @@ Training hands `model_config(args)` to Megatron's `pretrain`; the scorer and the
 """
 
 import argparse
+import contextlib
+import io
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -96,7 +98,8 @@ def forward_only_arguments(
     args.micro_batch_size = 1
     args.seq_length = args.max_position_embeddings
     args._is_global_batch_size_explicitly_specified = False
-    validate_args(args)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
+        validate_args(args)
     return args
 
 

@@ -28,6 +28,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square norm whose weight gradient is reduced under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
+        """Take the arguments of Megatron's other norms; the rest does not concern this one."""
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         # Each rank sees its own tokens only: Megatron sums the gradients of weights so marked.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -49,6 +50,11 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         **_: object,
     ):
+        """Take the arguments of Megatron's other core attentions.
+
+        Raises:
+            ValueError: attention dropout, which would differ between packings.
+        """
         super().__init__(config)
         if config.attention_dropout:
             raise ValueError(

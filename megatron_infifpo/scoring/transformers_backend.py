@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
 
 CHUNK_ROWS = 512
@@ -45,7 +46,7 @@ class TransformersBackend:
                 f"--backend transformers shards a model over all ranks or none: "
                 f"--tensor-model-parallel-size is {tensor_parallel}, expected 1 or {world}"
             )
-        cuda = torch.cuda.is_available()
+        cuda = torch.cuda.is_available() and not cpu.is_enabled()
         if world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -47,6 +47,7 @@ class PreferenceStep:
     """Megatron's `forward_step`: one packed row through the model, then the loss over its pairs."""
 
     def __init__(self, method: Method, vocab_size: int, source_names: tuple[str, ...]):
+        """Take the resolved method, the real vocabulary size and the sources' names."""
         self.method = method
         self.vocab_size = vocab_size
         self.source_names = source_names + (("initial",) if method.initial_as_source else ())

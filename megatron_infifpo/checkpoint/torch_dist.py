@@ -1,0 +1,199 @@
+"""Megatron's torch_dist format, streamed: tensors are made when written, and read in slices.
+
+The format is PyTorch's distributed checkpoint. Megatron's own writer holds the whole model in
+memory and needs process groups; PyTorch's needs neither, and Megatron reads the result.
+"""
+
+import json
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_infifpo.cli import UserError
+
+
+class LazyTensor:
+    """A tensor whose chunks are made when they are written: `[L, ...]` of all layers in L chunks.
+
+    It speaks DCP's protocol for objects that are not tensors.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, ...],
+        offsets: list[tuple[int, ...]],
+        chunk: tuple[int, ...],
+        dtype: torch.dtype,
+        load: Callable[[tuple[int, ...]], Tensor],
+    ):
+        """Describe the tensor.
+
+        Args:
+            size: shape of the whole tensor.
+            offsets: where its chunks begin.
+            chunk: shape of every chunk.
+            dtype: element type.
+            load: returns the chunk at an offset.
+        """
+        self.whole = torch.Size(size)
+        self.chunks = [
+            ChunkStorageMetadata(torch.Size(offset), torch.Size(chunk)) for offset in offsets
+        ]
+        self.dtype = dtype
+        self.load = load
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        """One write a chunk."""
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.whole),
+            )
+            for chunk in self.chunks
+        ]
+
+    def at(self, index: MetadataIndex) -> Tensor:
+        """Make the data of one chunk."""
+        assert index.offset is not None
+        return self.load(tuple(index.offset))
+
+
+class _SavePlanner(dcp.DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        value = self.state_dict[index.fqn]
+        return value.at(index) if isinstance(value, LazyTensor) else value
+
+
+class _SlicePlanner(dcp.DefaultLoadPlanner):
+    """Puts whatever is read into one tensor."""
+
+    def __init__(self, target: Tensor):
+        super().__init__()
+        self.target = target
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.target
+
+
+def write(
+    directory: Path,
+    tensors: Mapping[str, LazyTensor],
+    extra_state_keys: Mapping[str, int],
+    common_state: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint that Megatron loads; its `metadata.json`, written last, completes it.
+
+    Args:
+        directory: an existing, empty folder.
+        tensors: by key.
+        extra_state_keys: keys of empty objects, with their numbers of shards.
+        common_state: `args`, `iteration` and so on: plain types only.
+    """
+    state: dict[str, Any] = {"common_state/shard_0_1": [dict(common_state)]}
+    for key, shards in extra_state_keys.items():
+        for shard in range(shards):
+            state[f"{key}/shard_{shard}_{shards}"] = [None]
+    state |= tensors
+    writer = dcp.FileSystemWriter(directory, per_thread_copy_ahead=0)
+    planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:
+        # It wraps what happened on each rank; there is one rank.
+        raise next(iter(error.failures.values()))[0] from None
+    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (directory / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickle `.metadata` without running code that a stranger may have put there."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = module.startswith("torch.distributed.checkpoint.") and "." not in name
+        known |= module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        known |= (module, name) in {
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("collections", "OrderedDict"),
+            ("pathlib", "PosixPath"),
+            ("builtins", "set"),
+        }
+        if not known:
+            raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's metadata")
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata: Metadata = _MetadataUnpickler(file).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        return metadata
+
+
+class TorchDistCheckpoint:
+    """The tensors of a torch_dist folder, read in slices; optimizer state is not touched."""
+
+    def __init__(self, directory: Path):
+        """Read the folder's metadata.
+
+        Raises:
+            UserError: broken metadata.
+        """
+        self.directory = directory
+        self._reader = _Reader(directory)
+        try:
+            self._metadata = self._reader.read_metadata()
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise UserError(f"cannot read {directory}/.metadata: {error}") from error
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def names(self) -> Iterator[str]:
+        """Keys of all model tensors."""
+        for key, value in self._metadata.state_dict_metadata.items():
+            model = key.startswith(("decoder.", "embedding.", "output_layer."))
+            if model and isinstance(value, TensorStorageMetadata):
+                yield key
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Global shape of a tensor; `[L, ...]` for tensors of layers."""
+        return tuple(self._tensor(key).size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Dtype of a tensor."""
+        return self._tensor(key).properties.dtype
+
+    def _tensor(self, key: str) -> TensorStorageMetadata:
+        value = self._metadata.state_dict_metadata[key]
+        assert isinstance(value, TensorStorageMetadata)
+        return value
+
+    def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """Return the part of a tensor that begins at `offset` and has this shape."""
+        data = torch.empty(shape, dtype=self.dtype(key))
+        chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
+        plan = dcp.LoadPlan(create_read_items_for_chunk_list(key, self._tensor(key), [chunk]))
+        self._reader.read_data(plan, _SlicePlanner(data)).wait()
+        return data

@@ -1,0 +1,301 @@
+"""Preference records: JSONL, JSON and Parquet files to one plain form.
+
+Accepted forms (docs/file-formats.md has an example of each): explicit prompt, TRL's implicit prompt
+(`chosen` and `rejected` are whole conversations) and ShareGPT (`conversations`).
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.record_files import iter_raw
+
+logger = logging.getLogger(__name__)
+
+RESPONSES = ("chosen", "rejected", "pivot_chosen")
+"""The order of a record's responses, everywhere."""
+
+ON_BAD = ("error", "skip")
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "human": "user",  # ShareGPT
+    "gpt": "assistant",  # ShareGPT
+}
+
+Message = dict[str, str]
+"""`{"role": "system" | "user" | "assistant", "content": text}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRecord:
+    """One prompt with a preferred and a rejected response.
+
+    Attributes:
+        id: unique over all files that are read together.
+        domain: such as "math"; sources can be limited to some domains.
+        prompt: messages; the last one is the user's.
+        chosen: text of the preferred response.
+        rejected: text of the other response.
+        pivot_chosen: text of the pivot's own best response (WRPO), if there is one.
+    """
+
+    id: str
+    domain: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    pivot_chosen: str | None = None
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """The response texts in `RESPONSES` order, 2 or 3 of them."""
+        pair = (self.chosen, self.rejected)
+        return pair if self.pivot_chosen is None else (*pair, self.pivot_chosen)
+
+
+class _BadRecordError(Exception):
+    """What is wrong with one record; the reader adds where."""
+
+
+def read_records(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    on_bad: str = "error",
+    skipped: list[str] | None = None,
+) -> list[PreferenceRecord]:
+    """Read preference files: `.jsonl`, `.json` (each also `.gz`) and `.parquet`.
+
+    Args:
+        paths: the files, read in this order.
+        on_bad: "error" stops at the first bad record, "skip" leaves bad records out.
+        skipped: receives one message a skipped record, if given.
+
+    Returns:
+        The records in file order.
+
+    Raises:
+        UserError: names file:line (file:record N, from 0, in .json arrays and Parquet), what was
+            found and what was expected.
+    """
+    return list(iter_records(paths, on_bad=on_bad, skipped=skipped))
+
+
+def iter_records(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    on_bad: str = "error",
+    skipped: list[str] | None = None,
+) -> Iterator[PreferenceRecord]:
+    """Yield what `read_records` returns, one record at a time."""
+    if on_bad not in ON_BAD:
+        raise UserError(f"on_bad is {on_bad!r}, expected one of {', '.join(ON_BAD)}")
+    files = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    first_seen: dict[str, str] = {}
+    with_pivot: bool | None = None
+    bad = 0
+    for path in files:
+        for raw in iter_raw(path):
+            try:
+                if raw.error is not None:
+                    raise _BadRecordError(raw.error)
+                record = _parse(raw.value, default_id=f"{raw.stem}-{raw.index}")
+                if record.id in first_seen:
+                    raise _BadRecordError(
+                        f"duplicate id {record.id!r}, first used at {first_seen[record.id]}; "
+                        "expected every id once over all input files"
+                    )
+                if with_pivot is not None and with_pivot != (record.pivot_chosen is not None):
+                    found, before = ("no ", "has one") if with_pivot else ("", "has none")
+                    raise _BadRecordError(
+                        f"found {found}'pivot_chosen' although the first record {before}; expected "
+                        "it in every record or in none"
+                    )
+            except _BadRecordError as error:
+                message = f"{raw.where}: {error}"
+                if on_bad == "error":
+                    raise UserError(message) from None
+                bad += 1
+                if skipped is not None:
+                    skipped.append(message)
+                elif bad <= 5:
+                    logger.warning("skipped %s", message)
+                continue
+            first_seen[record.id] = raw.where
+            with_pivot = record.pivot_chosen is not None
+            yield record
+    if bad and skipped is None:
+        logger.warning("skipped %d bad records of %d", bad, bad + len(first_seen))
+
+
+def canonical_bytes(record: PreferenceRecord) -> bytes:
+    """Serialise a record for hashing; equal exactly where id, domain, prompt and responses are."""
+    prompt = [[m["role"], m["content"]] for m in record.prompt]
+    fields = [record.id, record.domain, prompt, *record.responses]
+    return json.dumps(fields, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+
+
+def records_fingerprint(records: Iterable[PreferenceRecord]) -> str:
+    """Return the sha256 (hex) of the records' content in order; no tokenizer has a part in it."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(canonical_bytes(record))
+    return digest.hexdigest()
+
+
+def _parse(value: Any, *, default_id: str) -> PreferenceRecord:
+    """Turn one decoded record of any accepted form into a `PreferenceRecord`."""
+    if not isinstance(value, dict):
+        raise _BadRecordError(f"found {_kind(value)}, expected an object with prompt and responses")
+    for name in ("chosen", "rejected"):
+        if value.get(name) is None:
+            raise _BadRecordError(
+                f"field {name!r} is missing, found {sorted(value)}; expected a string or a list of "
+                "messages"
+            )
+    prompt_field = next((n for n in ("prompt", "conversations") if value.get(n) is not None), None)
+    if prompt_field is not None:
+        prompt = _prompt(value[prompt_field], prompt_field)
+        chosen, rejected = (_response(value[n], n) for n in ("chosen", "rejected"))
+    else:
+        prompt, chosen, rejected = _split_conversations(value["chosen"], value["rejected"])
+    if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
+        raise _BadRecordError(
+            f"the prompt's last message is {prompt[-1] if prompt else 'absent'}, expected a "
+            "message of role user that is not empty"
+        )
+    pivot_value = value.get("pivot_chosen")
+    pivot_chosen = None if pivot_value is None else _response(pivot_value, "pivot_chosen")
+    for name, text in (("chosen", chosen), ("pivot_chosen", pivot_chosen)):
+        if text is not None and text.strip() == rejected.strip():
+            raise _BadRecordError(
+                f"{name!r} equals 'rejected' ({_short(text)}), expected two different responses"
+            )
+    return PreferenceRecord(
+        id=_label(value, "id", default_id),
+        domain=_label(value, "domain", "general"),
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        pivot_chosen=pivot_chosen,
+    )
+
+
+def _label(value: dict[str, Any], name: str, default: str) -> str:
+    """Return a short text field that may be absent; whole numbers are taken as text."""
+    found = value.get(name)
+    if found is None:
+        return default
+    if isinstance(found, int) and not isinstance(found, bool):
+        return str(found)
+    text = _text(found, name).strip()
+    if not text:
+        raise _BadRecordError(f"field {name!r} is empty, expected a name; leave it out for {default!r}")
+    return text
+
+
+def _prompt(value: Any, name: str) -> tuple[Message, ...]:
+    """Return the prompt's messages; a string is one user message."""
+    if isinstance(value, str):
+        return ({"role": "user", "content": _text(value, name)},)
+    return _messages(value, name)
+
+
+def _response(value: Any, name: str) -> str:
+    """Return a response's text: a string, one assistant message, or a list of just that."""
+    if isinstance(value, str):
+        text = _text(value, name)
+    else:
+        messages = _messages([value] if isinstance(value, dict) else value, name)
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            roles = [m["role"] for m in messages]
+            raise _BadRecordError(
+                f"field {name!r} holds messages of roles {roles}, expected exactly one message of "
+                "role assistant after the prompt"
+            )
+        text = messages[0]["content"]
+    if not text.strip():
+        raise _BadRecordError(f"field {name!r} is empty ({text!r}), expected a response with text")
+    return text
+
+
+def _split_conversations(
+    chosen: Any, rejected: Any
+) -> tuple[tuple[Message, ...], str, str]:
+    """Split TRL's implicit-prompt form: two conversations that differ in their last message."""
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise _BadRecordError(
+            "field 'prompt' is missing; expected it as a string or a list of messages (only "
+            "conversations in 'chosen' and 'rejected' may carry the prompt themselves)"
+        )
+    whole = [_messages(chosen, "chosen"), _messages(rejected, "rejected")]
+    if whole[0][:-1] != whole[1][:-1]:
+        raise _BadRecordError(
+            f"'chosen' ({len(whole[0])} messages) and 'rejected' ({len(whole[1])}) differ before "
+            "their last message, expected one common prompt and one response each"
+        )
+    texts = [_response([m[-1]], name) for m, name in zip(whole, RESPONSES, strict=False) if m]
+    if len(texts) != 2:
+        raise _BadRecordError("'chosen' and 'rejected' are empty lists, expected conversations")
+    return whole[0][:-1], texts[0], texts[1]
+
+
+def _messages(value: Any, name: str) -> tuple[Message, ...]:
+    """Return messages of `role`/`content` or ShareGPT's `from`/`value` as `Message`s."""
+    if not isinstance(value, list):
+        raise _BadRecordError(
+            f"field {name!r} is {_kind(value)}, expected a string or a list of messages"
+        )
+    messages = []
+    for number, item in enumerate(value):
+        where = f"{name}[{number}]"
+        keys = ("from", "value") if isinstance(item, dict) and "from" in item else ("role", "content")
+        if not isinstance(item, dict) or any(item.get(k) is None for k in keys):
+            found = sorted(item) if isinstance(item, dict) else _kind(item)
+            raise _BadRecordError(
+                f"message {where!r} is {found}, expected an object with role and content (or from "
+                "and value)"
+            )
+        role = item[keys[0]]
+        if not isinstance(role, str) or role not in ROLES:
+            raise _BadRecordError(
+                f"message {where!r} has the role {role!r}, expected one of {', '.join(ROLES)}"
+            )
+        if item.get("tool_calls"):
+            raise _BadRecordError(
+                f"message {where!r} has tool_calls, expected plain text; render them into the "
+                "content or leave the record out"
+            )
+        messages.append({"role": ROLES[role], "content": _text(item[keys[1]], where)})
+    return tuple(messages)
+
+
+def _text(value: Any, name: str) -> str:
+    """Return a string that UTF-8 can encode."""
+    if not isinstance(value, str):
+        raise _BadRecordError(f"{name!r} is {_kind(value)}, expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _BadRecordError(
+            f"{name!r} holds half a surrogate pair ({value[error.start]!a}) at character "
+            f"{error.start}, expected valid Unicode text"
+        ) from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    """Describe a JSON value in an error: its type and its start."""
+    names = {dict: "an object", list: "a list", bool: "a boolean", type(None): "null", str: "a string"}
+    return f"{names.get(type(value), 'a number')} ({_short(value)})"
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,79 @@
+"""Model families: from Hugging Face's `config.json` to Megatron arguments and tensor names.
+
+A family is one file that holds a configuration mapping and declarative rows; see
+docs/adding-a-model.md.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_infifpo.checkpoint.mapping import WeightMapping
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.models.families import llama, phi3, qwen2
+from megatron_infifpo.models.families.common import Family
+
+# By config.json's model_type.
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "phi3": phi3.FAMILY,
+    "qwen2": qwen2.FAMILY,
+}
+
+
+def family(hf_config: Mapping[str, Any]) -> Family:
+    """Return the family of a `config.json`.
+
+    Raises:
+        UserError: an unknown architecture, or quantized weights.
+    """
+    model_type = hf_config.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"config.json: model_type is {model_type!r}, expected one of "
+            f"{', '.join(FAMILIES)}: docs/adding-a-model.md says how to add a family"
+        )
+    if hf_config.get("quantization_config") is not None:
+        raise UserError(
+            "config.json has a quantization_config: quantized weights are not supported, "
+            "use the original checkpoint or save a dequantized one"
+        )
+    return FAMILIES[model_type]
+
+
+def megatron_args(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """From a Hugging Face configuration to Megatron arguments, by their argparse names.
+
+    `padded_vocab_size` is the model's real vocabulary size, without padding.
+
+    Raises:
+        UserError: an unknown architecture, or a feature that Megatron computes otherwise.
+    """
+    return family(hf_config).megatron_args(hf_config)
+
+
+def weight_mapping(hf_config: Mapping[str, Any]) -> WeightMapping:
+    """Return the mapping of every tensor of the model that a `config.json` describes."""
+    return WeightMapping(family(hf_config).rows, megatron_args(hf_config))
+
+
+def tensor_parallel_sizes(args: Mapping[str, Any]) -> list[int]:
+    """Tensor-parallel sizes that are legal for a model, ascending.
+
+    Args:
+        args: Megatron arguments, as `megatron_args` returns them.
+    """
+    # Above the number of key-value heads Megatron gathers k and v on every rank in every layer:
+    # no memory is saved where it works, so those sizes are left out.
+    sizes = (args["num_attention_heads"], args["num_query_groups"], args["ffn_hidden_size"])
+    return [tp for tp in range(1, min(sizes) + 1) if all(size % tp == 0 for size in sizes)]
+
+
+def check_tensor_parallel(args: Mapping[str, Any], tp: int) -> None:
+    """Raise UserError, naming the legal sizes, if the model cannot be split over `tp` ranks."""
+    legal = tensor_parallel_sizes(args)
+    if tp not in legal:
+        raise UserError(
+            f"--tensor-model-parallel-size is {tp}, expected one of {', '.join(map(str, legal))}: "
+            f"it must divide the model's {args['num_attention_heads']} attention heads, "
+            f"{args['num_query_groups']} key-value heads and {args['ffn_hidden_size']} MLP units"
+        )

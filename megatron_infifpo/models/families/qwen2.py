@@ -1,0 +1,38 @@
+"""Qwen2 and Qwen2.5: Llama with biases on the query, key and value projections."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_infifpo.checkpoint.mapping import Row
+from megatron_infifpo.checkpoint.transforms import QKV
+from megatron_infifpo.models.families import llama
+from megatron_infifpo.models.families.common import (
+    Family,
+    dense_args,
+    refuse_sliding_window,
+    rope_args,
+)
+
+
+def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron arguments of a `qwen2` config.json."""
+    if config.get("use_sliding_window"):
+        refuse_sliding_window(config, config.get("sliding_window"))
+    return dense_args(config) | rope_args(config) | {"add_qkv_bias": True}
+
+
+ROWS = (
+    *llama.ROWS,
+    Row(
+        "decoder.layers.self_attention.linear_qkv.bias",
+        (
+            "model.layers.{}.self_attn.q_proj.bias",
+            "model.layers.{}.self_attn.k_proj.bias",
+            "model.layers.{}.self_attn.v_proj.bias",
+        ),
+        ("qkv",),
+        QKV,
+    ),
+)
+
+FAMILY = Family(megatron_args, ROWS)

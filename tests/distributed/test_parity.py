@@ -1,0 +1,93 @@
+"""Per-token log-probs of Megatron and transformers on the same packed rows, in float32."""
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from megatron_infifpo.scoring.transformers_backend import TransformersBackend
+
+TOLERANCE = 1e-4
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+
+
+def make_row(ids: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Pack sequences into a row that scores every token but the first of each."""
+    lengths = torch.tensor([len(x) for x in ids])
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
+    tokens = torch.tensor([t for x in ids for t in x])
+    scored = torch.cat([torch.arange(a, b - 1) for a, b in zip(starts, ends, strict=True)])
+    return {
+        "tokens": tokens[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seqlens": torch.cat([torch.zeros(1), ends]).int(),
+        "max_seqlen": int(lengths.max()),
+        "scored_rows": scored,
+        "target_ids": tokens[scored + 1],
+    }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    # 307 is prime: every TP pads the vocabulary.
+    return {
+        name: tiny.save_model(folder / name, name, vocab_size=307, seed=i)
+        for i, name in enumerate(tiny.FAMILIES)
+    }
+
+
+def compare(ranks, hf: Path, rows: list[dict], tp: int, pp: int, folder: Path) -> float:
+    """Largest difference of a token's log-prob."""
+    torch.save(rows, folder / "rows.pt")
+    # In this process, which is free of the CPU stand-ins.
+    expected = TransformersBackend(hf)(rows)
+    results = ranks(
+        tp * pp, "workers:megatron_logprobs", str(hf), str(folder / "rows.pt"), tp, pp
+    )
+    writers = [result for result in results if result is not None]
+    assert len(writers) == 1, "exactly one rank of a model replica writes"
+    differences = [(a - b).abs().max() for a, b in zip(writers[0], expected, strict=True)]
+    return float(torch.stack(differences).max())
+
+
+@pytest.mark.parametrize("tp, pp", LAYOUTS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_tiny_models(models, ranks, tmp_path, family, tp, pp):
+    generator = torch.Generator().manual_seed(5)
+    rows = [
+        make_row([torch.randint(0, 307, (n,), generator=generator).tolist() for n in lengths])
+        for lengths in ([31, 17, 52], [100], [9, 3, 64, 4])  # multiples of TP as the loader pads
+    ]
+    assert compare(ranks, models[family], rows, tp, pp, tmp_path) <= TOLERANCE
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct as the demo's pivot; INFIFPO_SMOLLM2 names a folder to keep it in."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
+    pivot = pytest.importorskip("pivot")
+    folder = os.environ.get("INFIFPO_SMOLLM2") or tmp_path_factory.mktemp("smollm2") / "hf"
+    try:
+        return pivot.save_pivot(folder)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 1), (3, 1), (1, 2)])
+def test_real_model(smollm2, ranks, shared_data, tmp_path, tp, pp):
+    """SmolLM2-135M on eight real texts of 61 to 200 tokens."""
+    import json
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    lines = (shared_data / "c4_demo.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    ids = [tokenizer(json.loads(line)["text"])["input_ids"][:200] for line in lines]
+    ids[-1] = ids[-1][: len(ids[-1]) - sum(map(len, ids)) % 3]  # a multiple of every TP
+    assert compare(ranks, smollm2, [make_row(ids)], tp, pp, tmp_path) <= TOLERANCE

@@ -1,0 +1,142 @@
+"""Training at every layout: same losses, same gradients, same parameters; resume; TRL."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+# name -> ranks, flags
+LAYOUTS = {
+    "tp1": (1, []),
+    "tp2": (2, ["--tensor-model-parallel-size", "2"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "dp2": (2, []),
+    "tp2-pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+    "tp2-sp": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "pp2-vpp2": (
+        2,
+        ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"],
+    ),
+}
+BOTH = ("{name: qwen, logprobs: qwen}", "{name: phi, logprobs: phi, domains: [code]}")
+
+
+def steps_of(results: list[dict]) -> list[dict]:
+    """Metrics of each step, from a rank of the last pipeline stage."""
+    return next(r["steps"] for r in reversed(results) if r["steps"][0])
+
+
+def exported(ranks, checkpoint, folder) -> dict[str, torch.Tensor]:
+    """Parameters of a trained checkpoint under their Hugging Face names."""
+    ranks(1, "workers:export", str(checkpoint), str(folder))
+    return load_file(folder / "model.safetensors")
+
+
+def relative_difference(a: dict, b: dict, origin: dict) -> float:
+    """Norm of the difference of two updates over the norm of the update."""
+    difference = sum(((a[k] - b[k]).double() ** 2).sum() for k in a)
+    size = sum(((b[k] - origin[k]).double() ** 2).sum() for k in b)
+    return math.sqrt(difference / size)
+
+
+@pytest.fixture(scope="module")
+def runs(setup, ranks, tmp_path_factory):
+    """Three InfiFPO steps at every layout."""
+    sources = setup.sources("both", *BOTH)
+    folder = tmp_path_factory.mktemp("layouts")
+    results = {}
+    for name, (world, flags) in LAYOUTS.items():
+        save = ["--save", str(folder / name), "--save-interval", "3"]
+        argv = setup.flags(sources, *flags, *save)
+        results[name] = ranks(world, "workers:train", argv)
+        results[name, "parameters"] = exported(ranks, folder / name, folder / f"{name}-hf")
+    return results
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
+def test_layouts_agree(runs, setup, layout):
+    expected, got = steps_of(runs["tp1"]), steps_of(runs[layout])
+    assert len(got) == 3
+    assert set(got[0]) == set(expected[0])
+    for step_expected, step_got in zip(expected, got, strict=True):
+        for metric, value in step_expected.items():
+            assert step_got[metric] == pytest.approx(value, abs=1e-4), metric
+    norms = [pytest.approx(norm, rel=1e-4) for norm in runs["tp1"][0]["norms"]]
+    assert runs[layout][0]["norms"] == norms
+    origin = load_file(setup.hf / "model.safetensors")
+    a, b = runs[layout, "parameters"], runs["tp1", "parameters"]
+    assert relative_difference(a, b, origin) < 1e-4
+
+
+def test_first_loss_is_at_least_ln_2(runs):
+    assert steps_of(runs["tp1"])[0]["loss"] >= math.log(2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pivot_as_its_own_reference(setup, ranks, layout):
+    """Whatever the layout, the first loss is ln 2: training sees what the scorer saw."""
+    world, flags = LAYOUTS[layout]
+    sources = setup.sources("own", "{name: pivot, logprobs: initial}")
+    results = ranks(world, "workers:train", setup.flags(sources, *flags, "--train-iters", "1"))
+    first = steps_of(results)[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["clip-rate"] == 0.0
+    assert first["share/pivot"] == 1.0
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2", "dp2"])
+def test_dpo_starts_at_ln_2(setup, ranks, layout):
+    world, flags = LAYOUTS[layout]
+    sources = setup.sources("both", *BOTH)
+    argv = setup.flags(sources, "--method", "dpo", "--train-iters", "1", *flags)
+    assert steps_of(ranks(world, "workers:train", argv))[0]["loss"] == pytest.approx(
+        math.log(2), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("resume_flags", [[], ["--tensor-model-parallel-size", "2"]])
+def test_resume_continues_the_run(setup, ranks, tmp_path, resume_flags):
+    sources = setup.sources("both", *BOTH)
+    schedule = ["--save-interval", "3", "--train-iters", "6"]
+    whole = ranks(
+        2, "workers:train", setup.flags(sources, "--save", str(tmp_path / "whole"), *schedule)
+    )
+    half = ["--save", str(tmp_path / "half"), *schedule]
+    ranks(2, "workers:train", setup.flags(sources, *half, "--exit-interval", "3"))
+    rest = ranks(2, "workers:train", setup.flags(sources, *half, *resume_flags))
+    expected, got = steps_of(whole)[3:], steps_of(rest)
+    assert len(got) == 3
+    tolerance = 0.0 if not resume_flags else 1e-4
+    for step_expected, step_got in zip(expected, got, strict=True):
+        assert step_got["loss"] == pytest.approx(step_expected["loss"], abs=tolerance)
+    assert rest[0]["norms"] == pytest.approx(whole[0]["norms"][3:], rel=tolerance)
+
+
+def test_packing_changes_nothing(setup, ranks):
+    """One pair a row, or all six in one: the mean over pairs is the same."""
+    sources = setup.sources("both", *BOTH)
+    results = [
+        ranks(1, "workers:train", setup.flags(sources, "--micro-batch-size", size))
+        for size in ("1", "6")
+    ]
+    a, b = (steps_of(result) for result in results)
+    assert [s["loss"] for s in a] == pytest.approx([s["loss"] for s in b], abs=1e-5)
+    assert results[0][0]["norms"] == pytest.approx(results[1][0]["norms"], rel=1e-4)
+
+
+def test_validation_covers_every_pair_once(setup, ranks):
+    """20 pairs in steps of 6: the mean of the evaluation equals that of all pairs at once."""
+    sources = setup.sources("both", *BOTH)
+    valid = ["--preference-valid-data", str(setup.data), "--preference-valid-sources", str(sources)]
+    small = ranks(
+        1, "workers:train", setup.flags(sources, *valid, "--train-iters", "1", "--lr", "0")
+    )
+    large = ranks(
+        1,
+        "workers:train",
+        setup.flags(sources, "--global-batch-size", "20", "--train-iters", "1", "--lr", "0"),
+    )
+    evaluation, step = small[0]["evaluations"][0], steps_of(large)[0]
+    for metric in ("loss", "logps/margin", "rewards/accuracy"):
+        assert evaluation[metric] == pytest.approx(step[metric], abs=1e-5)
