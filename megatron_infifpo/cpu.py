@@ -135,7 +135,7 @@ def _patch_torch_cuda() -> None:
     cuda.memory_stats = lambda device=None: collections.defaultdict(int)
     cuda.reset_peak_memory_stats = lambda device=None: None
     # Data loaders would pin memory for an accelerator.
-    torch.accelerator.is_available = lambda: False  # type: ignore[assignment]
+    torch.accelerator.is_available = lambda: False
 
 
 def _patch_megatron() -> None:

@@ -94,11 +94,18 @@ def set_schedule(
         args.train_iters = max(1, pairs // args.global_batch_size)
     if args.eval_interval is None:
         args.eval_interval = args.train_iters
-    ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    if args.world_size % ranks:
+    replica = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    if args.world_size % replica:
         raise UserError(
             f"{args.world_size} ranks cannot be split into tensor x pipeline parallel groups of "
             f"{args.tensor_model_parallel_size} x {args.pipeline_model_parallel_size}"
+        )
+    pairs_at_once = args.micro_batch_size * (args.world_size // replica)
+    if args.global_batch_size % pairs_at_once:
+        raise UserError(
+            f"--global-batch-size is {args.global_batch_size}, expected a multiple of "
+            f"{pairs_at_once}: --micro-batch-size {args.micro_batch_size} x "
+            f"{args.world_size // replica} data-parallel ranks"
         )
     if valid is None:
         args.eval_iters = 0

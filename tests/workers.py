@@ -94,4 +94,3 @@ def megatron_logprobs(hf: str, rows: str, tp: int, pp: int) -> list[torch.Tensor
     backend = MegatronBackend(hf, tensor_parallel=tp, pipeline_parallel=pp)
     output = backend(torch.load(rows))
     return output if backend.is_writer else None
-

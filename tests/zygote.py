@@ -73,7 +73,7 @@ if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print must not mix with the answers
     import megatron_infifpo.scoring.megatron_backend  # noqa: F401
-    #TRAIN import megatron_infifpo.train  # noqa: F401
+    import megatron_infifpo.train  # noqa: F401
 
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line))), file=answers, flush=True)

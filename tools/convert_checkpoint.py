@@ -9,6 +9,7 @@
 """
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -52,9 +53,11 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="import | export | verify | inspect")
-    dtype = {"choices": list(DTYPES), "help": "of the weights (default: the original's)"}
-    iteration = {"type": int, "metavar": "N", "help": "training iteration (default: the latest)"}
-    load = {"required": True, "metavar": "DIR"}
+    dtype: dict[str, Any] = {"choices": list(DTYPES)}
+    dtype["help"] = "of the weights written (default: the original's)"
+    iteration: dict[str, Any] = {"type": int, "metavar": "N"}
+    iteration["help"] = "training iteration (default: the latest)"
+    load: dict[str, Any] = {"required": True, "metavar": "DIR"}
 
     command = commands.add_parser("import", help="Hugging Face folder -> Megatron checkpoint")
     command.add_argument("--hf", **load, help="config.json, safetensors, tokenizer")

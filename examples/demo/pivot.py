@@ -69,8 +69,7 @@ def save_pivot(output_dir: str | Path) -> Path:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
-    # What is saved is an ordinary model: no trace of the quantization, no name from the file.
-    model.config.name_or_path = "SmolLM2-135M-Instruct"
+    model.config._model_name_or_path = "SmolLM2-135M-Instruct"  # GGUF holds a run's name instead
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     tokenizer.model_max_length = model.config.max_position_embeddings

@@ -3,6 +3,8 @@
 
 `generalist` is a Qwen2 model on all three domains, `coder` a Phi-3 model on code alone. Each has
 its own vocabulary, special tokens and chat template, and takes about a minute on two CPU cores.
+The command then shows on the held-out pairs that they are language models, if tiny ones: their
+perplexity on the chosen responses is lower than on the rejected ones.
 
     python examples/demo/specialists.py --output outputs/demo/specialists
 """
@@ -10,14 +12,18 @@ its own vocabulary, special tokens and chat template, and takes about a minute o
 import argparse
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import corpus
 import torch
+import torch.nn.functional as F
+import training_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -85,19 +91,25 @@ SPECIALISTS = {specialist.name: specialist for specialist in (GENERALIST, CODER)
 def conversations(specialist: Specialist) -> list[list[dict[str, str]]]:
     """The specialist's training text as message lists: generated text and chosen responses."""
     rng = random.Random(SEED)
-    examples = corpus.training_examples(specialist.domains)
+    examples = 2 * training_text.training_examples(specialist.domains)
     if "general" in specialist.domains:
-        examples += corpus.general_examples(rng)
+        examples += training_text.general_examples(rng)
     if "math" in specialist.domains:
-        examples += corpus.math_examples(rng, 600)
+        examples += training_text.math_examples(rng, 600)
     if "code" in specialist.domains:
-        examples += corpus.template_code_examples(rng, 200) + corpus.stdlib_code_examples(700)
+        examples += training_text.template_code_examples(
+            rng, 200
+        ) + training_text.stdlib_code_examples(700)
     chats = []
     for system, prompt, response in examples:
-        turns = [("system", system)] if system else []
-        turns += [("user", prompt), ("assistant", response)]
-        chats.append([{"role": role, "content": content} for role, content in turns])
+        chats.append([*messages(system, prompt), {"role": "assistant", "content": response}])
     return chats
+
+
+def messages(system: str, prompt: str) -> list[dict[str, str]]:
+    """The prompt as a message list, without a system message where there is none."""
+    start = [{"role": "system", "content": system}] if system else []
+    return [*start, {"role": "user", "content": prompt}]
 
 
 def train_tokenizer(
@@ -162,7 +174,7 @@ def train_specialist(
     steps: int | None = None,
     batch_size: int = 8,
     sequence_length: int = 160,
-    learning_rate: float = 5e-3,
+    learning_rate: float = 6e-3,
 ) -> Path:
     """Train specialist `name` ("generalist" or "coder"), save it as `output_dir/name`, return it.
 
@@ -204,15 +216,42 @@ def train_specialist(
     return output
 
 
-def _batches(encoded: list[list[int]], batch_size: int, length: int):
+def _batches(encoded: list[list[int]], batch_size: int, length: int) -> Iterator[torch.Tensor]:
     """Endless [batch_size, length] id tensors; every pass shuffles the conversations anew."""
-    rng, stream, size = random.Random(SEED), [], batch_size * length
+    rng, size = random.Random(SEED), batch_size * length
+    stream: list[int] = []
     while True:
         while len(stream) < size:
             for chat in rng.sample(encoded, len(encoded)):
                 stream.extend(chat)
         yield torch.tensor(stream[:size]).view(batch_size, length)
         stream = stream[size:]
+
+
+def held_out_perplexity(folder: str | Path, domains: tuple[str, ...]) -> tuple[float, float, float]:
+    """(perplexity of chosen, of rejected, share of pairs with chosen likelier).
+
+    Per response the mean log-prob of its tokens, end of turn included, averaged over the held-out
+    pairs of `domains`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    mean_logps = []  # [pairs, 2]
+    for system, prompt, *responses in training_text.pairs("heldout", domains):
+        context = tokenizer.apply_chat_template(
+            messages(system, prompt), add_generation_prompt=True, return_dict=False
+        )
+        row = []
+        for response in responses:
+            target = tokenizer(response, add_special_tokens=False).input_ids
+            target.append(tokenizer.eos_token_id)
+            with torch.no_grad():
+                logits = model(torch.tensor([context + target])).logits[0, len(context) - 1 : -1]
+            row.append(-F.cross_entropy(logits, torch.tensor(target)).item())
+        mean_logps.append(row)
+    chosen, rejected = torch.tensor(mean_logps).unbind(1)
+    perplexities = (-chosen.mean()).exp().item(), (-rejected.mean()).exp().item()
+    return *perplexities, (chosen > rejected).float().mean().item()
 
 
 def train_all(output_dir: str | Path) -> dict[str, Path]:
@@ -226,7 +265,11 @@ def main() -> None:
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for the two models")
     for name, folder in train_all(parser.parse_args().output).items():
-        print(f"{name}: {folder}")
+        chosen, rejected, share = held_out_perplexity(folder, SPECIALISTS[name].domains)
+        print(
+            f"{name}: {folder}, held-out perplexity {chosen:.1f} on chosen and {rejected:.1f} on "
+            f"rejected responses; prefers chosen in {share:.0%} of the pairs of its domains"
+        )
 
 
 if __name__ == "__main__":

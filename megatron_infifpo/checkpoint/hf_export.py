@@ -78,9 +78,9 @@ def open_checkpoint(
     mapping = weight_mapping(config)
     checkpoint = TorchDistCheckpoint(path)
     found = set(checkpoint.names())
-    for key in mapping.rows.keys() - found:
+    for key in sorted(mapping.rows.keys() - found):
         raise UserError(f"{path}: tensor {key} is missing: hf/config.json asks for it")
-    for key in found - mapping.rows.keys():
+    for key in sorted(found - mapping.rows.keys()):
         raise UserError(
             f"{path}: tensor {key} is unknown: hf/config.json describes a model without it"
         )

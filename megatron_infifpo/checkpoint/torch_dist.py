@@ -121,9 +121,17 @@ def write(
             dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:
         # It wraps what happened on each rank; there is one rank.
-        raise next(iter(error.failures.values()))[0] from None
+        raise _cause(next(iter(error.failures.values()))[0]) from error
     config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (directory / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Find the failed write behind an error: torch.save's zip writer covers it with its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause or error
 
 
 class _MetadataUnpickler(pickle.Unpickler):

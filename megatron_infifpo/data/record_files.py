@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from megatron_infifpo.cli import UserError
 
@@ -48,8 +48,7 @@ def iter_raw(path: Path) -> Iterator[RawRecord]:
         yield from _iter_parquet(path, stem)
         return
     try:
-        opener = gzip.open if suffix.endswith(".gz") else open
-        with opener(path, "rb") as stream:
+        with _open(path) as stream:
             if suffix.startswith(".json") and not suffix.startswith(".jsonl"):
                 start = _first_byte(stream)
                 stream.seek(0)
@@ -59,6 +58,10 @@ def iter_raw(path: Path) -> Iterator[RawRecord]:
             yield from _iter_lines(path, stem, stream)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: broken gzip file ({error}), expected a complete one") from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
 def _first_byte(stream: IO[bytes]) -> bytes:
@@ -103,9 +106,7 @@ def _iter_array(path: Path, stem: str, stream: IO[bytes]) -> Iterator[RawRecord]
             "expected one array of records"
         ) from None
     except UnicodeDecodeError as problem:
-        raise UserError(
-            f"{path}: not UTF-8 (byte {problem.start}), expected UTF-8 text"
-        ) from None
+        raise UserError(f"{path}: not UTF-8 (byte {problem.start}), expected UTF-8 text") from None
     for index, value in enumerate(values):
         yield RawRecord(f"{path}:record {index}", stem, index, value)
 

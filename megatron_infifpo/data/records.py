@@ -21,13 +21,8 @@ RESPONSES = ("chosen", "rejected", "pivot_chosen")
 """The order of a record's responses, everywhere."""
 
 ON_BAD = ("error", "skip")
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "human": "user",  # ShareGPT
-    "gpt": "assistant",  # ShareGPT
-}
+ROLES = {role: role for role in ("system", "user", "assistant")}
+ROLES |= {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": text}`."""
@@ -98,8 +93,9 @@ def iter_records(
         raise UserError(f"on_bad is {on_bad!r}, expected one of {', '.join(ON_BAD)}")
     files = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     first_seen: dict[str, str] = {}
-    with_pivot: bool | None = None
-    bad = 0
+    with_pivot = None
+    skipped = [] if skipped is None else skipped
+    already = len(skipped)
     for path in files:
         for raw in iter_raw(path):
             try:
@@ -121,17 +117,13 @@ def iter_records(
                 message = f"{raw.where}: {error}"
                 if on_bad == "error":
                     raise UserError(message) from None
-                bad += 1
-                if skipped is not None:
-                    skipped.append(message)
-                elif bad <= 5:
-                    logger.warning("skipped %s", message)
+                skipped.append(message)
                 continue
             first_seen[record.id] = raw.where
             with_pivot = record.pivot_chosen is not None
             yield record
-    if bad and skipped is None:
-        logger.warning("skipped %d bad records of %d", bad, bad + len(first_seen))
+    if bad := skipped[already:]:
+        logger.warning("skipped %d bad records, the first: %s", len(bad), bad[0])
 
 
 def canonical_bytes(record: PreferenceRecord) -> bytes:
@@ -196,7 +188,9 @@ def _label(value: dict[str, Any], name: str, default: str) -> str:
         return str(found)
     text = _text(found, name).strip()
     if not text:
-        raise _BadRecordError(f"field {name!r} is empty, expected a name; leave it out for {default!r}")
+        raise _BadRecordError(
+            f"field {name!r} is empty, expected a name; leave it out for {default!r}"
+        )
     return text
 
 
@@ -225,9 +219,7 @@ def _response(value: Any, name: str) -> str:
     return text
 
 
-def _split_conversations(
-    chosen: Any, rejected: Any
-) -> tuple[tuple[Message, ...], str, str]:
+def _split_conversations(chosen: Any, rejected: Any) -> tuple[tuple[Message, ...], str, str]:
     """Split TRL's implicit-prompt form: two conversations that differ in their last message."""
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise _BadRecordError(
@@ -255,7 +247,9 @@ def _messages(value: Any, name: str) -> tuple[Message, ...]:
     messages = []
     for number, item in enumerate(value):
         where = f"{name}[{number}]"
-        keys = ("from", "value") if isinstance(item, dict) and "from" in item else ("role", "content")
+        keys = (
+            ("from", "value") if isinstance(item, dict) and "from" in item else ("role", "content")
+        )
         if not isinstance(item, dict) or any(item.get(k) is None for k in keys):
             found = sorted(item) if isinstance(item, dict) else _kind(item)
             raise _BadRecordError(
@@ -292,7 +286,13 @@ def _text(value: Any, name: str) -> str:
 
 def _kind(value: Any) -> str:
     """Describe a JSON value in an error: its type and its start."""
-    names = {dict: "an object", list: "a list", bool: "a boolean", type(None): "null", str: "a string"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        bool: "a boolean",
+        type(None): "null",
+        str: "a string",
+    }
     return f"{names.get(type(value), 'a number')} ({_short(value)})"
 
 

@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_infifpo.models.families import check_tensor_parallel, megatron_args
-
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.models.families import check_tensor_parallel, megatron_args
 
 # The checkpoint's value is a starting point here, not part of the architecture.
 _FREE = ("make_vocab_size_divisible_by", "seq_length", "tokenizer_type", "vocab_size")

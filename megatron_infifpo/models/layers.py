@@ -90,7 +90,7 @@ class PackedAttention(MegatronModule):
 
             borders = packed_seq_params.cu_seqlens_q
             longest = packed_seq_params.max_seqlen_q
-            out = varlen_attn(
+            out: Tensor = varlen_attn(  # type: ignore[assignment]  # one tensor without return_aux
                 query,
                 key,
                 value,
@@ -105,16 +105,14 @@ class PackedAttention(MegatronModule):
             return out.flatten(1)
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         segments = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
-        outputs = [
-            F.scaled_dot_product_attention(
-                *(x.transpose(0, 1).unsqueeze(0) for x in segment),
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=True,
+        outputs = []
+        for segment in segments:
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in segment)  # [1, heads, L, head_dim]
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
             )
-            for segment in segments
-        ]
-        return torch.cat([out.squeeze(0).transpose(0, 1).flatten(1) for out in outputs])
+            outputs.append(out.squeeze(0).transpose(0, 1).flatten(1))
+        return torch.cat(outputs)
 
 
 def local_block_spec(

@@ -32,8 +32,9 @@ def load_megatron_checkpoint(models: list[GPTModel], directory: str | Path) -> N
     """Fill built model chunks from a torch_dist checkpoint, whatever layout saved it."""
     path = str(find_checkpoint(directory))
     for model in models:
-        state = dist_checkpointing.load(model.sharded_state_dict(), path)
-        model.load_state_dict(state)
+        # Nested, since the checkpoint's common state arrives beside the weights.
+        state = dist_checkpointing.load({"model": model.sharded_state_dict()}, path)
+        model.load_state_dict(state["model"])
 
 
 class MegatronBackend:

@@ -127,7 +127,9 @@ def _score_shard(
     ]
     for indices, row, logprobs in zip(plan, rows, outputs, strict=True):
         counts = row["token_counts"].flatten().tolist()
-        pieces = iter(logprobs.numpy().astype(np.float32).copy() for logprobs in logprobs.split(counts))
+        pieces = iter(
+            logprobs.numpy().astype(np.float32).copy() for logprobs in logprobs.split(counts)
+        )
         for index in indices:
             results[index] = [next(pieces) for _ in tokenized[index].response_ids]
     folder.write(shard, results)

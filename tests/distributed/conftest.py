@@ -1,4 +1,4 @@
-"""A tiny pivot, two sources and preference data, prepared once through the program's own commands."""
+"""A tiny pivot, two sources and preference data, made once through the program's commands."""
 
 import subprocess
 import sys
@@ -28,11 +28,11 @@ class Setup:
         return path
 
     def flags(self, sources: Path, *more: str) -> list[str]:
-        """Command line of a training run of three steps of six pairs."""
+        """Command line of a training run of three steps of eight pairs."""
         return [
             "--preference-data", str(self.data), "--preference-sources", str(sources),
             "--pretrained-checkpoint", str(self.pivot), "--train-iters", "3",
-            "--global-batch-size", "6", "--micro-batch-size", "2", "--lr", "1e-3",
+            "--global-batch-size", "8", "--micro-batch-size", "2", "--lr", "1e-3",
             "--lr-decay-style", "constant", "--seq-length", "256", "--log-interval", "1",
             "--use-distributed-optimizer", *more,
         ]  # fmt: skip

@@ -45,9 +45,7 @@ def compare(ranks, hf: Path, rows: list[dict], tp: int, pp: int, folder: Path) -
     torch.save(rows, folder / "rows.pt")
     # In this process, which is free of the CPU stand-ins.
     expected = TransformersBackend(hf)(rows)
-    results = ranks(
-        tp * pp, "workers:megatron_logprobs", str(hf), str(folder / "rows.pt"), tp, pp
-    )
+    results = ranks(tp * pp, "workers:megatron_logprobs", str(hf), str(folder / "rows.pt"), tp, pp)
     writers = [result for result in results if result is not None]
     assert len(writers) == 1, "exactly one rank of a model replica writes"
     differences = [(a - b).abs().max() for a, b in zip(writers[0], expected, strict=True)]

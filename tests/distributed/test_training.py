@@ -114,11 +114,11 @@ def test_resume_continues_the_run(setup, ranks, tmp_path, resume_flags):
 
 
 def test_packing_changes_nothing(setup, ranks):
-    """One pair a row, or all six in one: the mean over pairs is the same."""
+    """One pair a row, or all eight in one: the mean over pairs is the same."""
     sources = setup.sources("both", *BOTH)
     results = [
         ranks(1, "workers:train", setup.flags(sources, "--micro-batch-size", size))
-        for size in ("1", "6")
+        for size in ("1", "8")
     ]
     a, b = (steps_of(result) for result in results)
     assert [s["loss"] for s in a] == pytest.approx([s["loss"] for s in b], abs=1e-5)
@@ -126,7 +126,7 @@ def test_packing_changes_nothing(setup, ranks):
 
 
 def test_validation_covers_every_pair_once(setup, ranks):
-    """20 pairs in steps of 6: the mean of the evaluation equals that of all pairs at once."""
+    """20 pairs in steps of 8: the mean of the evaluation equals that of all pairs at once."""
     sources = setup.sources("both", *BOTH)
     valid = ["--preference-valid-data", str(setup.data), "--preference-valid-sources", str(sources)]
     small = ranks(

@@ -2,7 +2,7 @@
 
 General questions come from `corpus/general.jsonl` and a small table of countries, math from seeded
 generators that work every problem out, code from templates and from the small documented functions
-of Python's own standard library. The held-out pairs are never read here.
+of Python's own standard library. No specialist is trained on a held-out pair.
 """
 
 import ast
@@ -32,19 +32,21 @@ difflib enum gettext html/__init__ mimetypes optparse os pathlib/__init__ quopri
 tempfile traceback typing weakref zipfile/__init__""".split()
 
 
-def training_examples(domains: tuple[str, ...]) -> list[Example]:
-    """Prompts and chosen responses of the training pairs that belong to `domains`."""
-    examples = []
-    for line in (DEMO / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines():
+def pairs(split: str, domains: tuple[str, ...]) -> Iterator[tuple[str, str, str, str]]:
+    """(system, prompt, chosen, rejected) of `split` ("train" or "heldout"), `domains` only."""
+    for line in (DEMO / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if record["domain"] in domains:
             prompt = record["prompt"]
-            if isinstance(prompt, str):
-                examples.append(("", prompt, record["chosen"]))
-            else:
-                system, user = (message["content"] for message in prompt)
-                examples.append((system, user, record["chosen"]))
-    return examples
+            system, user = (
+                ("", prompt) if isinstance(prompt, str) else (m["content"] for m in prompt)
+            )
+            yield system, user, record["chosen"], record["rejected"]
+
+
+def training_examples(domains: tuple[str, ...]) -> list[Example]:
+    """Prompts and chosen responses of the training pairs that belong to `domains`."""
+    return [(system, prompt, chosen) for system, prompt, chosen, _ in pairs("train", domains)]
 
 
 def general_examples(rng: random.Random) -> list[Example]:

@@ -1,0 +1,142 @@
+"""Join of the pivot's tokens with the log-probs of the initial pivot and of every source."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.logprob_store import LogprobStore
+from megatron_infifpo.data.sources import SourcesConfig, check_domains
+from megatron_infifpo.data.token_dataset import TokenDataset
+
+
+@dataclass(slots=True)
+class PreferencePair:
+    """One record, ready to be packed. R responses, M sources.
+
+    The log-prob fields are None where no sources were given. The initial pivot's token counts are
+    the lengths of `response_ids`.
+
+    Attributes:
+        index: of the record in the token dataset.
+        prompt_ids: int32 `[P]`.
+        response_ids: R arrays of int32, end of turn included.
+        domain_code: index into `PreferenceDataset.domains`.
+        initial_sum_logps: float32 `[R]`.
+        source_sum_logps: float32 `[R, M]`, 0 where masked.
+        source_token_counts: int64 `[R, M]`, 1 where masked, so that a mean is always defined.
+        source_mask: bool `[M]`, true where the source takes part.
+    """
+
+    index: int
+    prompt_ids: np.ndarray
+    response_ids: tuple[np.ndarray, ...]
+    domain_code: int = 0
+    initial_sum_logps: np.ndarray | None = None
+    source_sum_logps: np.ndarray | None = None
+    source_token_counts: np.ndarray | None = None
+    source_mask: np.ndarray | None = None
+
+
+class PreferenceDataset:
+    """Pairs by record index.
+
+    Attributes:
+        tokens: the token dataset.
+        initial: the initial pivot's log-probs, or None without sources.
+        sources: the M sources' log-probs.
+        source_names: their names.
+        domains: names by domain code.
+        pair_lengths: int64 `[N]`, tokens of the packed pair: each response with its own prompt.
+        segment_lengths: int64 `[N]`, tokens of the longest response with its prompt.
+    """
+
+    def __init__(
+        self,
+        token_prefix: str | Path,
+        sources: SourcesConfig | None = None,
+        *,
+        require_sources: bool = False,
+    ) -> None:
+        """Open all datasets and check that they belong together.
+
+        Args:
+            token_prefix: of the token dataset.
+            sources: the log-prob datasets; None gives tokens only (SFT, scoring).
+            require_sources: refuse a configuration that lists no source.
+
+        Raises:
+            UserError: a dataset is missing, broken or of other records, or a domain is unknown.
+        """
+        self.tokens = TokenDataset(token_prefix)
+        self.domains = self.tokens.domains
+        self.initial: LogprobStore | None = None
+        self.sources: tuple[LogprobStore, ...] = ()
+        self.source_names: tuple[str, ...] = ()
+        if require_sources and (sources is None or not sources.sources):
+            where = "sources.yaml" if sources is None else sources.path
+            raise UserError(
+                f"{where} lists no source, expected at least one under the key sources for a fused "
+                "reference"
+            )
+        if sources is not None:
+            check_domains(sources, self.domains)
+            self.initial = LogprobStore(sources.initial)
+            self.initial.check_against(self.tokens, same_tokenizer=True)
+            self.sources = tuple(LogprobStore(source.logprobs) for source in sources.sources)
+            for store in self.sources:
+                store.check_against(self.tokens, same_tokenizer=False)
+            self.source_names = tuple(source.name for source in sources.sources)
+            self._domain_mask = np.array(
+                [
+                    [
+                        source.domains is None or domain in source.domains
+                        for source in sources.sources
+                    ]
+                    for domain in self.domains
+                ],
+                dtype=bool,
+            )
+        prompts = self.tokens.prompt_lengths.astype(np.int64)
+        responses = self.tokens.response_lengths.astype(np.int64)
+        self.pair_lengths = responses.shape[1] * prompts + responses.sum(axis=1)
+        self.segment_lengths = prompts + responses.max(axis=1)
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        """Return one pair; its arrays are its own and writable."""
+        prompt_ids, *response_ids = self.tokens.sequences(index)
+        pair = PreferencePair(
+            int(index), prompt_ids, tuple(response_ids), int(self.tokens.domain_codes[index])
+        )
+        if self.initial is None:
+            return pair
+        shape = (len(response_ids), len(self.sources))
+        sums, counts = np.zeros(shape, np.float32), np.ones(shape, np.int64)
+        mask = self._domain_mask[pair.domain_code].copy()
+        for column, store in enumerate(self.sources):
+            mask[column] &= not store.masked(index)
+            if mask[column]:
+                sums[:, column], counts[:, column] = store.sums(index), store.counts(index)
+        pair.initial_sum_logps = self.initial.sums(index).astype(np.float32)
+        pair.source_sum_logps, pair.source_token_counts, pair.source_mask = sums, counts, mask
+        return pair
+
+    def eligible(self, max_tokens: int) -> np.ndarray:
+        """Return the records that can be trained on.
+
+        Args:
+            max_tokens: longest response with its prompt.
+
+        Returns:
+            int64 indices, ascending, of the records whose segments all fit and that the initial
+            pivot has log-probs for (without it there is nothing to clip against).
+        """
+        keep = self.segment_lengths <= max_tokens
+        if self.initial is not None:
+            keep &= ~self.initial.masked_records
+        return np.flatnonzero(keep)

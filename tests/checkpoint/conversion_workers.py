@@ -1,0 +1,97 @@
+"""What forked ranks run in conversion tests."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def megatron_argument_names() -> list[str]:
+    """Names of all of Megatron's arguments."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return list(vars(parser.parse_args([])))
+
+
+def build(hf: str, layout: dict[str, Any]) -> list:
+    """Build this rank's chunks of the model of a Hugging Face folder."""
+    from megatron_infifpo.models.architecture import read_hf_config
+    from megatron_infifpo.models.families import megatron_args
+    from megatron_infifpo.models.gpt import (
+        build_model,
+        forward_only_arguments,
+        initialize_parallel,
+    )
+
+    args = forward_only_arguments(megatron_args(read_hf_config(hf)), **layout)
+    initialize_parallel(args)
+    return build_model(args)
+
+
+def load_both(hf: str, checkpoint: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """Fill a model from Hugging Face weights and from a checkpoint; return what differs."""
+    import torch
+    from megatron.core import dist_checkpointing
+
+    from megatron_infifpo.checkpoint.hf_weights import load_into_model
+    from megatron_infifpo.checkpoint.layout import find_checkpoint
+
+    models = build(hf, layout)
+
+    def load_checkpoint() -> None:
+        # All chunks at once: Megatron checks that together the ranks read every tensor whole.
+        state = {f"model{i}": model.sharded_state_dict() for i, model in enumerate(models)}
+        state = dist_checkpointing.load(state, str(find_checkpoint(checkpoint)))
+        for i, model in enumerate(models):
+            model.load_state_dict(state[f"model{i}"])
+
+    filled = []
+    for load in (lambda: load_into_model(models, hf), load_checkpoint):
+        for model in models:
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))
+        load()
+        filled.append(
+            {
+                f"{i}.{name}": parameter.clone()
+                for i, model in enumerate(models)
+                for name, parameter in model.named_parameters()
+            }
+        )
+    differ = [name for name in filled[0] if not torch.equal(filled[0][name], filled[1][name])]
+    dtypes = {str(parameter.dtype) for parameter in filled[0].values()}
+    return {"names": list(filled[0]), "differ": differ, "dtypes": dtypes}
+
+
+def save_with_megatron(hf: str, checkpoint: str, layout: dict[str, Any]) -> None:
+    """Fill a model from Hugging Face weights and let Megatron save it at this layout."""
+    import torch
+    from megatron.core import dist_checkpointing
+
+    from megatron_infifpo.checkpoint.hf_weights import load_into_model
+
+    models = build(hf, layout)
+    load_into_model(models, hf)
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if "word_embeddings" in name or "output_layer" in name:
+                # Padding that training has moved: export must not let it out.
+                parameter[(parameter == 0).all(-1)] = 7.0
+    state = {f"model{i}": model.sharded_state_dict() for i, model in enumerate(models)}
+    state["iteration"] = 5
+    if torch.distributed.get_rank() == 0:
+        Path(checkpoint).mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(state, checkpoint)
+
+
+def verify(argv: list[str]) -> int:
+    """Run `tools/convert_checkpoint.py verify ARGV` as one rank; return its exit code."""
+    path = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.argv = ["convert_checkpoint", "verify", *argv]
+    return module.main() or 0

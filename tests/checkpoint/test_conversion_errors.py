@@ -1,0 +1,197 @@
+"""What a user may give wrongly: one sentence that names it, and nothing half-written."""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import load_weights
+from safetensors.torch import save_file
+
+from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
+from megatron_infifpo.checkpoint.hf_export import export_checkpoint
+from megatron_infifpo.checkpoint.hf_import import import_checkpoint
+from megatron_infifpo.checkpoint.layout import TRACKER, find_checkpoint
+from megatron_infifpo.cli import UserError
+
+
+@pytest.fixture
+def hf(tmp_path, tiny_hf) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(tiny_hf, tmp_path / "hf"))
+
+
+@pytest.fixture
+def megatron(tmp_path, tiny_hf) -> Path:
+    import_checkpoint(tiny_hf, tmp_path / "megatron")
+    return tmp_path / "megatron"
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    weights = load_weights(folder) | changes
+    save_file({k: v for k, v in weights.items() if v is not None}, folder / "model.safetensors")
+
+
+def refused(hf: Path, match: str) -> None:
+    save = hf.parent / "refused"
+    with pytest.raises(UserError, match=match):
+        import_checkpoint(hf, save)
+    assert not list(hf.parent.glob("*refused*")), "nothing may be left"
+
+
+NAME = "model.layers.2.mlp.up_proj.weight"
+
+
+def test_missing_tensor(hf):
+    edit_weights(hf, **{NAME: None})
+    refused(hf, f"{NAME} is missing")
+
+
+def test_surplus_tensor(hf):
+    edit_weights(hf, **{"model.layers.9.mlp.up_proj.weight": torch.zeros(2)})
+    refused(hf, r"model\.layers\.9\.mlp\.up_proj\.weight is unknown")
+
+
+def test_wrong_shape(hf):
+    edit_weights(hf, **{NAME: torch.zeros(96, 63)})
+    refused(hf, rf"{NAME} has shape \[96, 63\], but config.json asks for \[96, 64\]")
+
+
+def test_mixed_and_unknown_dtypes(hf):
+    edit_weights(hf, **{NAME: torch.zeros(96, 64, dtype=torch.bfloat16)})
+    refused(hf, f"mixed dtypes .*{NAME} torch.bfloat16")
+    edit_weights(hf, **{NAME: torch.zeros(96, 64, dtype=torch.int8)})
+    refused(hf, f"{NAME} is I8, expected one of F32, BF16, F16")
+
+
+def test_head_of_a_tied_model(tmp_path):
+    """A copy of the embedding is what it is; anything else would be lost."""
+    hf = tiny.save_model(tmp_path / "hf", "llama-tied")
+    embedding = load_weights(hf)["model.embed_tokens.weight"]
+    edit_weights(hf, **{"lm_head.weight": embedding.clone()})
+    import_checkpoint(hf, tmp_path / "megatron")
+    edit_weights(hf, **{"lm_head.weight": embedding + 1})
+    refused(hf, "ties the output layer .* lm_head.weight differs")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2', expected one of llama, phi3, qwen2"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
+        ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
+        ({"hidden_size": None}, "no hidden_size"),
+        ({"num_key_value_heads": 3}, "8 is not a multiple of num_key_value_heads 3"),
+        ({"use_sliding_window": True, "sliding_window": 32}, "sliding_window is 32"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+    ],
+)
+def test_unsupported_models(hf, changes, match):
+    edit_config(hf, **changes)
+    refused(hf, match)
+
+
+def test_folders_that_are_no_checkpoint(tmp_path, hf):
+    refused(tmp_path / "nowhere", "is not a folder")
+    (hf / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}  garbage")
+    refused(hf, "cannot read .*model.safetensors")
+    (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
+    refused(hf, r"pickled weights \(\*\.bin\)")
+    (hf / "pytorch_model.bin").unlink()
+    refused(hf, "neither model.safetensors nor")
+    for directory in (tmp_path / "nowhere", hf / "..", hf):
+        with pytest.raises(UserError):
+            weights_fingerprint(directory)
+    (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    refused(hf, "cannot read .*gone.safetensors")
+
+
+def test_save_folder_must_be_new(tmp_path, hf, megatron):
+    with pytest.raises(UserError, match=f"{megatron} exists and is not empty"):
+        import_checkpoint(hf, megatron)
+    with pytest.raises(UserError, match=f"{hf} exists and is not empty"):
+        export_checkpoint(megatron, hf)
+    (tmp_path / "empty").mkdir()
+    export_checkpoint(megatron, tmp_path / "empty")
+    assert weights_fingerprint(tmp_path / "empty") == weights_fingerprint(hf)
+
+
+@pytest.mark.parametrize("limit", [10_000, 200_000])
+def test_full_disk_leaves_nothing(tmp_path, hf, megatron, limit):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # writes fail as on a full disk
+    try:
+        with pytest.raises(UserError, match="cannot write --save .*nothing was left"):
+            import_checkpoint(hf, tmp_path / "a")
+        with pytest.raises(UserError, match="cannot write --save .*nothing was left"):
+            export_checkpoint(megatron, tmp_path / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_interruption_leaves_nothing(tmp_path, hf, monkeypatch):
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_infifpo.checkpoint.hf_import.carry", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(hf, tmp_path / "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def exported(megatron: Path, match: str, **options: int) -> None:
+    with pytest.raises(UserError, match=match):
+        export_checkpoint(megatron, megatron.parent / "refused", **options)
+    assert not list(megatron.parent.glob("*refused*"))
+
+
+def test_checkpoints_that_cannot_be_exported(tmp_path, megatron):
+    exported(tmp_path, f"is not a Megatron checkpoint: it has no {TRACKER}")
+    exported(megatron, "has no iter_0000007: its iterations are none", iteration=7)
+    (megatron / "release").rename(megatron / "iter_0000007")
+    exported(megatron, "has no release: its iterations are iter_0000007")
+    assert find_checkpoint(megatron, 7).name == "iter_0000007"
+    (megatron / TRACKER).write_text("7\n")
+    assert find_checkpoint(megatron).name == "iter_0000007"
+    (megatron / "iter_0000007" / "metadata.json").unlink()
+    exported(megatron, "iter_0000007 has no metadata.json: it is incomplete")
+    (megatron / TRACKER).write_text("newest")
+    exported(megatron, "says 'newest'")
+
+
+def test_exported_tensors_must_fit_the_config(megatron):
+    edit_config(megatron / "hf", intermediate_size=97)
+    exported(megatron, r"linear_fc1\.weight has shape \[4, 192, 64\], .* \[4, 194, 64\]")
+    edit_config(megatron / "hf", intermediate_size=96, model_type="llama")
+    exported(megatron, r"linear_qkv\.bias is unknown")
+    edit_config(megatron / "hf", model_type="qwen2", tie_word_embeddings=True)
+    exported(megatron, r"output_layer\.weight is unknown")
+    edit_config(megatron / "hf", tie_word_embeddings=False, vocab_size=321)
+    exported(megatron, r"has shape \[320, 64\], but hf/config.json asks for \[321, 64\]")
+    shutil.rmtree(megatron / "hf")
+    exported(megatron, r"has no hf/config\.json")
+
+
+def test_metadata_runs_no_code(megatron):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (megatron / "ran",))
+
+    (megatron / "release" / ".metadata").write_bytes(pickle.dumps(Evil()))
+    exported(megatron, "cannot read .*metadata")
+    assert not (megatron / "ran").exists()

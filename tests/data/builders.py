@@ -1,0 +1,97 @@
+"""Small tokenizers, records and datasets for the data tests."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_infifpo.data.logprob_store import write_logprobs
+from megatron_infifpo.data.records import RESPONSES, PreferenceRecord, records_fingerprint
+from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
+from megatron_infifpo.data.tokenization import ChatTokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIALS = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+def byte_tokenizer(template: str | None = CHATML, **options: Any) -> PreTrainedTokenizerFast:
+    """One token a byte, plus the special tokens."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(SPECIALS)
+    options = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | options
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **options)
+
+
+def record(number: int, *, domain: str = "general", pivot: bool = False) -> PreferenceRecord:
+    """A record whose texts have lengths of their own."""
+    return PreferenceRecord(
+        id=f"r-{number}",
+        domain=domain,
+        prompt=({"role": "user", "content": "why? " * (1 + number % 3)},),
+        chosen="yes " * (1 + number % 5) + str(number),
+        rejected="no " * (1 + number % 4) + str(number),
+        pivot_chosen=f"maybe {number}" if pivot else None,
+    )
+
+
+def write_tokens(
+    folder: Path, records: Sequence[PreferenceRecord], name: str = "tokens"
+) -> TokenDataset:
+    prefix = folder / name
+    write_token_dataset(records, ChatTokenizer(byte_tokenizer()), prefix, source_files=["a.jsonl"])
+    return TokenDataset(prefix)
+
+
+def manifest_fields(records: Sequence[PreferenceRecord], model: str = "m") -> dict[str, Any]:
+    return {
+        "model": model,
+        "weights_sha256": "w" * 64,
+        "tokenizer_sha256": "t" * 64,
+        "chat_template_sha256": "c" * 64,
+        "records_sha256": records_fingerprint(records),
+        "backend": "test",
+        "dtype": "float32",
+        "versions": {},
+    }
+
+
+def write_scores(
+    prefix: Path,
+    records: Sequence[PreferenceRecord],
+    lengths: np.ndarray,
+    *,
+    masked: Sequence[int] = (),
+    seed: int = 0,
+    **fields: Any,
+) -> None:
+    """Random log-probs of `lengths` `[N, R]` tokens."""
+    rng = np.random.default_rng(seed)
+    write_logprobs(
+        prefix,
+        (
+            (r.id, None, "too long")
+            if i in masked
+            else (r.id, [-rng.random(n, dtype=np.float32) for n in lengths[i]], None)
+            for i, r in enumerate(records)
+        ),
+        responses=RESPONSES[: lengths.shape[1]],
+        manifest=manifest_fields(records) | fields,
+    )
+
+
+def write_jsonl(path: Path, *values: Any) -> Path:
+    lines = [v if isinstance(v, str) else json.dumps(v) for v in values]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

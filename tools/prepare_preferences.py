@@ -1,0 +1,97 @@
+#!/usr/bin/env python
+"""Tokenize preference records with the pivot's tokenizer, into a token dataset.
+
+    python tools/prepare_preferences.py --input train.jsonl more.parquet \\
+        --tokenizer phi-4 --output data/train
+
+Nothing is truncated or left out: pairs too long for a training run are left out by that run.
+"""
+
+import argparse
+import collections
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_infifpo.cli import UserError, run
+from megatron_infifpo.data.records import iter_records
+from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
+from megatron_infifpo.data.tokenization import ChatTokenizer
+
+PERCENTILES = (0, 50, 90, 99, 100)
+
+
+def main() -> None:
+    """Parse the command line, write the dataset, print a summary."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", required=True, nargs="+", metavar="FILE", help="preference records, in order"
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="the pivot's tokenizer, with a template"
+    )
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="of the files to write")
+    parser.add_argument(
+        "--on-bad-record",
+        choices=("error", "skip"),
+        default="error",
+        help="stop at the first malformed record, or leave such records out (default: error)",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the tokenizer"
+    )
+    args = parser.parse_args()
+    tokenizer = ChatTokenizer.from_pretrained(
+        args.tokenizer, trust_remote_code=args.trust_remote_code
+    )
+    skipped: list[str] = []
+    records = iter_records(args.input, on_bad=args.on_bad_record, skipped=skipped)
+    try:
+        write_token_dataset(
+            tqdm(records, desc="tokenize", unit=" records"),
+            tokenizer,
+            args.output,
+            source_files=args.input,
+        )
+    except UserError:
+        report_skipped(skipped)  # it may be why nothing is left
+        raise
+    report_skipped(skipped)
+    print_summary(TokenDataset(args.output))
+
+
+def report_skipped(skipped: list[str]) -> None:
+    """Print what was left out: every message of a few, the first ones of many."""
+    if not skipped:
+        return
+    print(f"skipped {len(skipped)} bad records:", file=sys.stderr)
+    for message in skipped[:20]:
+        print(f"  {message}", file=sys.stderr)
+    if len(skipped) > 20:
+        print(f"  ... and {len(skipped) - 20} more", file=sys.stderr)
+
+
+def print_summary(tokens: TokenDataset) -> None:
+    """Print counts, domains and percentiles of lengths."""
+    lengths = {"prompt": tokens.prompt_lengths}
+    for column, name in enumerate(tokens.responses):
+        lengths[name] = tokens.response_lengths[:, column]
+    lengths["prompt + longest"] = tokens.prompt_lengths + tokens.response_lengths.max(axis=1)
+    scored = int(tokens.response_lengths.sum(dtype=np.int64))
+    prompts = int(tokens.prompt_lengths.sum(dtype=np.int64))
+    print(
+        f"{tokens.prefix}: {len(tokens)} records, {prompts + scored} tokens, {scored} of responses"
+    )
+    counts = collections.Counter(tokens.domain_codes.tolist())
+    print("domains: " + ", ".join(f"{tokens.domains[c]} {n}" for c, n in sorted(counts.items())))
+    print(f"{'tokens':<18}" + "".join(f"{f'p{p}':>8}" for p in PERCENTILES))
+    for name, values in lengths.items():
+        row = np.percentile(values, PERCENTILES, method="higher")
+        print(f"{name:<18}" + "".join(f"{int(value):>8}" for value in row))
+
+
+if __name__ == "__main__":
+    run(main)
