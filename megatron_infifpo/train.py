@@ -43,6 +43,7 @@ from megatron_infifpo.data.sources import read_sources  # noqa: E402
 from megatron_infifpo.models.architecture import apply_architecture  # noqa: E402
 from megatron_infifpo.models.gpt import fixed_arguments, model_config  # noqa: E402
 from megatron_infifpo.training.step import PreferenceStep  # noqa: E402
+from megatron_infifpo.training.torch_adam import make_resumable  # noqa: E402
 
 
 def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
@@ -174,6 +175,7 @@ def main() -> None:
     if args.rank == 0:
         carry_architecture(pivot, args.save)
     print_rank_0(f"preference optimization: {method}")
+    make_resumable()
     provider = functools.partial(datasets_provider, train, valid)
     provider.is_distributed = True  # type: ignore[attr-defined]
     pretrain(

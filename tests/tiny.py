@@ -73,7 +73,8 @@ def save_model(folder: Path, family: str, *, vocab_size: int = 320, seed: int = 
     """Save a random model and its tokenizer as a Hugging Face folder, in float32."""
     config_class, model_class, special = FAMILIES[family]
     torch.manual_seed(seed)
-    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    # The padding id is one that no text has: transformers drops the gradient of its embedding.
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": vocab_size - 1}
     config = config_class(**{**SHAPE, **special, **ids, "vocab_size": vocab_size, **extra})
     model = model_class(config).float()
     # Norm weights and biases start at 1 and 0, where many mistakes cancel.

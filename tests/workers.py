@@ -60,7 +60,11 @@ def train(argv: list[str]) -> dict[str, Any]:
 
     loop.train_step, loop.evaluate = train_step, evaluate_and_record
     sys.argv = ["train", *argv]
-    program.main()
+    try:
+        program.main()
+    except SystemExit as stop:  # Megatron's --exit-interval
+        if stop.code:
+            raise
     return record
 
 

@@ -5,6 +5,7 @@ it reads from standard input: `{"world", "target": "module:function", "args", "o
 object a line. Each rank writes its pickled result (or its traceback) into `output`.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -24,6 +25,7 @@ def free_port() -> int:
 
 def run_rank(request: dict, rank: int, port: int) -> None:
     """Call the target as one rank and leave its result in a file; never returns."""
+    os.setsid()  # a group of its own, for what it starts in turn
     output = Path(request["output"])
     world = request["world"]
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
@@ -66,6 +68,10 @@ def serve(request: dict) -> list[int]:
             for other, code in codes.items():
                 if code is None:
                     os.kill(other, signal.SIGKILL)
+    for pid in pids:
+        # Saving a checkpoint starts a manager process, which outlives a rank that just exits.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     return [codes[pid] for pid in pids]
 
 

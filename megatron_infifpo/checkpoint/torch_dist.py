@@ -8,6 +8,8 @@ import json
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +136,25 @@ def _cause(error: BaseException) -> BaseException:
     return cause or error
 
 
+_OTHER_METADATA_TYPES = {
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13
+    ("builtins", "set"),
+}
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Unpickle `.metadata` without running code that a stranger may have put there."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = module.startswith("torch.distributed.checkpoint.") and "." not in name
-        known |= module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        known |= (module, name) in {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"),
-            ("builtins", "set"),
-        }
+        known = (module, name) in _OTHER_METADATA_TYPES
+        # Plain records and constants of these modules, but none of their functions.
+        if module == "torch" or module.startswith("torch.distributed.checkpoint."):
+            value = super().find_class(module, name)
+            known = isinstance(value, torch.dtype) or value is torch.Size or is_dataclass(value)
+            known = known or (isinstance(value, type) and issubclass(value, Enum))
         if not known:
             raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's metadata")
         return super().find_class(module, name)

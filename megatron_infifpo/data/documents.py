@@ -93,13 +93,16 @@ class Documents:
         """Return the number of documents."""
         return len(self._sizes)
 
-    def document(self, index: int) -> np.ndarray:
-        """Return all sequences of one document, joined, as an array of its own (writable)."""
+    def view(self, index: int) -> np.ndarray:
+        """Return all sequences of one document, joined: read-only, void once this object goes."""
         count = int(self._sizes[index])
         if count == 0:
             return np.empty(0, dtype=self._dtype)
-        read = self._dataset.bin_reader.read
-        return read(self._dtype, count, int(self._starts[index])).copy()
+        return self._dataset.bin_reader.read(self._dtype, count, int(self._starts[index]))
+
+    def document(self, index: int) -> np.ndarray:
+        """Return all sequences of one document, joined, as an array of its own (writable)."""
+        return self.view(index).copy()
 
     def sequences(self, index: int) -> list[np.ndarray]:
         """Return the sequences of one document; they share one writable array of its own."""

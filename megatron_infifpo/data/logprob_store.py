@@ -7,6 +7,7 @@ A masked record (its text does not fit the model, say) has empty sequences; a sc
 does, since its end of turn is scored.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -224,9 +225,8 @@ class LogprobStore:
         """Return the sum of each response's log-probs, float64 `[R]`; 0 where masked."""
         if self.masked_records[index]:
             return np.zeros(len(self.responses))
-        ends = self.token_counts[index, :-1].cumsum()
-        starts = np.concatenate(([0], ends))
-        return np.add.reduceat(self._documents.document(index), starts, dtype=np.float64)
+        starts = [0, *itertools.accumulate(self.token_counts[index, :-1].tolist())]
+        return np.add.reduceat(self._documents.view(index), starts, dtype=np.float64)
 
     def counts(self, index: int) -> np.ndarray:
         """Return the number of tokens of each response, int32 `[R]`; 0 where masked."""

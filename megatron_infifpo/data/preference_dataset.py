@@ -88,20 +88,19 @@ class PreferenceDataset:
             for store in self.sources:
                 store.check_against(self.tokens, same_tokenizer=False)
             self.source_names = tuple(source.name for source in sources.sources)
-            self._domain_mask = np.array(
-                [
-                    [
-                        source.domains is None or domain in source.domains
-                        for source in sources.sources
-                    ]
-                    for domain in self.domains
-                ],
-                dtype=bool,
-            )
+            self._source_mask = self._masks(sources)
         prompts = self.tokens.prompt_lengths.astype(np.int64)
         responses = self.tokens.response_lengths.astype(np.int64)
         self.pair_lengths = responses.shape[1] * prompts + responses.sum(axis=1)
         self.segment_lengths = prompts + responses.max(axis=1)
+
+    def _masks(self, config: SourcesConfig) -> np.ndarray:
+        """Return bool `[N, M]`: which source takes part in which record."""
+        mask = np.empty((len(self), len(self.sources)), dtype=bool)
+        for column, (source, store) in enumerate(zip(config.sources, self.sources, strict=True)):
+            inside = [source.domains is None or domain in source.domains for domain in self.domains]
+            mask[:, column] = np.array(inside)[self.tokens.domain_codes] & ~store.masked_records
+        return mask
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -117,11 +116,10 @@ class PreferenceDataset:
             return pair
         shape = (len(response_ids), len(self.sources))
         sums, counts = np.zeros(shape, np.float32), np.ones(shape, np.int64)
-        mask = self._domain_mask[pair.domain_code].copy()
-        for column, store in enumerate(self.sources):
-            mask[column] &= not store.masked(index)
-            if mask[column]:
-                sums[:, column], counts[:, column] = store.sums(index), store.counts(index)
+        mask = self._source_mask[index].copy()
+        for column in mask.nonzero()[0].tolist():
+            store = self.sources[column]
+            sums[:, column], counts[:, column] = store.sums(index), store.token_counts[index]
         pair.initial_sum_logps = self.initial.sums(index).astype(np.float32)
         pair.source_sum_logps, pair.source_token_counts, pair.source_mask = sums, counts, mask
         return pair

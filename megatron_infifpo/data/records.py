@@ -21,8 +21,7 @@ RESPONSES = ("chosen", "rejected", "pivot_chosen")
 """The order of a record's responses, everywhere."""
 
 ON_BAD = ("error", "skip")
-ROLES = {role: role for role in ("system", "user", "assistant")}
-ROLES |= {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+ROLES = {r: r for r in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
 
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": text}`."""
@@ -93,8 +92,7 @@ def iter_records(
         raise UserError(f"on_bad is {on_bad!r}, expected one of {', '.join(ON_BAD)}")
     files = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     first_seen: dict[str, str] = {}
-    with_pivot = None
-    skipped = [] if skipped is None else skipped
+    with_pivot, skipped = None, [] if skipped is None else skipped
     already = len(skipped)
     for path in files:
         for raw in iter_raw(path):

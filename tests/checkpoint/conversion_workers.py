@@ -68,17 +68,20 @@ def load_both(hf: str, checkpoint: str, layout: dict[str, Any]) -> dict[str, Any
 def save_with_megatron(hf: str, checkpoint: str, layout: dict[str, Any]) -> None:
     """Fill a model from Hugging Face weights and let Megatron save it at this layout."""
     import torch
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, parallel_state
 
     from megatron_infifpo.checkpoint.hf_weights import load_into_model
+    from megatron_infifpo.models.architecture import read_hf_config
 
+    vocab_size = read_hf_config(hf)["vocab_size"]
     models = build(hf, layout)
     load_into_model(models, hf)
     for model in models:
         for name, parameter in model.named_parameters():
             if "word_embeddings" in name or "output_layer" in name:
                 # Padding that training has moved: export must not let it out.
-                parameter[(parameter == 0).all(-1)] = 7.0
+                first = parallel_state.get_tensor_model_parallel_rank() * len(parameter)
+                parameter[max(0, vocab_size - first) :] = 7.0
     state = {f"model{i}": model.sharded_state_dict() for i, model in enumerate(models)}
     state["iteration"] = 5
     if torch.distributed.get_rank() == 0:

@@ -2,6 +2,7 @@ import gzip
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -15,11 +16,11 @@ GOOD = {"id": "a", "domain": "math", "prompt": "1+1?", "chosen": "2", "rejected"
 USER = {"role": "user", "content": "1+1?"}
 
 
-def assistant(text):
+def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "strings": {"prompt": "1+1?", "chosen": "2", "rejected": "3"},
     "messages": {"prompt": [USER], "chosen": [assistant("2")], "rejected": [assistant("3")]},
     "mixed": {"prompt": [USER], "chosen": "2", "rejected": assistant("3")},
@@ -41,13 +42,14 @@ def test_every_form_reads_to_the_same_record(tmp_path, form):
 
 def test_multi_turn_with_a_system_message(tmp_path):
     turns = [("system", "s"), ("human", "q1"), ("gpt", "a1"), ("human", "q2")]
-    value = dict(FORMS["sharegpt"], conversations=[{"from": f, "value": v} for f, v in turns])
+    value = FORMS["sharegpt"] | {"conversations": [{"from": f, "value": v} for f, v in turns]}
     (found,) = read_records(write_jsonl(tmp_path / "t.jsonl", value))
     assert [m["role"] for m in found.prompt] == ["system", "user", "assistant", "user"]
     assert [m["content"] for m in found.prompt] == ["s", "q1", "a1", "q2"]
 
 
 def test_every_file_kind_gives_the_same_records(tmp_path):
+    values: list[dict[str, Any]]
     values = [GOOD, dict(GOOD, id="b", prompt=[USER], pivot_chosen=None)]
     plain = write_jsonl(tmp_path / "t.jsonl", GOOD, "", dict(GOOD, id="b"))  # a blank line
     expected = read_records(plain)
@@ -57,7 +59,7 @@ def test_every_file_kind_gives_the_same_records(tmp_path):
     for name in ("t.jsonl", "t.json"):
         with gzip.open(tmp_path / f"{name}.gz", "wb") as file:
             file.write((tmp_path / name).read_bytes())
-    rows = [dict(value, prompt=[USER]) for value in values]
+    rows = [{**value, "prompt": [USER]} for value in values]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     for name in ("t.json", "lines.json", "bom.jsonl", "t.jsonl.gz", "t.json.gz", "t.parquet"):
         assert read_records([tmp_path / name]) == expected, name
@@ -151,7 +153,9 @@ def test_arrays_and_parquet_name_the_record(tmp_path):
 def test_duplicates_are_found_across_files(tmp_path):
     first = write_jsonl(tmp_path / "a.jsonl", GOOD)
     second = write_jsonl(tmp_path / "b.jsonl", GOOD)
-    with pytest.raises(UserError, match=r"b\.jsonl:1: duplicate id 'a', first used at .*a\.jsonl:1"):
+    with pytest.raises(
+        UserError, match=r"b\.jsonl:1: duplicate id 'a', first used at .*a\.jsonl:1"
+    ):
         read_records([first, second])
 
 

@@ -159,7 +159,7 @@ def test_a_template_that_trims_or_refuses_system():
     prompt = chat.tokenizer.decode(found.prompt_ids.tolist())
     assert "user\nBe brief.\n\nStrike out" in prompt and "system" not in prompt
     assert chat.tokenizer.decode(found.response_ids[0].tolist()) == "Yes.<|im_end|>"
-    dropping = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    dropping = CHATML.replace("in messages %}", "in messages if m.role != 'system' %}")
     prompt = ChatTokenizer(byte_tokenizer(dropping)).render_prompt((SYSTEM, USER))
     assert "Be brief." in prompt
 
@@ -184,7 +184,8 @@ def test_end_of_turn_falls_back_to_the_end_of_text():
 
 def test_text_before_the_reply_belongs_to_the_prompt_and_blanks_to_the_reply():
     thinking = CHATML.replace(
-        "{{ m['content'] }}", "{% if m.role == 'assistant' %}[no thoughts]{% endif %}{{ m.content }}"
+        "{{ m['content'] }}",
+        "{% if m.role == 'assistant' %}[no thoughts]{% endif %}{{ m.content }}",
     )
     chat = ChatTokenizer(byte_tokenizer(thinking))
     assert chat.render_prompt((USER,)).endswith("assistant\n[no thoughts]")

@@ -1,0 +1,105 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from builders import byte_tokenizer, write_jsonl, write_scores
+
+from megatron_infifpo.cli import run
+from megatron_infifpo.data.records import read_records, records_fingerprint
+from megatron_infifpo.data.token_dataset import TokenDataset
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Run a tool as its command line does; return (exit code, stdout, stderr)."""
+
+    def call(name, *args):
+        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        with pytest.raises(SystemExit) as caught:
+            run(module.main)
+        return (caught.value.code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def prepared(tmp_path, tool):
+    byte_tokenizer().save_pretrained(tmp_path / "tok")
+    values = [
+        {"id": f"q{i}", "domain": d, "prompt": "why?", "chosen": f"yes {i}", "rejected": "</s> no"}
+        for i, d in enumerate(["math", "code", "math"])
+    ]
+    path = write_jsonl(tmp_path / "train.jsonl", *values)
+    options = ("--tokenizer", tmp_path / "tok", "--output", tmp_path / "out" / "train")
+    code, out, err = tool("prepare_preferences", "--input", path, *options)
+    assert code == 0, err
+    return tmp_path, path, out
+
+
+def test_prepare(prepared):
+    folder, path, out = prepared
+    tokens = TokenDataset(folder / "out" / "train")
+    assert len(tokens) == 3 and tokens.records_sha256 == records_fingerprint(read_records(path))
+    assert tokens.manifest["source_files"] == [str(path)]
+    assert "3 records" in out and "domains: math 2, code 1" in out and "p100" in out
+    assert "rejected" in out
+
+
+def test_prepare_reports_bad_records(prepared, tool):
+    folder, path, _ = prepared
+    bad = write_jsonl(folder / "bad.jsonl", "{", '{"prompt": "q"}')
+    options = ("--tokenizer", folder / "tok", "--output", folder / "new")
+    code, _, err = tool("prepare_preferences", "--input", path, bad, *options)
+    assert code == 2 and f"error: {bad}:1: broken JSON" in err and "Traceback" not in err
+    assert not list(folder.glob("new*"))
+    skip = ("--on-bad-record", "skip")
+    code, out, err = tool("prepare_preferences", "--input", path, bad, *options, *skip)
+    assert code == 0 and "skipped 2 bad records" in err and f"{bad}:2: field 'chosen'" in err
+    assert "3 records" in out
+    code, _, err = tool("prepare_preferences", "--input", bad, *options, *skip)
+    assert code == 2 and "there are no records" in err
+
+
+def test_inspect(prepared, tool):
+    folder, path, _ = prepared
+    records = read_records(path)
+    lengths = TokenDataset(folder / "out" / "train").response_lengths
+    write_scores(folder / "pivot", records, lengths)
+    write_scores(folder / "a", records, lengths + 1, seed=1)
+    write_scores(folder / "b", records, lengths, seed=2, masked=[0])
+    (folder / "sources.yaml").write_text(
+        "initial: pivot\nsources: [{name: a, logprobs: a}, {name: b, logprobs: b},"
+        " {name: c, logprobs: a, domains: [code]}]"
+    )
+    data = ("--data", folder / "out" / "train")
+    sources = ("--sources", folder / "sources.yaml")
+    code, out, err = tool("inspect_preferences", *data, *sources, "--id", "q0")
+    assert code == 0, err
+    assert "record 'q0', index 0, domain math" in out
+    assert "<|im_start|>assistant\n" in out and "</s> no<|im_end|>" in out
+    assert "  |  " in out and "'<|im_end|>'" in out
+    assert "masked: too long" in out and "its domains do not include" in out
+    assert "reference at step 0: max-margin of means, clip True" in out and "1.000" in out
+    for option in (["--fusion", "average"], ["--sums"], ["--no-clip"]):
+        assert tool("inspect_preferences", *data, *sources, "--id", "q1", *option)[0] == 0
+    code, out, _ = tool("inspect_preferences", *data, "--id", "q1")
+    assert code == 0 and "log-probs" not in out
+    code, _, err = tool("inspect_preferences", *data, "--id", "zz")
+    assert code == 2 and "has no record 'zz', expected an id such as 'q0'" in err
+
+
+def test_inspect_wants_the_same_tokenizer(prepared, tool):
+    folder, _, _ = prepared
+    other = byte_tokenizer()
+    other.add_tokens(["extra"])
+    other.save_pretrained(folder / "other")
+    options = ("--data", folder / "out" / "train", "--id", "q0", "--tokenizer", folder / "other")
+    code, _, err = tool("inspect_preferences", *options)
+    assert code == 2 and "has tokenizer_sha256" in err

@@ -1,0 +1,55 @@
+import pytest
+
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.sources import Source, read_sources
+
+GOOD = """
+initial: logprobs/pivot
+sources:
+  - {name: qwen, logprobs: logprobs/qwen}
+  - {name: coder, logprobs: /abs/coder, domains: [code]}
+"""
+
+
+def write(folder, text):
+    path = folder / "sources.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_prefixes_are_relative_to_the_file(tmp_path):
+    config = read_sources(write(tmp_path, GOOD), domains=["code", "math"])
+    assert config.initial == str(tmp_path / "logprobs/pivot")
+    assert config.sources == (
+        Source("qwen", str(tmp_path / "logprobs/qwen")),
+        Source("coder", "/abs/coder", ("code",)),
+    )
+
+
+def test_sources_may_be_absent(tmp_path):
+    assert read_sources(write(tmp_path, "initial: p")).sources == ()
+
+
+BAD = {
+    "[1": "not valid YAML",
+    "": "sources.yaml is None, expected the keys initial, sources",
+    "sources: []": "lacks the key 'initial'",
+    "initial: 3": "initial is 3, expected the prefix",
+    "initial: p\nbeta: 1": "unknown key 'beta', expected initial, sources",
+    "initial: p\nsources: {a: b}": "expected a list",
+    "initial: p\nsources: [{name: a}]": r"sources\[0\] lacks the key 'logprobs'",
+    "initial: p\nsources: [{name: a, logprobs: b, domain: c}]": "unknown key 'domain'",
+    "initial: p\nsources: [{name: 3, logprobs: b}]": "name is 3",
+    "initial: p\nsources: [{name: a, logprobs: b, domains: code}]": "domains is 'code'",
+    "initial: p\nsources: [{name: a, logprobs: b, domains: []}]": r"domains is \[\]",
+    "initial: p\nsources: [{name: a, logprobs: b}, {name: a, logprobs: c}]": "'a' is used twice",
+    "initial: p\nsources: [{name: a, logprobs: b, domains: [cod]}]": "did you mean 'code'",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_files(tmp_path, text):
+    with pytest.raises(UserError, match=BAD[text]):
+        read_sources(write(tmp_path, text), domains=["code", "math"])
+    with pytest.raises(UserError, match="cannot read"):
+        read_sources(tmp_path / "absent.yaml")
