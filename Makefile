@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test lint format clean
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo/run.py
+	$(BIN)/python -W ignore examples/demo/run.py
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest

@@ -94,7 +94,8 @@ def set_schedule(
         pairs = len(train.eligible(args.seq_length)) * args.preference_epochs
         args.train_iters = max(1, pairs // args.global_batch_size)
     if args.eval_interval is None:
-        args.eval_interval = args.train_iters
+        # Only at the end, where Megatron evaluates in any case.
+        args.eval_interval = (args.train_iters or args.train_samples) + 1
     replica = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     if args.world_size % replica:
         raise UserError(

@@ -80,3 +80,16 @@ def ranks(tmp_path_factory):
     launcher = Ranks(tmp_path_factory.mktemp("ranks"))
     yield launcher
     launcher.close()
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct as the demo's pivot; INFIFPO_SMOLLM2 names a folder to keep it in."""
+    sys.path.insert(0, str(ROOT / "examples" / "demo"))
+    import pivot
+
+    folder = os.environ.get("INFIFPO_SMOLLM2") or tmp_path_factory.mktemp("smollm2") / "hf"
+    try:
+        return pivot.save_pivot(folder)
+    except ValueError as error:
+        pytest.skip(str(error))

@@ -78,8 +78,8 @@ def export(checkpoint: str, folder: str) -> None:
     run_tool("convert_checkpoint", ["export", "--load", checkpoint, "--save", folder])
 
 
-def run_tool(name: str, argv: list[str]) -> None:
-    """Run the main of a file in tools/ as one rank."""
+def load_tool(name: str):
+    """Import a file in tools/."""
     import importlib.util
     from pathlib import Path
 
@@ -87,8 +87,26 @@ def run_tool(name: str, argv: list[str]) -> None:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def run_tool(name: str, argv: list[str]) -> None:
+    """Run the main of a file in tools/ as one rank."""
     sys.argv = [name, *argv]
-    module.main()
+    load_tool(name).main()
+
+
+def command(program: str, argv: list[str]) -> None:
+    """Run a program (a module, or tools/NAME.py) as its command line does, exit code included."""
+    import importlib
+    from pathlib import Path
+
+    from megatron_infifpo.cli import run
+
+    is_tool = program.startswith("tools/")
+    module = load_tool(Path(program).stem) if is_tool else importlib.import_module(program)
+    sys.argv = [program, *argv]
+    run(module.main)
 
 
 def megatron_logprobs(hf: str, rows: str, tp: int, pp: int) -> list[torch.Tensor] | None:

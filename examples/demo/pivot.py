@@ -49,17 +49,11 @@ def find_gguf(package: str = PACKAGE) -> Path:
     )
 
 
-def save_pivot(output_dir: str | Path) -> Path:
-    """Write the pivot to `output_dir` (config, safetensors float32, tokenizer) and return it.
+def save_gguf(gguf: Path, output: Path, *, name: str, chat_template: str) -> None:
+    """Dequantize a GGUF file into a Hugging Face folder (float32 safetensors, tokenizer).
 
-    A folder that is already there is left alone: it is renamed into place only when complete.
-    Raises UserError when the package that holds the weights is missing.
+    `chat_template` is used where the file has none. The folder gets its name when it is complete.
     """
-    output = Path(output_dir)
-    if (output / "config.json").exists():
-        return output
-    gguf = find_gguf()
-
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -69,9 +63,9 @@ def save_pivot(output_dir: str | Path) -> Path:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
-    model.config._model_name_or_path = "SmolLM2-135M-Instruct"  # GGUF holds a run's name instead
+    model.config._model_name_or_path = name  # GGUF holds a run's name instead
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    tokenizer.chat_template = tokenizer.chat_template or chat_template
     tokenizer.model_max_length = model.config.max_position_embeddings
 
     partial = output.with_name(output.name + ".partial")
@@ -79,6 +73,18 @@ def save_pivot(output_dir: str | Path) -> Path:
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(output)
+
+
+def save_pivot(output_dir: str | Path) -> Path:
+    """Write the pivot to `output_dir` (config, safetensors float32, tokenizer) and return it.
+
+    A folder that is already there is left alone. Raises UserError when the package that holds the
+    weights is missing.
+    """
+    output = Path(output_dir)
+    if not (output / "config.json").exists():
+        gguf = find_gguf()
+        save_gguf(gguf, output, name="SmolLM2-135M-Instruct", chat_template=CHAT_TEMPLATE)
     return output
 
 

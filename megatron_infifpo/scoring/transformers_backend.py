@@ -1,7 +1,9 @@
-"""Score with Hugging Face transformers: any causal LM, one response at a time."""
+"""Score with Hugging Face transformers: any causal LM."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
 
-CHUNK_ROWS = 512
+LOGITS_BYTES = 2**30
 
 
 class TransformersBackend:
@@ -73,24 +75,63 @@ class TransformersBackend:
 
     @torch.no_grad()
     def _score_row(self, row: dict) -> Tensor:
-        borders = row["cu_seqlens"]
-        scored, targets = row["scored_rows"], row["target_ids"]
-        pieces = []
-        for start, end in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
-            inside = (scored >= start) & (scored < end)
-            if inside.any():
-                ids = row["tokens"][:, start:end].to(self.device)
-                pieces.append(self._score_segment(ids, scored[inside] - start, targets[inside]))
-        return torch.cat(pieces)
+        borders, scored = row["cu_seqlens"].tolist(), row["scored_rows"]
+        segments = []
+        for start, end in zip(borders[:-1], borders[1:], strict=True):
+            places = ((scored >= start) & (scored < end)).nonzero().squeeze(1)
+            if len(places):  # not the padding at the end of a row
+                segments.append(
+                    Segment(row["tokens"][0, start:end], scored[places] - start, places)
+                )
+        logprobs = torch.empty(len(scored), dtype=torch.float32)
+        for batch in self._batches(segments):
+            values = self._score_batch(batch, row["target_ids"])
+            logprobs[torch.cat([segment.places for segment in batch])] = values
+        return logprobs
 
-    def _score_segment(self, ids: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        """Log-probs `[k]` of `targets` at `rows` of one sequence `[1, L]`."""
-        rows, targets = rows.to(self.device), targets.to(self.device)
-        logits = self.model(input_ids=ids, logits_to_keep=rows, use_cache=False).logits[0]
-        # Chunked, since float32 copies of a large vocabulary's logits are the peak of memory.
-        chunks = zip(logits.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True)
-        logprobs = [
-            part.float().log_softmax(-1).gather(1, target[:, None]).squeeze(1)
-            for part, target in chunks
-        ]
-        return torch.cat(logprobs).cpu()
+    def _batches(self, segments: list["Segment"]) -> Iterator[list["Segment"]]:
+        """Group segments of like length, as many as their logits allow."""
+        limit = max(1, LOGITS_BYTES // (4 * self.vocab_size))
+        batch: list[Segment] = []
+        for segment in sorted(segments, key=lambda s: -len(s.tokens)):
+            if batch and (len(batch) + 1) * len(_kept([*batch, segment])) > limit:
+                yield batch
+                batch = []
+            batch.append(segment)
+        if batch:
+            yield batch
+
+    def _score_batch(self, batch: list["Segment"], targets: Tensor) -> Tensor:
+        """Log-probs of the batch's scored tokens, `[k]`, segment after segment."""
+        tokens = [segment.tokens for segment in batch]
+        # Padded on the right, where a causal model cannot see it.
+        ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], True)
+        kept = _kept(batch)
+        logits = self.model(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            logits_to_keep=kept.to(self.device),
+            use_cache=False,
+        ).logits
+        results = []
+        for segment, rows in zip(batch, logits, strict=True):
+            scores = rows[(segment.rows - kept[0]).to(self.device)].float().log_softmax(-1)
+            target = targets[segment.places].to(self.device)
+            results.append(scores.gather(1, target[:, None]).squeeze(1))
+        return torch.cat(results).cpu()
+
+
+class Segment(NamedTuple):
+    """One response with its prompt."""
+
+    tokens: Tensor  # [L]
+    rows: Tensor  # [k], the positions in the segment that predict a response token
+    places: Tensor  # [k], the positions of their log-probs in the row's result
+
+
+def _kept(batch: list[Segment]) -> Tensor:
+    """Positions whose logits some segment of the batch needs: one range."""
+    first = min(int(segment.rows[0]) for segment in batch)
+    last = max(int(segment.rows[-1]) for segment in batch)
+    return torch.arange(first, last + 1)

@@ -1,6 +1,5 @@
 """Per-token log-probs of Megatron and transformers on the same packed rows, in float32."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -61,20 +60,6 @@ def test_tiny_models(models, ranks, tmp_path, family, tp, pp):
         for lengths in ([31, 17, 52], [100], [9, 3, 64, 4])  # multiples of TP as the loader pads
     ]
     assert compare(ranks, models[family], rows, tp, pp, tmp_path) <= TOLERANCE
-
-
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct as the demo's pivot; INFIFPO_SMOLLM2 names a folder to keep it in."""
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
-    pivot = pytest.importorskip("pivot")
-    folder = os.environ.get("INFIFPO_SMOLLM2") or tmp_path_factory.mktemp("smollm2") / "hf"
-    try:
-        return pivot.save_pivot(folder)
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("tp, pp", [(1, 1), (3, 1), (1, 2)])

@@ -1,0 +1,136 @@
+"""Bad input to training and scoring: one sentence, exit code 2, no traceback, nothing written."""
+
+import json
+
+import pytest
+import tiny
+from conftest import RankError
+
+
+def refused(ranks, module: str, argv: list[str]) -> str:
+    """Run a command that must exit with code 2, and return its sentence."""
+    with pytest.raises(RankError) as failure:
+        ranks(1, "workers:command", module, argv)
+    assert failure.value.codes == [2], failure.value
+    log = failure.value.logs[0]
+    assert "Traceback" not in log
+    sentences = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1, log
+    return sentences[0]
+
+
+@pytest.fixture
+def flags(setup, tmp_path):
+    """A good command line, less some flags, plus others."""
+    sources = setup.sources("bad", "{name: qwen, logprobs: qwen}")
+
+    def make(*more: str, without: tuple[str, ...] = ()) -> list[str]:
+        argv = setup.flags(sources, "--save", str(tmp_path / "run"), "--save-interval", "3")
+        for flag in without:
+            position = argv.index(flag)
+            del argv[position : position + 2]
+        return [*argv, *more]
+
+    yield make
+    assert not (tmp_path / "run").exists(), "a refused run must write nothing"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--fusion", "average"],
+        ["--clip"],
+        ["--margin-space", "log-prob"],
+        ["--initial-as-source"],
+    ],
+)
+def test_option_without_effect_for_the_method(flags, ranks, option):
+    sentence = refused(ranks, "megatron_infifpo.train", flags("--method", "dpo", *option))
+    assert f"{option[0]} has no effect with --method dpo" in sentence
+
+
+def test_option_without_effect_for_the_fusion(flags, ranks):
+    argv = flags("--fusion", "average", "--margin-anchor", "initial")
+    sentence = refused(ranks, "megatron_infifpo.train", argv)
+    assert "--margin-anchor has no effect with --fusion average" in sentence
+
+
+def test_missing_checkpoint(flags, ranks, tmp_path):
+    argv = flags(
+        "--pretrained-checkpoint", str(tmp_path / "no"), without=("--pretrained-checkpoint",)
+    )
+    assert "no checkpoint in" in refused(ranks, "megatron_infifpo.train", argv)
+
+
+def test_impossible_tensor_parallel_size(setup, flags, ranks, tmp_path):
+    """Phi-4 has 10 key-value heads; so has this one."""
+    shape = {"num_attention_heads": 20, "num_key_value_heads": 10, "hidden_size": 160}
+    phi = tiny.save_model(tmp_path / "phi", "phi3", intermediate_size=160, **shape)
+    ranks(1, "workers:run_tool", "convert_checkpoint",
+          ["import", "--hf", str(phi), "--save", str(tmp_path / "phi-megatron")])  # fmt: skip
+    argv = flags(
+        "--pretrained-checkpoint", str(tmp_path / "phi-megatron"),
+        "--tensor-model-parallel-size", "4", without=("--pretrained-checkpoint",),
+    )  # fmt: skip
+    sentence = refused(ranks, "megatron_infifpo.train", argv)
+    assert "expected one of 1, 2, 5, 10" in sentence and "10 key-value heads" in sentence
+    score = ["--backend", "megatron", "--model", str(phi), "--input", str(setup.records)]
+    score += ["--output", str(tmp_path / "out"), "--tensor-model-parallel-size", "4"]
+    assert "expected one of 1, 2, 5, 10" in refused(ranks, "tools/score_source.py", score)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_architecture_flag_against_the_checkpoint(flags, ranks):
+    sentence = refused(ranks, "megatron_infifpo.train", flags("--num-layers", "12"))
+    assert "--num-layers is 12, but the checkpoint" in sentence
+
+
+def test_log_probs_of_other_pairs(setup, flags, ranks, tmp_path):
+    other = tiny.write_records(tmp_path / "other.jsonl", 20, seed=99)
+    argv = ["--backend", "megatron", "--model", str(setup.hf), "--input", str(other)]
+    ranks(1, "workers:score", [*argv, "--output", str(tmp_path / "other")])
+    sources = tmp_path / "sources.yaml"
+    sources.write_text(
+        f"initial: {setup.folder}/initial\nsources: [{{name: other, logprobs: other}}]\n"
+    )
+    argv = flags("--preference-sources", str(sources), without=("--preference-sources",))
+    assert "log-probs of other records" in refused(ranks, "megatron_infifpo.train", argv)
+
+
+def test_initial_log_probs_of_another_tokenizer(setup, flags, ranks):
+    sources = setup.folder / "swapped.yaml"
+    sources.write_text("initial: qwen\nsources: [{name: phi, logprobs: phi}]\n")
+    argv = flags("--preference-sources", str(sources), without=("--preference-sources",))
+    sentence = refused(ranks, "megatron_infifpo.train", argv)
+    assert "lengths of the responses" in sentence or "tokenizer" in sentence
+
+
+def test_no_pair_fits(flags, ranks):
+    argv = flags("--seq-length", "8", without=("--seq-length",))
+    assert "--seq-length" in refused(ranks, "megatron_infifpo.train", argv)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ("{", "broken.jsonl:3"),
+        (json.dumps({"id": "x", "prompt": "p", "chosen": "a"}), "rejected"),
+        (json.dumps({"id": "x", "prompt": "p", "chosen": " ", "rejected": "b"}), "empty"),
+        (json.dumps({"id": "x", "prompt": "p", "chosen": "a", "rejected": "a"}), "equal"),
+        (json.dumps({"id": "train-0", "prompt": "p", "chosen": "a", "rejected": "b"}), "train-0"),
+    ],
+    ids=["broken JSON", "missing field", "empty response", "equal responses", "duplicate id"],
+)
+def test_bad_records(setup, ranks, tmp_path, change, expected):
+    lines = setup.records.read_text().splitlines()
+    lines[2] = change
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("\n".join(lines) + "\n")
+    prepare = ["--input", str(broken), "--tokenizer", str(setup.hf)]
+    prepare += ["--output", str(tmp_path / "out")]
+    sentence = refused(ranks, "tools/prepare_preferences.py", prepare)
+    assert "broken.jsonl:3" in sentence and expected in sentence
+    score = ["--backend", "transformers", "--model", str(setup.hf), "--input", str(broken)]
+    score += ["--output", str(tmp_path / "out")]
+    assert "broken.jsonl:3" in refused(ranks, "tools/score_source.py", score)
+    assert not list(tmp_path.glob("out*"))
