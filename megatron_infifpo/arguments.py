@@ -66,6 +66,9 @@ class PreferenceConfig:
     preference_epochs: int = 1
     """Passes over the pairs, where --train-iters is not given."""
 
+    reference_check: Literal["error", "warn", "off"] = "error"
+    """When a run starts: whether the initial pivot's log-probs are of the weights it starts from."""
+
     beta: float | None = None
     """Strength of the KL constraint (default: the method's, 2.5 for means and 0.1 for sums)."""
 
@@ -144,3 +147,52 @@ def resolve_method(args: argparse.Namespace) -> Method:
     if method.beta <= 0:
         raise UserError(f"--beta is {method.beta}, expected a positive number")
     return method
+
+
+# Megatron's features that change what a rank holds of a row or of the output layer's weight.
+_UNSUPPORTED = {
+    "context_parallel_size": "context parallelism would cut the packed pairs",
+    "use_megatron_fsdp": "the log-prob head reads the whole shard of the output layer",
+    "use_torch_fsdp2": "the log-prob head reads the whole shard of the output layer",
+    "num_experts": "no converted model is a mixture of experts",
+    "rampup_batch_size": "the step of a pair would depend on the ramp",
+}
+
+
+def refuse_unsupported(args: argparse.Namespace) -> None:
+    """Refuse Megatron's features that packed preference pairs do not work with.
+
+    Raises:
+        UserError: names the flag and the reason.
+    """
+    for name, reason in _UNSUPPORTED.items():
+        if getattr(args, name, None) not in (None, False, 1):
+            raise UserError(f"{flag(name)} is not supported: {reason}; leave it out")
+
+
+def override(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, values: dict[str, Any]
+) -> None:
+    """Set arguments that leave no choice.
+
+    Raises:
+        UserError: the command line gives another value, which would have no effect.
+    """
+    for name, value in values.items():
+        given = getattr(args, name)
+        if given != parser.get_default(name) and given != value:
+            raise UserError(
+                f"{flag(name)} is {given!r}, but only {value!r} works here: leave it out"
+            )
+        setattr(args, name, value)
+
+
+def escape_help(parser: argparse.ArgumentParser) -> None:
+    """Make `--help` work: some of Megatron's help texts hold a lone percent sign."""
+    formatter = parser.formatter_class(parser.prog)
+    for action in parser._actions:
+        try:
+            if action.help:
+                formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%") if action.help else None

@@ -34,14 +34,15 @@ def enable(*, announce: bool = True) -> bool:
         Whether Megatron now runs on the CPU.
     """
     global _mode
+    # Megatron refuses tensor parallelism without it on GPUs before Blackwell; set here because it
+    # must be there before CUDA starts. Whoever sets another value keeps it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if _mode is not None:
         return True
     if torch.cuda.is_available():
         return False
     # Megatron decorates functions with torch.compile, which gains nothing here and costs minutes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Megatron insists on it for sequence parallelism on some GPUs; it has no meaning on a CPU.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _patch_torch_cuda()
     _mode = _CudaMeansCpu()
     _mode.__enter__()

@@ -147,6 +147,10 @@ def response_logprobs(
         `[K]` float32.
     """
     group = output_layer.tp_group
+    # The weight is read without calling the layer, so what Megatron hangs on that call runs here:
+    # under --overlap-param-gather it waits until the weight has arrived.
+    for hook in output_layer._forward_pre_hooks.values():
+        hook(output_layer, ())
     weight = output_layer.weight if output_weight is None else output_weight
     rows = context["scored_rows"]
     if config.sequence_parallel:

@@ -21,14 +21,11 @@ class FusedReference:
         logps: `[B, R]` fused reference log-prob of each response.
         weights: `[B, R, M]` share of each source; one-hot for max-margin, all zero where every
             source is masked and the initial pivot is the reference.
-        margins: `[B, R, M]` log of the probability margin |exp(c) - exp(p)|, or the log-prob
-            margin |c - p|; -inf where masked. None for fusions that compare nothing.
         clipped: bool `[B, R, M]`, true where clipping replaced a source's value; None without it.
     """
 
     logps: Tensor
     weights: Tensor
-    margins: Tensor | None = None
     clipped: Tensor | None = None
 
 
@@ -165,7 +162,7 @@ def fuse_reference(
     # A masked source's value is arbitrary (it may be NaN): replace it before any arithmetic.
     initial = initial_logps.unsqueeze(-1).expand_as(source_logps)
     values = torch.where(mask, source_logps, initial)
-    changed = margins = None
+    changed = None
     if clip:
         unclipped, values = values, clip_sources(values, initial_logps, preferred)
         changed = values != unclipped
@@ -173,7 +170,6 @@ def fuse_reference(
         anchor = policy_logps if margin_anchor == "current" else initial_logps
         margins = _margins(values, anchor, margin_space, selection)
         weights = _max_margin(values, mask, margins)
-        margins = margins.masked_fill(~mask, -math.inf)
     else:
         weights = FUSIONS[fusion](values, mask, values)
     weights = weights.masked_fill(~mask, 0.0)
@@ -181,4 +177,4 @@ def fuse_reference(
     weights = torch.where(total > 0, weights / total, weights)
     fused = (weights * values).sum(dim=-1)
     logps = torch.where(mask.any(dim=-1), fused, initial_logps)
-    return FusedReference(logps, weights, margins, changed)
+    return FusedReference(logps, weights, changed)

@@ -7,8 +7,9 @@ Example, two ranks:
         --pretrained-checkpoint pivot --save run --pipeline-model-parallel-size 2 \
         --micro-batch-size 2 --global-batch-size 128 --lr 1e-7 --bf16
 
-Every Megatron flag works; the architecture comes from the checkpoint. `--load` defaults to
-`--save`, so the same command starts a run and resumes it.
+Megatron's flags work as in Megatron; what cannot work with packed preference pairs is refused. The
+architecture comes from the checkpoint. `--load` defaults to `--save`, so the same command starts a
+run and resumes it.
 """
 
 import argparse
@@ -29,10 +30,17 @@ from megatron.training.argument_utils import (  # noqa: E402
     ArgumentGroupFactory,
     pretrain_cfg_container_from_args,
 )
-from megatron.training.arguments import parse_args, validate_args  # noqa: E402
+from megatron.training.arguments import parse_args  # noqa: E402
 from megatron.training.global_vars import set_global_variables  # noqa: E402
 
-from megatron_infifpo.arguments import PreferenceConfig, resolve_method  # noqa: E402
+from megatron_infifpo.arguments import (  # noqa: E402
+    Method,
+    PreferenceConfig,
+    escape_help,
+    override,
+    refuse_unsupported,
+    resolve_method,
+)
 from megatron_infifpo.data.batching import (  # noqa: E402
     EvaluationLoader,
     PreferenceLoader,
@@ -41,7 +49,8 @@ from megatron_infifpo.data.batching import (  # noqa: E402
 from megatron_infifpo.data.preference_dataset import PreferenceDataset  # noqa: E402
 from megatron_infifpo.data.sources import read_sources  # noqa: E402
 from megatron_infifpo.models.architecture import apply_architecture  # noqa: E402
-from megatron_infifpo.models.gpt import fixed_arguments, model_config  # noqa: E402
+from megatron_infifpo.models.gpt import fixed_arguments, model_config, validate  # noqa: E402
+from megatron_infifpo.training.reference_check import check_initial_weights  # noqa: E402
 from megatron_infifpo.training.step import PreferenceStep  # noqa: E402
 from megatron_infifpo.training.torch_adam import make_resumable  # noqa: E402
 
@@ -54,6 +63,7 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         parser.description = __doc__
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         ArgumentGroupFactory(PreferenceConfig).build_group(parser, "preference optimization")
+        escape_help(parser)
         parsers.append(parser)
         return parser
 
@@ -135,10 +145,28 @@ def datasets_provider(
         "max_tokens": args.seq_length,
         "pad_multiple": mpu.get_tensor_model_parallel_world_size(),
     }
-    step = args.consumed_train_samples // args.global_batch_size
+    step, rest = divmod(args.consumed_train_samples, args.global_batch_size)
+    if rest:
+        raise UserError(
+            f"--global-batch-size is {args.global_batch_size}, but the checkpoint has seen "
+            f"{args.consumed_train_samples} pairs, which is no multiple of it: pairs would be "
+            "repeated; resume with the batch size of before"
+        )
     train_loader = PreferenceLoader(train, seed=args.seed, start_step=step, **layout)
     valid_loader = None if valid is None else EvaluationLoader(valid, **layout)
     return train_loader, valid_loader, None
+
+
+def announce(args: argparse.Namespace, method: Method, train: PreferenceDataset) -> None:
+    """Say what is about to be trained, on how much."""
+    usable = len(train.eligible(args.seq_length))
+    print_rank_0(f"preference optimization: {method}")
+    print_rank_0(
+        f"pairs: {usable} used, {len(train) - usable} left out (longer than --seq-length "
+        f"{args.seq_length}, or without log-probs of the initial pivot); a step takes "
+        f"{args.global_batch_size}, {args.train_iters} steps are "
+        f"{(args.train_iters or 0) * args.global_batch_size / usable:.2f} epochs"
+    )
 
 
 def carry_architecture(pivot: Path, save: str | None) -> None:
@@ -154,6 +182,7 @@ def carry_architecture(pivot: Path, save: str | None) -> None:
 def main() -> None:
     """Check everything that can be checked, then hand over to Megatron."""
     args, parser = parse_arguments()
+    refuse_unsupported(args)
     method = resolve_method(args)
     args.fused = method.fused
     if args.preference_data is None:
@@ -165,17 +194,14 @@ def main() -> None:
     if args.preference_valid_data is not None:
         valid = open_dataset(args.preference_valid_data, args.preference_valid_sources, args)
     set_schedule(args, train, valid)
-    vars(args).update(fixed_arguments(), dist_ckpt_optim_fully_reshardable=True)
-    try:
-        validate_args(args)
-    except AssertionError as error:
-        raise UserError(f"Megatron refuses these flags: {error}") from error
-    set_global_variables(args, build_tokenizer=False)
-
+    override(args, parser, fixed_arguments() | {"dist_ckpt_optim_fully_reshardable": True})
+    validate(args)
+    check_initial_weights(args, pivot, train)
     config = model_config(args)
+    set_global_variables(args, build_tokenizer=False)
     if args.rank == 0:
         carry_architecture(pivot, args.save)
-    print_rank_0(f"preference optimization: {method}")
+    announce(args, method, train)
     make_resumable()
     provider = functools.partial(datasets_provider, train, valid)
     provider.is_distributed = True  # type: ignore[attr-defined]

@@ -116,3 +116,22 @@ def megatron_logprobs(hf: str, rows: str, tp: int, pp: int) -> list[torch.Tensor
     backend = MegatronBackend(hf, tensor_parallel=tp, pipeline_parallel=pp)
     output = backend(torch.load(rows))
     return output if backend.is_writer else None
+
+
+def score_and_die(argv: list[str], shards: int) -> None:
+    """Score like `score`, and stop dead after writing this many shards on a rank."""
+    import os
+
+    from megatron_infifpo.scoring.shards import ShardFolder
+
+    write = ShardFolder.write
+    written = []
+
+    def write_and_count(self, shard, records):
+        write(self, shard, records)
+        written.append(shard)
+        if len(written) == shards:
+            os._exit(0)
+
+    ShardFolder.write = write_and_count
+    score(argv)

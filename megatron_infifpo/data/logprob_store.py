@@ -253,8 +253,8 @@ class LogprobStore:
             same_tokenizer: the model is the pivot, so every response has the same tokens there.
 
         Raises:
-            UserError: the fingerprint of the records, the count, the responses or (for the pivot)
-                the length of a response disagrees; says which.
+            UserError: the fingerprint of the records, the count, the responses or, for the
+                pivot, the tokenizer or the length of a response disagrees; says which.
         """
         where = f"{self.prefix} ({self.manifest['model']}) does not fit {tokens.prefix}"
         fix = f"score the records of {tokens.manifest['source_files']} again"
@@ -275,6 +275,13 @@ class LogprobStore:
             )
         if not same_tokenizer:
             return
+        for name in ("tokenizer_sha256", "chat_template_sha256"):
+            found, expected = self.manifest[name], tokens.manifest[name]
+            if found != expected:
+                raise UserError(
+                    f"{where}: its {name} is {found[:12]}, expected {expected[:12]}: the initial "
+                    f"pivot must have the tokenizer and the chat template of {tokens.prefix}"
+                )
         wrong = (self.token_counts != tokens.response_lengths).any(axis=1) & ~self.masked_records
         if wrong.any():
             index = int(wrong.argmax())

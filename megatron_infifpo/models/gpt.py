@@ -6,22 +6,23 @@ Training hands `model_config(args)` to Megatron's `pretrain`; the scorer and the
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_infifpo import cpu
-from megatron_infifpo.models.layers import HAVE_TE, local_block_spec
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.models.layers import local_block_spec
 
 
 def fixed_arguments() -> dict[str, Any]:
@@ -38,8 +39,11 @@ def fixed_arguments() -> dict[str, Any]:
         fixed |= {
             "transformer_impl": "local",
             "no_persist_layer_norm": True,
-            "gradient_accumulation_fusion": False,
+            "apply_rope_fusion": False,
         }
+    # The output layer is Megatron's own even in the TE spec, and this fusion of it is Apex's.
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        fixed["gradient_accumulation_fusion"] = False
     if cpu.is_enabled():
         fixed |= cpu.argument_overrides() | {"transformer_impl": "local"}
     return fixed
@@ -65,13 +69,20 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
     return config
 
 
+def validate(args: argparse.Namespace) -> None:
+    """Let Megatron check and complete its arguments; what it refuses is the user's to mend."""
+    try:
+        validate_args(args)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"Megatron refuses these flags: {error}") from error
+
+
 def forward_only_arguments(
     model_args: Mapping[str, Any],
     *,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     virtual_pipeline: int | None = None,
-    sequence_parallel: bool = False,
     bf16: bool = False,
 ) -> argparse.Namespace:
     """Validated Megatron arguments of a model that is only run forward.
@@ -80,7 +91,6 @@ def forward_only_arguments(
         model_args: architecture, as `megatron_args` of a model family returns it.
         tensor_parallel, pipeline_parallel: ranks a tensor and layers are spread over.
         virtual_pipeline: model chunks a pipeline rank, or None.
-        sequence_parallel: shard activations outside tensor-parallel regions by tokens.
         bf16: weights and activations in bfloat16, else float32.
     """
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
@@ -93,40 +103,19 @@ def forward_only_arguments(
     args.pipeline_model_parallel_size = pipeline_parallel
     if virtual_pipeline is not None:
         args.num_virtual_stages_per_pipeline_rank = virtual_pipeline
-    args.sequence_parallel = sequence_parallel
     args.bf16 = bf16
     args.micro_batch_size = 1
     args.seq_length = args.max_position_embeddings
     args._is_global_batch_size_explicitly_specified = False
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
-        validate_args(args)
+        validate(args)
     return args
-
-
-def initialize_parallel(args: argparse.Namespace) -> None:
-    """Start torch.distributed (as torchrun or srun set it up, or alone) and Megatron's groups."""
-    if not torch.distributed.is_initialized():
-        backend = args.distributed_backend
-        if "WORLD_SIZE" in os.environ:
-            if not cpu.is_enabled():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            torch.distributed.init_process_group(backend)
-        else:
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            args.tensor_model_parallel_size,
-            args.pipeline_model_parallel_size,
-            args.virtual_pipeline_model_parallel_size,
-        )
-        model_parallel_cuda_manual_seed(args.seed)
 
 
 def build_model(args: argparse.Namespace) -> list[GPTModel]:
     """Build this rank's model chunks in evaluation mode, weights not loaded.
 
-    `initialize_parallel(args)` must have run. One chunk, or one a virtual pipeline stage.
+    `parallel.initialize_parallel(args)` must have run. One chunk, or one a virtual pipeline stage.
     """
     config = model_config(args)
     config.transformer.perform_initialization = False

@@ -5,8 +5,6 @@ under sequence parallelism, and a core attention that takes THD input. Both are 
 keys equal those of the TE spec, so checkpoints move between the two.
 """
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -20,8 +18,6 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-
-HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -37,8 +33,8 @@ class RMSNorm(torch.nn.RMSNorm):
 class PackedAttention(MegatronModule):
     """Causal attention inside each segment of a THD row, without a mask over the whole row.
 
-    On CUDA one variable-length flash kernel serves all segments; on the CPU each segment is one
-    call of PyTorch's scaled-dot-product attention.
+    On CUDA one variable-length flash kernel serves all segments; on the CPU, and in float32, which
+    that kernel does not take, each segment is one call of PyTorch's scaled-dot-product attention.
     """
 
     def __init__(
@@ -85,7 +81,7 @@ class PackedAttention(MegatronModule):
             `[T, heads * head_dim]`.
         """
         assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        if query.is_cuda:
+        if query.is_cuda and query.dtype != torch.float32:
             from torch.nn.attention.varlen import varlen_attn
 
             borders = packed_seq_params.cu_seqlens_q

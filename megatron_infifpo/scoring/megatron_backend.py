@@ -20,12 +20,9 @@ from megatron_infifpo.checkpoint.hf_weights import load_into_model  # noqa: E402
 from megatron_infifpo.checkpoint.layout import find_checkpoint  # noqa: E402
 from megatron_infifpo.models.architecture import read_hf_config  # noqa: E402
 from megatron_infifpo.models.families import check_tensor_parallel, megatron_args  # noqa: E402
-from megatron_infifpo.models.gpt import (  # noqa: E402
-    build_model,
-    forward_only_arguments,
-    initialize_parallel,
-)
+from megatron_infifpo.models.gpt import build_model, forward_only_arguments  # noqa: E402
 from megatron_infifpo.models.packed import Row, run_packed, to_device  # noqa: E402
+from megatron_infifpo.models.parallel import initialize_parallel  # noqa: E402
 
 
 def load_megatron_checkpoint(models: list[GPTModel], directory: str | Path) -> None:

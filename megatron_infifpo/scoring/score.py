@@ -92,8 +92,8 @@ def score(args: argparse.Namespace) -> None:
     shards = [
         records[i : i + args.shard_records] for i in range(0, len(records), args.shard_records)
     ]
-    todo = [s for s in range(len(shards)) if not folder.is_finished(s)]
-    _barrier()  # all ranks must agree on what is finished before any of them writes
+    # All ranks must agree on what is finished, whatever view of the folder each of them has.
+    todo = _on_first_rank(lambda: [s for s in range(len(shards)) if not folder.is_finished(s)])
     mine = todo[backend.data_parallel_rank :: backend.data_parallel_size]
     for shard in _progress(mine, manifest["model"], len(shards) - len(todo)):
         _score_shard(shards[shard], shard, folder, tokenizer, backend, args.row_tokens)
@@ -119,7 +119,7 @@ def _score_shard(
         collate([_pair(i, tokenized[i]) for i in row], pad_multiple=backend.pad_multiple)
         for row in plan
     ]
-    outputs = backend(rows)
+    outputs = backend(rows) if rows else []  # every record may be masked
     if not backend.is_writer:
         return
     results: list[list[np.ndarray]] = [
@@ -159,13 +159,14 @@ def _merge(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     scored = (record for shard in range(shards) for record in folder.read(shard, len(names)))
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    writer = LogprobWriter(output, responses=names, manifest={**manifest, "created": created})
     rows = []
-    for record, values in zip(records, scored, strict=True):
-        masked = not any(len(v) for v in values)
-        writer.add(record.id, None if masked else values, reason=reason if masked else None)
-        rows.append(None if masked else [(float(v.sum()), len(v)) for v in values])
-    writer.finish()
+    with LogprobWriter(
+        output, responses=names, manifest={**manifest, "created": created}
+    ) as writer:
+        for record, values in zip(records, scored, strict=True):
+            masked = not any(len(v) for v in values)
+            writer.add(record.id, None if masked else values, reason=reason if masked else None)
+            rows.append(None if masked else [(float(v.sum()), len(v)) for v in values])
     folder.remove()
     print_summary(manifest["model"], records, rows, output)
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.models.parallel import WAIT
 
 LOGITS_BYTES = 2**30
 
@@ -48,13 +49,16 @@ class TransformersBackend:
                 f"--backend transformers shards a model over all ranks or none: "
                 f"--tensor-model-parallel-size is {tensor_parallel}, expected 1 or {world}"
             )
-        cuda = torch.cuda.is_available() and not cpu.is_enabled()
-        if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if not cuda:
-            self.device = torch.device("cpu")
         sharded = tensor_parallel > 1
+        cuda = torch.cuda.is_available() and not cpu.is_enabled()
+        self.device = torch.device("cpu")
+        if cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        if world > 1 and not dist.is_initialized():
+            # Data-parallel ranks only wait for each other and exchange small objects.
+            backend = "nccl" if cuda and sharded else "gloo"
+            dist.init_process_group(backend, timeout=WAIT)
         placement = {"tp_plan": "auto"} if sharded else {"device_map": {"": self.device}}
         self.model = AutoModelForCausalLM.from_pretrained(
             directory,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import load_weights
 from safetensors.torch import save_file
+from tiny import load_weights
 
 from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
 from megatron_infifpo.checkpoint.hf_export import export_checkpoint

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import tiny
-from conftest import assert_same_weights, load_weights
 from safetensors.torch import save_file
+from tiny import assert_same_weights, load_weights
 
 from megatron_infifpo.checkpoint.hf_export import export_checkpoint
 from megatron_infifpo.checkpoint.hf_import import import_checkpoint

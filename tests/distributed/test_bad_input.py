@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tiny
-from conftest import RankError
+from launcher import RankError
 
 
 def refused(ranks, module: str, argv: list[str]) -> str:
