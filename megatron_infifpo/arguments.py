@@ -67,7 +67,7 @@ class PreferenceConfig:
     """Passes over the pairs, where --train-iters is not given."""
 
     reference_check: Literal["error", "warn", "off"] = "error"
-    """When a run starts: whether the initial pivot's log-probs are of the weights it starts from."""
+    """What to do when the initial pivot's log-probs are of other weights than a run starts from."""
 
     beta: float | None = None
     """Strength of the KL constraint (default: the method's, 2.5 for means and 0.1 for sums)."""
@@ -189,7 +189,7 @@ def override(
 
 def escape_help(parser: argparse.ArgumentParser) -> None:
     """Make `--help` work: some of Megatron's help texts hold a lone percent sign."""
-    formatter = parser.formatter_class(parser.prog)
+    formatter = argparse.HelpFormatter(parser.prog)
     for action in parser._actions:
         try:
             if action.help:

@@ -52,8 +52,9 @@ class Ranks:
         self.logs = [(output / f"rank{i}.log").read_text() for i in range(world)]
         if any(codes):
             raise RankError(codes, self.logs)
-        results = [(output / f"rank{i}.pickle").read_bytes() for i in range(world)]
-        return [pickle.loads(result) for result in results]
+        results = [output / f"rank{i}.pickle" for i in range(world)]
+        # A rank that exits with code 0 by itself, as after --help, leaves none.
+        return [pickle.loads(r.read_bytes()) if r.exists() else None for r in results]
 
     def close(self) -> None:
         self.process.stdin.close()

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
+from megatron_infifpo.checkpoint.layout import TRACKER
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
 
@@ -24,9 +25,13 @@ def check_initial_weights(
     Raises:
         UserError: other weights, under `--reference-check error`.
     """
-    resumes = args.pretrained_checkpoint is not None and pivot != Path(args.pretrained_checkpoint)
     initial = dataset.initial
-    if args.reference_check == "off" or resumes or args.rank != 0 or initial is None:
+    if args.reference_check == "off" or args.rank != 0 or initial is None:
+        return
+    given = args.pretrained_checkpoint
+    starts_here = given is not None and pivot == Path(given)
+    converted = (pivot / TRACKER).read_text(encoding="utf-8").strip() == "release"
+    if not (starts_here or converted or args.finetune):
         return
     expected = initial.manifest["weights_sha256"]
     found = weights_fingerprint(pivot)

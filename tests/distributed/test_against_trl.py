@@ -70,7 +70,8 @@ def test_dpo_matches_trl(setup, ranks, tmp_path, layout):
     sources = tmp_path / "sources.yaml"
     sources.write_text("initial: reference\nsources: []\n")
     argv = [
-        "--method", "dpo", "--reference-check", "off", "--train-iters", "1", "--optimizer", "sgd", "--sgd-momentum", "0",
+        "--method", "dpo", "--reference-check", "off", "--train-iters", "1",
+        "--optimizer", "sgd", "--sgd-momentum", "0",
         "--lr", "1", "--weight-decay", "0", "--clip-grad", "0",
         "--preference-data", str(data), "--preference-sources", str(sources),
         "--pretrained-checkpoint", str(setup.pivot), "--global-batch-size", str(PAIRS),

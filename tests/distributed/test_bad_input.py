@@ -4,7 +4,9 @@ import json
 
 import pytest
 import tiny
-from launcher import RankError
+from launcher import ROOT, RankError
+
+TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
 
 def refused(ranks, module: str, argv: list[str]) -> str:
@@ -103,6 +105,34 @@ def test_initial_log_probs_of_another_tokenizer(setup, flags, ranks):
     argv = flags("--preference-sources", str(sources), without=("--preference-sources",))
     sentence = refused(ranks, "megatron_infifpo.train", argv)
     assert "lengths of the responses" in sentence or "tokenizer" in sentence
+
+
+def test_log_probs_of_other_weights(setup, flags, ranks, tmp_path):
+    """The same tokenizer and architecture, but not the pivot that training starts from."""
+    other = tiny.save_model(tmp_path / "hf", "llama", seed=77)
+    ranks(1, "workers:run_tool", "convert_checkpoint",
+          ["import", "--hf", str(other), "--save", str(tmp_path / "other")])  # fmt: skip
+    argv = flags(
+        "--pretrained-checkpoint", str(tmp_path / "other"), without=("--pretrained-checkpoint",)
+    )
+    assert "of other weights" in refused(ranks, "megatron_infifpo.train", argv)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--context-parallel-size", "2"], ["--hidden-dropout", "0.3"], ["--use-megatron-fsdp"]],
+)
+def test_megatron_features_that_do_not_fit(flags, ranks, option):
+    assert option[0] in refused(ranks, "megatron_infifpo.train", flags(*option))
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["megatron_infifpo.train", *(f"tools/{name}.py" for name in TOOLS)],
+)
+def test_help(ranks, program):
+    ranks(1, "workers:command", program, ["--help"])
+    assert "usage:" in ranks.logs[0]
 
 
 def test_no_pair_fits(flags, ranks):

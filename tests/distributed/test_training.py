@@ -113,6 +113,34 @@ def test_resume_continues_the_run(setup, ranks, tmp_path, resume_flags):
     assert rest[0]["norms"] == pytest.approx(whole[0]["norms"][3:], rel=tolerance)
 
 
+def test_overlapped_communication(setup, ranks, runs):
+    """Small buckets, so that the output layer's weight arrives on its own, while others compute."""
+    sources = setup.sources("both", *BOTH)
+    overlap = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "5000"]
+    results = ranks(2, "workers:train", setup.flags(sources, *overlap))
+    expected = [step["loss"] for step in steps_of(runs["tp1"])]
+    assert [step["loss"] for step in steps_of(results)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_bf16_stays_close(setup, ranks, runs):
+    sources = setup.sources("both", *BOTH)
+    argv = setup.flags(sources, "--bf16", "--tensor-model-parallel-size", "2")
+    got, expected = steps_of(ranks(2, "workers:train", argv)), steps_of(runs["tp1"])
+    assert [s["loss"] for s in got] == pytest.approx([s["loss"] for s in expected], rel=0.05)
+
+
+def test_metrics_reach_tensorboard(setup, ranks, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sources = setup.sources("both", *BOTH)
+    flags = ["--tensorboard-dir", str(tmp_path), "--tensorboard-log-interval", "1"]
+    steps = steps_of(ranks(1, "workers:train", setup.flags(sources, *flags)))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for name in ("loss", "rewards/accuracy", "logps/margin", "clip-rate", "share/qwen"):
+        values = [event.value for event in events.Scalars(name)]
+        assert values == pytest.approx([step[name] for step in steps], rel=1e-6)
+
+
 def test_packing_changes_nothing(setup, ranks):
     """One pair a row, or all eight in one: the mean over pairs is the same."""
     sources = setup.sources("both", *BOTH)
