@@ -159,14 +159,14 @@ _UNSUPPORTED = {
 }
 
 
-def refuse_unsupported(args: argparse.Namespace) -> None:
+def refuse_unsupported(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse Megatron's features that packed preference pairs do not work with.
 
     Raises:
         UserError: names the flag and the reason.
     """
     for name, reason in _UNSUPPORTED.items():
-        if getattr(args, name, None) not in (None, False, 1):
+        if getattr(args, name, None) != parser.get_default(name):
             raise UserError(f"{flag(name)} is not supported: {reason}; leave it out")
 
 

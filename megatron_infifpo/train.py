@@ -100,9 +100,9 @@ def set_schedule(
         raise UserError("give --global-batch-size and --micro-batch-size, in pairs")
     if args.seq_length is None:
         args.seq_length = min(4096, args.max_position_embeddings)
+    usable = len(train.require_eligible(args.seq_length))
     if args.train_iters is None and args.train_samples is None:
-        pairs = len(train.eligible(args.seq_length)) * args.preference_epochs
-        args.train_iters = max(1, pairs // args.global_batch_size)
+        args.train_iters = max(1, usable * args.preference_epochs // args.global_batch_size)
     if args.eval_interval is None:
         # Only at the end, where Megatron evaluates in any case.
         args.eval_interval = (args.train_iters or args.train_samples) + 1
@@ -182,7 +182,7 @@ def carry_architecture(pivot: Path, save: str | None) -> None:
 def main() -> None:
     """Check everything that can be checked, then hand over to Megatron."""
     args, parser = parse_arguments()
-    refuse_unsupported(args)
+    refuse_unsupported(args, parser)
     method = resolve_method(args)
     args.fused = method.fused
     if args.preference_data is None:

@@ -209,13 +209,7 @@ class PreferenceLoader:
         self.rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
         self.global_batch_size, self.seed, self.step = global_batch_size, seed, start_step
         self.rows = data_parallel_size * num_microbatches
-        self.indices = dataset.eligible(max_tokens)
-        if not len(self.indices):
-            raise UserError(
-                f"none of the {len(dataset)} pairs of {dataset.tokens.prefix} is left: the "
-                f"shortest needs {int(dataset.segment_lengths.min())} tokens and --seq-length is "
-                f"{max_tokens}, or the initial pivot has no log-probs for them; raise --seq-length"
-            )
+        self.indices = dataset.require_eligible(max_tokens)
         self.lengths = dataset.pair_lengths[self.indices]
         self._pending: list[list[int]] = []
         self._check()

@@ -8,7 +8,7 @@ does, since its end of turn is scored.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -162,27 +162,6 @@ class LogprobWriter:
             self.discard()
 
 
-def write_logprobs(
-    prefix: str | Path,
-    rows: Iterable[tuple[str, Sequence[np.ndarray] | None, str | None]],
-    *,
-    responses: Sequence[str],
-    manifest: dict[str, Any],
-) -> dict[str, Any]:
-    """Write a whole dataset and return its manifest.
-
-    Args:
-        prefix: of the files to write.
-        rows: (record id, log-probs or None, reason or None), see `LogprobWriter.add`.
-        responses: names of the R responses.
-        manifest: see `LogprobWriter`.
-    """
-    with LogprobWriter(prefix, responses=responses, manifest=manifest) as writer:
-        for record_id, logprobs, reason in rows:
-            writer.add(record_id, logprobs, reason=reason)
-    return read_manifest(str(prefix), format_name=FORMAT, version=VERSION, made_by=MADE_BY)
-
-
 class LogprobStore:
     """Reads a log-prob dataset; opening does not loop over the records.
 
@@ -276,7 +255,7 @@ class LogprobStore:
         if not same_tokenizer:
             return
         for name in ("tokenizer_sha256", "chat_template_sha256"):
-            found, expected = self.manifest[name], tokens.manifest[name]
+            found, expected = self.manifest[name], tokens.manifest["tokenizer"][name]
             if found != expected:
                 raise UserError(
                     f"{where}: its {name} is {found[:12]}, expected {expected[:12]}: the initial "

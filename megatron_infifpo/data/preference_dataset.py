@@ -138,3 +138,18 @@ class PreferenceDataset:
         if self.initial is not None:
             keep &= ~self.initial.masked_records
         return np.flatnonzero(keep)
+
+    def require_eligible(self, max_tokens: int) -> np.ndarray:
+        """Return `eligible(max_tokens)`.
+
+        Raises:
+            UserError: no record is eligible.
+        """
+        indices = self.eligible(max_tokens)
+        if not len(indices):
+            raise UserError(
+                f"none of the {len(self)} pairs of {self.tokens.prefix} is left: the shortest "
+                f"needs {int(self.segment_lengths.min())} tokens and --seq-length is {max_tokens}, "
+                "or the initial pivot has no log-probs for them; raise --seq-length"
+            )
+        return indices

@@ -22,10 +22,11 @@ def build(hf: str, layout: dict[str, Any]) -> list:
     from megatron_infifpo.models.gpt import (
         build_model,
         forward_only_arguments,
-        initialize_parallel,
     )
 
     args = forward_only_arguments(megatron_args(read_hf_config(hf)), **layout)
+    from megatron_infifpo.models.parallel import initialize_parallel
+
     initialize_parallel(args)
     return build_model(args)
 

@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_infifpo.data.logprob_store import write_logprobs
+from megatron_infifpo.data.logprob_store import LogprobWriter
 from megatron_infifpo.data.records import RESPONSES, PreferenceRecord, records_fingerprint
 from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
 from megatron_infifpo.data.tokenization import ChatTokenizer
@@ -58,8 +58,7 @@ def manifest_fields(records: Sequence[PreferenceRecord], model: str = "m") -> di
     return {
         "model": model,
         "weights_sha256": "w" * 64,
-        "tokenizer_sha256": "t" * 64,
-        "chat_template_sha256": "c" * 64,
+        **ChatTokenizer(byte_tokenizer()).fingerprint(),
         "records_sha256": records_fingerprint(records),
         "backend": "test",
         "dtype": "float32",
@@ -78,17 +77,16 @@ def write_scores(
 ) -> None:
     """Random log-probs of `lengths` `[N, R]` tokens."""
     rng = np.random.default_rng(seed)
-    write_logprobs(
-        prefix,
-        (
-            (r.id, None, "too long")
-            if i in masked
-            else (r.id, [-rng.random(n, dtype=np.float32) for n in lengths[i]], None)
-            for i, r in enumerate(records)
-        ),
-        responses=RESPONSES[: lengths.shape[1]],
-        manifest=manifest_fields(records) | fields,
-    )
+    manifest = manifest_fields(records) | fields
+    with LogprobWriter(
+        prefix, responses=RESPONSES[: lengths.shape[1]], manifest=manifest
+    ) as writer:
+        for i, record in enumerate(records):
+            if i in masked:
+                writer.add(record.id, None, reason="too long")
+            else:
+                values = [-rng.random(n, dtype=np.float32) for n in lengths[i]]
+                writer.add(record.id, values)
 
 
 def write_jsonl(path: Path, *values: Any) -> Path:

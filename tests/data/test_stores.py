@@ -217,6 +217,10 @@ def test_scores_must_fit_the_tokens(tmp_path, tokens):
     swapped = [RECORDS[1], RECORDS[0], *RECORDS[2:]]
     with pytest.raises(UserError, match="fingerprint of the records .* other records"):
         check("swapped", records=swapped, same=False)
+    for name in ("tokenizer_sha256", "chat_template_sha256"):
+        with pytest.raises(UserError, match=f"its {name} is xx"):
+            check(name, **{name: "x" * 64})
+        check(f"{name} of a source", same=False, **{name: "x" * 64})
     longer = lengths.copy()
     longer[3, 1] += 1
     message = rf"lengths .* record 'r-3' are .*{longer[3, 1]}\] tokens, .*\(1 such records\)"

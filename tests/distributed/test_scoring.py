@@ -81,8 +81,8 @@ def test_bytes_do_not_depend_on_ranks_or_interruptions(setup, ranks, tmp_path):
 
 
 def test_texts_beyond_the_context_are_masked(setup, ranks, tmp_path):
-    """A model with a context of 40 tokens, then one that holds no record at all."""
-    for context, masked in ((40, False), (8, True)):
+    """A model with a context of 100 tokens, then one that holds no record at all."""
+    for context, masked in ((100, False), (8, True)):
         model = tiny.save_model(tmp_path / f"m{context}", "llama", max_position_embeddings=context)
         output = tmp_path / f"short{context}"
         ranks(1, "workers:score", flags(setup, "megatron", model, output, "--shard-records", "5"))
