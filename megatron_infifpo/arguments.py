@@ -64,7 +64,7 @@ class PreferenceConfig:
     """sources.yaml of the held-out pairs."""
 
     preference_epochs: int = 1
-    """Passes over the pairs, where --train-iters is not given."""
+    """Passes over the pairs, in whole steps, where --train-iters is not given."""
 
     reference_check: Literal["error", "warn", "off"] = "error"
     """What to do when the initial pivot's log-probs are of other weights than a run starts from."""

@@ -13,7 +13,9 @@ import argparse
 import random
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -197,7 +199,8 @@ def train_specialist(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.15)
     batches = _batches(encoded, batch_size, sequence_length)
     model.train()
-    bar = tqdm(range(steps), desc=f"train {name}", unit="step")
+    line = list(SPECIALISTS).index(name)  # two bars, when both train at once
+    bar = tqdm(range(steps), desc=f"train {name}", unit="step", position=line)
     for _ in bar:
         ids = next(batches)
         loss = model(input_ids=ids, labels=ids).loss
@@ -255,8 +258,16 @@ def held_out_perplexity(folder: str | Path, domains: tuple[str, ...]) -> tuple[f
 
 
 def train_all(output_dir: str | Path) -> dict[str, Path]:
-    """Train every specialist that is not there yet; returns name -> folder."""
-    return {name: train_specialist(name, output_dir) for name in SPECIALISTS}
+    """Train every specialist that is not there yet, at once; returns name -> folder."""
+    # They are too small for two threads each: a process each is faster.
+    with ProcessPoolExecutor(len(SPECIALISTS), mp_context=get_context("spawn")) as pool:
+        jobs = {name: pool.submit(_train_alone, name, output_dir) for name in SPECIALISTS}
+        return {name: job.result() for name, job in jobs.items()}
+
+
+def _train_alone(name: str, output_dir: str | Path) -> Path:
+    torch.set_num_threads(1)
+    return train_specialist(name, output_dir)
 
 
 def main() -> None:

@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_infifpo.checkpoint.layout import HF_FOLDER, TRACKER
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.models.families import check_tensor_parallel, megatron_args
 
@@ -14,7 +16,7 @@ _FREE = ("make_vocab_size_divisible_by", "seq_length", "tokenizer_type", "vocab_
 
 def read_hf_config(directory: str | Path) -> dict[str, Any]:
     """Read `config.json` of a Hugging Face folder, or of one carried in a converted checkpoint."""
-    for path in (Path(directory) / "config.json", Path(directory) / "hf" / "config.json"):
+    for path in (Path(directory) / "config.json", Path(directory) / HF_FOLDER / "config.json"):
         if path.is_file():
             config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return config
@@ -43,3 +45,31 @@ def apply_architecture(
         if name not in _FREE or given is None:
             setattr(args, name, value)
     check_tensor_parallel(vars(args), args.tensor_model_parallel_size)
+
+
+def pivot_directory(load: str | None, pretrained: str | None) -> Path:
+    """Return the checkpoint that carries the pivot's architecture: the run's own once it exists.
+
+    Raises:
+        UserError: there is none.
+    """
+    candidates = [Path(directory) for directory in (load, pretrained) if directory is not None]
+    if not candidates:
+        raise UserError("no pivot: give --pretrained-checkpoint DIR, a converted checkpoint")
+    for directory in candidates:
+        if (directory / TRACKER).is_file():
+            return directory
+    raise UserError(
+        f"no checkpoint in {' or '.join(map(str, candidates))}: convert the pivot with "
+        "tools/convert_checkpoint.py import and give its directory to --pretrained-checkpoint"
+    )
+
+
+def carry_architecture(pivot: Path, save: str | None) -> None:
+    """Copy the Hugging Face configuration and tokenizer beside the run's checkpoints."""
+    if save is None or (Path(save) / HF_FOLDER).exists():
+        return
+    aside = Path(save) / f".{HF_FOLDER}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(pivot / "hf", aside)
+    aside.rename(Path(save) / HF_FOLDER)

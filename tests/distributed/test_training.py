@@ -33,11 +33,9 @@ def exported(ranks, checkpoint, folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def relative_difference(a: dict, b: dict, origin: dict) -> float:
-    """Norm of the difference of two updates over the norm of the update."""
-    difference = sum(((a[k] - b[k]).double() ** 2).sum() for k in a)
-    size = sum(((b[k] - origin[k]).double() ** 2).sum() for k in b)
-    return math.sqrt(difference / size)
+def distance(a: dict, b: dict) -> float:
+    """Norm of the difference of two sets of parameters."""
+    return math.sqrt(sum(float(((a[k] - b[k]).double() ** 2).sum()) for k in b))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +66,9 @@ def test_layouts_agree(runs, setup, layout):
     assert runs[layout][0]["norms"] == norms
     origin = load_file(setup.hf / "model.safetensors")
     a, b = runs[layout, "parameters"], runs["tp1", "parameters"]
-    assert relative_difference(a, b, origin) < 1e-4
+    assert distance(a, b) / distance(b, dict.fromkeys(b, torch.zeros(()))) < 1e-4
+    # Of what training did, too: Adam turns the rounding of a tiny gradient into a full step.
+    assert distance(a, b) / distance(b, origin) < 1e-3
 
 
 def test_first_loss_is_at_least_ln_2(runs):

@@ -1,0 +1,106 @@
+"""Data of a training run: open it, derive the schedule from it, hand loaders to Megatron."""
+
+import argparse
+
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.training import get_args
+
+from megatron_infifpo.arguments import Method
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.batching import EvaluationLoader, PreferenceLoader, evaluation_steps
+from megatron_infifpo.data.preference_dataset import PreferenceDataset
+from megatron_infifpo.data.sources import read_sources
+
+
+def open_dataset(
+    prefix: str, sources: str | None, sources_flag: str, method: Method
+) -> PreferenceDataset:
+    """Join a token dataset with its log-prob datasets.
+
+    Args:
+        prefix: of the token dataset.
+        sources: path of its sources.yaml.
+        sources_flag: the flag that gives it, for the error.
+        method: a fused reference needs at least one source.
+    """
+    if sources is None:
+        raise UserError(f"{sources_flag} is missing: sources.yaml names the log-probs of {prefix}")
+    return PreferenceDataset(prefix, read_sources(sources), require_sources=method.fused)
+
+
+def set_schedule(
+    args: argparse.Namespace, train: PreferenceDataset, valid: PreferenceDataset | None
+) -> None:
+    """Set the length of training and of validation from the data, where no flag does."""
+    if args.global_batch_size is None or args.micro_batch_size is None:
+        raise UserError("give --global-batch-size and --micro-batch-size, in pairs")
+    if args.seq_length is None:
+        args.seq_length = min(4096, args.max_position_embeddings)
+    usable = len(train.require_eligible(args.seq_length))
+    if args.train_iters is None and args.train_samples is None:
+        args.train_iters = max(1, usable * args.preference_epochs // args.global_batch_size)
+    if args.eval_interval is None:
+        # Only at the end, where Megatron evaluates in any case.
+        args.eval_interval = (args.train_iters or args.train_samples) + 1
+    replica = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    if args.world_size % replica:
+        raise UserError(
+            f"{args.world_size} ranks cannot be split into tensor x pipeline parallel groups of "
+            f"{args.tensor_model_parallel_size} x {args.pipeline_model_parallel_size}"
+        )
+    pairs_at_once = args.micro_batch_size * (args.world_size // replica)
+    if args.global_batch_size % pairs_at_once:
+        raise UserError(
+            f"--global-batch-size is {args.global_batch_size}, expected a multiple of "
+            f"{pairs_at_once}: --micro-batch-size {args.micro_batch_size} x "
+            f"{args.world_size // replica} data-parallel ranks"
+        )
+    if valid is None:
+        args.eval_iters = 0
+    else:
+        args.eval_iters = evaluation_steps(
+            len(valid.eligible(args.seq_length)),
+            args.global_batch_size,
+            args.global_batch_size // args.micro_batch_size,
+        )
+
+
+def describe(args: argparse.Namespace, train: PreferenceDataset) -> str:
+    """Say how much is about to be trained on."""
+    usable = len(train.eligible(args.seq_length))
+    steps = args.train_iters or args.train_samples // args.global_batch_size
+    epochs = steps * args.global_batch_size / usable
+    return (
+        f"pairs: {usable} used, {len(train) - usable} left out (longer than --seq-length "
+        f"{args.seq_length}, or without log-probs of the initial pivot); {steps} steps "
+        f"of {args.global_batch_size} are {epochs:.2f} epochs"
+    )
+
+
+def datasets_provider(
+    train: PreferenceDataset,
+    valid: PreferenceDataset | None,
+    samples: list[int],
+    vp_stage: int | None = None,
+):
+    """Return this data-parallel rank's loaders; one call for each virtual pipeline stage."""
+    args = get_args()
+    layout = {
+        "global_batch_size": args.global_batch_size,
+        "data_parallel_rank": mpu.get_data_parallel_rank(),
+        "data_parallel_size": mpu.get_data_parallel_world_size(),
+        "num_microbatches": get_num_microbatches(),
+        "max_tokens": args.seq_length,
+        "pad_multiple": mpu.get_tensor_model_parallel_world_size(),
+    }
+    step, rest = divmod(args.consumed_train_samples, args.global_batch_size)
+    if rest:
+        raise UserError(
+            f"--global-batch-size is {args.global_batch_size}, but the checkpoint has seen "
+            f"{args.consumed_train_samples} pairs, which is no multiple of it: pairs would be "
+            "repeated; resume with the batch size of before"
+        )
+    train_loader = PreferenceLoader(train, seed=args.seed, start_step=step, **layout)
+    valid_loader = None if valid is None else EvaluationLoader(valid, **layout)
+    return train_loader, valid_loader, None
