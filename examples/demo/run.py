@@ -148,7 +148,9 @@ def main() -> None:
             demo.command(str(TOOLS / "prepare_preferences.py"), *flags)
 
     demo.stage("score every pair: the pivot at PP 2, the specialists at TP 2")
-    pipeline = ["--backend", "megatron", "--pipeline-model-parallel-size", "2"]
+    # Short rows keep both pipeline stages busy.
+    pipeline = ["--backend", "megatron", "--row-tokens", "1024"]
+    pipeline += ["--pipeline-model-parallel-size", "2"]
     tensor = ["--backend", "megatron", "--tensor-model-parallel-size", "2"]
     for split in SPLITS:
         demo.score("pivot", pivot, split, *pipeline, ranks=2)
