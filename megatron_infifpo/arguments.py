@@ -1,152 +1,48 @@
-"""Command-line options of preference training, method presets, and their checks.
-
-A method is a preset over orthogonal options; a flag overrides one option of the preset. An option
-that would have no effect is an error, never ignored.
-"""
+"""Command-line options of a training run beside its method, and checks of Megatron's own."""
 
 import argparse
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.methods import add_method_flags, flag
 
 
-@dataclass(frozen=True)
-class Method:
-    """A fully resolved method.
-
-    Attributes:
-        objective: a key of `losses.LOSSES`.
-        fused: the reference is the fused source model, else the initial pivot.
-        length_normalization: log-probs are means over response tokens, else sums.
-        beta: strength of the implied KL constraint.
-        fusion, clip, margin_space, margin_anchor, selection: see `reference.fuse_reference`.
-        initial_as_source: the initial pivot competes as one more source.
-    """
-
-    objective: str
-    fused: bool
-    length_normalization: bool
-    beta: float
-    fusion: str = "max-margin"
-    clip: bool = True
-    margin_space: str = "prob"
-    margin_anchor: str = "current"
-    selection: str = "response"
-    initial_as_source: bool = False
-
-
-METHODS: dict[str, Method] = {
-    "dpo": Method("dpo", fused=False, length_normalization=False, beta=0.1),
-    "infifpo": Method("dpo", fused=True, length_normalization=True, beta=2.5),
-}
-
-_SWITCH: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-
-
-@dataclass
-class PreferenceConfig:
-    """Preference optimization against a fused reference (InfiFPO, arXiv 2505.13878)."""
-
-    method: Literal["dpo", "infifpo"] = "infifpo"
-    """What to train: InfiFPO, or DPO with the initial pivot as its reference."""
-
-    preference_data: str | None = None
-    """Prefix of the pivot's token dataset, written by tools/prepare_preferences.py."""
-
-    preference_sources: str | None = None
-    """sources.yaml: the log-prob datasets of the initial pivot and of the sources."""
-
-    preference_valid_data: str | None = None
-    """Prefix of a held-out token dataset: evaluated whole every --eval-interval steps."""
-
-    preference_valid_sources: str | None = None
-    """sources.yaml of the held-out pairs."""
-
-    preference_epochs: int = 1
-    """Passes over the pairs, in whole steps, where --train-iters is not given."""
-
-    reference_check: Literal["error", "warn", "off"] = "error"
-    """What to do when the initial pivot's log-probs are of other weights than a run starts from."""
-
-    beta: float | None = None
-    """Strength of the KL constraint (default: the method's, 2.5 for means and 0.1 for sums)."""
-
-    length_normalization: bool | None = field(
-        default=None,
-        metadata={"argparse_meta": {"arg_names": ["--length-normalization"], **_SWITCH}},
+def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of a preference-training run to Megatron's parser."""
+    add_method_flags(parser)
+    group = parser.add_argument_group(
+        "preference data", "pairs, their log-probs, and how long to train on them"
     )
-    """Use mean log-probs over response tokens instead of sums (default: the method's)."""
-
-    fusion: Literal["max-margin", "average", "confidence"] | None = None
-    """How the sources become one reference (default: max-margin)."""
-
-    clip: bool | None = field(
-        default=None, metadata={"argparse_meta": {"arg_names": ["--clip"], **_SWITCH}}
+    group.add_argument(
+        "--preference-data",
+        metavar="PREFIX",
+        help="the pivot's token dataset, written by tools/prepare_preferences.py",
     )
-    """Clip each source against the initial pivot before fusion (default: the method's)."""
-
-    margin_space: Literal["prob", "log-prob"] | None = None
-    """Compare max-margin's margins as probabilities or log-probs (default: prob)."""
-
-    margin_anchor: Literal["current", "initial"] | None = None
-    """Measure max-margin's margins to the current or to the initial pivot (default: current)."""
-
-    selection: Literal["response", "pair"] | None = None
-    """Let max-margin choose a source for each response or for the pair (default: response)."""
-
-    initial_as_source: bool | None = field(
-        default=None, metadata={"argparse_meta": {"arg_names": ["--initial-as-source"], **_SWITCH}}
+    group.add_argument(
+        "--preference-sources",
+        metavar="FILE",
+        help="sources.yaml: the log-prob datasets of the initial pivot and of the sources",
     )
-    """Let the initial pivot compete as one more source (default: no)."""
-
-
-_FUSION_OPTIONS = (
-    "fusion",
-    "clip",
-    "margin_space",
-    "margin_anchor",
-    "selection",
-    "initial_as_source",
-)
-_MAX_MARGIN_OPTIONS = ("margin_space", "margin_anchor", "selection")
-
-
-def flag(option: str) -> str:
-    """Spelling of an option on the command line."""
-    return "--" + option.replace("_", "-")
-
-
-def resolve_method(args: argparse.Namespace) -> Method:
-    """Apply the command line's overrides to the method's preset.
-
-    Raises:
-        UserError: beta is not positive, or an option has no effect for the method.
-    """
-    preset = METHODS[args.method]
-    options = ("beta", "length_normalization", *_FUSION_OPTIONS)
-    given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
-    if not preset.fused:
-        for name in _FUSION_OPTIONS:
-            if name in given:
-                raise UserError(
-                    f"{flag(name)} has no effect with --method {args.method}, whose reference is "
-                    "the initial pivot: leave it out, or choose a fused method such as infifpo"
-                )
-    if "length_normalization" in given and "beta" not in given:
-        if given["length_normalization"] != preset.length_normalization:
-            given["beta"] = 2.5 if given["length_normalization"] else 0.1
-    method = replace(preset, **given)
-    if method.fused and method.fusion != "max-margin":
-        for name in _MAX_MARGIN_OPTIONS:
-            if name in given:
-                raise UserError(
-                    f"{flag(name)} has no effect with --fusion {method.fusion}: "
-                    "it belongs to max-margin"
-                )
-    if method.beta <= 0:
-        raise UserError(f"--beta is {method.beta}, expected a positive number")
-    return method
+    group.add_argument(
+        "--preference-valid-data",
+        metavar="PREFIX",
+        help="a held-out token dataset: evaluated whole every --eval-interval steps",
+    )
+    group.add_argument(
+        "--preference-valid-sources", metavar="FILE", help="sources.yaml of the held-out pairs"
+    )
+    group.add_argument(
+        "--preference-epochs",
+        type=int,
+        help="passes over the pairs, in whole steps, where --train-iters is not given (default: 1)",
+    )
+    group.add_argument(
+        "--reference-check",
+        choices=["error", "warn", "off"],
+        help="what to do when the initial pivot's log-probs are of other weights than a run "
+        "starts from (default: error)",
+    )
+    return parser
 
 
 # Megatron's features that change what a rank holds of a row or of the output layer's weight.
@@ -156,6 +52,7 @@ _UNSUPPORTED = {
     "use_torch_fsdp2": "the log-prob head reads the whole shard of the output layer",
     "num_experts": "no converted model is a mixture of experts",
     "rampup_batch_size": "the step of a pair would depend on the ramp",
+    "sft": "it expects other data; use --method sft",
 }
 
 

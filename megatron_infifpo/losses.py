@@ -1,31 +1,166 @@
 """Preference losses: pure functions of policy and reference log-probs, one value a pair.
 
-Every loss sees only the log-ratios `policy - reference` of each response, `[B, R]`, in the order
-chosen, rejected[, the pivot's own chosen]. What the reference is (the initial pivot, or a fused
-source model) and whether log-probs are sums or means is decided before, in `reference.py` and by
-the method's preset.
+Every loss takes two tensors `[B, R]` with the responses in the order chosen, rejected[, the pivot's
+own chosen]. What the reference is (the initial pivot or a fused source model) and whether log-probs
+are sums or means is decided before, by the method's preset and in `reference.py`.
+
+Names: the log-ratio of a response is `policy - reference`, d the chosen one's minus the rejected
+one's, `beta * log-ratio` the implicit reward. To add a loss, see docs/adding-a-loss.md.
 """
 
 import inspect
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 CHOSEN, REJECTED, PIVOT_CHOSEN = 0, 1, 2
 
 
-def dpo(log_ratios: Tensor, *, beta: float) -> Tensor:
-    """Bradley-Terry loss, `-log sigmoid(beta d)` (Rafailov et al. 2023, eq. 7)."""
-    return -F.logsigmoid(beta * (log_ratios[:, CHOSEN] - log_ratios[:, REJECTED]))
+def _gap(logps: Tensor) -> Tensor:
+    """Chosen minus rejected, `[B]`."""
+    return logps[:, CHOSEN] - logps[:, REJECTED]
 
 
-def ipo(log_ratios: Tensor, *, beta: float) -> Tensor:
+def _logistic(margin: Tensor, label_smoothing: float) -> Tensor:
+    """-log sigmoid, with labels that are wrong with probability `label_smoothing`."""
+    loss = -F.logsigmoid(margin)
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-margin)
+    return loss
+
+
+def dpo(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """`-log sigmoid(beta d)` (Rafailov et al. 2023, eq. 7); smoothed: conservative DPO."""
+    return _logistic(beta * _gap(policy - reference), label_smoothing)
+
+
+def ipo(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
     """Squared distance of d to `1 / (2 beta)` (Azar et al. 2023, eq. 17)."""
-    return (log_ratios[:, CHOSEN] - log_ratios[:, REJECTED] - 1 / (2 * beta)) ** 2
+    return (_gap(policy - reference) - 1 / (2 * beta)) ** 2
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"dpo": dpo, "ipo": ipo}
+def wrpo(
+    policy: Tensor,
+    reference: Tensor,
+    *,
+    beta: float,
+    alpha: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """DPO's with two preferred responses (WRPO, arXiv 2412.03187).
+
+    `alpha` weighs the sources' best response (chosen) against the pivot's own best.
+    """
+    ratios = policy - reference
+    preferred = alpha * ratios[:, CHOSEN] + (1 - alpha) * ratios[:, PIVOT_CHOSEN]
+    return _logistic(beta * (preferred - ratios[:, REJECTED]), label_smoothing)
+
+
+def hinge(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
+    """`max(0, 1 - beta d)` (SLiC-HF's loss on DPO's rewards; Liu et al. 2023, eq. 2)."""
+    return torch.relu(1 - beta * _gap(policy - reference))
+
+
+def robust(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
+    """DPO, unbiased under labels flipped at the rate `label_smoothing` (arXiv 2403.00409)."""
+    margin = beta * _gap(policy - reference)
+    kept, flipped = F.logsigmoid(margin), F.logsigmoid(-margin)
+    return (label_smoothing * flipped - (1 - label_smoothing) * kept) / (1 - 2 * label_smoothing)
+
+
+def exo_pair(
+    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 1e-3
+) -> Tensor:
+    """Reverse KL to the smoothed label over the two responses (EXO, arXiv 2402.00856, eq. 16)."""
+    margin = beta * _gap(policy - reference)
+    smoothing = margin.new_tensor(label_smoothing)
+    log_win, log_lose = F.logsigmoid(margin), F.logsigmoid(-margin)
+    win = torch.sigmoid(margin) * (log_win - torch.log1p(-smoothing))
+    return win + torch.sigmoid(-margin) * (log_lose - smoothing.log())
+
+
+def nca_pair(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
+    """Each response's reward against zero (NCA for pairs, arXiv 2402.05369)."""
+    rewards = beta * (policy - reference)
+    up = F.logsigmoid(rewards[:, CHOSEN])
+    down = F.logsigmoid(-rewards[:, CHOSEN]) + F.logsigmoid(-rewards[:, REJECTED])
+    return -up - 0.5 * down
+
+
+def bco_pair(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
+    """Classify each response by its reward (BCO, arXiv 2404.04656, without its reward shift)."""
+    rewards = beta * (policy - reference)
+    return -F.logsigmoid(rewards[:, CHOSEN]) - F.logsigmoid(-rewards[:, REJECTED])
+
+
+def sppo_hard(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
+    """Log-ratios to +-1 / (2 beta) (SPPO with certain labels, arXiv 2405.00675, eq. 4.7)."""
+    ratios = policy - reference
+    return (ratios[:, CHOSEN] - 0.5 / beta) ** 2 + (ratios[:, REJECTED] + 0.5 / beta) ** 2
+
+
+def aot(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO's between the sorted margins of policy and reference (AOT, arXiv 2406.05882).
+
+    The only loss that looks at pairs together: it sorts the B pairs that it is given, which in
+    training are those of a row, so it depends on `--micro-batch-size`.
+    """
+    sorted_policy, sorted_reference = _gap(policy).sort().values, _gap(reference).sort().values
+    return _logistic(beta * (sorted_policy - sorted_reference), label_smoothing)
+
+
+def apo_zero(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
+    """Chosen up, rejected down (APO-zero, arXiv 2408.06266, eq. 7)."""
+    rewards = beta * (policy - reference)
+    return torch.sigmoid(-rewards[:, CHOSEN]) + torch.sigmoid(rewards[:, REJECTED])
+
+
+def apo_down(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
+    """Chosen down, rejected further down (APO-down, arXiv 2408.06266, eq. 8)."""
+    rewards = beta * (policy - reference)
+    return torch.sigmoid(rewards[:, CHOSEN]) + torch.sigmoid(-_gap(rewards))
+
+
+def discopop(
+    policy: Tensor, reference: Tensor, *, beta: float, discopop_tau: float = 0.05
+) -> Tensor:
+    """Log-ratio modulated loss, found by search (DiscoPOP, arXiv 2406.08414, eq. 5)."""
+    margin = beta * _gap(policy - reference)
+    mixed = -F.logsigmoid(margin) * torch.sigmoid(-margin / discopop_tau)
+    # exp(-m) sigmoid(m / tau) in one exponential: apart, exp overflows where the sigmoid is 0.
+    return mixed + torch.exp(F.logsigmoid(margin / discopop_tau) - margin)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "dpo": dpo,
+    "ipo": ipo,
+    "wrpo": wrpo,
+    "hinge": hinge,
+    "robust": robust,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "aot": aot,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+}
+
+
+def loss_options(objective: str) -> dict[str, bool]:
+    """Options of an objective beside beta: name -> whether it must be given.
+
+    Raises:
+        ValueError: an unknown objective.
+    """
+    if objective not in LOSSES:
+        raise ValueError(f"objective is {objective!r}, expected one of {', '.join(LOSSES)}")
+    parameters = inspect.signature(LOSSES[objective]).parameters.values()
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "beta"]
+    return {p.name: p.default is p.empty for p in keywords}
 
 
 def preference_loss(
@@ -38,19 +173,26 @@ def preference_loss(
         policy_logps: `[B, R]` with gradient.
         reference_logps: `[B, R]`, constants.
         beta: strength of the implied KL constraint; for means about 25 times that for sums.
-        options: further arguments of the objective.
+        options: of the objective: label_smoothing, alpha (wrpo), discopop_tau.
 
     Returns:
         `[B]` losses.
 
     Raises:
-        ValueError: an unknown objective, or an option that has no effect for it.
+        ValueError: an unknown objective, an option that has no effect for it, one that it needs
+            and does not get, or too few responses.
     """
-    if objective not in LOSSES:
-        raise ValueError(f"objective is {objective!r}, expected one of {', '.join(LOSSES)}")
-    loss = LOSSES[objective]
-    accepted = inspect.signature(loss).parameters
+    known = loss_options(objective)
     for name in options:
-        if name not in accepted:
+        if name not in known:
             raise ValueError(f"option {name!r} has no effect for objective {objective!r}")
-    return loss(policy_logps - reference_logps.detach(), beta=beta, **options)
+    for name, required in known.items():
+        if required and name not in options:
+            raise ValueError(f"objective {objective!r} needs the option {name!r}")
+    needed = 3 if objective == "wrpo" else 2
+    if policy_logps.shape[1] < needed:
+        raise ValueError(
+            f"policy_logps is {list(policy_logps.shape)}, expected {needed} responses a pair for "
+            f"objective {objective!r}"
+        )
+    return LOSSES[objective](policy_logps, reference_logps.detach(), beta=beta, **options)

@@ -1,4 +1,4 @@
-"""Train a pivot by preference optimization, through Megatron's own training loop.
+"""Train a pivot by preference optimization or SFT, through Megatron's own training loop.
 
 Example, two ranks:
 
@@ -16,26 +16,23 @@ import argparse
 import functools
 
 from megatron_infifpo import cpu
-from megatron_infifpo.cli import UserError, run
+from megatron_infifpo.cli import run
 
 cpu.enable()
 
 from megatron.core.enums import ModelType  # noqa: E402  (after the CPU stand-ins)
 from megatron.training import pretrain, print_rank_0  # noqa: E402
-from megatron.training.argument_utils import (  # noqa: E402
-    ArgumentGroupFactory,
-    pretrain_cfg_container_from_args,
-)
+from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 from megatron.training.arguments import parse_args  # noqa: E402
 from megatron.training.global_vars import set_global_variables  # noqa: E402
 
 from megatron_infifpo.arguments import (  # noqa: E402
-    PreferenceConfig,
+    add_training_flags,
     escape_help,
     override,
     refuse_unsupported,
-    resolve_method,
 )
+from megatron_infifpo.methods import method_from_args  # noqa: E402
 from megatron_infifpo.models.architecture import (  # noqa: E402
     apply_architecture,
     carry_architecture,
@@ -45,11 +42,11 @@ from megatron_infifpo.models.gpt import fixed_arguments, model_config, validate 
 from megatron_infifpo.training.data import (  # noqa: E402
     datasets_provider,
     describe,
-    open_dataset,
+    open_datasets,
     set_schedule,
 )
 from megatron_infifpo.training.reference_check import check_initial_weights  # noqa: E402
-from megatron_infifpo.training.step import PreferenceStep  # noqa: E402
+from megatron_infifpo.training.step import TrainingStep  # noqa: E402
 from megatron_infifpo.training.torch_adam import make_resumable  # noqa: E402
 
 
@@ -60,7 +57,7 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     def add_ours(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser.description = __doc__
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        ArgumentGroupFactory(PreferenceConfig).build_group(parser, "preference optimization")
+        add_training_flags(parser)
         escape_help(parser)
         parsers.append(parser)
         return parser
@@ -72,24 +69,12 @@ def main() -> None:
     """Check everything that can be checked, then hand over to Megatron."""
     args, parser = parse_arguments()
     refuse_unsupported(args, parser)
-    method = resolve_method(args)
-    if args.preference_data is None:
-        raise UserError("--preference-data is missing: the prefix of the pivot's token dataset")
+    method = method_from_args(args)
     args.load = args.load or args.save
     pivot = pivot_directory(args.load, args.pretrained_checkpoint)
     apply_architecture(args, parser, pivot)
-    train = open_dataset(
-        args.preference_data, args.preference_sources, "--preference-sources", method
-    )
-    valid = None
-    if args.preference_valid_data is not None:
-        valid = open_dataset(
-            args.preference_valid_data,
-            args.preference_valid_sources,
-            "--preference-valid-sources",
-            method,
-        )
-    set_schedule(args, train, valid)
+    train, valid = open_datasets(args, method)
+    set_schedule(args, method, train, valid)
     override(args, parser, fixed_arguments() | {"dist_ckpt_optim_fully_reshardable": True})
     validate(args)
     check_initial_weights(args, pivot, train)
@@ -106,7 +91,7 @@ def main() -> None:
         pretrain_cfg_container_from_args(args, config),
         provider,
         ModelType.encoder_or_decoder,
-        PreferenceStep(method, args.padded_vocab_size, train.source_names),
+        TrainingStep(method, args.padded_vocab_size, train.source_names, train.domains),
     )
 
 

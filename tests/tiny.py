@@ -88,8 +88,8 @@ def save_model(folder: Path, family: str, *, vocab_size: int = 320, seed: int = 
     return folder
 
 
-def write_records(path: Path, count: int, seed: int = 0) -> Path:
-    """Write preference records of unequal length in two domains."""
+def write_records(path: Path, count: int, seed: int = 0, *, pivot_chosen: bool = True) -> Path:
+    """Write preference records of unequal length in two domains, for WRPO too by default."""
     rng = random.Random(seed)
 
     def text(low: int, high: int) -> str:
@@ -104,6 +104,8 @@ def write_records(path: Path, count: int, seed: int = 0) -> Path:
                 "chosen": text(1, 25) + " yes",
                 "rejected": text(1, 25) + " no",
             }
+            if pivot_chosen:
+                record["pivot_chosen"] = text(1, 25) + " maybe"
             file.write(json.dumps(record) + "\n")
     return path
 

@@ -1,18 +1,19 @@
-"""The demo's closing table: held-out pairs under the pivot before and after training."""
+"""Tables of held-out pairs under the pivot before and after training."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.batching import collate
 from megatron_infifpo.data.logprob_store import LogprobStore
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.data.sources import read_sources
-from megatron_infifpo.losses import preference_loss
-from megatron_infifpo.reference import fuse_reference
+from megatron_infifpo.methods import resolve
+from megatron_infifpo.training.objective import pair_losses
 
-BETA = 2.5
 # float32 on both sides: what is left is the order of additions.
 EXPORT_TOLERANCE = 1e-4
 
@@ -31,38 +32,56 @@ def check_export(logprobs: Path) -> None:
         raise UserError(f"the exported model differs from the trained one by {worst:.1e} a token")
 
 
-def mean_logps(store: LogprobStore) -> torch.Tensor:
-    """`[N, 2]` mean log-probs of the chosen and the rejected responses."""
+def mean_logps(store: LogprobStore) -> Tensor:
+    """`[N, R]` mean log-probs of the responses."""
     rows = [store.sums(i) / store.counts(i) for i in range(len(store))]
     return torch.from_numpy(np.stack(rows))
 
 
-def print_table(folder: Path) -> None:
-    """Print accuracy, margin and loss on the held-out pairs, by domain, before and after."""
-    data = PreferenceDataset(
-        str(folder / "data" / "heldout"), read_sources(folder / "sources-heldout.yaml")
-    )
-    pairs = [data[i] for i in range(len(data))]
-    sources = torch.tensor(
-        np.stack([p.source_sum_logps / p.source_token_counts for p in pairs]), dtype=torch.float64
-    )
-    mask = torch.tensor(np.stack([p.source_mask for p in pairs]))
-    domains = np.array([data.domains[p.domain_code] for p in pairs])
-    before = mean_logps(LogprobStore(folder / "logprobs" / "heldout-pivot"))
-    after = mean_logps(LogprobStore(folder / "logprobs" / "heldout-fused"))
+def accuracy_and_margin(mean: Tensor) -> tuple[float, float]:
+    """How often and by how much the chosen response has the higher mean log-prob."""
+    gap = mean[:, 0] - mean[:, 1]
+    return (gap > 0).double().mean().item(), gap.mean().item()
+
+
+def print_before_after(folder: Path, sources: Path) -> None:
+    """Print accuracy, margin and InfiFPO's loss on the held-out pairs, by domain."""
+    data = PreferenceDataset(folder / "data" / "heldout", read_sources(sources), responses=2)
+    row = collate([data[i] for i in range(len(data))])
+    domains = np.array([data.domains[code] for code in row["domain_codes"]])
+    means, losses = [], []
+    for name in ("pivot", "fused"):
+        mean = mean_logps(LogprobStore(folder / "logprobs" / f"heldout-{name}"))
+        means.append(mean)
+        losses.append(pair_losses(resolve("infifpo"), row, mean * row["token_counts"])[0])
     print(f"{'held-out':<10}{'pairs':>6}{'accuracy':>19}{'margin':>21}{'loss':>21}")
     for domain in [*sorted(set(domains)), "all"]:
-        chosen = torch.from_numpy((domains == domain) | (domain == "all"))
-        cells = []
-        for policy in (before, after):
-            fused = fuse_reference(
-                sources, before, policy, torch.tensor([True, False]), source_mask=mask
-            )
-            loss = preference_loss("dpo", policy, fused.logps, beta=BETA)[chosen].mean()
-            gap = (policy[:, 0] - policy[:, 1])[chosen]
-            cells.append(((gap > 0).double().mean(), gap.mean(), loss))
-        (acc0, gap0, loss0), (acc1, gap1, loss1) = cells
+        inside = torch.from_numpy((domains == domain) | (domain == "all"))
+        (accuracy0, margin0), (accuracy1, margin1) = (accuracy_and_margin(m[inside]) for m in means)
+        loss0, loss1 = (loss[inside].mean().item() for loss in losses)
         print(
-            f"{domain:<10}{int(chosen.sum()):>6}{acc0:>10.1%} -> {acc1:>5.1%}"
-            f"{gap0:>+10.3f} -> {gap1:>+7.3f}{loss0:>10.4f} -> {loss1:>7.4f}"
+            f"{domain:<10}{int(inside.sum()):>6}{accuracy0:>10.1%} -> {accuracy1:>5.1%}"
+            f"{margin0:>+10.3f} -> {margin1:>+7.3f}{loss0:>10.4f} -> {loss1:>7.4f}"
         )
+
+
+def print_rows(folder: Path, split: str, names: dict[str, str]) -> None:
+    """Print accuracy and margin on a split under several models.
+
+    `names` are labels of the rows, and the names that the models were scored by.
+    """
+    tokens = PreferenceDataset(folder / "data" / split).tokens
+    domains = np.array([tokens.domains[code] for code in tokens.domain_codes])
+    columns = [*sorted(set(domains)), "all"]
+    width = max(map(len, names)) + 2
+    heads = "".join(f"{domain:>10}" for domain in columns)
+    print(f"{'accuracy':<{width}}{heads}{'margin':>10}{'chosen':>10}{'rejected':>10}")
+    for label, name in names.items():
+        mean = mean_logps(LogprobStore(folder / "logprobs" / f"{split}-{name}"))
+        cells = []
+        for domain in columns:
+            inside = torch.from_numpy((domains == domain) | (domain == "all"))
+            accuracy, margin = accuracy_and_margin(mean[inside])
+            cells.append(f"{accuracy:>10.1%}")
+        chosen, rejected = mean[:, 0].mean().item(), mean[:, 1].mean().item()
+        print(f"{label:<{width}}{''.join(cells)}{margin:>+10.3f}{chosen:>10.3f}{rejected:>10.3f}")

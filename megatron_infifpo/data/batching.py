@@ -9,12 +9,13 @@ import functools
 import heapq
 import warnings
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.data import Row
 from megatron_infifpo.data.preference_dataset import PreferenceDataset, PreferencePair
 
 Rows = list[list[int]]
@@ -100,9 +101,7 @@ def plan_evaluation(lengths: np.ndarray, *, step: int, steps: int, rows: int) ->
     return _spread(samples, lengths, rows)
 
 
-def collate(
-    pairs: Sequence[PreferencePair], *, pad_multiple: int = 1, pad_token: int = 0
-) -> dict[str, Any]:
+def collate(pairs: Sequence[PreferencePair], *, pad_multiple: int = 1, pad_token: int = 0) -> Row:
     """Pack pairs into one row.
 
     B pairs, R responses, S = B R segments, K scored tokens, T tokens of the row, M sources.
@@ -136,7 +135,7 @@ def collate(
     # by rows p - 1 ... p + n - 2 of its segment. Shifted inside the segment, never over its border.
     first_rows = borders[: len(segments)] + np.repeat(prompts, counts.shape[1]) - 1
     scored_rows = np.repeat(first_rows, counts.flatten()) + _ranges(counts.flatten())
-    row: dict[str, Any] = {
+    row: Row = {
         "tokens": torch.from_numpy(tokens)[None],
         "position_ids": torch.from_numpy(_ranges(lengths))[None],
         "cu_seqlens": torch.from_numpy(borders.astype(np.int32)),
@@ -240,7 +239,7 @@ class PreferenceLoader:
         """Return the loader."""
         return self
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> Row:
         """Return the next micro-batch, collated."""
         if not self._pending:
             self._pending = self._plan(self.step)[self.rank :: self.data_parallel_size]

@@ -7,13 +7,14 @@ import numpy as np
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.logprob_store import LogprobStore
+from megatron_infifpo.data.records import RESPONSES
 from megatron_infifpo.data.sources import SourcesConfig, check_domains
 from megatron_infifpo.data.token_dataset import TokenDataset
 
 
 @dataclass(slots=True)
 class PreferencePair:
-    """One record, ready to be packed. R responses, M sources.
+    """One record, ready to be packed. R responses (1 for SFT, 3 for WRPO, else 2), M sources.
 
     The log-prob fields are None where no sources were given. The initial pivot's token counts are
     the lengths of `response_ids`.
@@ -48,6 +49,7 @@ class PreferenceDataset:
         sources: the M sources' log-probs.
         source_names: their names.
         domains: names by domain code.
+        responses: how many responses of a record are used, R.
         pair_lengths: int64 `[N]`, tokens of the packed pair: each response with its own prompt.
         segment_lengths: int64 `[N]`, tokens of the longest response with its prompt.
     """
@@ -58,6 +60,7 @@ class PreferenceDataset:
         sources: SourcesConfig | None = None,
         *,
         require_sources: bool = False,
+        responses: int | None = None,
     ) -> None:
         """Open all datasets and check that they belong together.
 
@@ -65,11 +68,21 @@ class PreferenceDataset:
             token_prefix: of the token dataset.
             sources: the log-prob datasets; None gives tokens only (SFT, scoring).
             require_sources: refuse a configuration that lists no source.
+            responses: use the first so many of chosen, rejected, pivot_chosen; default: all that
+                the records have.
 
         Raises:
-            UserError: a dataset is missing, broken or of other records, or a domain is unknown.
+            UserError: a dataset is missing, broken or of other records, a domain is unknown, or
+                the records have fewer responses.
         """
         self.tokens = TokenDataset(token_prefix)
+        self.responses = responses or len(self.tokens.responses)
+        if self.responses > len(self.tokens.responses):
+            raise UserError(
+                f"record {self.tokens.ids(0)!r} of {token_prefix} has no "
+                f"{RESPONSES[self.responses - 1]!r}, and neither has any other: WRPO compares "
+                f"{', '.join(RESPONSES)}; give the field in every record and prepare them again"
+            )
         self.domains = self.tokens.domains
         self.initial: LogprobStore | None = None
         self.sources: tuple[LogprobStore, ...] = ()
@@ -90,9 +103,9 @@ class PreferenceDataset:
             self.source_names = tuple(source.name for source in sources.sources)
             self._source_mask = self._masks(sources)
         prompts = self.tokens.prompt_lengths.astype(np.int64)
-        responses = self.tokens.response_lengths.astype(np.int64)
-        self.pair_lengths = responses.shape[1] * prompts + responses.sum(axis=1)
-        self.segment_lengths = prompts + responses.max(axis=1)
+        lengths = self.tokens.response_lengths[:, : self.responses].astype(np.int64)
+        self.pair_lengths = self.responses * prompts + lengths.sum(axis=1)
+        self.segment_lengths = prompts + lengths.max(axis=1)
 
     def _masks(self, config: SourcesConfig) -> np.ndarray:
         """Return bool `[N, M]`: which source takes part in which record."""
@@ -109,18 +122,20 @@ class PreferenceDataset:
     def __getitem__(self, index: int) -> PreferencePair:
         """Return one pair; its arrays are its own and writable."""
         prompt_ids, *response_ids = self.tokens.sequences(index)
+        used = slice(self.responses)
         pair = PreferencePair(
-            int(index), prompt_ids, tuple(response_ids), int(self.tokens.domain_codes[index])
+            int(index), prompt_ids, tuple(response_ids[used]), int(self.tokens.domain_codes[index])
         )
         if self.initial is None:
             return pair
-        shape = (len(response_ids), len(self.sources))
+        shape = (self.responses, len(self.sources))
         sums, counts = np.zeros(shape, np.float32), np.ones(shape, np.int64)
         mask = self._source_mask[index].copy()
         for column in mask.nonzero()[0].tolist():
             store = self.sources[column]
-            sums[:, column], counts[:, column] = store.sums(index), store.token_counts[index]
-        pair.initial_sum_logps = self.initial.sums(index).astype(np.float32)
+            sums[:, column] = store.sums(index)[used]
+            counts[:, column] = store.token_counts[index][used]
+        pair.initial_sum_logps = self.initial.sums(index)[used].astype(np.float32)
         pair.source_sum_logps, pair.source_token_counts, pair.source_mask = sums, counts, mask
         return pair
 

@@ -1,15 +1,11 @@
 """Run a GPTModel on one packed row of whole responses."""
 
-from typing import Any
-
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_infifpo.data import Row
 from megatron_infifpo.logprobs import response_logprobs
-
-# What `data.batching.collate` returns: the tensors of one row.
-Row = dict[str, Any]
 
 
 def to_device(row: Row) -> Row:

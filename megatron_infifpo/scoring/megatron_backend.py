@@ -18,10 +18,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 
 from megatron_infifpo.checkpoint.hf_weights import load_into_model  # noqa: E402
 from megatron_infifpo.checkpoint.layout import find_checkpoint  # noqa: E402
+from megatron_infifpo.data import Row  # noqa: E402
 from megatron_infifpo.models.architecture import read_hf_config  # noqa: E402
 from megatron_infifpo.models.families import check_tensor_parallel, megatron_args  # noqa: E402
 from megatron_infifpo.models.gpt import build_model, forward_only_arguments  # noqa: E402
-from megatron_infifpo.models.packed import Row, run_packed, to_device  # noqa: E402
+from megatron_infifpo.models.packed import run_packed, to_device  # noqa: E402
 from megatron_infifpo.models.parallel import initialize_parallel  # noqa: E402
 
 

@@ -6,40 +6,78 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args
 
-from megatron_infifpo.arguments import Method
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.batching import EvaluationLoader, PreferenceLoader, evaluation_steps
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.data.sources import read_sources
+from megatron_infifpo.methods import Method, flag
 
 
-def open_dataset(
-    prefix: str, sources: str | None, sources_flag: str, method: Method
-) -> PreferenceDataset:
-    """Join a token dataset with its log-prob datasets.
+def open_datasets(
+    args: argparse.Namespace, method: Method
+) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+    """Open the training pairs and the held-out ones, if there are any.
 
-    Args:
-        prefix: of the token dataset.
-        sources: path of its sources.yaml.
-        sources_flag: the flag that gives it, for the error.
-        method: a fused reference needs at least one source.
+    Raises:
+        UserError: a flag is missing or has no effect, or a dataset does not fit.
     """
+    if args.preference_data is None:
+        raise UserError("--preference-data is missing: the prefix of the pivot's token dataset")
+    valid = args.preference_valid_data
+    useless, why = [], "without --preference-valid-data"
+    if method.reference is None:
+        useless = ["preference_sources", "preference_valid_sources", "reference_check"]
+        why = "with --method sft, which has no reference"
+    elif valid is None:
+        useless = ["preference_valid_sources"]
+    for name in useless:
+        if getattr(args, name) is not None:
+            raise UserError(f"{flag(name)} has no effect {why}: leave it out")
+    train = _open(args.preference_data, args.preference_sources, "--preference-sources", method)
+    if valid is None:
+        return train, None
+    return train, _open(valid, args.preference_valid_sources, "--preference-valid-sources", method)
+
+
+def _open(prefix: str, sources: str | None, sources_flag: str, method: Method) -> PreferenceDataset:
+    if method.reference is None:
+        return PreferenceDataset(prefix, responses=method.responses)
     if sources is None:
         raise UserError(f"{sources_flag} is missing: sources.yaml names the log-probs of {prefix}")
-    return PreferenceDataset(prefix, read_sources(sources), require_sources=method.fused)
+    return PreferenceDataset(
+        prefix,
+        read_sources(sources),
+        require_sources=method.fused,
+        responses=method.responses,
+    )
 
 
 def set_schedule(
-    args: argparse.Namespace, train: PreferenceDataset, valid: PreferenceDataset | None
+    args: argparse.Namespace,
+    method: Method,
+    train: PreferenceDataset,
+    valid: PreferenceDataset | None,
 ) -> None:
-    """Set the length of training and of validation from the data, where no flag does."""
+    """Set the length of training and of validation from the data, where no flag does.
+
+    Raises:
+        UserError: a batch that cannot be laid out, or no pair that fits.
+    """
     if args.global_batch_size is None or args.micro_batch_size is None:
         raise UserError("give --global-batch-size and --micro-batch-size, in pairs")
+    if method.objective == "aot" and args.micro_batch_size < 2:
+        raise UserError(
+            "--objective aot sorts the pairs of a row: with --micro-batch-size 1 there is nothing "
+            "to sort and it is dpo; give a larger one"
+        )
     if args.seq_length is None:
         args.seq_length = min(4096, args.max_position_embeddings)
     usable = len(train.require_eligible(args.seq_length))
     if args.train_iters is None and args.train_samples is None:
-        args.train_iters = max(1, usable * args.preference_epochs // args.global_batch_size)
+        epochs = args.preference_epochs or 1
+        args.train_iters = max(1, usable * epochs // args.global_batch_size)
+    elif args.preference_epochs is not None:
+        raise UserError("--preference-epochs has no effect with --train-iters: give one of them")
     if args.eval_interval is None:
         # Only at the end, where Megatron evaluates in any case.
         args.eval_interval = (args.train_iters or args.train_samples) + 1

@@ -1,24 +1,31 @@
-"""Metrics of a preference step, as `[sum, count]` so that Megatron averages them exactly."""
+"""Metrics of a row, as `[sum, count]` so that Megatron averages them exactly over a step.
 
-from typing import Any
+A domain that has no pair in a step has count 0 there, and Megatron's average is NaN: a gap in
+TensorBoard and W&B, and no entry in its log line.
+"""
 
 import torch
 from torch import Tensor
 
-from megatron_infifpo.arguments import Method
-from megatron_infifpo.losses import CHOSEN, REJECTED
+from megatron_infifpo.data import Row
+from megatron_infifpo.losses import CHOSEN, PIVOT_CHOSEN, REJECTED
+from megatron_infifpo.methods import Method
 from megatron_infifpo.reference import FusedReference
 
+# What is also reported for each domain; every source's share is, too.
+_BY_DOMAIN = ("loss", "rewards/accuracy", "logps/accuracy", "logps/margin")
 
-def report(
+
+def preference_metrics(
     method: Method,
-    row: dict[str, Any],
+    row: Row,
     policy: Tensor,
     reference: FusedReference,
     losses: Tensor,
     source_names: tuple[str, ...],
+    domains: tuple[str, ...],
 ) -> dict[str, Tensor]:
-    """Metrics of one row.
+    """Metrics of one row of pairs.
 
     Args:
         method: the resolved method.
@@ -27,34 +34,82 @@ def report(
         reference: the references used.
         losses: `[B]`.
         source_names: names of the M sources.
+        domains: names by domain code.
 
     Returns:
         float32 `[sum, count]` by name:
-        loss; rewards/accuracy, rewards/margin, rewards/chosen, rewards/rejected with the reward
-        `beta (policy - reference)`; logps/accuracy (the policy alone prefers the chosen response),
-        logps/margin, logps/chosen, logps/rejected; and for a fused reference clip-rate (share of
-        source values that clipping changed) and share/<source> (its weight in the reference).
+        loss; rewards/accuracy, rewards/margin, rewards/<response> with the reward
+        `beta (policy - reference)`; logps/*: the same of the policy alone; and for a fused
+        reference share/<source> (its weight in the reference), clip-rate and clip-rate/<source>
+        (share of source values that clipping changed). domain/<domain>/*: some of these for each
+        domain, where there are several.
     """
-
-    def mean(values: Tensor) -> Tensor:
-        values = values.float()
-        return torch.stack([values.sum(), values.new_tensor(values.numel())])
-
-    metrics = {"loss": mean(losses)}
-    for name, scores in (
-        ("rewards", method.beta * (policy - reference.logps)),
-        ("logps", policy),
-    ):
+    pairs = {"loss": losses}
+    for name, scores in (("rewards", method.beta * (policy - reference.logps)), ("logps", policy)):
         chosen, rejected = scores[:, CHOSEN], scores[:, REJECTED]
-        metrics[f"{name}/accuracy"] = mean(chosen > rejected)
-        metrics[f"{name}/margin"] = mean(chosen - rejected)
-        metrics[f"{name}/chosen"] = mean(chosen)
-        metrics[f"{name}/rejected"] = mean(rejected)
-    if not method.fused:
-        return metrics
+        pairs[f"{name}/accuracy"] = chosen > rejected
+        pairs[f"{name}/margin"] = chosen - rejected
+        pairs[f"{name}/chosen"] = chosen
+        pairs[f"{name}/rejected"] = rejected
+        if scores.shape[1] > PIVOT_CHOSEN:
+            pairs[f"{name}/pivot_chosen"] = scores[:, PIVOT_CHOSEN]
+    if method.fused:
+        for index, name in enumerate(source_names):
+            pairs[f"share/{name}"] = reference.weights[..., index].mean(dim=1)
+    ones = torch.ones_like(losses, dtype=torch.float32)
+    metrics = {name: _total(values, ones) for name, values in pairs.items()}
     if reference.clipped is not None:
-        values = row["source_mask"].sum() * policy.shape[1]
-        metrics["clip-rate"] = torch.stack([reference.clipped.sum(), values]).float()
-    for index, name in enumerate(source_names):
-        metrics[f"share/{name}"] = mean(reference.weights[..., index])
+        metrics |= _clip_rates(row["source_mask"], reference.clipped, source_names)
+    by_domain = {n: v for n, v in pairs.items() if n in _BY_DOMAIN or n.startswith("share/")}
+    return metrics | _by_domain(by_domain, ones, row["domain_codes"], domains)
+
+
+def sft_metrics(
+    row: Row, sum_logps: Tensor, token_counts: Tensor, domains: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Metrics of one row of chosen responses.
+
+    Args:
+        row: the collated row.
+        sum_logps: `[B]` summed log-probs.
+        token_counts: `[B]`.
+        domains: names by domain code.
+
+    Returns:
+        float32 `[sum, count]` by name: loss and domain/<domain>/loss, means over tokens, and
+        logps/chosen, the mean over responses of their mean log-prob.
+    """
+    counts = token_counts.float()
+    metrics = {
+        "loss": _total(-sum_logps, counts),
+        "logps/chosen": _total(sum_logps / counts, torch.ones_like(counts)),
+    }
+    return metrics | _by_domain({"loss": -sum_logps}, counts, row["domain_codes"], domains)
+
+
+def _total(values: Tensor, counts: Tensor) -> Tensor:
+    return torch.stack([values.float().sum(), counts.sum()])
+
+
+def _clip_rates(mask: Tensor, clipped: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Share of values that clipping changed, over all sources and for each; masked ones aside."""
+    # The initial pivot as a source comes last, is never clipped, and is not in the mask.
+    changed = clipped.sum(dim=(0, 1)).float()[: mask.shape[1]]
+    values = mask.sum(dim=0).float() * clipped.shape[1]
+    rates = zip(names, changed, values, strict=False)
+    by_source = {f"clip-rate/{name}": _total(part, whole) for name, part, whole in rates}
+    return {"clip-rate": _total(changed, values), **by_source}
+
+
+def _by_domain(
+    values: dict[str, Tensor], counts: Tensor, codes: Tensor, domains: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """`[sum, count]` of each of the values `[B]` in every domain, where there are several."""
+    if len(domains) < 2:
+        return {}
+    metrics = {}
+    for code, domain in enumerate(domains):
+        inside = (codes == code).float()
+        for name, column in values.items():
+            metrics[f"domain/{domain}/{name}"] = _total(column.float() * inside, counts * inside)
     return metrics

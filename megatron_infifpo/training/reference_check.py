@@ -23,7 +23,7 @@ def check_initial_weights(
         dataset: the training pairs with their log-probs.
 
     Raises:
-        UserError: other weights, under `--reference-check error`.
+        UserError: other weights, unless `--reference-check` is warn or off.
     """
     initial = dataset.initial
     if args.reference_check == "off" or args.rank != 0 or initial is None:
@@ -42,6 +42,7 @@ def check_initial_weights(
         f"({found[:12]}), so they are not the initial pivot's: score the pairs with --model "
         f"{pivot}, or pass --reference-check off if you want another reference"
     )
-    if args.reference_check == "error":
+    if args.reference_check == "warn":
+        warnings.warn(message, stacklevel=2)
+    else:
         raise UserError(message)
-    warnings.warn(message, stacklevel=2)

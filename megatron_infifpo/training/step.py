@@ -1,69 +1,60 @@
-"""Forward step and loss of preference training, as Megatron's schedules call them."""
+"""Forward step and loss of training, as Megatron's schedules call them."""
 
 from collections.abc import Iterator
 from functools import partial
 
 import torch
+from megatron.training import get_args
 from torch import Tensor
 
-from megatron_infifpo.arguments import Method
+from megatron_infifpo.data import Row
 from megatron_infifpo.logprobs import segment_sums
-from megatron_infifpo.losses import CHOSEN, PIVOT_CHOSEN, preference_loss
-from megatron_infifpo.models.packed import Row, run_packed, to_device
-from megatron_infifpo.reference import FusedReference, fuse_reference
-from megatron_infifpo.training.metrics import report
+from megatron_infifpo.losses import CHOSEN
+from megatron_infifpo.methods import Method
+from megatron_infifpo.models.packed import run_packed, to_device
+from megatron_infifpo.training.metrics import preference_metrics, sft_metrics
+from megatron_infifpo.training.objective import pair_losses
+
+Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
-def references(method: Method, row: Row, policy_logps: Tensor) -> FusedReference:
-    """Reference log-probs of a row's responses: the initial pivot's, or fused from the sources."""
-    initial, sources = row["initial_sum_logps"], row["source_sum_logps"]
-    if method.length_normalization:
-        initial = initial / row["token_counts"]
-        sources = sources / row["source_token_counts"]
-    mask = row["source_mask"]
-    if not method.fused:
-        return FusedReference(initial, torch.zeros_like(sources))
-    if method.initial_as_source:
-        sources = torch.cat([sources, initial.unsqueeze(-1)], dim=-1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-    preferred = torch.zeros(initial.shape[1], dtype=torch.bool, device=initial.device)
-    preferred[CHOSEN] = True
-    preferred[PIVOT_CHOSEN:] = True
-    return fuse_reference(
-        sources,
-        initial,
-        policy_logps,
-        preferred,
-        fusion=method.fusion,
-        clip=method.clip,
-        source_mask=mask,
-        margin_space=method.margin_space,
-        margin_anchor=method.margin_anchor,
-        selection=method.selection,
-    )
+def progress() -> float:
+    """Share of training that is done, in [0, 1]; counted in samples, so resume continues it."""
+    args = get_args()
+    total = args.train_samples or args.train_iters * args.global_batch_size
+    return min(1.0, args.consumed_train_samples / total)
 
 
-class PreferenceStep:
-    """Megatron's `forward_step`: one packed row through the model, then the loss over its pairs."""
+class TrainingStep:
+    """Megatron's `forward_step`: one packed row through the model, then the loss over it.
 
-    def __init__(self, method: Method, vocab_size: int, source_names: tuple[str, ...]):
-        """Take the resolved method, the real vocabulary size and the sources' names."""
+    Losses are sums with a count: Megatron divides the summed gradients by the global count, so the
+    mean is exact under any packing, pipeline and data parallelism.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        vocab_size: int,
+        source_names: tuple[str, ...],
+        domains: tuple[str, ...],
+    ):
+        """Take the resolved method, the real vocabulary size, and names for the metrics."""
         self.method = method
         self.vocab_size = vocab_size
         self.source_names = source_names + (("initial",) if method.initial_as_source else ())
+        self.domains = domains
+        self.loss = self.sft_loss if method.objective == "sft" else self.preference_loss
 
     def __call__(
         self, data_iterator: Iterator[Row], model: torch.nn.Module
-    ) -> tuple[Tensor, partial]:
+    ) -> tuple[Tensor, partial[Loss]]:
         """Return the stage's output and the function that turns the last stage's into the loss."""
         row = to_device(next(data_iterator))
         return run_packed(model, row, self.vocab_size), partial(self.loss, row)
 
-    def loss(self, row: Row, token_logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def preference_loss(self, row: Row, token_logprobs: Tensor) -> Loss:
         """Sum the losses of a row's pairs.
-
-        Megatron divides the summed gradients by the global count of pairs, so the mean over pairs
-        is exact under any packing, pipeline and data parallelism.
 
         Args:
             row: the collated row.
@@ -74,12 +65,25 @@ class PreferenceStep:
         """
         counts = row["token_counts"]
         sums = segment_sums(token_logprobs, row["segment_ids"], counts.numel()).view_as(counts)
-        policy = sums / counts if self.method.length_normalization else sums
-        reference = references(self.method, row, policy)
-        losses = preference_loss(
-            self.method.objective, policy, reference.logps, beta=self.method.beta
-        )
+        done = progress()
+        losses, policy, reference = pair_losses(self.method, row, sums, progress=done)
         with torch.no_grad():
-            metrics = report(self.method, row, policy, reference, losses, self.source_names)
-        pairs = torch.tensor(len(losses), dtype=torch.int, device=losses.device)
-        return losses.sum(), pairs, metrics
+            metrics = preference_metrics(
+                self.method, row, policy, reference, losses, self.source_names, self.domains
+            )
+        if self.method.alpha is not None:
+            alpha = self.method.loss_options(done)["alpha"]
+            metrics["alpha"] = losses.new_tensor([alpha * len(losses), len(losses)])
+        return losses.sum(), _count(len(losses), losses), metrics
+
+    def sft_loss(self, row: Row, token_logprobs: Tensor) -> Loss:
+        """Sum the cross-entropy of a row's chosen responses; the count is of tokens."""
+        counts = row["token_counts"][:, CHOSEN]
+        with torch.no_grad():
+            sums = segment_sums(token_logprobs, row["segment_ids"], len(counts))
+            metrics = sft_metrics(row, sums, counts, self.domains)
+        return -token_logprobs.sum(), _count(len(token_logprobs), token_logprobs), metrics
+
+
+def _count(number: int, like: Tensor) -> Tensor:
+    return torch.tensor(number, dtype=torch.int, device=like.device)

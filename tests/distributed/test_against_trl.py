@@ -14,6 +14,12 @@ from megatron_infifpo.data.token_dataset import TokenDataset
 PAIRS = 6
 
 
+def pairs_of(setup) -> list[dict]:
+    """The first records with two responses each."""
+    rows = [json.loads(line) for line in open(setup.records)][:PAIRS]
+    return [{k: v for k, v in row.items() if k != "pivot_chosen"} for row in rows]
+
+
 def trl_loss_and_gradients(setup, reference: LogprobStore, folder, beta: float):
     """TRL's loss of the first `PAIRS` pairs and its gradients, in float32."""
     from datasets import Dataset
@@ -23,7 +29,7 @@ def trl_loss_and_gradients(setup, reference: LogprobStore, folder, beta: float):
     tokens = TokenDataset(str(setup.data))
     examples = []
     for i in range(PAIRS):
-        chosen, rejected = (ids.tolist() for ids in tokens.response_ids(i))
+        chosen, rejected = (ids.tolist() for ids in tokens.response_ids(i)[:2])
         sums = reference.sums(i)
         examples.append(
             {
@@ -35,7 +41,7 @@ def trl_loss_and_gradients(setup, reference: LogprobStore, folder, beta: float):
             }
         )
     model = AutoModelForCausalLM.from_pretrained(setup.hf, dtype=torch.float32)
-    rows = [json.loads(line) for line in open(setup.records)][:PAIRS]
+    rows = pairs_of(setup)
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(
@@ -59,7 +65,7 @@ def test_dpo_matches_trl(setup, ranks, tmp_path, layout):
     # A reference other than the policy, or loss and gradients would hide mistakes in it.
     other = tiny.save_model(tmp_path / "other", "llama", seed=9)
     few = setup.folder / f"few{len(layout)}.jsonl"
-    few.write_text("".join(open(setup.records).readlines()[:PAIRS]))
+    few.write_text("".join(json.dumps(row) + "\n" for row in pairs_of(setup)))
     flags = ["--input", str(few), "--output", str(tmp_path / "reference")]
     ranks(1, "workers:score", ["--backend", "transformers", "--model", str(other), *flags])
     data = tmp_path / "few"

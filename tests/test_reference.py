@@ -1,4 +1,4 @@
-"""Fusion and losses against the paper's worked example, closed forms and invariants."""
+"""Fused references against the paper's worked example, closed forms and invariants."""
 
 import json
 import math
@@ -219,20 +219,41 @@ def test_gradient_flows_through_the_policy_only():
     torch.testing.assert_close(policy.grad, torch.tensor([[expected, -expected]]))
 
 
-@pytest.mark.parametrize("objective", ["dpo", "ipo"])
-def test_extreme_log_probs_stay_finite(objective):
-    policy = torch.tensor([[-1e4, 0.0], [0.0, -1e4]], requires_grad=True)
-    loss = preference_loss(objective, policy, torch.zeros(2, 2), beta=2.5)
-    loss.sum().backward()
-    assert torch.isfinite(loss).all() and torch.isfinite(policy.grad).all()
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("space", ["prob", "log-prob"])
+def test_extreme_log_probs_stay_finite(fusion, space):
+    """Every combination of log-probs from -1e4 to 0, for two sources, initial pivot and policy."""
+    values = torch.tensor([-1e4, -300.0, -1.0, -1e-30, 0.0])
+    grid = torch.cartesian_prod(*[values] * 4)
+    sources = grid[:, None, :2].expand(-1, 2, -1)
+    initial, policy = (grid[:, i : i + 1].expand(-1, 2) for i in (2, 3))
+    options = {"margin_space": space} if fusion == "max-margin" else {}
+    for clip in (True, False):
+        fused = fuse_reference(
+            sources, initial, policy, PREFERRED, fusion=fusion, clip=clip, **options
+        )
+        assert torch.isfinite(fused.logps).all()
+        torch.testing.assert_close(fused.weights.sum(-1), torch.ones(len(grid), 2))
+
+
+@settings(deadline=None, max_examples=200)
+@given(problems(), st.sampled_from(list(FUSIONS)), st.booleans())
+def test_fusion_renormalises_over_the_sources_that_take_part(problem, fusion, clip):
+    """A source that is restricted to other domains might as well not be there."""
+    sources, initial, policy, mask = problem
+    options = {"fusion": fusion, "clip": clip}
+    fused = fuse_reference(sources, initial, policy, PREFERRED, source_mask=mask, **options)
+    for b in range(len(sources)):
+        if not mask[b].any():
+            continue
+        rows = (sources[b : b + 1][..., mask[b]], initial[b : b + 1], policy[b : b + 1])
+        alone = fuse_reference(*rows, PREFERRED, **options)
+        torch.testing.assert_close(fused.logps[b : b + 1], alone.logps)
+        torch.testing.assert_close(fused.weights[b : b + 1][..., mask[b]], alone.weights)
 
 
 def test_bad_arguments_say_what_was_expected():
     zeros = torch.zeros(1, 2)
-    with pytest.raises(ValueError, match="one of dpo, ipo"):
-        preference_loss("dppo", zeros, zeros, beta=1.0)
-    with pytest.raises(ValueError, match="'alpha' has no effect for objective 'dpo'"):
-        preference_loss("dpo", zeros, zeros, beta=1.0, alpha=0.5)
     with pytest.raises(ValueError, match="max-margin, average, confidence"):
         fuse_reference(zeros[..., None], zeros, zeros, PREFERRED, fusion="best")
     with pytest.raises(ValueError, match=r"expected initial_logps"):
@@ -245,7 +266,8 @@ def test_losses_need_only_torch():
     import sys
 
     code = (
-        "import sys, megatron_infifpo.losses, megatron_infifpo.reference;"
+        "import sys, megatron_infifpo.losses, megatron_infifpo.reference,"
+        "megatron_infifpo.methods, megatron_infifpo.training.objective;"
         "assert not any(m.split('.')[0] in ('megatron', 'transformers') for m in sys.modules)"
     )
     root = Path(__file__).resolve().parent.parent

@@ -1,0 +1,141 @@
+"""The commands of a fusion job, run as a user would; what the examples share.
+
+Every method is one or a few command lines, which it prints. Finished ones are skipped on a rerun.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_infifpo.cli import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ROOT / "tools"
+# Short rows keep both pipeline stages busy.
+PIPELINE = ["--backend", "megatron", "--row-tokens", "1024", "--pipeline-model-parallel-size", "2"]
+TENSOR = ["--backend", "megatron", "--tensor-model-parallel-size", "2"]
+
+
+class Job:
+    """A folder with everything that one pivot's fusion makes, on two ranks."""
+
+    def __init__(self, folder: Path, records: dict[str, Path]):
+        """Work in a folder, on the given preference files by the name of their split."""
+        self.folder = folder.resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.records = records
+        self.started = time.monotonic()
+        # What is missing on a CPU is warned about by every library, in every process.
+        quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+        self.env = {**os.environ, **quiet}
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def stage(self, title: str) -> None:
+        print(f"\n=== {self.seconds():4.0f} s  {title}", flush=True)
+
+    def command(self, *words: object, ranks: int = 0, log: Path | None = None) -> None:
+        """Run a command of the project and print it.
+
+        `ranks` > 0 starts it under torchrun. With `log`, its output goes there and a bar shows
+        the steps that it reports.
+        """
+        launcher = [sys.executable]
+        if ranks:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+            launcher += ["--master-port", str(port)]
+        argv = [str(word) for word in words]
+        shown = ["torchrun", "--nproc-per-node", str(ranks)] if ranks else ["python"]
+        print("$", " ".join([*shown, *argv]).replace(f"{ROOT}/", ""), flush=True)
+        env = {**self.env, "OMP_NUM_THREADS": "1" if ranks > 1 else "2"}
+        output = {} if log is None else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen([*launcher, *argv], env=env, text=True, **output)
+        if log is not None:
+            show_steps(process.stdout, log)
+        if process.wait():
+            where = "" if log is None else f"; see {log}"
+            raise UserError(f"the stage above failed with exit code {process.returncode}{where}")
+
+    def import_pivot(self, hf: Path) -> Path:
+        """Convert the pivot, Hugging Face -> Megatron."""
+        pivot = self.folder / "pivot"
+        if not pivot.exists():
+            self.command(TOOLS / "convert_checkpoint.py", "import", "--hf", hf, "--save", pivot)
+        return pivot
+
+    def tokenize(self, split: str, tokenizer: Path) -> None:
+        """Tokenize a split for the pivot."""
+        prefix = self.folder / "data" / split
+        if not prefix.with_suffix(".json").exists():
+            flags = ["--input", self.records[split], "--tokenizer", tokenizer, "--output", prefix]
+            self.command(TOOLS / "prepare_preferences.py", *flags)
+
+    def score(self, split: str, name: str, model: Path, *flags: str, ranks: int = 2) -> None:
+        """Score a split under a model."""
+        output = self.folder / "logprobs" / f"{split}-{name}"
+        if not output.with_suffix(".json").exists():
+            data = ["--input", self.records[split], "--output", output]
+            words = ["--model", model, "--name", name, *data, *flags]
+            self.command(TOOLS / "score_source.py", *words, ranks=ranks)
+
+    def sources(
+        self, split: str, initial: str, names: Iterable[str], domains: dict[str, list[str]]
+    ) -> Path:
+        """Write a sources.yaml (JSON is YAML too) and return its path."""
+        names = list(names)
+        path = self.folder / "sources" / f"{split}-{initial}-{'-'.join(names)}.yaml"
+        entries = []
+        for name in names:
+            entry = {"name": name, "logprobs": f"../logprobs/{split}-{name}"}
+            entries.append(entry | ({"domains": domains[name]} if name in domains else {}))
+        content = {"initial": f"../logprobs/{split}-{initial}", "sources": entries}
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return path
+
+    def train(self, name: str, split: str, start: Path, *flags: object) -> Path:
+        """Train on a split from a checkpoint, at PP 2, and return the run's folder."""
+        run = self.folder / name
+        if not (run / "finished").exists():
+            self.command(
+                "-m", "megatron_infifpo.train", *flags,
+                "--preference-data", self.folder / "data" / split,
+                "--pretrained-checkpoint", start, "--save", run, "--save-interval", "1000",
+                "--pipeline-model-parallel-size", "2", "--use-distributed-optimizer",
+                "--tensorboard-dir", run / "tensorboard", "--tensorboard-log-interval", "1",
+                ranks=2,
+                log=self.folder / f"{name}.log",
+            )  # fmt: skip
+            (run / "finished").touch()
+        return run
+
+    def export(self, run: Path) -> Path:
+        """Convert a trained checkpoint, Megatron -> Hugging Face."""
+        hf = run.with_name(f"{run.name}-hf")
+        if not hf.exists():
+            self.command(TOOLS / "convert_checkpoint.py", "export", "--load", run, "--save", hf)
+        return hf
+
+
+def show_steps(lines: Iterable[str], log: Path) -> None:
+    """Copy a training's output into a file, and its step lines into a progress bar."""
+    with open(log, "w", encoding="utf-8") as file, tqdm(desc="train", unit="step") as bar:
+        for line in lines:
+            file.write(line)
+            step = re.search(r"iteration +(\d+)/ +(\d+) .*\| loss: (\S+)", line)
+            if step:
+                bar.total = int(step[2])
+                bar.set_postfix(loss=f"{float(step[3]):.3f}", refresh=False)
+                bar.update(int(step[1]) - bar.n)

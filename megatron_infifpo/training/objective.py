@@ -1,0 +1,74 @@
+"""From a row's summed log-probs to references and losses; pure PyTorch, any layout, any device."""
+
+import torch
+from torch import Tensor
+
+from megatron_infifpo.data import Row
+from megatron_infifpo.losses import CHOSEN, REJECTED, preference_loss
+from megatron_infifpo.methods import Method
+from megatron_infifpo.reference import FusedReference, fuse_reference
+
+
+def response_logps(method: Method, sum_logps: Tensor, token_counts: Tensor) -> Tensor:
+    """Sums of log-probs as the method compares them: as they are, or as means over tokens."""
+    return sum_logps / token_counts if method.length_normalization else sum_logps
+
+
+def references(method: Method, row: Row, policy_logps: Tensor) -> FusedReference:
+    """Reference log-probs of a row's responses: the initial pivot's, or fused from the sources.
+
+    Args:
+        method: the resolved method, not SFT.
+        row: initial_sum_logps `[B, R]`, token_counts `[B, R]`, source_sum_logps `[B, R, M]`,
+            source_token_counts `[B, R, M]` and source_mask `[B, M]`.
+        policy_logps: `[B, R]` as `response_logps` gives them.
+
+    Returns:
+        Weights `[B, R, M]`, or `[B, R, M + 1]` with the initial pivot as the last source.
+    """
+    initial = response_logps(method, row["initial_sum_logps"], row["token_counts"])
+    sources = response_logps(method, row["source_sum_logps"], row["source_token_counts"])
+    mask = row["source_mask"]
+    if not method.fused:
+        return FusedReference(initial, torch.zeros_like(sources))
+    if method.initial_as_source:
+        sources = torch.cat([sources, initial.unsqueeze(-1)], dim=-1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
+    preferred = torch.arange(initial.shape[1], device=initial.device) != REJECTED
+    return fuse_reference(
+        sources,
+        initial,
+        policy_logps,
+        preferred,
+        fusion=method.fusion,
+        clip=method.clip,
+        source_mask=mask,
+        margin_space=method.margin_space,
+        margin_anchor=method.margin_anchor,
+        selection=method.selection,
+    )
+
+
+def pair_losses(
+    method: Method, row: Row, sum_logps: Tensor, *, progress: float = 1.0
+) -> tuple[Tensor, Tensor, FusedReference]:
+    """Losses of a row's pairs.
+
+    Args:
+        method: the resolved method, not SFT.
+        row: see `references`.
+        sum_logps: `[B, R]`, the policy's summed log-probs, with gradient.
+        progress: share of training that is done, for WRPO's alpha.
+
+    Returns:
+        Losses `[B]`, the policy's log-probs `[B, R]` as the method compares them, and the
+        references.
+    """
+    policy = response_logps(method, sum_logps, row["token_counts"])
+    reference = references(method, row, policy)
+    options = method.loss_options(progress)
+    losses = preference_loss(method.objective, policy, reference.logps, beta=method.beta, **options)
+    if method.sft_weight is not None:
+        mean = sum_logps[:, CHOSEN] / row["token_counts"][:, CHOSEN]
+        losses = losses - method.sft_weight * mean
+    return losses, policy, reference

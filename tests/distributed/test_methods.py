@@ -1,0 +1,169 @@
+"""Every method through Megatron's training: layouts, first losses, WRPO's schedule, SFT."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_training import BOTH, LAYOUTS, steps_of
+
+from megatron_infifpo.data.batching import collate
+from megatron_infifpo.data.preference_dataset import PreferenceDataset
+from megatron_infifpo.data.sources import read_sources
+from megatron_infifpo.losses import LOSSES
+from megatron_infifpo.methods import METHODS, add_method_flags, method_from_args
+from megatron_infifpo.training.objective import pair_losses
+
+
+def sft_flags(setup, *more: str) -> list[str]:
+    """The command line of a run without a reference."""
+    argv = setup.flags(setup.records, "--method", "sft", *more)
+    position = argv.index("--preference-sources")
+    return argv[:position] + argv[position + 2 :]
+
+
+def method_flags(setup, method: str, *more: str) -> list[str]:
+    if method == "sft":
+        return sft_flags(setup, *more)
+    return setup.flags(setup.sources("both", *BOTH), "--method", method, *more)
+
+
+@pytest.fixture(scope="module")
+def one_rank(setup, ranks):
+    return {
+        method: ranks(1, "workers:train", method_flags(setup, method))
+        for method in ("sft", "wrpo", "infifpo-wrpo")
+    }
+
+
+# infifpo-wrpo differs from wrpo in its reference only, which infifpo's own tests cover.
+METHOD_LAYOUTS = [
+    (m, layout) for m in ("sft", "wrpo") for layout in ("tp2", "pp2", "dp2", "tp2-sp")
+]
+METHOD_LAYOUTS += [(method, "tp2-pp2") for method in ("sft", "wrpo", "infifpo-wrpo")]
+
+
+@pytest.mark.parametrize("method, layout", METHOD_LAYOUTS)
+def test_layouts_agree(setup, ranks, one_rank, method, layout):
+    world, flags = LAYOUTS[layout]
+    got = ranks(world, "workers:train", method_flags(setup, method, *flags))
+    expected = one_rank[method]
+    assert len(expected[0]["norms"]) == 3
+    assert got[0]["norms"] == pytest.approx(expected[0]["norms"], rel=1e-4)
+    for step, reference in zip(steps_of(got), steps_of(expected), strict=True):
+        assert set(step) == set(reference)
+        for name, value in reference.items():
+            if not name.endswith("rewards/accuracy"):  # ties at the start
+                assert step[name] == pytest.approx(value, abs=1e-4, nan_ok=True), name
+
+
+def expected_first_loss(setup, argv: list[str]) -> float:
+    """Mean loss of all pairs where the policy is the initial pivot, from the datasets alone."""
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    add_method_flags(parser)
+    method = method_from_args(parser.parse_args(argv))
+    sources = read_sources(setup.sources("both", *BOTH))
+    data = PreferenceDataset(setup.data, sources, responses=method.responses)
+    row = collate([data[i] for i in range(len(data))])
+    losses, _, _ = pair_losses(method, row, row["initial_sum_logps"], progress=0.0)
+    return losses.mean().item()
+
+
+OPTIONS = {
+    "robust": ["--label-smoothing", "0.2"],
+    "exo_pair": ["--label-smoothing", "0.1"],
+    "aot": ["--label-smoothing", "0.1", "--sft-weight", "0.5"],
+    "discopop": ["--discopop-tau", "0.3"],
+    "wrpo": ["--alpha", "0.4"],
+    "dpo": ["--fusion", "confidence", "--initial-as-source", "--label-smoothing", "0.1"],
+    "hinge": ["--margin-space", "log-prob", "--margin-anchor", "initial", "--selection", "pair"],
+}
+CASES = [["--method", name] for name in METHODS if name != "sft"]
+CASES += [["--objective", name, *OPTIONS.get(name, [])] for name in LOSSES]
+
+
+@pytest.mark.parametrize("argv", CASES, ids=lambda argv: argv[1] + ("" if len(argv) < 3 else "+"))
+def test_first_loss_follows_from_the_datasets(setup, ranks, argv):
+    """What a flag says reaches the loss: the first step over all 20 pairs, in one row."""
+    whole = ["--global-batch-size", "20", "--micro-batch-size", "20", "--train-iters", "1"]
+    flags = setup.flags(setup.sources("both", *BOTH), *whole, *argv)
+    first = steps_of(ranks(1, "workers:train", flags))[0]
+    assert first["loss"] == pytest.approx(expected_first_loss(setup, argv), abs=1e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "sft"])
+def test_finite_differences_of_the_whole_loss(ranks, name, world):
+    """Hidden states to loss: head, sums, fusion and objective, the vocabulary split or not."""
+    for results in ranks(world, "workers:whole_loss_gradients", name, {"sft_weight": 0.2}):
+        assert len(results) > 25
+        for gradient, difference in results:
+            assert gradient == pytest.approx(difference, abs=1e-7, rel=1e-6)
+
+
+def test_alpha_grows_over_training_and_survives_resume(setup, ranks, tmp_path):
+    schedule = ["--save-interval", "3", "--train-iters", "6", "--alpha", "0.6"]
+
+    def run(name, *more):
+        save = ["--save", str(tmp_path / name), *schedule, *more]
+        return steps_of(ranks(2, "workers:train", method_flags(setup, "wrpo", *save)))
+
+    whole = run("whole")
+    assert [step["alpha"] for step in whole] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    first, rest = run("half", "--exit-interval", "3"), run("half")
+    assert [step["loss"] for step in first + rest] == [step["loss"] for step in whole]
+    assert [step["alpha"] for step in rest] == pytest.approx([0.3, 0.4, 0.5])
+
+
+def test_sft_matches_transformers(setup, ranks):
+    """Mean over all chosen response tokens of the step, and the norm of its gradient."""
+    from transformers import AutoModelForCausalLM
+
+    flags = ["--global-batch-size", "20", "--micro-batch-size", "5", "--train-iters", "1"]
+    got = ranks(1, "workers:train", sft_flags(setup, *flags))
+    model = AutoModelForCausalLM.from_pretrained(setup.hf, dtype=torch.float32)
+    data, total, count = PreferenceDataset(setup.data, responses=1), 0.0, 0
+    for i in range(len(data)):
+        pair = data[i]
+        prompt, response = pair.prompt_ids.tolist(), pair.response_ids[0].tolist()
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        loss = model(torch.tensor([prompt + response]), labels=labels).loss * len(response)
+        loss.backward()
+        total, count = total + loss.item(), count + len(response)
+    norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in model.parameters())) / count
+    assert steps_of(got)[0]["loss"] == pytest.approx(total / count, abs=1e-5)
+    assert got[0]["norms"][0] == pytest.approx(norm, rel=1e-5)
+
+
+def test_metrics_of_domains_and_sources(setup, ranks):
+    """Domain metrics are means over their pairs; a source outside its domain has no share there."""
+    flags = setup.flags(
+        setup.sources("both", *BOTH), "--global-batch-size", "20", "--train-iters", "1"
+    )
+    step = steps_of(ranks(1, "workers:train", flags))[0]
+    records = [json.loads(line) for line in open(setup.records)]
+    code = sum(r["domain"] == "code" for r in records) / len(records)
+    for name in ("loss", "logps/margin", "share/qwen"):
+        mean = code * step[f"domain/code/{name}"] + (1 - code) * step[f"domain/general/{name}"]
+        assert step[name] == pytest.approx(mean, abs=1e-5), name
+    assert step["domain/general/share/phi"] == 0.0
+    assert step["domain/general/share/qwen"] == 1.0
+    assert 0 < step["domain/code/share/phi"] < 1
+
+
+def test_two_stages(setup, ranks, tmp_path):
+    """SFT, then preference optimization from its checkpoint, whose scores are the initial ones."""
+    sft = tmp_path / "sft"
+    stage = ["--save", str(sft), "--save-interval", "3", "--preference-epochs", "1"]
+    argv = sft_flags(setup, *stage)
+    position = argv.index("--train-iters")
+    ranks(1, "workers:train", argv[:position] + argv[position + 2 :])
+    inputs = ["--input", str(setup.records), "--output", str(tmp_path / "initial")]
+    ranks(1, "workers:score", ["--backend", "megatron", "--model", str(sft), *inputs])
+    sources = tmp_path / "sources.yaml"
+    sources.write_text("initial: initial\nsources: [{name: own, logprobs: initial}]\n")
+    flags = ["--pretrained-checkpoint", str(sft), "--preference-sources", str(sources)]
+    first = steps_of(ranks(1, "workers:train", setup.flags(sources, *flags)))[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)

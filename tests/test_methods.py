@@ -1,0 +1,103 @@
+"""Presets as in the paper's tables, and options without effect."""
+
+import argparse
+from dataclasses import replace
+
+import pytest
+
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.losses import LOSSES
+from megatron_infifpo.methods import METHODS, Method, add_method_flags, method_from_args, resolve
+
+PUBLISHED = {
+    "sft": Method("sft", None, True),
+    "dpo": Method("dpo", "initial", False, beta=0.1),
+    "ipo": Method("ipo", "initial", True, beta=0.1),
+    "wrpo": Method("wrpo", "initial", False, beta=0.01, alpha=0.1),
+    "fpo": Method("dpo", "fused", False, beta=0.1, clip=False),
+    "infifpo": Method("dpo", "fused", True, beta=2.5),
+    "infifpo-ipo": Method("ipo", "fused", True, beta=0.1),
+    "infifpo-wrpo": Method("wrpo", "fused", True, beta=0.25, alpha=0.1),
+}
+
+
+def parse(*argv: str) -> Method:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_method_flags(parser)
+    return method_from_args(parser.parse_args(argv))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_presets(name):
+    method = parse("--method", name)
+    assert method == resolve(name)
+    assert replace(method, beta=pytest.approx(method.beta)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    "changed, preset",
+    [
+        (["--no-clip", "--no-length-normalization"], "fpo"),
+        (["--reference", "initial", "--no-length-normalization"], "dpo"),
+        (["--objective", "ipo"], "infifpo-ipo"),
+        (["--objective", "wrpo"], "infifpo-wrpo"),
+        (["--objective", "ipo", "--reference", "initial"], "ipo"),
+        (["--objective", "wrpo", "--reference", "initial", "--no-length-normalization"], "wrpo"),
+    ],
+)
+def test_options_turn_one_preset_into_another(changed, preset):
+    assert parse("--method", "infifpo", *changed) == resolve(preset)
+
+
+@pytest.mark.parametrize("reference", ["initial", "fused"])
+@pytest.mark.parametrize("objective", LOSSES)
+def test_every_objective_takes_any_reference(objective, reference):
+    needed = {"label_smoothing": 0.1} if objective == "robust" else {}
+    method = resolve("infifpo", objective=objective, reference=reference, **needed)
+    assert method.objective == objective and method.reference == reference
+    assert method.responses == (3 if objective == "wrpo" else 2)
+
+
+def test_beta_follows_the_length_normalization_unless_given():
+    assert parse("--no-length-normalization").beta == 0.1
+    assert parse("--no-length-normalization", "--beta", "0.3").beta == 0.3
+    assert parse("--method", "dpo", "--length-normalization").beta == 2.5
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ("--method dpo --fusion average", "--fusion has no effect with --method dpo"),
+        ("--method ipo --clip", "--clip has no effect with --method ipo"),
+        ("--reference initial --selection pair", "--selection has no effect"),
+        ("--fusion average --margin-anchor initial", "--margin-anchor has no effect with --fusion"),
+        ("--alpha 0.1", "--alpha has no effect with the objective dpo: it belongs to wrpo"),
+        ("--objective ipo --label-smoothing 0.1", "it belongs to dpo, wrpo, robust, exo_pair, aot"),
+        ("--discopop-tau 0.1", "it belongs to discopop"),
+        ("--method sft --beta 1", "--beta has no effect with --method sft"),
+        ("--method sft --objective dpo", "--objective has no effect with --method sft"),
+        ("--method sft --sft-weight 1", "--sft-weight has no effect with --method sft"),
+        ("--objective robust", "--objective robust needs --label-smoothing"),
+        ("--beta 0", r"--beta is 0.0, expected a number in \(0, inf\)"),
+        ("--beta nan", "--beta is nan"),
+        ("--label-smoothing 0.5", r"expected a number in \[0, 0.5\)"),
+        ("--objective exo_pair --label-smoothing 0", r"expected a number in \(0, 0.5\)"),
+        ("--method wrpo --alpha 1.1", r"expected a number in \[0, 1\]"),
+        ("--objective discopop --discopop-tau 1", r"expected a number in \(0, 1\)"),
+        ("--sft-weight -1", "--sft-weight is -1"),
+    ],
+)
+def test_bad_options(argv, expected):
+    with pytest.raises(UserError, match=expected):
+        parse(*argv.split())
+
+
+def test_unknown_method_lists_the_choices():
+    with pytest.raises(UserError, match="expected one of sft, dpo, ipo"):
+        resolve("infidpo")
+
+
+def test_alpha_grows_with_progress():
+    method = resolve("wrpo", alpha=0.4)
+    assert [method.loss_options(p)["alpha"] for p in (0.0, 0.5, 1.0)] == [0.0, 0.2, 0.4]
+    assert resolve("infifpo").loss_options(0.5) == {}
