@@ -3,20 +3,21 @@
 
     python tools/inspect_preferences.py --data data/train --sources sources.yaml --id train-17
 
-The reference is that of step 0, when the policy is the initial pivot.
+The method's flags are those of training. The reference is that of step 0, when the policy is the
+initial pivot.
 """
 
 import argparse
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from megatron_infifpo.cli import UserError, run
+from megatron_infifpo.data.batching import collate
 from megatron_infifpo.data.preference_dataset import PreferenceDataset, PreferencePair
 from megatron_infifpo.data.sources import read_sources
 from megatron_infifpo.data.tokenization import ChatTokenizer
-from megatron_infifpo.reference import FUSIONS, clip_sources, fuse_reference
+from megatron_infifpo.methods import Method, add_method_flags, method_from_args
+from megatron_infifpo.training.objective import pair_losses, response_logps
 
 EDGE = 6  # tokens shown on each side of a border
 
@@ -32,12 +33,11 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="if it is no longer where the dataset was made with it"
     )
-    parser.add_argument("--fusion", choices=list(FUSIONS), default="max-margin")
-    parser.add_argument("--no-clip", action="store_true", help="leave the sources unclipped")
-    parser.add_argument("--sums", action="store_true", help="compare sums, not means over tokens")
+    add_method_flags(parser)
     args = parser.parse_args()
+    method = method_from_args(args)
     config = read_sources(args.sources) if args.sources else None
-    dataset = PreferenceDataset(args.data, config)
+    dataset = PreferenceDataset(args.data, config, responses=method.responses)
     index = dataset.tokens.find(args.id)
     if index is None:
         raise UserError(
@@ -47,10 +47,10 @@ def main() -> None:
     tokenizer = open_tokenizer(dataset, args.tokenizer)
     pair = dataset[index]
     print(f"record {args.id!r}, index {index}, domain {dataset.tokens.domain(index)}")
-    print_tokens(pair, dataset.tokens.responses, tokenizer)
+    print_tokens(pair, dataset.tokens.responses[: method.responses], tokenizer)
     if dataset.initial is not None:
         print_models(dataset, pair)
-        print_reference(dataset, pair, fusion=args.fusion, clip=not args.no_clip, sums=args.sums)
+        print_reference(dataset, pair, method)
 
 
 def open_tokenizer(dataset: PreferenceDataset, path: str | None) -> ChatTokenizer:
@@ -102,52 +102,37 @@ def print_models(dataset: PreferenceDataset, pair: PreferencePair) -> None:
             print(f"{name:<24}{response:<14}{total:>12.4f}{count:>8}{total / count:>10.4f}{note}")
 
 
-def print_reference(
-    dataset: PreferenceDataset, pair: PreferencePair, *, fusion: str, clip: bool, sums: bool
-) -> None:
-    """Print each source's clipped value and share, and the reference that follows."""
+def print_reference(dataset: PreferenceDataset, pair: PreferencePair, method: Method) -> None:
+    """Print each source's clipped value and share, the reference, and the first loss."""
     assert dataset.initial is not None
     if dataset.initial.masked(pair.index):
-        print(
-            "\nno reference: the initial pivot has no log-probs, so training leaves this pair out"
-        )
+        print("\nno reference: the initial pivot has no log-probs; training leaves this pair out")
         return
-    if not dataset.sources:
-        print("\nreference at step 0: the initial pivot, no source is listed")
+    if method.reference is None:
+        print("\nno reference: SFT")
         return
-    initial, sources, mask = values(pair, sums=sums)
-    responses = dataset.tokens.responses
-    preferred = torch.tensor([name != "rejected" for name in responses])
-    fused = fuse_reference(
-        sources, initial, initial, preferred, fusion=fusion, clip=clip, source_mask=mask
-    )
-    used = clip_sources(sources, initial, preferred) if clip else sources
-    print(f"\nreference at step 0: {fusion} of {'sums' if sums else 'means'}, clip {clip}")
+    row = collate([pair])
+    losses, initial, fused = pair_losses(method, row, row["initial_sum_logps"], progress=0.0)
+    compared = "means" if method.length_normalization else "sums"
+    print(f"\nreference at step 0: {method.reference}, {compared}, {method.objective}'s loss")
     print(f"{'response':<14}{'source':<24}{'value':>12}{'clipped to':>12}{'share':>8}")
-    for r, response in enumerate(responses):
-        for m, name in enumerate(dataset.source_names):
-            if not mask[0, m]:
+    sources = response_logps(method, row["source_sum_logps"], row["source_token_counts"])
+    names = dataset.source_names if method.fused else ()
+    for r, response in enumerate(dataset.tokens.responses[: method.responses]):
+        own = initial[0, r].item()
+        for m, name in enumerate(names):
+            if not row["source_mask"][0, m]:
                 print(f"{response:<14}{name:<24}{'masked':>12}")
                 continue
-            value, after = sources[0, r, m].item(), used[0, r, m].item()
-            clipped = f"{after:.4f}" if after != value else "-"
+            changed = fused.clipped is not None and bool(fused.clipped[0, r, m])
+            clipped = f"{own:.4f}" if changed else "-"
             share = fused.weights[0, r, m].item()
-            print(f"{response:<14}{name:<24}{value:>12.4f}{clipped:>12}{share:>8.3f}")
-        line = f"= {fused.logps[0, r].item():.4f} (initial pivot {initial[0, r].item():.4f})"
-        print(f"{response:<14}{'reference':<24}{line}")
-
-
-def values(pair: PreferencePair, *, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return initial `[1, R]`, sources `[1, R, M]` and mask `[1, M]`, as sums or means."""
-    assert pair.initial_sum_logps is not None and pair.source_sum_logps is not None
-    assert pair.source_token_counts is not None and pair.source_mask is not None
-    initial, sources = pair.initial_sum_logps, pair.source_sum_logps
-    if not sums:
-        initial = initial / np.array([len(ids) for ids in pair.response_ids], dtype=np.float32)
-        sources = sources / pair.source_token_counts.astype(np.float32)
-    arrays = (initial, sources, pair.source_mask)
-    first, second, third = (torch.from_numpy(array)[None] for array in arrays)
-    return first, second, third
+            print(f"{response:<14}{name:<24}{sources[0, r, m]:>12.4f}{clipped:>12}{share:>8.3f}")
+        if method.initial_as_source:
+            share = fused.weights[0, r, -1].item()
+            print(f"{response:<14}{'initial pivot':<24}{own:>12.4f}{'-':>12}{share:>8.3f}")
+        print(f"{response:<14}{'reference':<24}= {fused.logps[0, r]:.4f} (initial pivot {own:.4f})")
+    print(f"loss {losses.item():.4f}")
 
 
 if __name__ == "__main__":

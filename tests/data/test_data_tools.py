@@ -86,9 +86,19 @@ def test_inspect(prepared, tool):
     assert "<|im_start|>assistant\n" in out and "</s> no<|im_end|>" in out
     assert "  |  " in out and "'<|im_end|>'" in out
     assert "masked: too long" in out and "its domains do not include" in out
-    assert "reference at step 0: max-margin of means, clip True" in out and "1.000" in out
-    for option in (["--fusion", "average"], ["--sums"], ["--no-clip"]):
-        assert tool("inspect_preferences", *data, *sources, "--id", "q1", *option)[0] == 0
+    assert "reference at step 0: fused, means, dpo's loss" in out and "1.000" in out
+    loss = float(out.split("\nloss ")[1])
+    assert loss >= 0.6931, "clipped references are on the far side of the initial pivot"
+    for method, expected in (
+        (["--method", "sft"], "no reference: SFT"),
+        (["--method", "dpo"], "loss 0.6931"),
+        (["--method", "fpo", "--initial-as-source"], "reference at step 0: fused, sums"),
+        (["--objective", "ipo", "--fusion", "average"], "ipo's loss"),
+    ):
+        code, out, err = tool("inspect_preferences", *data, *sources, "--id", "q1", *method)
+        assert code == 0 and expected in out, err
+    code, _, err = tool("inspect_preferences", *data, *sources, "--id", "q1", "--method", "wrpo")
+    assert code == 2 and "record 'q0'" in err and "has no 'pivot_chosen'" in err
     code, out, _ = tool("inspect_preferences", *data, "--id", "q1")
     assert code == 0 and "log-probs" not in out
     code, _, err = tool("inspect_preferences", *data, "--id", "zz")

@@ -38,23 +38,30 @@ def flags(setup, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option",
+    "options, expected",
     [
-        ["--fusion", "average"],
-        ["--clip"],
-        ["--margin-space", "log-prob"],
-        ["--initial-as-source"],
+        ("--method dpo --clip", "--clip has no effect with --method dpo"),
+        ("--fusion average --selection pair", "--selection has no effect with --fusion average"),
+        ("--alpha 0.2", "--alpha has no effect with the objective dpo"),
+        ("--method sft", "--preference-sources has no effect with --method sft"),
+        ("--preference-valid-sources x.yaml", "no effect without --preference-valid-data"),
+        ("--preference-epochs 2", "--preference-epochs has no effect with --train-iters"),
+        ("--objective aot --micro-batch-size 1", "--objective aot sorts the pairs of a row"),
+        ("--sft", "use --method sft"),
     ],
 )
-def test_option_without_effect_for_the_method(flags, ranks, option):
-    sentence = refused(ranks, "megatron_infifpo.train", flags("--method", "dpo", *option))
-    assert f"{option[0]} has no effect with --method dpo" in sentence
+def test_option_without_effect(flags, ranks, options, expected):
+    assert expected in refused(ranks, "megatron_infifpo.train", flags(*options.split()))
 
 
-def test_option_without_effect_for_the_fusion(flags, ranks):
-    argv = flags("--fusion", "average", "--margin-anchor", "initial")
+@pytest.mark.parametrize("method", ["wrpo", "infifpo-wrpo"])
+def test_wrpo_needs_the_pivots_own_response(setup, flags, ranks, tmp_path, method):
+    records = tiny.write_records(tmp_path / "two.jsonl", 8, pivot_chosen=False)
+    prepare = ["--input", str(records), "--tokenizer", str(setup.hf)]
+    ranks(1, "workers:run_tool", "prepare_preferences", [*prepare, "--output", str(tmp_path / "d")])
+    argv = flags("--method", method, "--preference-data", str(tmp_path / "d"))
     sentence = refused(ranks, "megatron_infifpo.train", argv)
-    assert "--margin-anchor has no effect with --fusion average" in sentence
+    assert "record 'two-0'" in sentence and "has no 'pivot_chosen'" in sentence
 
 
 def test_missing_checkpoint(flags, ranks, tmp_path):

@@ -1,0 +1,107 @@
+"""The examples' command lines: the two-stage recipe on tiny models, and the ablation's grid."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from launcher import ROOT
+
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.logprob_store import LogprobStore
+from megatron_infifpo.data.records import read_records
+from megatron_infifpo.methods import add_method_flags, method_from_args, resolve
+
+DEMO = ROOT / "examples" / "demo"
+
+
+def load(path: Path):
+    """Import an example's main file under a name of its own."""
+    spec = importlib.util.spec_from_file_location(path.parent.name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def forked(monkeypatch, ranks):
+    """Examples run their commands on forked ranks instead of starting Python each time."""
+    monkeypatch.syspath_prepend(str(DEMO))
+    import job
+
+    def command(self, *words, ranks: int = 0, log=None, start=ranks):
+        module, *argv = [str(word) for word in words if word != "-m"]
+        program = f"tools/{Path(module).name}" if module.endswith(".py") else module
+        start(max(1, ranks), "workers:command", program, argv)
+
+    monkeypatch.setattr(job.Job, "command", command)
+
+
+def run(monkeypatch, example, *argv) -> None:
+    monkeypatch.setattr(sys, "argv", [example.__name__, *map(str, argv)])
+    example.main()
+
+
+def test_two_stages(forked, monkeypatch, tmp_path, capfd):
+    tiny.save_model(tmp_path / "pivot-hf", "llama", seed=1)
+    for seed, (name, family) in enumerate({"qwen": "qwen2", "phi": "phi3"}.items()):
+        tiny.save_model(tmp_path / name, family, vocab_size=290, seed=seed + 2)
+    tiny.write_records(tmp_path / "all.jsonl", 40)
+    tiny.write_records(tmp_path / "heldout.jsonl", 12, seed=5)
+    example = load(ROOT / "examples" / "two_stage" / "run.py")
+    flags = "--lr 1e-3 --global-batch-size 8 --micro-batch-size 2 --seq-length 256 "
+    flags += "--lr-decay-style constant --log-interval 1"
+    argv = [
+        "--output", tmp_path / "out", "--pivot", tmp_path / "pivot-hf",
+        "--records", tmp_path / "all.jsonl", "--heldout", tmp_path / "heldout.jsonl",
+        "--source", f"qwen={tmp_path}/qwen", "--source", f"phi={tmp_path}/phi:code",
+        "--sft-flags", flags, "--flags", flags,
+    ]  # fmt: skip
+    run(monkeypatch, example, *argv)
+    halves = [read_records(tmp_path / "out" / f"{name}.jsonl") for name in ("sft", "preference")]
+    assert sum(map(len, halves)) == 40
+    assert not {r.id for r in halves[0]} & {r.id for r in halves[1]}
+    steps = (tmp_path / "out" / "sft" / "latest_checkpointed_iteration.txt").read_text()
+    assert int(steps) == 3 * len(halves[0]) // 8, "three epochs"
+    logprobs = tmp_path / "out" / "logprobs"
+    scored = LogprobStore(logprobs / "preference-sft").manifest["weights_sha256"]
+    assert scored != LogprobStore(logprobs / "heldout-pivot").manifest["weights_sha256"]
+    assert (tmp_path / "out" / "infifpo-hf" / "model.safetensors").exists()
+    table = capfd.readouterr().out
+    assert all(row in table for row in ("pivot", "after SFT", "after InfiFPO"))
+    run(monkeypatch, example, *argv)  # everything is skipped
+    assert (
+        capfd.readouterr().out.split("held-out pairs")[1][:300]
+        == (table.split("held-out pairs")[1][:300])
+    )
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--pivot", "x"], "--pivot and --source together"),
+        (["--pivot", "x", "--source", "qwen"], "expected NAME=DIR"),
+    ],
+)
+def test_two_stage_bad_input(forked, monkeypatch, tmp_path, argv, expected):
+    example = load(ROOT / "examples" / "two_stage" / "run.py")
+    with pytest.raises(UserError, match=expected):
+        run(monkeypatch, example, "--output", tmp_path / "out", *argv)
+
+
+def test_ablation_grid(monkeypatch):
+    """Every row is a method of its own, and as the paper has it."""
+    monkeypatch.syspath_prepend(str(DEMO))
+    example = load(ROOT / "examples" / "ablation" / "run.py")
+    parser = argparse.ArgumentParser()
+    add_method_flags(parser)
+    methods = {
+        name: method_from_args(parser.parse_args(["--method", "infifpo", *flags]))
+        for name, (_, flags) in example.VARIANTS.items()
+    }
+    assert len(set(methods.values())) == len(methods)
+    assert methods["infifpo"] == resolve("infifpo")
+    assert methods["neither"] == resolve("fpo")
+    assert methods["dpo"] == resolve("dpo", length_normalization=True)
