@@ -104,11 +104,25 @@ def sppo_hard(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
 def aot(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO's between the sorted margins of policy and reference (AOT, arXiv 2406.05882).
 
-    The only loss that looks at pairs together: it sorts the B pairs that it is given, which in
-    training are those of a row, so it depends on `--micro-batch-size`.
+    It looks at pairs together: it sorts the B pairs that it is given, which in training are those
+    of a row, so it depends on `--micro-batch-size`.
     """
-    sorted_policy, sorted_reference = _gap(policy).sort().values, _gap(reference).sort().values
-    return _logistic(beta * (sorted_policy - sorted_reference), label_smoothing)
+    ranks = _gap(policy).argsort().argsort()
+    margin = _gap(policy) - _gap(reference).sort().values[ranks]
+    return _logistic(beta * margin, label_smoothing)
+
+
+def aot_unpaired(
+    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """DPO's between the sorted log-ratios of all chosen and of all rejected responses.
+
+    As `aot` it depends on which pairs share a row (arXiv 2406.05882, the unpaired case).
+    """
+    ratios = policy - reference
+    ranks = ratios[:, CHOSEN].argsort().argsort()
+    margin = ratios[:, CHOSEN] - ratios[:, REJECTED].sort().values[ranks]
+    return _logistic(beta * margin, label_smoothing)
 
 
 def apo_zero(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
@@ -144,6 +158,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "bco_pair": bco_pair,
     "sppo_hard": sppo_hard,
     "aot": aot,
+    "aot_unpaired": aot_unpaired,
     "apo_zero": apo_zero,
     "apo_down": apo_down,
     "discopop": discopop,

@@ -57,10 +57,12 @@ class Method:
 
     def loss_options(self, progress: float) -> dict[str, float]:
         """Arguments of the loss beside beta; alpha has grown in proportion to `progress`."""
-        options = {name: getattr(self, name) for name in loss_options(self.objective)}
+        names = loss_options(self.objective)
+        given = {name: getattr(self, name, None) for name in names}
+        options = {name: value for name, value in given.items() if value is not None}
         if "alpha" in options:
             options["alpha"] *= progress
-        return {name: value for name, value in options.items() if value is not None}
+        return options
 
 
 METHODS: dict[str, Method] = {
@@ -137,8 +139,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "label_smoothing": {
         "type": float,
-        "help": "share of labels taken to be wrong, below 0.5, for dpo, wrpo, robust, exo_pair "
-        "and aot (default: 0, exo_pair 0.001; robust needs a value)",
+        "help": "share of labels taken to be wrong, below 0.5, for dpo, wrpo, robust, exo_pair, "
+        "aot and aot_unpaired (default: 0, exo_pair 0.001; robust needs a value)",
     },
     "alpha": {
         "type": float,
@@ -190,6 +192,10 @@ def resolve(name: str, **options: Any) -> Method:
     """
     if name not in METHODS:
         raise UserError(f"the method is {name!r}, expected one of {', '.join(METHODS)}")
+    for option, value in options.items():
+        choices = _FLAGS[option].get("choices")
+        if choices is not None and value not in choices:
+            raise UserError(f"{flag(option)} is {value!r}, expected one of {', '.join(choices)}")
     method = replace(METHODS[name], **options)
     for option in options:
         if reason := _why_useless(name, method, option):
@@ -216,12 +222,19 @@ def _why_useless(name: str, method: Method, option: str) -> str | None:
     if METHODS[name].objective == "sft":
         return "with --method sft, which trains on the chosen responses alone: leave it out"
     if option in _FUSION_OPTIONS and not method.fused:
-        return (
-            f"with --method {name}, whose reference is the initial pivot: leave it out, or choose "
-            "a fused method such as infifpo"
-        )
+        by = "--reference initial" if METHODS[name].fused else f"--method {name}"
+        return f"with {by}: the reference is the initial pivot, nothing is fused; leave it out"
     if option in _MAX_MARGIN_OPTIONS and method.fusion != "max-margin":
         return f"with --fusion {method.fusion}: it belongs to max-margin"
+    from_initial = method.fusion == "max-margin" and method.margin_anchor == "initial"
+    if option == "initial_as_source" and method.initial_as_source and from_initial:
+        return "with --margin-anchor initial: the initial pivot's own margin is 0, it never wins"
+    one_side = from_initial and method.clip and method.selection == "response"
+    if option == "margin_space" and method.margin_space == "log-prob" and one_side:
+        return (
+            "with --margin-anchor initial and clipped sources: they lie on one side of the anchor, "
+            "where log-probs rank as probabilities do"
+        )
     if option in _LOSS_OPTIONS and option not in loss_options(method.objective):
         users = [loss for loss in LOSSES if option in loss_options(loss)]
         return f"with the objective {method.objective}: it belongs to {', '.join(users)}"

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import job_setup
 import pytest
 from launcher import Ranks
 
@@ -28,6 +29,12 @@ def ranks(tmp_path_factory):
     launcher = Ranks(tmp_path_factory.mktemp("ranks"))
     yield launcher
     launcher.close()
+
+
+@pytest.fixture(scope="session")
+def setup(tmp_path_factory, ranks) -> job_setup.Setup:
+    """A tiny pivot, two sources, and preference data scored under all three."""
+    return job_setup.make(tmp_path_factory.mktemp("job"), ranks)
 
 
 @pytest.fixture(scope="session")

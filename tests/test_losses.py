@@ -65,6 +65,11 @@ def oracle(objective: str, policy: list, reference: list, beta: float, options: 
         gaps = [sorted(w - r for w, r, *_ in rows) for rows in (policy, reference)]
         ratios = [(a - b, 0.0, 0.0) for a, b in zip(*gaps, strict=True)]
         formula = ORACLES["dpo"]
+    elif objective == "aot_unpaired":
+        pairs = list(zip(policy, reference, strict=True))
+        columns = [sorted(p[r] - q[r] for p, q in pairs) for r in (CHOSEN, REJECTED)]
+        ratios = [(a, b, 0.0) for a, b in zip(*columns, strict=True)]
+        formula = ORACLES["dpo"]
     else:
         pairs = zip(policy, reference, strict=True)
         ratios = [[p - r for p, r in zip(*pair, strict=True)] for pair in pairs]
@@ -105,7 +110,13 @@ def test_value_and_gradient_follow_the_formula(objective, given):
         torch.testing.assert_close(grad, expected, atol=1e-6, rtol=1e-6)
 
 
-TRL_NAMES = {"dpo": "sigmoid"} | {name: name for name in LOSSES if name not in ("dpo", "wrpo")}
+TRL_NAMES = {"dpo": "sigmoid"} | {
+    name: name
+    for name in (
+        "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+        "aot_unpaired", "apo_zero", "apo_down", "discopop",
+    )
+}  # fmt: skip
 
 
 def trl_loss(objective: str, token_logps: list, reference: torch.Tensor, **options) -> torch.Tensor:
@@ -220,7 +231,11 @@ def test_losses_of_pairs_do_not_mix():
             preference_loss(objective, policy[i : i + 1], reference[i : i + 1], beta=1.0, **options)
             for i in range(6)
         ]
-        assert torch.equal(together, torch.cat(alone)) == (objective != "aot"), objective
+        alike = torch.equal(together, torch.cat(alone))
+        assert alike == (objective not in ("aot", "aot_unpaired")), objective
+        order = torch.tensor([3, 0, 5, 1, 4, 2])
+        permuted = preference_loss(objective, policy[order], reference[order], beta=1.0, **options)
+        assert torch.equal(permuted, together[order]), "each loss belongs to its pair"
 
 
 def test_bad_arguments_say_what_was_expected():

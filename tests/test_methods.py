@@ -72,11 +72,14 @@ def test_beta_follows_the_length_normalization_unless_given():
         ("--reference initial --selection pair", "--selection has no effect"),
         ("--fusion average --margin-anchor initial", "--margin-anchor has no effect with --fusion"),
         ("--alpha 0.1", "--alpha has no effect with the objective dpo: it belongs to wrpo"),
-        ("--objective ipo --label-smoothing 0.1", "it belongs to dpo, wrpo, robust, exo_pair, aot"),
+        ("--objective ipo --label-smoothing 0.1", "it belongs to dpo, wrpo, robust, exo_pair"),
         ("--discopop-tau 0.1", "it belongs to discopop"),
         ("--method sft --beta 1", "--beta has no effect with --method sft"),
         ("--method sft --objective dpo", "--objective has no effect with --method sft"),
         ("--method sft --sft-weight 1", "--sft-weight has no effect with --method sft"),
+        ("--reference initial --clip", "--clip has no effect with --reference initial"),
+        ("--initial-as-source --margin-anchor initial", "margin is 0, it never wins"),
+        ("--margin-space log-prob --margin-anchor initial", "lie on one side of the anchor"),
         ("--objective robust", "--objective robust needs --label-smoothing"),
         ("--beta 0", r"--beta is 0.0, expected a number in \(0, inf\)"),
         ("--beta nan", "--beta is nan"),
@@ -95,6 +98,13 @@ def test_bad_options(argv, expected):
 def test_unknown_method_lists_the_choices():
     with pytest.raises(UserError, match="expected one of sft, dpo, ipo"):
         resolve("infidpo")
+
+
+def test_unknown_choices_are_refused():
+    with pytest.raises(UserError, match="--fusion is 'best', expected one of max-margin"):
+        resolve("infifpo", fusion="best")
+    with pytest.raises(UserError, match="--objective is 'sgd', expected one of dpo"):
+        resolve("infifpo", objective="sgd")
 
 
 def test_alpha_grows_with_progress():

@@ -37,7 +37,10 @@ def main() -> None:
     args = parser.parse_args()
     method = method_from_args(args)
     config = read_sources(args.sources) if args.sources else None
-    dataset = PreferenceDataset(args.data, config, responses=method.responses)
+    fused = config is not None and method.fused
+    dataset = PreferenceDataset(
+        args.data, config, require_sources=fused, responses=method.responses
+    )
     index = dataset.tokens.find(args.id)
     if index is None:
         raise UserError(

@@ -38,6 +38,8 @@ def main() -> None:
     if not 0 < args.share < 1:
         raise UserError(f"--share is {args.share}, expected a number between 0 and 1")
     outputs = (args.preference, args.sft)
+    if args.preference.resolve() == args.sft.resolve():
+        raise UserError(f"--sft and --preference are both {args.sft}, expected two files")
     for path in outputs:
         if path.suffix != ".jsonl":
             raise UserError(f"{path} is to be written as JSON lines, expected a name in .jsonl")

@@ -1,6 +1,7 @@
 """The commands of a fusion job, run as a user would; what the examples share.
 
-Every method is one or a few command lines, which it prints. Finished ones are skipped on a rerun.
+Every method is a command line, which it prints. A finished one is skipped on a rerun, and refused
+if its flags are others by then.
 """
 
 import json
@@ -68,27 +69,39 @@ class Job:
             where = "" if log is None else f"; see {log}"
             raise UserError(f"the stage above failed with exit code {process.returncode}{where}")
 
+    def once(self, name: str, *words: object, ranks: int = 0, log: Path | None = None) -> None:
+        """Run a command unless it is finished; `name` says what it makes."""
+        stamp = self.folder / "commands" / name
+        line = " ".join(str(word) for word in words)
+        if not stamp.exists():
+            self.command(*words, ranks=ranks, log=log)
+            stamp.parent.mkdir(exist_ok=True)
+            stamp.write_text(line + "\n", encoding="utf-8")
+        elif stamp.read_text(encoding="utf-8") != line + "\n":
+            raise UserError(
+                f"{name} in {self.folder} was made with other flags, see {stamp}: choose another "
+                "--output, or delete the folder"
+            )
+
     def import_pivot(self, hf: Path) -> Path:
         """Convert the pivot, Hugging Face -> Megatron."""
         pivot = self.folder / "pivot"
-        if not pivot.exists():
-            self.command(TOOLS / "convert_checkpoint.py", "import", "--hf", hf, "--save", pivot)
+        convert = TOOLS / "convert_checkpoint.py"
+        self.once("pivot", convert, "import", "--hf", hf, "--save", pivot)
         return pivot
 
     def tokenize(self, split: str, tokenizer: Path) -> None:
         """Tokenize a split for the pivot."""
         prefix = self.folder / "data" / split
-        if not prefix.with_suffix(".json").exists():
-            flags = ["--input", self.records[split], "--tokenizer", tokenizer, "--output", prefix]
-            self.command(TOOLS / "prepare_preferences.py", *flags)
+        flags = ["--input", self.records[split], "--tokenizer", tokenizer, "--output", prefix]
+        self.once(f"data-{split}", TOOLS / "prepare_preferences.py", *flags)
 
     def score(self, split: str, name: str, model: Path, *flags: str, ranks: int = 2) -> None:
         """Score a split under a model."""
         output = self.folder / "logprobs" / f"{split}-{name}"
-        if not output.with_suffix(".json").exists():
-            data = ["--input", self.records[split], "--output", output]
-            words = ["--model", model, "--name", name, *data, *flags]
-            self.command(TOOLS / "score_source.py", *words, ranks=ranks)
+        words = ["--model", model, "--name", name, "--input", self.records[split]]
+        words += ["--output", output, *flags]
+        self.once(f"logprobs-{split}-{name}", TOOLS / "score_source.py", *words, ranks=ranks)
 
     def sources(
         self, split: str, initial: str, names: Iterable[str], domains: dict[str, list[str]]
@@ -108,24 +121,21 @@ class Job:
     def train(self, name: str, split: str, start: Path, *flags: object) -> Path:
         """Train on a split from a checkpoint, at PP 2, and return the run's folder."""
         run = self.folder / name
-        if not (run / "finished").exists():
-            self.command(
-                "-m", "megatron_infifpo.train", *flags,
-                "--preference-data", self.folder / "data" / split,
-                "--pretrained-checkpoint", start, "--save", run, "--save-interval", "1000",
-                "--pipeline-model-parallel-size", "2", "--use-distributed-optimizer",
-                "--tensorboard-dir", run / "tensorboard", "--tensorboard-log-interval", "1",
-                ranks=2,
-                log=self.folder / f"{name}.log",
-            )  # fmt: skip
-            (run / "finished").touch()
+        self.once(
+            name, "-m", "megatron_infifpo.train", *flags,
+            "--preference-data", self.folder / "data" / split,
+            "--pretrained-checkpoint", start, "--save", run, "--save-interval", "1000",
+            "--pipeline-model-parallel-size", "2", "--use-distributed-optimizer",
+            "--tensorboard-dir", run / "tensorboard", "--tensorboard-log-interval", "1",
+            ranks=2,
+            log=self.folder / f"{name}.log",
+        )  # fmt: skip
         return run
 
     def export(self, run: Path) -> Path:
         """Convert a trained checkpoint, Megatron -> Hugging Face."""
         hf = run.with_name(f"{run.name}-hf")
-        if not hf.exists():
-            self.command(TOOLS / "convert_checkpoint.py", "export", "--load", run, "--save", hf)
+        self.once(hf.name, TOOLS / "convert_checkpoint.py", "export", "--load", run, "--save", hf)
         return hf
 
 

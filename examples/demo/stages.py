@@ -48,7 +48,7 @@ def score_sources(job: Job, prepared: Prepared, splits: tuple[str, ...]) -> None
     """Score splits under every source."""
     for split in splits:
         for name, (model, flags) in prepared.models.items():
-            job.score(split, name, model, *flags, ranks=2 if flags is TENSOR else 0)
+            job.score(split, name, model, *flags, ranks=0 if "transformers" in flags else 2)
 
 
 def prepare(job: Job, *, gemma: bool) -> Prepared:

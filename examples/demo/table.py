@@ -1,5 +1,6 @@
 """Tables of held-out pairs under the pivot before and after training."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,10 @@ def check_export(logprobs: Path) -> None:
         raise UserError(f"the exported model differs from the trained one by {worst:.1e} a token")
 
 
-def mean_logps(store: LogprobStore) -> Tensor:
-    """`[N, R]` mean log-probs of the responses."""
-    rows = [store.sums(i) / store.counts(i) for i in range(len(store))]
+def mean_logps(store: LogprobStore, records: Iterable[int] | None = None) -> Tensor:
+    """`[N, R]` mean log-probs of the responses of all records, or of these."""
+    indices = range(len(store)) if records is None else records
+    rows = [store.sums(i) / store.counts(i) for i in indices]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -68,16 +70,24 @@ def print_before_after(folder: Path, sources: Path) -> None:
 def print_rows(folder: Path, split: str, names: dict[str, str]) -> None:
     """Print accuracy and margin on a split under several models.
 
-    `names` are labels of the rows, and the names that the models were scored by.
+    `names` are labels of the rows, and the names that the models were scored by. Records that one
+    of them is masked for (a text exceeds its context) are left out for all.
     """
     tokens = PreferenceDataset(folder / "data" / split).tokens
-    domains = np.array([tokens.domains[code] for code in tokens.domain_codes])
+    stores = {
+        label: LogprobStore(folder / "logprobs" / f"{split}-{name}")
+        for label, name in names.items()
+    }
+    kept = np.flatnonzero(~np.any([store.masked_records for store in stores.values()], axis=0))
+    if left_out := len(tokens) - len(kept):
+        print(f"{left_out} of {len(tokens)} records exceed a model's context and are left out")
+    domains = np.array([tokens.domains[code] for code in tokens.domain_codes[kept]])
     columns = [*sorted(set(domains)), "all"]
     width = max(map(len, names)) + 2
     heads = "".join(f"{domain:>10}" for domain in columns)
     print(f"{'accuracy':<{width}}{heads}{'margin':>10}{'chosen':>10}{'rejected':>10}")
-    for label, name in names.items():
-        mean = mean_logps(LogprobStore(folder / "logprobs" / f"{split}-{name}"))
+    for label, store in stores.items():
+        mean = mean_logps(store, kept)
         cells = []
         for domain in columns:
             inside = torch.from_numpy((domains == domain) | (domain == "all"))

@@ -4,6 +4,8 @@
 The split is by prompt and deterministic; no record is in both halves. SFT takes 3 epochs, InfiFPO 1
 and starts from the SFT result, whose log-probs are therefore those of the initial pivot.
 
+Everything runs on two ranks, at PP 2 or TP 2: docs/method.md has the commands for a cluster.
+
     python examples/two_stage/run.py                     # the demo's pivot, sources and records
     python examples/two_stage/run.py --output runs/mine --pivot pivot-hf --records all.jsonl \\
         --heldout heldout.jsonl --source qwen=qwen-hf --source coder=coder-hf:code \\
@@ -16,6 +18,8 @@ import sys
 from pathlib import Path
 
 from megatron_infifpo.cli import UserError, run
+from megatron_infifpo.models.architecture import read_hf_config
+from megatron_infifpo.models.families import FAMILIES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 import stages  # noqa: E402
@@ -52,13 +56,12 @@ def main() -> None:
         prepared, domains = stages.models(job, gemma=False), stages.DOMAINS
     else:
         models, domains = read_sources(args.source)
-        pivot = job.import_pivot(args.pivot)
-        prepared = stages.Prepared(args.pivot, pivot, models)
+        pivot = job.import_pivot(args.pivot.resolve())
+        prepared = stages.Prepared(args.pivot.resolve(), pivot, models)
 
     job.stage("split the records by prompt, tokenize both halves for the pivot")
-    if not all(path.exists() for path in halves.values()):
-        parts = [word for stage in STAGES for word in (f"--{stage}", halves[stage])]
-        job.command(TOOLS / "split_preferences.py", "--input", args.records.resolve(), *parts)
+    parts = [word for stage in STAGES for word in (f"--{stage}", halves[stage])]
+    job.once("split", TOOLS / "split_preferences.py", "--input", args.records.resolve(), *parts)
     for split in job.records:
         job.tokenize(split, prepared.hf_pivot)
 
@@ -96,7 +99,10 @@ def read_sources(given: list[str]) -> tuple[dict, dict[str, list[str]]]:
             raise UserError(
                 f"--source {text}: expected NAME=DIR[:DOMAIN,...], DIR with config.json"
             )
-        models[name] = (Path(folder), TENSOR)
+        if name in models or name in ("pivot", "sft", "infifpo"):
+            raise UserError(f"--source {text}: the name {name} is taken, expected another")
+        known = read_hf_config(folder).get("model_type") in FAMILIES
+        models[name] = (Path(folder).resolve(), TENSOR if known else ["--backend", "transformers"])
         if limits:
             domains[name] = limits.split(",")
     return models, domains

@@ -49,6 +49,7 @@ class PreferenceDataset:
         sources: the M sources' log-probs.
         source_names: their names.
         domains: names by domain code.
+        domain_codes: int64 `[N]`, of the records.
         responses: how many responses of a record are used, R.
         pair_lengths: int64 `[N]`, tokens of the packed pair: each response with its own prompt.
         segment_lengths: int64 `[N]`, tokens of the longest response with its prompt.
@@ -84,6 +85,7 @@ class PreferenceDataset:
                 f"{', '.join(RESPONSES)}; give the field in every record and prepare them again"
             )
         self.domains = self.tokens.domains
+        self.domain_codes = self.tokens.domain_codes.astype(np.int64)
         self.initial: LogprobStore | None = None
         self.sources: tuple[LogprobStore, ...] = ()
         self.source_names: tuple[str, ...] = ()
@@ -124,7 +126,7 @@ class PreferenceDataset:
         prompt_ids, *response_ids = self.tokens.sequences(index)
         used = slice(self.responses)
         pair = PreferencePair(
-            int(index), prompt_ids, tuple(response_ids[used]), int(self.tokens.domain_codes[index])
+            int(index), prompt_ids, tuple(response_ids[used]), int(self.domain_codes[index])
         )
         if self.initial is None:
             return pair
@@ -138,6 +140,12 @@ class PreferenceDataset:
         pair.initial_sum_logps = self.initial.sums(index)[used].astype(np.float32)
         pair.source_sum_logps, pair.source_token_counts, pair.source_mask = sums, counts, mask
         return pair
+
+    def align_domains(self, names: tuple[str, ...]) -> None:
+        """Number the domains as another dataset does: first its names, then our own others."""
+        both = (*names, *(name for name in self.domains if name not in names))
+        code = np.array([both.index(name) for name in self.domains])
+        self.domain_codes, self.domains = code[self.domain_codes], both
 
     def eligible(self, max_tokens: int) -> np.ndarray:
         """Return the records that can be trained on.

@@ -36,7 +36,17 @@ def open_datasets(
     train = _open(args.preference_data, args.preference_sources, "--preference-sources", method)
     if valid is None:
         return train, None
-    return train, _open(valid, args.preference_valid_sources, "--preference-valid-sources", method)
+    held_out = _open(valid, args.preference_valid_sources, "--preference-valid-sources", method)
+    if held_out.source_names != train.source_names:
+        found, expected = (", ".join(data.source_names) for data in (held_out, train))
+        raise UserError(
+            f"{args.preference_valid_sources} lists the sources {found}; expected those of "
+            f"{args.preference_sources}, in the same order: {expected}"
+        )
+    # One list of names for the metrics of both.
+    train.align_domains(held_out.domains)
+    held_out.align_domains(train.domains)
+    return train, held_out
 
 
 def _open(prefix: str, sources: str | None, sources_flag: str, method: Method) -> PreferenceDataset:
@@ -65,19 +75,22 @@ def set_schedule(
     """
     if args.global_batch_size is None or args.micro_batch_size is None:
         raise UserError("give --global-batch-size and --micro-batch-size, in pairs")
-    if method.objective == "aot" and args.micro_batch_size < 2:
+    if method.objective.startswith("aot") and args.micro_batch_size < 2:
         raise UserError(
-            "--objective aot sorts the pairs of a row: with --micro-batch-size 1 there is nothing "
-            "to sort and it is dpo; give a larger one"
+            f"--objective {method.objective} sorts the pairs of a row: with --micro-batch-size 1 "
+            "there is nothing to sort and it is dpo; give a larger one"
         )
     if args.seq_length is None:
         args.seq_length = min(4096, args.max_position_embeddings)
     usable = len(train.require_eligible(args.seq_length))
+    epochs = args.preference_epochs
+    if epochs is not None and epochs < 1:
+        raise UserError(f"--preference-epochs is {epochs}, expected at least 1")
     if args.train_iters is None and args.train_samples is None:
-        epochs = args.preference_epochs or 1
-        args.train_iters = max(1, usable * epochs // args.global_batch_size)
-    elif args.preference_epochs is not None:
-        raise UserError("--preference-epochs has no effect with --train-iters: give one of them")
+        args.train_iters = max(1, usable * (epochs or 1) // args.global_batch_size)
+    elif epochs is not None:
+        other = "--train-iters" if args.train_samples is None else "--train-samples"
+        raise UserError(f"--preference-epochs has no effect with {other}: give one of them")
     if args.eval_interval is None:
         # Only at the end, where Megatron evaluates in any case.
         args.eval_interval = (args.train_iters or args.train_samples) + 1

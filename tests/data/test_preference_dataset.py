@@ -69,6 +69,14 @@ def test_lengths_and_eligible_pairs(joined):
     assert dataset.eligible(1).size == 0
 
 
+def test_domains_numbered_as_in_another_dataset(joined, tmp_path):
+    dataset = PreferenceDataset(*joined)
+    before = [dataset.domains[dataset[i].domain_code] for i in range(8)]
+    dataset.align_domains(("law", "code"))
+    assert dataset.domains == ("law", "code", "math")
+    assert [dataset.domains[dataset[i].domain_code] for i in range(8)] == before
+
+
 def test_without_sources(joined):
     dataset = PreferenceDataset(joined[0])
     assert dataset[0].initial_sum_logps is None and dataset.eligible(10**6).size == 8

@@ -60,6 +60,7 @@ def test_more_records_move_none(tmp_path, monkeypatch):
     [
         (["--share", "1"], "--share is 1.0"),
         (["--share", "0.0001"], "is empty"),
+        (["--sft", "./b.jsonl"], "expected two files"),
         (["--sft", "out.json"], "expected a name in .jsonl"),
     ],
 )

@@ -64,6 +64,13 @@ def test_wrpo_needs_the_pivots_own_response(setup, flags, ranks, tmp_path, metho
     assert "record 'two-0'" in sentence and "has no 'pivot_chosen'" in sentence
 
 
+def test_held_out_sources_are_those_of_training(setup, flags, ranks):
+    other = setup.sources("other", "{name: phi, logprobs: phi}")
+    valid = ["--preference-valid-data", str(setup.data), "--preference-valid-sources", str(other)]
+    sentence = refused(ranks, "megatron_infifpo.train", flags(*valid))
+    assert "lists the sources phi; expected those of" in sentence and "order: qwen" in sentence
+
+
 def test_missing_checkpoint(flags, ranks, tmp_path):
     argv = flags(
         "--pretrained-checkpoint", str(tmp_path / "no"), without=("--pretrained-checkpoint",)

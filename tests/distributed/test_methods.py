@@ -79,6 +79,7 @@ OPTIONS = {
     "wrpo": ["--alpha", "0.4"],
     "dpo": ["--fusion", "confidence", "--initial-as-source", "--label-smoothing", "0.1"],
     "hinge": ["--margin-space", "log-prob", "--margin-anchor", "initial", "--selection", "pair"],
+    "aot_unpaired": ["--label-smoothing", "0.2"],
 }
 CASES = [["--method", name] for name in METHODS if name != "sft"]
 CASES += [["--objective", name, *OPTIONS.get(name, [])] for name in LOSSES]
@@ -86,7 +87,7 @@ CASES += [["--objective", name, *OPTIONS.get(name, [])] for name in LOSSES]
 
 @pytest.mark.parametrize("argv", CASES, ids=lambda argv: argv[1] + ("" if len(argv) < 3 else "+"))
 def test_first_loss_follows_from_the_datasets(setup, ranks, argv):
-    """What a flag says reaches the loss: the first step over all 20 pairs, in one row."""
+    """Training computes what the datasets and `pair_losses` say, whose options are tested there."""
     whole = ["--global-batch-size", "20", "--micro-batch-size", "20", "--train-iters", "1"]
     flags = setup.flags(setup.sources("both", *BOTH), *whole, *argv)
     first = steps_of(ranks(1, "workers:train", flags))[0]
@@ -151,6 +152,29 @@ def test_metrics_of_domains_and_sources(setup, ranks):
     assert step["domain/general/share/phi"] == 0.0
     assert step["domain/general/share/qwen"] == 1.0
     assert 0 < step["domain/code/share/phi"] < 1
+
+
+def test_held_out_pairs_with_domains_in_another_order(setup, ranks, tmp_path):
+    """Names are those of the pairs, whichever domain came first in either file."""
+    lines = setup.records.read_text().splitlines()
+    records = tmp_path / "valid.jsonl"
+    general_first = [lines[1], lines[2], lines[0], *lines[3:8]]
+    records.write_text("\n".join(general_first) + "\n")
+    prepare = ["--input", str(records), "--tokenizer", str(setup.hf)]
+    ranks(1, "workers:run_tool", "prepare_preferences", [*prepare, "--output", str(tmp_path / "v")])
+    models = {"initial": setup.pivot, "qwen": setup.folder / "qwen", "phi": setup.folder / "phi"}
+    for name, model in models.items():
+        flags = ["--backend", "megatron", "--model", str(model), "--input", str(records)]
+        ranks(1, "workers:score", [*flags, "--output", str(tmp_path / name)])
+    sources = tmp_path / "sources.yaml"
+    entries = "".join(f"\n  - {entry}" for entry in BOTH)
+    sources.write_text(f"initial: initial\nsources:{entries}\n")
+    valid = ["--preference-valid-data", str(tmp_path / "v")]
+    valid += ["--preference-valid-sources", str(sources)]
+    flags = setup.flags(setup.sources("both", *BOTH), "--train-iters", "1", *valid)
+    evaluation = ranks(1, "workers:train", flags)[0]["evaluations"][0]
+    assert evaluation["domain/general/share/phi"] == 0.0
+    assert evaluation["domain/code/share/phi"] > 0.0
 
 
 def test_two_stages(setup, ranks, tmp_path):

@@ -71,11 +71,12 @@ def test_two_stages(forked, monkeypatch, tmp_path, capfd):
     assert (tmp_path / "out" / "infifpo-hf" / "model.safetensors").exists()
     table = capfd.readouterr().out
     assert all(row in table for row in ("pivot", "after SFT", "after InfiFPO"))
-    run(monkeypatch, example, *argv)  # everything is skipped
-    assert (
-        capfd.readouterr().out.split("held-out pairs")[1][:300]
-        == (table.split("held-out pairs")[1][:300])
-    )
+    monkeypatch.setattr("job.Job.command", None)  # everything is skipped
+    run(monkeypatch, example, *argv)
+    again = capfd.readouterr().out.split("held-out pairs")[1]
+    assert again[:300] == table.split("held-out pairs")[1][:300]
+    with pytest.raises(UserError, match="infifpo .* was made with other flags"):
+        run(monkeypatch, example, *argv[:-1], flags + " --seed 7")
 
 
 @pytest.mark.parametrize(
@@ -83,9 +84,13 @@ def test_two_stages(forked, monkeypatch, tmp_path, capfd):
     [
         (["--pivot", "x"], "--pivot and --source together"),
         (["--pivot", "x", "--source", "qwen"], "expected NAME=DIR"),
+        (["--pivot", "x", "--source", "sft=hf"], "the name sft is taken"),
     ],
 )
 def test_two_stage_bad_input(forked, monkeypatch, tmp_path, argv, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "llama"}')
     example = load(ROOT / "examples" / "two_stage" / "run.py")
     with pytest.raises(UserError, match=expected):
         run(monkeypatch, example, "--output", tmp_path / "out", *argv)
@@ -105,3 +110,29 @@ def test_ablation_grid(monkeypatch):
     assert methods["infifpo"] == resolve("infifpo")
     assert methods["neither"] == resolve("fpo")
     assert methods["dpo"] == resolve("dpo", length_normalization=True)
+
+
+def test_ablation_rows(forked, monkeypatch, setup, capfd):
+    """Two rows on tiny models: only their flags and sources differ, and both are in the table."""
+    import job
+    import stages
+
+    example = load(ROOT / "examples" / "ablation" / "run.py")
+    records = {"train": setup.records, "heldout": setup.records}
+    monkeypatch.setattr(stages, "RECORDS", records)
+    small = "--lr 1e-3 --global-batch-size 8 --micro-batch-size 2 --seq-length 256 --log-interval 1"
+    monkeypatch.setattr(stages, "TRAIN", small.split())
+    models = {name: (setup.folder / name, job.TENSOR) for name in ("qwen", "phi")}
+    prepared = stages.Prepared(setup.hf, setup.pivot, models)
+    monkeypatch.setattr(stages, "models", lambda job, gemma: prepared)
+    folder = setup.folder / "ablation"
+    run(monkeypatch, example, "--output", folder, "--only", "unclipped", "sources-1")
+    table = capfd.readouterr().out.split("held-out pairs")[-1].splitlines()
+    labels = [line[:24].strip() for line in table if "%" in line]
+    assert labels == ["pivot", "without clipping", "1 of 2 sources: qwen"]
+    rows = ("unclipped", "sources-1")
+    a, b = ((folder / "commands" / f"ablation-{row}").read_text().split() for row in rows)
+    assert set(a) - set(b) - {"--no-clip"} == {w for w in a if "unclipped" in w or "qwen-phi" in w}
+    assert set(b) - set(a) == {w for w in b if "sources-1" in w or "pivot-qwen" in w}
+    with pytest.raises(UserError, match="--only has best, expected infifpo, sums"):
+        run(monkeypatch, example, "--output", folder, "--only", "best")

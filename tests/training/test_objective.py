@@ -155,6 +155,87 @@ def test_initial_pivot_as_a_source(row):
     assert reference.weights.shape[-1] == means.shape[-1] + 1
 
 
+# One pair: means of the initial pivot -1 and -2; three sources of two tokens each.
+FIXED = {
+    "token_counts": torch.tensor([[2, 2]]),
+    "initial_sum_logps": torch.tensor([[-2.0, -4.0]], dtype=torch.float64),
+    "source_sum_logps": torch.tensor(
+        [[[-1.0, -1.4, -8.0], [-4.2, -5.0, -3.0]]], dtype=torch.float64
+    ),
+    "source_token_counts": torch.full((1, 2, 3), 2),
+    "source_mask": torch.ones(1, 3, dtype=torch.bool),
+}
+POLICY = torch.tensor([[-1.2, -4.6]], dtype=torch.float64)  # means -0.6, -2.3
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        # Clipped means: chosen -0.5, -0.7, -1; rejected -2.1, -2.5, -2. To the policy's
+        # probabilities: 0.06, 0.05, 0.18; 0.022, 0.018, 0.035.
+        ({}, (-1.0, -2.0)),
+        # Unclipped: chosen -0.5, -0.7, -4 (0.53 away); rejected -2.1, -2.5, -1.5 (0.12 away).
+        ({"clip": False}, (-4.0, -1.5)),
+        # Sums, clipped: chosen -1, -1.4, -2 to -1.2; rejected -4.2, -5, -4 to -4.6.
+        ({"length_normalization": False}, (-2.0, -4.0)),
+        # From the initial pivot, -1 and -2.
+        ({"margin_anchor": "initial"}, (-0.5, -2.5)),
+        # One source for both, by the sum of its margins: 0.08, 0.07, 0.22.
+        ({"selection": "pair"}, (-1.0, -2.0)),
+        # 0.24 + 0.013, 0.13 + 0.053, 0.
+        ({"selection": "pair", "margin_anchor": "initial"}, (-0.5, -2.1)),
+        ({"fusion": "average"}, (-2.2 / 3, -6.6 / 3)),
+        ({"fusion": "confidence"}, (-3 / (2 + 1 / 0.7 + 1), -3 / (1 / 2.1 + 1 / 2.5 + 0.5))),
+        ({"fusion": "average", "initial_as_source": True}, (-3.2 / 4, -8.6 / 4)),
+    ],
+)
+def test_every_option_reaches_the_reference(options, expected):
+    method = resolve("infifpo", **options)
+    policy = POLICY / 2 if method.length_normalization else POLICY
+    reference = references(method, FIXED, policy)
+    assert reference.logps[0].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_margins_of_log_probs():
+    """Of -0.1 and -2.5 the second is farther from -1 in log-probs, the first in probability."""
+    row = FIXED | {
+        "source_sum_logps": torch.tensor([[[-0.2, -5.0]] * 2], dtype=torch.float64),
+        "source_token_counts": torch.full((1, 2, 2), 2),
+        "source_mask": torch.ones(1, 2, dtype=torch.bool),
+    }
+    for space, expected in (("prob", -0.1), ("log-prob", -2.5)):
+        method = resolve("infifpo", clip=False, margin_space=space)
+        reference = references(method, row, torch.tensor([[-1.0, -1.0]], dtype=torch.float64))
+        assert reference.logps[0].tolist() == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        # d = (-0.6 + 1) - (-2.3 + 2) = 0.7
+        ({}, math.log(1 + math.exp(-1.75))),
+        ({"beta": 1.0}, math.log(1 + math.exp(-0.7))),
+        ({"objective": "ipo"}, (0.7 - 5) ** 2),
+        ({"objective": "hinge", "beta": 1.0}, 0.3),
+        (
+            {"label_smoothing": 0.1},
+            0.9 * math.log(1 + math.exp(-1.75)) + 0.1 * math.log(1 + math.exp(1.75)),
+        ),
+        ({"sft_weight": 2.0}, math.log(1 + math.exp(-1.75)) + 1.2),
+        (
+            {"objective": "discopop", "discopop_tau": 0.5, "beta": 1.0},
+            math.log(1 + math.exp(-0.7)) / (1 + math.exp(1.4))
+            + math.exp(-0.7) / (1 + math.exp(-1.4)),
+        ),
+        # Sums: d = (-1.2 + 2) - (-4.6 + 4) = 1.4, beta 0.1.
+        ({"reference": "initial", "length_normalization": False}, math.log(1 + math.exp(-0.14))),
+    ],
+)
+def test_every_option_reaches_the_loss(options, expected):
+    losses, _, _ = pair_losses(resolve("infifpo", **options), FIXED, POLICY)
+    assert losses.item() == pytest.approx(expected, abs=1e-9)
+
+
 @pytest.mark.parametrize("name", PREFERENCE)
 def test_masked_sources_may_hold_anything(name):
     row = {

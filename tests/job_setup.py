@@ -4,10 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import tiny
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Setup:
@@ -47,10 +46,9 @@ def command(*words: object) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.fixture(scope="session")
-def setup(tmp_path_factory, ranks) -> Setup:
+def make(folder: Path, ranks) -> Setup:
     """Import the pivot, prepare the pairs, score them under the pivot and two sources."""
-    job = Setup(tmp_path_factory.mktemp("job"))
+    job = Setup(folder)
     tiny.save_model(job.hf, "llama", seed=1)
     tiny.write_records(job.records, 20)
     command("tools/convert_checkpoint.py", "import", "--hf", job.hf, "--save", job.pivot)
