@@ -8,13 +8,19 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 WORDS = """the a model prefers short clear answers because long vague ones waste time and two plus
@@ -44,6 +50,42 @@ FAMILIES = {
         Phi3Config,
         Phi3ForCausalLM,
         {"tie_word_embeddings": False, "partial_rotary_factor": 0.5},
+    ),
+    "phi3-window": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {"tie_word_embeddings": False, "sliding_window": 16},
+    ),
+    "qwen2-window": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+    ),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": False, "head_dim": 24}),
+    "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True, "head_dim": 8}),
+    "mistral": (
+        MistralConfig,
+        MistralForCausalLM,
+        {"tie_word_embeddings": False, "head_dim": 24, "sliding_window": None},
+    ),
+    "mistral-window": (
+        MistralConfig,
+        MistralForCausalLM,
+        {"tie_word_embeddings": False, "sliding_window": 16},
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+            },
+        },
     ),
 }
 

@@ -4,11 +4,13 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatron_infifpo.checkpoint.hf_export import hf_tensors, open_checkpoint
-from megatron_infifpo.checkpoint.safetensors_io import HfWeights
+from megatron_infifpo.checkpoint.hf_folder import HfWeights
+from megatron_infifpo.checkpoint.safetensors_io import bytes_of
+from megatron_infifpo.models.architecture import read_hf_config
+from megatron_infifpo.models.families import FAMILIES
 
 
 def weights_fingerprint(directory: str | Path) -> str:
@@ -30,7 +32,9 @@ def weights_fingerprint(directory: str | Path) -> str:
 
 
 def _hf_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
-    weights = HfWeights(directory)
+    # Models of other families are scored by transformers: their names are taken as they are.
+    known = FAMILIES.get(str(read_hf_config(directory).get("model_type")))
+    weights = HfWeights(directory, known.hf_name) if known else HfWeights(directory)
     for name in weights.names():
         yield name, weights.load(name)
 
@@ -44,6 +48,5 @@ def _megatron_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
 def _digest(name: str, tensor: Tensor) -> bytes:
     header = f"{name} {tensor.dtype} {list(tensor.shape)}\n"
     digest = hashlib.sha256(header.encode())
-    if tensor.numel():
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(bytes_of(tensor.contiguous()).numpy())
     return digest.digest()

@@ -1,5 +1,6 @@
 """Megatron -> Hugging Face: a folder of safetensors, read layer by layer, without a model."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_infifpo.checkpoint.hf_folder import INDEX
 from megatron_infifpo.checkpoint.layout import (
     HF_FOLDER,
     carry,
@@ -15,14 +17,17 @@ from megatron_infifpo.checkpoint.layout import (
     find_checkpoint,
     new_folder,
     original_dtype,
-    write_dtype,
+    write_config,
 )
 from megatron_infifpo.checkpoint.mapping import Entry, WeightMapping
-from megatron_infifpo.checkpoint.safetensors_io import SHARD_BYTES, write_weights
+from megatron_infifpo.checkpoint.safetensors_io import SafetensorsWriter
+from megatron_infifpo.checkpoint.share import Share
 from megatron_infifpo.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.models.architecture import read_hf_config
 from megatron_infifpo.models.families import weight_mapping
+
+SHARD_BYTES = 5 * 10**9
 
 
 def export_checkpoint(
@@ -34,7 +39,8 @@ def export_checkpoint(
 ) -> None:
     """Convert a Megatron checkpoint, imported or trained at any layout, into a Hugging Face folder.
 
-    Optimizer state and vocabulary padding are left out. At most one shard is in memory.
+    Optimizer state and vocabulary padding are left out. One tensor of one layer is in memory at a
+    time. Ranks of torchrun share the files.
 
     Args:
         load_dir: a checkpoint with the `hf` folder that import writes and training copies.
@@ -49,15 +55,67 @@ def export_checkpoint(
     check_free(save_dir)
     checkpoint, mapping, config = open_checkpoint(load_dir, iteration)
     dtype = dtype or original_dtype(config)
-    sizes = [torch.Size(entry.shape).numel() * dtype.itemsize for entry in mapping.entries()]
-    bar = tqdm(hf_tensors(checkpoint, mapping), total=len(sizes), unit="tensor", desc="export")
-    with new_folder(save_dir) as folder, bar:
-        converted = (
-            {name: part.to(dtype).contiguous() for name, part in group.items()} for group in bar
-        )
-        write_weights(folder, sizes, converted, shard_bytes)
-        carry(Path(load_dir) / HF_FOLDER, folder)
-        write_dtype(folder / "config.json", dtype)
+    shards = _plan_shards(mapping, dtype, shard_bytes)
+    share = Share()
+    mine = [name for number, name in enumerate(shards) if share.mine(number)]
+    count = sum(len(shards[name]) for name in mine)
+    with (
+        new_folder(save_dir, share) as folder,
+        tqdm(total=count, unit="tensor", desc="export", disable=not share.first) as bar,
+    ):
+        for name in mine:
+            _write_shard(folder / name, shards[name], checkpoint, dtype, bar)
+        if share.first:
+            if len(shards) > 1:
+                _write_index(folder, shards, dtype)
+            carry(Path(load_dir) / HF_FOLDER, folder)
+            write_config(folder / "config.json", config, dtype)
+
+
+def _plan_shards(
+    mapping: WeightMapping, dtype: torch.dtype, shard_bytes: int
+) -> dict[str, list[Entry]]:
+    """Spread the entries over files, in order; an entry's tensors stay together."""
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in mapping.entries():
+        size = torch.Size(entry.shape).numel() * dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    count = len(shards)
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, start=1)}
+
+
+def _shapes(entries: list[Entry]) -> dict[str, tuple[int, ...]]:
+    return {
+        name: shape
+        for entry in entries
+        for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
+    }
+
+
+def _write_shard(
+    path: Path, entries: list[Entry], checkpoint: TorchDistCheckpoint, dtype: torch.dtype, bar: tqdm
+) -> None:
+    with SafetensorsWriter(path, _shapes(entries), dtype) as writer:
+        for entry in entries:
+            parts = entry.to_hf(read_entry(checkpoint, entry))
+            for name, part in zip(entry.hf_names, parts, strict=True):
+                writer.write(name, part)
+            bar.update()
+
+
+def _write_index(folder: Path, shards: dict[str, list[Entry]], dtype: torch.dtype) -> None:
+    weight_map = {name: file for file, entries in shards.items() for name in _shapes(entries)}
+    numbers = (torch.Size(e.shape).numel() for entries in shards.values() for e in entries)
+    total = sum(numbers) * dtype.itemsize
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def open_checkpoint(

@@ -10,18 +10,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_infifpo.checkpoint import torch_dist
+from megatron_infifpo.checkpoint.hf_folder import HfWeights, check_weights, open_hf
 from megatron_infifpo.checkpoint.layout import (
     HF_FOLDER,
     TRACKER,
     carry,
     check_free,
     new_folder,
-    write_dtype,
+    write_config,
 )
 from megatron_infifpo.checkpoint.mapping import Row, WeightMapping
-from megatron_infifpo.checkpoint.safetensors_io import HfWeights, check_weights
-from megatron_infifpo.models.architecture import read_hf_config
-from megatron_infifpo.models.families import megatron_args, weight_mapping
+from megatron_infifpo.checkpoint.share import Share
+from megatron_infifpo.models.families import megatron_args
 
 
 def import_checkpoint(
@@ -31,7 +31,7 @@ def import_checkpoint(
 
     Megatron loads `save_dir` as a release with `--load save_dir --finetune --no-load-optim
     --no-load-rng`; `save_dir/hf` carries the configuration and the tokenizer. One tensor of one
-    layer is in memory at a time.
+    layer is in memory at a time. Ranks of torchrun share the layers.
 
     Args:
         hf_dir: config.json, safetensors, tokenizer files.
@@ -42,26 +42,36 @@ def import_checkpoint(
         UserError: an unsupported model, tensors that do not fit config.json, or nowhere to write.
     """
     check_free(save_dir)
-    weights = HfWeights(hf_dir)
-    config = read_hf_config(hf_dir)
-    mapping = weight_mapping(config)
+    weights, mapping, config = open_hf(hf_dir)
     original = check_weights(weights, mapping)
-    dtype = dtype or original
-    count = sum(mapping.num_layers if row.per_layer else 1 for row in mapping.rows.values())
-    with new_folder(save_dir) as folder, tqdm(total=count, unit="tensor", desc="import") as bar:
-        tensors = {
-            row.key: _lazy_tensor(row, mapping, weights, dtype, bar)
-            for row in mapping.rows.values()
-        }
+    share = Share()
+    with (
+        new_folder(save_dir, share) as folder,
+        tqdm(unit="tensor", desc="import", disable=not share.first) as bar,
+    ):
+        tensors = _lazy_tensors(mapping, weights, dtype or original, share, bar)
+        bar.total = sum(len(tensor.chunks) for tensor in tensors.values())
         release = folder / "release"
-        release.mkdir()
-        torch_dist.write(
-            release, tensors, mapping.extra_state_keys, common_state(megatron_args(config))
-        )
-        carry(Path(hf_dir), folder / HF_FOLDER)
-        # Export goes back to the dtype of the weights, whatever config.json says about them.
-        write_dtype(folder / HF_FOLDER / "config.json", original)
-        (folder / TRACKER).write_text("release", encoding="utf-8")
+        release.mkdir(exist_ok=True)
+        state = common_state(megatron_args(config))
+        torch_dist.write(release, tensors, mapping.extra_state_keys, state, share)
+        if share.first:
+            carry(Path(hf_dir), folder / HF_FOLDER)
+            # Export goes back to the dtype of the weights, whatever config.json says about them.
+            write_config(folder / HF_FOLDER / "config.json", config, original)
+            (folder / TRACKER).write_text("release", encoding="utf-8")
+
+
+def _lazy_tensors(
+    mapping: WeightMapping, weights: HfWeights, dtype: torch.dtype, share: Share, bar: tqdm
+) -> dict[str, torch_dist.LazyTensor]:
+    """This rank's chunks of all tensors: whole layers, and every so many of the other tensors."""
+    tensors = {}
+    for number, row in enumerate(mapping.rows.values()):
+        layers = [layer for layer in range(mapping.num_layers) if share.mine(layer)]
+        if layers if row.per_layer else share.mine(number):
+            tensors[row.key] = _lazy_tensor(row, mapping, weights, dtype, layers, bar)
+    return tensors
 
 
 def common_state(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +90,12 @@ def common_state(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lazy_tensor(
-    row: Row, mapping: WeightMapping, weights: HfWeights, dtype: torch.dtype, bar: tqdm
+    row: Row,
+    mapping: WeightMapping,
+    weights: HfWeights,
+    dtype: torch.dtype,
+    layers: list[int],
+    bar: tqdm,
 ) -> torch_dist.LazyTensor:
     shape = mapping.entry(row.key).shape
     rest = (0,) * len(shape)
@@ -89,11 +104,10 @@ def _lazy_tensor(
         entry = mapping.entry(row.key, offset[0] if row.per_layer else None)
         tensor = entry.to_megatron([weights.load(name) for name in entry.hf_names]).to(dtype)
         bar.update()
-        # A contiguous tensor of its own: the file's mapping is larger than what is written.
         return tensor.unsqueeze(0).contiguous() if row.per_layer else tensor.contiguous()
 
     if row.per_layer:
-        offsets = [(layer, *rest) for layer in range(mapping.num_layers)]
+        offsets = [(layer, *rest) for layer in layers]
         whole, chunk = (mapping.num_layers, *shape), (1, *shape)
         return torch_dist.LazyTensor(whole, offsets, chunk, dtype, load)
     return torch_dist.LazyTensor(shape, [rest], shape, dtype, load)

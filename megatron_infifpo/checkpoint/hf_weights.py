@@ -8,10 +8,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
+from megatron_infifpo.checkpoint.hf_folder import check_weights, open_hf
 from megatron_infifpo.checkpoint.mapping import WeightMapping
-from megatron_infifpo.checkpoint.safetensors_io import HfWeights, check_weights
-from megatron_infifpo.models.architecture import read_hf_config
-from megatron_infifpo.models.families import weight_mapping
 
 
 def load_into_model(models: Sequence[torch.nn.Module], hf_dir: str | Path) -> None:
@@ -28,8 +26,7 @@ def load_into_model(models: Sequence[torch.nn.Module], hf_dir: str | Path) -> No
     Raises:
         UserError: an unsupported model, or tensors that do not fit config.json.
     """
-    weights = HfWeights(hf_dir)
-    mapping = weight_mapping(read_hf_config(hf_dir))
+    weights, mapping, _ = open_hf(hf_dir)
     check_weights(weights, mapping)
     shards = [shard for model in models for shard in _shards(model)]
     # The gate and the up projection are two shards of one tensor: neighbours share one reading.

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
+from megatron_infifpo.checkpoint.share import Share
 from megatron_infifpo.cli import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -92,13 +92,12 @@ def original_dtype(config: dict[str, Any]) -> torch.dtype:
     return DTYPE_NAMES[name]
 
 
-def write_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Make a config.json declare a dtype; a file that does already is left as it is."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+def write_config(path: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write a model's config.json, declaring a dtype; a file that says so already is left alone."""
     name = str(dtype).removeprefix("torch.")
     if config.get("dtype", config.get("torch_dtype")) != name:
-        config.pop("torch_dtype", None)
-        config["dtype"] = name
+        config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": name}
+    if json.loads(path.read_text(encoding="utf-8")) != config:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -110,8 +109,10 @@ def check_free(save: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(save: str | Path) -> Iterator[Path]:
+def new_folder(save: str | Path, share: Share) -> Iterator[Path]:
     """Yield a folder beside `save`, which becomes `save` if the block succeeds, else is removed.
+
+    All ranks enter and leave it together.
 
     Raises:
         UserError: `save` holds something already, or it cannot be written.
@@ -120,12 +121,17 @@ def new_folder(save: str | Path) -> Iterator[Path]:
     check_free(save)
     aside = save.with_name(f".{save.name}.partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        if share.first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        share.wait()
         yield aside
-        # An empty folder gives way to a rename.
-        os.rename(aside, save)
-    except (OSError, SafetensorError) as error:
+        share.wait()
+        if share.first:
+            # An empty folder gives way to a rename.
+            os.rename(aside, save)
+        share.wait()
+    except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"cannot write --save {save}: {error}; nothing was left there") from error
     except BaseException:

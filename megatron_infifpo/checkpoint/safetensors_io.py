@@ -1,182 +1,149 @@
-"""Read and write the safetensors of a Hugging Face folder, one tensor at a time."""
+"""Read and write safetensors files tensor by tensor, through a buffer and not a mapped file.
+
+A mapped file counts as resident memory, and all of a checkpoint would be mapped in the end; here
+memory holds the tensors that are asked for. Headers are checked before anything is believed.
+Format: 8 bytes length, a JSON header of dtypes, shapes and offsets, then the data.
+"""
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_infifpo.checkpoint.mapping import WeightMapping
 from megatron_infifpo.cli import UserError
 
-INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9
-# safetensors' names of the dtypes that weights may have.
+# The format's names of the dtypes that weights may have.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Buffers that old files hold and that follow from config.json.
-_DERIVED = "rotary_emb.inv_freq"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Bytes of other elements, to check headers; weights of these are refused when they are read.
+_OTHER_BYTES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
+_OTHER_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
+_MAX_HEADER = 100_000_000  # as the safetensors library has it
 
 
-class HfWeights:
-    """The tensors of a Hugging Face folder; files are mapped, and read when a tensor is."""
+class SafetensorsFile:
+    """One file; `shapes` and `dtypes` (the format's names) are those of its header."""
 
-    def __init__(self, directory: str | Path):
-        """Open the folder's safetensors.
+    def __init__(self, path: Path):
+        """Read and check the header.
 
         Raises:
-            UserError: no such folder, no safetensors in it, or a broken file.
+            UserError: no such file, or not a whole safetensors file.
         """
-        self.directory = Path(directory)
-        self._files: dict[str, Any] = {}
-        for path in self._paths():
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._begins: dict[str, int] = {}
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > min(size - 8, _MAX_HEADER):
+                    raise ValueError(f"its header would have {length} bytes, the file has {size}")
+                header = json.loads(file.read(length))
+            self._take(header, 8 + length, size)
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"cannot read {path}: {error}; copy the file again") from None
+
+    def _take(self, header: Any, start: int, size: int) -> None:
+        """Check the header: tensors lie side by side and fill the file."""
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
+        spans = []
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
             try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"cannot read {path}: {error}; copy the file again") from error
-            self._files.update(dict.fromkeys(file.keys(), file))
+                dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+                item = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_BYTES[dtype]
+                numbers = [*shape, begin, end]
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"tensor {name} has the entry {str(entry)[:80]}") from None
+            if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+                raise ValueError(f"tensor {name} has the entry {str(entry)[:80]}")
+            if end - begin != math.prod(shape) * item:
+                raise ValueError(f"tensor {name} of shape {shape} has {end - begin} bytes")
+            spans.append((begin, end, name))
+            self.shapes[name], self.dtypes[name] = tuple(shape), dtype
+            self._begins[name] = start + begin
+        position = 0
+        for begin, end, name in sorted(spans):
+            if begin != position:
+                raise ValueError(f"tensor {name} begins at byte {begin}, expected {position}")
+            position = end
+        if start + position != size:
+            raise ValueError(f"it has {size} bytes, its header says {start + position}")
 
-    def _paths(self) -> list[Path]:
-        if not self.directory.is_dir():
-            raise UserError(f"{self.directory} is not a folder: expected a Hugging Face checkpoint")
-        index = self.directory / INDEX
-        if index.is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [self.directory / name for name in sorted(set(names))]
-        single = self.directory / "model.safetensors"
-        if single.is_file():
-            return [single]
-        if any(self.directory.glob("*.bin")):
-            raise UserError(
-                f"{self.directory} holds pickled weights (*.bin), which can run code when loaded: "
-                "expected model.safetensors, convert them with save_pretrained on a machine "
-                "where you trust them"
-            )
-        raise UserError(f"{self.directory} holds neither model.safetensors nor {INDEX}")
-
-    def names(self) -> list[str]:
-        """Names of all tensors, sorted, without buffers that follow from the configuration."""
-        return sorted(name for name in self._files if not name.endswith(_DERIVED))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor; UserError if it is none that a model is trained in."""
-        kind = self._files[name].get_slice(name).get_dtype()
-        if kind not in DTYPES:
-            raise UserError(
-                f"{self.directory}: tensor {name} is {kind}, expected one of {', '.join(DTYPES)}: "
-                "quantized weights are not supported"
-            )
-        return DTYPES[kind]
-
-    def load(self, name: str) -> Tensor:
-        """Return a tensor on the CPU, mapped from its file."""
-        tensor: Tensor = self._files[name].get_tensor(name)
+    def read(self, name: str) -> Tensor:
+        """Return a tensor in memory of its own."""
+        tensor = torch.empty(self.shapes[name], dtype=DTYPES[self.dtypes[name]])
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._begins[name])
+            view = memoryview(bytes_of(tensor).numpy())
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise UserError(f"cannot read {self.path}: it ends inside {name}")
+                view = view[count:]
         return tensor
 
 
-def check_weights(weights: HfWeights, mapping: WeightMapping) -> torch.dtype:
-    """Compare a folder's tensors with those that its configuration asks for.
+class SafetensorsWriter:
+    """A file of tensors whose shapes are known before their values; written in any order.
 
-    Returns:
-        The dtype of the weights.
-
-    Raises:
-        UserError: a tensor is missing, surplus or of another shape, or dtypes are mixed.
+    Tensors are laid out by name, as the safetensors library does it. Use as a context manager.
     """
-    where = weights.directory
-    shapes = {
-        name: shape
-        for entry in mapping.entries()
-        for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
-    }
-    found = set(weights.names())
-    if missing := sorted(shapes.keys() - found):
-        raise UserError(
-            f"{where}: tensor {_some(missing)} is missing: config.json asks for it, "
-            "so the folder is incomplete or of another model"
-        )
-    if surplus := sorted(found - shapes.keys() - _tied_head(weights, mapping)):
-        raise UserError(
-            f"{where}: tensor {_some(surplus)} is unknown: config.json describes a model without "
-            "it, so converting would lose weights"
-        )
-    for name, shape in shapes.items():
-        if weights.shape(name) != shape:
-            raise UserError(
-                f"{where}: tensor {name} has shape {list(weights.shape(name))}, but config.json "
-                f"asks for {list(shape)}"
-            )
-    dtypes = {weights.dtype(name): name for name in shapes}
-    if len(dtypes) > 1:
-        mixed = " and ".join(f"{name} {dtype}" for dtype, name in dtypes.items())
-        raise UserError(f"{where}: weights have mixed dtypes ({mixed}): save them with one dtype")
-    return next(iter(dtypes))
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype):
+        """Write the header."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._begins: dict[str, int] = {}
+        position = 0
+        for name in sorted(shapes):
+            end = position + math.prod(shapes[name]) * dtype.itemsize
+            header[name] = {
+                "dtype": _NAMES[dtype],
+                "shape": list(shapes[name]),
+                "data_offsets": [position, end],
+            }
+            self._begins[name], position = position, end
+        self.shapes, self.dtype = dict(shapes), dtype
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._missing = set(shapes)
+        self._file = open(path, "wb", buffering=0)
+        _write(self._file, memoryview(len(text).to_bytes(8, "little") + text))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, converted to the file's dtype."""
+        assert tuple(tensor.shape) == self.shapes[name], f"{name}: {list(tensor.shape)}"
+        tensor = tensor.to(self.dtype).contiguous()
+        self._file.seek(self._start + self._begins[name])
+        _write(self._file, memoryview(bytes_of(tensor).numpy()))
+        self._missing.discard(name)
+
+    def __enter__(self) -> "SafetensorsWriter":
+        """Return the writer."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close the file, which must be complete unless something failed."""
+        self._file.close()
+        assert kind is not None or not self._missing, f"not written: {sorted(self._missing)}"
 
 
-def _tied_head(weights: HfWeights, mapping: WeightMapping) -> set[str]:
-    """Names of a copy of the embedding that some tied models store as their output layer."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    tied = "output_layer.weight" not in mapping.rows
-    if not tied or head not in weights.names():
-        return set()
-    if not torch.equal(weights.load(head), weights.load(embedding)):
-        raise UserError(
-            f"{weights.directory}: config.json ties the output layer to the embedding, but "
-            f"{head} differs from {embedding}: set tie_word_embeddings to false if it is right"
-        )
-    return {head}
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, uint8 `[nbytes]`, sharing its memory."""
+    return tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0).byte()
 
 
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
-
-
-def write_weights(
-    directory: Path,
-    sizes: Iterable[int],
-    groups: Iterator[dict[str, Tensor]],
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write safetensors under Hugging Face's names, in shards, with an index if there are several.
-
-    At most one shard is in memory.
-
-    Args:
-        directory: an existing folder.
-        sizes: bytes of each group, known before its tensors are.
-        groups: tensors by name; a group is never divided.
-        shard_bytes: size at which a new shard begins.
-    """
-    counts = _groups_per_shard(sizes, shard_bytes)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, count in enumerate(counts, start=1):
-        name = f"model-{number:05d}-of-{len(counts):05d}.safetensors"
-        name = "model.safetensors" if len(counts) == 1 else name
-        shard: dict[str, Tensor] = {}
-        for _ in range(count):
-            shard |= next(groups)
-        total += sum(tensor.nbytes for tensor in shard.values())
-        weight_map |= dict.fromkeys(shard, name)
-        save_file(shard, directory / name, metadata={"format": "pt"})
-    if len(counts) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _groups_per_shard(sizes: Iterable[int], shard_bytes: int) -> list[int]:
-    counts, filled = [0], 0
-    for size in sizes:
-        if counts[-1] and filled + size > shard_bytes:
-            counts.append(0)
-            filled = 0
-        counts[-1] += 1
-        filled += size
-    return counts
+def _write(file: Any, view: memoryview) -> None:
+    """Write all of it: one call of an unbuffered file may write less."""
+    while view:
+        view = view[file.write(view) :]

@@ -5,10 +5,9 @@ from pathlib import Path
 import torch
 
 from megatron_infifpo.checkpoint.hf_export import open_checkpoint
+from megatron_infifpo.checkpoint.hf_folder import check_weights, open_hf
 from megatron_infifpo.checkpoint.layout import find_checkpoint
-from megatron_infifpo.checkpoint.safetensors_io import HfWeights, check_weights
-from megatron_infifpo.models.architecture import read_hf_config
-from megatron_infifpo.models.families import megatron_args, tensor_parallel_sizes, weight_mapping
+from megatron_infifpo.models.families import megatron_args, tensor_parallel_sizes
 
 
 def describe(directory: str | Path, iteration: int | None = None) -> dict[str, str]:
@@ -19,17 +18,16 @@ def describe(directory: str | Path, iteration: int | None = None) -> dict[str, s
     """
     directory = Path(directory)
     if (directory / "config.json").is_file():
-        mapping = weight_mapping(read_hf_config(directory))
-        dtypes = {check_weights(HfWeights(directory), mapping)}
+        weights, mapping, config = open_hf(directory)
+        dtypes = {check_weights(weights, mapping)}
         facts = {"format": "Hugging Face safetensors"}
     else:
-        checkpoint, mapping, _ = open_checkpoint(directory, iteration)
+        checkpoint, mapping, config = open_checkpoint(directory, iteration)
         dtypes = {checkpoint.dtype(key) for key in mapping.rows}
         facts = {
             "format": "Megatron torch_dist",
             "iteration": find_checkpoint(directory, iteration).name,
         }
-    config = read_hf_config(directory)
     args = megatron_args(config)
     parameters = sum(torch.Size(entry.shape).numel() for entry in mapping.entries())
     tied = not args["untie_embeddings_and_output_weights"]

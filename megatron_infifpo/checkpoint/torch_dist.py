@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_infifpo.checkpoint.share import Share
 from megatron_infifpo.cli import UserError
 
 
@@ -101,31 +102,36 @@ def write(
     tensors: Mapping[str, LazyTensor],
     extra_state_keys: Mapping[str, int],
     common_state: Mapping[str, Any],
+    share: Share,
 ) -> None:
     """Write a checkpoint that Megatron loads; its `metadata.json`, written last, completes it.
 
     Args:
         directory: an existing, empty folder.
-        tensors: by key.
+        tensors: this rank's chunks, by key.
         extra_state_keys: keys of empty objects, with their numbers of shards.
         common_state: `args`, `iteration` and so on: plain types only.
+        share: the ranks that write together; the first one writes what is not tensors.
     """
-    state: dict[str, Any] = {"common_state/shard_0_1": [dict(common_state)]}
-    for key, shards in extra_state_keys.items():
-        for shard in range(shards):
-            state[f"{key}/shard_{shard}_{shards}"] = [None]
+    state: dict[str, Any] = {}
+    if share.first:
+        state["common_state/shard_0_1"] = [dict(common_state)]
+        for key, shards in extra_state_keys.items():
+            for shard in range(shards):
+                state[f"{key}/shard_{shard}_{shards}"] = [None]
     state |= tensors
     writer = dcp.FileSystemWriter(directory, per_thread_copy_ahead=0)
     planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
+            dcp.save(state, storage_writer=writer, planner=planner, no_dist=share.world == 1)
     except CheckpointException as error:
-        # It wraps what happened on each rank; there is one rank.
+        # It wraps what happened on each rank.
         raise _cause(next(iter(error.failures.values()))[0]) from error
-    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    (directory / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
+    if share.first:
+        config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        (directory / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
@@ -22,7 +23,8 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.models.layers import local_block_spec
+from megatron_infifpo.models import gemma
+from megatron_infifpo.models.layers import RMSNorm, block_of, local_layer_spec
 
 
 def fixed_arguments() -> dict[str, Any]:
@@ -49,8 +51,19 @@ def fixed_arguments() -> dict[str, Any]:
     return fixed
 
 
-def _local_spec(config: GPTModelConfig, vp_stage: int | None = None):
-    return local_block_spec(config.transformer, vp_stage)
+def _layers(extras: Mapping[str, Any] | None, config: GPTModelConfig, vp_stage: int | None = None):
+    """Layers of a stage: Transformer Engine's or the local ones, as the family has them."""
+    transformer = config.transformer
+    if transformer.transformer_impl == "local":
+        layer, norm = local_layer_spec(transformer), RMSNorm
+    else:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=transformer.qk_layernorm)
+        norm = TENorm
+    if extras:
+        layer = gemma.adapt_layer(layer, norm)
+    return block_of(layer, norm, transformer, vp_stage)
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:
@@ -64,8 +77,15 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
     config.rope_scaling_factor = args.rope_scaling_factor
     # Pipeline stages exchange shapes, so rows are not padded to a common length.
     config.transformer.variable_seq_lengths = True
-    if args.transformer_impl == "local":
-        config.transformer_layer_spec = _local_spec
+    extras = getattr(args, "extras", None)
+    if extras:
+        gemma.configure(config, extras)
+    if extras or args.transformer_impl == "local":
+
+        def layers(config: GPTModelConfig, vp_stage: int | None = None):
+            return _layers(extras, config, vp_stage)
+
+        config.transformer_layer_spec = layers
     return config
 
 
@@ -125,6 +145,8 @@ def build_model(args: argparse.Namespace) -> list[GPTModel]:
     virtual = args.virtual_pipeline_model_parallel_size
     stages = [None] if virtual is None else list(range(virtual))
     models = [builder.build_model(groups, vp_stage=stage) for stage in stages]
+    for hook in config.pre_wrap_hooks:
+        models = hook(models)
     for model in models:
         model.to(device=torch.cuda.current_device(), dtype=args.params_dtype)
         model.eval().requires_grad_(False)

@@ -5,6 +5,8 @@ under sequence parallelism, and a core attention that takes THD input. Both are 
 keys equal those of the TE spec, so checkpoints move between the two.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -17,21 +19,35 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Root-mean-square norm whose weight gradient is reduced under sequence parallelism."""
+    """Root-mean-square norm whose weight gradient is reduced under sequence parallelism.
+
+    A zero-centred weight `w` (Gemma) scales by `1 + w`, in float32.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
         """Take the arguments of Megatron's other norms; the rest does not concern this one."""
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.zero_centered = config.layernorm_zero_centered_gamma
         # Each rank sees its own tokens only: Megatron sums the gradients of weights so marked.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        if not self.zero_centered:
+            return super().forward(x)
+        scale = 1.0 + self.weight.float()
+        return F.rms_norm(x.float(), self.normalized_shape, scale, self.eps).type_as(x)
 
 
 class PackedAttention(MegatronModule):
     """Causal attention inside each segment of a THD row, without a mask over the whole row.
+
+    Layers with a sliding window see the last `window + 1` tokens of their segment.
 
     On CUDA one variable-length flash kernel serves all segments; on the CPU, and in float32, which
     that kernel does not take, each segment is one call of PyTorch's scaled-dot-product attention.
@@ -57,8 +73,13 @@ class PackedAttention(MegatronModule):
                 f"attention_dropout is {config.attention_dropout}, but packed attention has none: "
                 "pass --attention-dropout 0"
             )
-        assert attention_type == "self" and config.window_size is None
+        assert attention_type == "self"
         self.scale = softmax_scale
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        # Tokens before itself that a token sees; -1: all.
+        self.window = config.window_size[0] if windowed else -1
 
     def forward(
         self,
@@ -95,7 +116,7 @@ class PackedAttention(MegatronModule):
                 longest,
                 longest,
                 scale=self.scale,
-                window_size=(-1, 0),  # causal
+                window_size=(self.window, 0),  # causal
                 enable_gqa=True,
             )
             return out.flatten(1)
@@ -104,20 +125,39 @@ class PackedAttention(MegatronModule):
         outputs = []
         for segment in segments:
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in segment)  # [1, heads, L, head_dim]
+            mask = self._window_mask(q)
             out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
             )
             outputs.append(out.squeeze(0).transpose(0, 1).flatten(1))
         return torch.cat(outputs)
 
+    def _window_mask(self, query: Tensor) -> Tensor | None:
+        """Mask `[L, L]` of one segment, where its length L exceeds the window; else None."""
+        length = query.shape[2]
+        if self.window < 0 or length <= self.window + 1:
+            return None
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device)
+        return mask.tril().triu(-self.window)
 
-def local_block_spec(
-    config: TransformerConfig, vp_stage: int | None = None
-) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage from Megatron's local modules, our norm and our attention."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization=config.normalization)
+
+def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """A layer of Megatron's local modules, our norm and our attention."""
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        normalization=config.normalization, qk_layernorm=config.qk_layernorm
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return layer
+
+
+def block_of(
+    layer: ModuleSpec, norm: Any, config: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Layers of this pipeline stage, and the norm after the last."""
     count = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)

@@ -85,12 +85,14 @@ def test_head_of_a_tied_model(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2', expected one of llama, phi3, qwen2"),
+        (
+            {"model_type": "gpt2"},
+            "model_type is 'gpt2', expected one of gemma3, gemma3_text, llama",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
         ({"hidden_size": None}, "no hidden_size"),
         ({"num_key_value_heads": 3}, "8 is not a multiple of num_key_value_heads 3"),
-        ({"use_sliding_window": True, "sliding_window": 32}, "sliding_window is 32"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_type is 'yarn'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     ],
@@ -101,7 +103,7 @@ def test_unsupported_models(hf, changes, match):
 
 
 def test_folders_that_are_no_checkpoint(tmp_path, hf):
-    refused(tmp_path / "nowhere", "is not a folder")
+    refused(tmp_path / "nowhere", "has neither config.json nor")
     (hf / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}  garbage")
     refused(hf, "cannot read .*model.safetensors")
     (hf / "model.safetensors").rename(hf / "pytorch_model.bin")

@@ -9,14 +9,18 @@ from typing import Any
 
 from megatron_infifpo.checkpoint.mapping import WeightMapping
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.models.families import llama, phi3, qwen2
+from megatron_infifpo.models.families import gemma3, llama, mistral, phi3, qwen2, qwen3
 from megatron_infifpo.models.families.common import Family
 
 # By config.json's model_type.
 FAMILIES: dict[str, Family] = {
+    "gemma3": gemma3.FAMILY,
+    "gemma3_text": gemma3.FAMILY,
     "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
     "phi3": phi3.FAMILY,
     "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
 }
 
 

@@ -22,10 +22,15 @@ class Family:
     Attributes:
         megatron_args: from `config.json` to Megatron arguments, by their argparse names.
         rows: every tensor of the model.
+        text_config: the part of `config.json` that describes the language model, complete.
+        hf_name: from a name in the Hugging Face files to the one in `rows`; None for a tensor that
+            is no part of the language model.
     """
 
     megatron_args: Callable[[Mapping[str, Any]], dict[str, Any]]
     rows: tuple[Row, ...]
+    text_config: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    hf_name: Callable[[str], str | None] = str
 
 
 def required(config: Mapping[str, Any], field: str) -> Any:
@@ -47,14 +52,32 @@ def refuse(config: Mapping[str, Any], field: str, *, unless: Sequence[Any], reas
         )
 
 
-def refuse_sliding_window(config: Mapping[str, Any], window: int | None) -> None:
-    """Raise UserError if some layer does not see the whole context."""
+def window_args(config: Mapping[str, Any], layers: Sequence[bool] | None = None) -> dict[str, Any]:
+    """Megatron arguments of sliding-window attention.
+
+    Args:
+        config: its sliding_window is the number of tokens that one sees, itself included.
+        layers: which layers have it; default: all.
+    """
+    window = config.get("sliding_window")
     context = required(config, "max_position_embeddings")
-    if window is not None and window < context:
-        raise UserError(
-            f"config.json: sliding_window is {window} in a context of {context}: "
-            f"sliding-window attention of {config['model_type']} models is not supported"
-        )
+    if window is None or window >= context or (layers is not None and not any(layers)):
+        return {"window_size": None, "window_attn_skip_freq": None}
+    some = layers is not None and not all(layers)
+    # Megatron's list says for each layer whether it has the window.
+    return {
+        "window_size": (window - 1, 0),
+        "window_attn_skip_freq": [int(layer) for layer in layers or ()] if some else None,
+    }
+
+
+def windowed_layers(config: Mapping[str, Any]) -> list[bool]:
+    """Which layers of a Qwen model have a sliding window: layer_types, or the last ones."""
+    count = required(config, "num_hidden_layers")
+    if config.get("layer_types"):
+        return [kind == "sliding_attention" for kind in config["layer_types"]]
+    first = config.get("max_window_layers", 28)
+    return [bool(config.get("use_sliding_window")) and layer >= first for layer in range(count)]
 
 
 def rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,13 +136,14 @@ def rope_args(
     }
 
 
-def dense_args(config: Mapping[str, Any]) -> dict[str, Any]:
+def dense_args(config: Mapping[str, Any], activations: Sequence[str] = ("silu", "swish")) -> dict:
     """Megatron arguments of a pre-norm decoder with RMSNorm, SwiGLU and grouped queries."""
+    name = "hidden_activation" if config.get("hidden_activation") else "hidden_act"
     refuse(
         config,
-        "hidden_act",
-        unless=["silu", "swish"],
-        reason=f"{config['model_type']} models are converted to SwiGLU",
+        name,
+        unless=activations,
+        reason=f"{config['model_type']} models are converted with this activation only",
     )
     heads = required(config, "num_attention_heads")
     groups = config.get("num_key_value_heads") or heads
@@ -144,6 +168,10 @@ def dense_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "layernorm_epsilon": required(config, "rms_norm_eps"),
         "add_bias_linear": False,
         "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "layernorm_zero_centered_gamma": False,
+        "window_size": None,
+        "window_attn_skip_freq": None,
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         # The real vocabulary: Megatron pads it at run time to what the TP size needs.
         "padded_vocab_size": vocab,

@@ -8,18 +8,12 @@ from typing import Any
 
 from megatron_infifpo.checkpoint.mapping import Row
 from megatron_infifpo.checkpoint.transforms import FUSED_QKV
-from megatron_infifpo.models.families.common import (
-    Family,
-    dense_args,
-    refuse_sliding_window,
-    rope_args,
-)
+from megatron_infifpo.models.families.common import Family, dense_args, rope_args, window_args
 
 
 def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron arguments of a `phi3` config.json."""
-    refuse_sliding_window(config, config.get("sliding_window"))
-    return dense_args(config) | rope_args(config, partial=True)
+    return dense_args(config) | rope_args(config, partial=True) | window_args(config)
 
 
 ROWS = (

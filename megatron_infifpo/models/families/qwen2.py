@@ -9,16 +9,16 @@ from megatron_infifpo.models.families import llama
 from megatron_infifpo.models.families.common import (
     Family,
     dense_args,
-    refuse_sliding_window,
     rope_args,
+    window_args,
+    windowed_layers,
 )
 
 
 def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron arguments of a `qwen2` config.json."""
-    if config.get("use_sliding_window"):
-        refuse_sliding_window(config, config.get("sliding_window"))
-    return dense_args(config) | rope_args(config) | {"add_qkv_bias": True}
+    window = window_args(config, windowed_layers(config))
+    return dense_args(config) | rope_args(config) | window | {"add_qkv_bias": True}
 
 
 ROWS = (

@@ -1,0 +1,160 @@
+"""The weights of a Hugging Face folder: which files, which names, and whether they fit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_infifpo.checkpoint.mapping import WeightMapping
+from megatron_infifpo.checkpoint.safetensors_io import DTYPES, SafetensorsFile
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.models.architecture import read_hf_config
+from megatron_infifpo.models.families import family, weight_mapping
+
+INDEX = "model.safetensors.index.json"
+# Buffers that old files hold and that follow from config.json.
+_DERIVED = "rotary_emb.inv_freq"
+
+
+class HfWeights:
+    """The language model's tensors in a Hugging Face folder, by their names in a family's rows."""
+
+    def __init__(self, directory: str | Path, rename: Callable[[str], str | None] = str):
+        """Open the folder's safetensors.
+
+        Args:
+            directory: of the files.
+            rename: from names in the files to the family's; None leaves a tensor out.
+
+        Raises:
+            UserError: no such folder, no safetensors in it, or a broken file.
+        """
+        self.directory = Path(directory)
+        self._files: dict[str, tuple[SafetensorsFile, str]] = {}
+        for path in self._paths():
+            file = SafetensorsFile(path)
+            for name in file.shapes:
+                known = rename(name)
+                if known is not None and not known.endswith(_DERIVED):
+                    self._files[known] = (file, name)
+
+    def _paths(self) -> list[Path]:
+        if not self.directory.is_dir():
+            raise UserError(f"{self.directory} is not a folder: expected a Hugging Face checkpoint")
+        index = self.directory / INDEX
+        if index.is_file():
+            try:
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                return [self.directory / Path(name).name for name in sorted(names)]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(
+                    f"{index} is not an index: expected a JSON object with a weight_map of "
+                    "tensor names to file names; copy the file again"
+                ) from None
+        single = self.directory / "model.safetensors"
+        if single.is_file():
+            return [single]
+        if any(self.directory.glob("*.bin")):
+            raise UserError(
+                f"{self.directory} holds pickled weights (*.bin), which can run code when loaded: "
+                "expected model.safetensors, convert them with save_pretrained on a machine "
+                "where you trust them"
+            )
+        raise UserError(f"{self.directory} holds neither model.safetensors nor {INDEX}")
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted, without buffers that follow from the configuration."""
+        return sorted(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        file, inside = self._files[name]
+        return file.shapes[inside]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor; UserError if it is none that a model is trained in."""
+        file, inside = self._files[name]
+        kind = file.dtypes[inside]
+        if kind not in DTYPES:
+            raise UserError(
+                f"{self.directory}: tensor {name} is {kind}, expected one of {', '.join(DTYPES)}: "
+                "quantized weights are not supported"
+            )
+        return DTYPES[kind]
+
+    def load(self, name: str) -> Tensor:
+        """Return a tensor, in memory of its own."""
+        file, inside = self._files[name]
+        return file.read(inside)
+
+
+def open_hf(directory: str | Path) -> tuple[HfWeights, WeightMapping, dict[str, Any]]:
+    """Open a folder's weights, with the mapping of its model and the model's own config.json.
+
+    Raises:
+        UserError: an unsupported model, or files that cannot be read.
+    """
+    config = read_hf_config(directory)
+    kind = family(config)
+    weights = HfWeights(directory, kind.hf_name)
+    return weights, weight_mapping(config), kind.text_config(config)
+
+
+def check_weights(weights: HfWeights, mapping: WeightMapping) -> torch.dtype:
+    """Compare a folder's tensors with those that its configuration asks for.
+
+    Returns:
+        The dtype of the weights.
+
+    Raises:
+        UserError: a tensor is missing, surplus or of another shape, or dtypes are mixed.
+    """
+    where = weights.directory
+    shapes = {
+        name: shape
+        for entry in mapping.entries()
+        for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
+    }
+    found = set(weights.names())
+    if missing := sorted(shapes.keys() - found):
+        raise UserError(
+            f"{where}: tensor {_some(missing)} is missing: config.json asks for it, "
+            "so the folder is incomplete or of another model"
+        )
+    if surplus := sorted(found - shapes.keys() - _tied_head(weights, mapping)):
+        raise UserError(
+            f"{where}: tensor {_some(surplus)} is unknown: config.json describes a model without "
+            "it, so converting would lose weights"
+        )
+    for name, shape in shapes.items():
+        if weights.shape(name) != shape:
+            raise UserError(
+                f"{where}: tensor {name} has shape {list(weights.shape(name))}, but config.json "
+                f"asks for {list(shape)}"
+            )
+    dtypes = {weights.dtype(name): name for name in shapes}
+    if len(dtypes) > 1:
+        mixed = " and ".join(f"{name} {dtype}" for dtype, name in dtypes.items())
+        raise UserError(f"{where}: weights have mixed dtypes ({mixed}): save them with one dtype")
+    return next(iter(dtypes))
+
+
+def _tied_head(weights: HfWeights, mapping: WeightMapping) -> set[str]:
+    """Names of a copy of the embedding that some tied models store as their output layer."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    tied = "output_layer.weight" not in mapping.rows
+    if not tied or head not in weights.names():
+        return set()
+    if not torch.equal(weights.load(head), weights.load(embedding)):
+        raise UserError(
+            f"{weights.directory}: config.json ties the output layer to the embedding, but "
+            f"{head} differs from {embedding}: set tie_word_embeddings to false if it is right"
+        )
+    return {head}
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"

@@ -1,0 +1,34 @@
+"""Ranks that share the work of a conversion; alone without torchrun."""
+
+import os
+
+import torch.distributed as dist
+
+
+class Share:
+    """This rank's part of a list of independent pieces of work.
+
+    Attributes:
+        rank, world: this process among those that torchrun started.
+    """
+
+    def __init__(self) -> None:
+        """Join the other ranks, over gloo: conversion is a matter of disks and CPUs."""
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo")
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank does what only one may do."""
+        return self.rank == 0
+
+    def mine(self, index: int) -> bool:
+        """Whether piece `index` is this rank's."""
+        return index % self.world == self.rank
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
