@@ -77,6 +77,11 @@ def parse_args() -> argparse.Namespace:
     command.add_argument("--load", **load, help="Megatron checkpoint, or a Hugging Face folder")
     command.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
     command.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
+    command.add_argument(
+        "--by-layers",
+        action="store_true",
+        help="hold one layer of each model in memory at a time, on the CPU",
+    )
     command.add_argument("--bf16", action="store_true", help="compute in bfloat16, not float32")
     command.add_argument(
         "--tolerance",

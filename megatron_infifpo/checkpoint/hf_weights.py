@@ -1,6 +1,6 @@
 """Fill a built, parallel GPTModel from a Hugging Face folder, without a checkpoint in between."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,26 @@ def load_into_model(models: Sequence[torch.nn.Module], hf_dir: str | Path) -> No
     """
     weights, mapping, _ = open_hf(hf_dir)
     check_weights(weights, mapping)
+
+    def read(key: str, layer: int | None) -> Tensor:
+        entry = mapping.entry(key, layer)
+        return entry.to_megatron([weights.load(name) for name in entry.hf_names])
+
+    fill(models, mapping, read)
+
+
+def fill(
+    models: Sequence[torch.nn.Module],
+    mapping: WeightMapping,
+    read: Callable[[str, int | None], Tensor],
+) -> None:
+    """Copy whole Megatron tensors into this rank's part of a model.
+
+    Args:
+        models: GPTModel chunks of this rank.
+        mapping: of the model.
+        read: returns the tensor of a key, at a layer if it is one of the layers'.
+    """
     shards = [shard for model in models for shard in _shards(model)]
     # The gate and the up projection are two shards of one tensor: neighbours share one reading.
     shards.sort(key=lambda shard: (_layer(shard, mapping) or 0, shard.key))
@@ -35,8 +55,7 @@ def load_into_model(models: Sequence[torch.nn.Module], hf_dir: str | Path) -> No
     for shard in shards:
         if where != (shard.key, _layer(shard, mapping)):
             where = (shard.key, _layer(shard, mapping))
-            entry = mapping.entry(*where)
-            tensor = entry.to_megatron([weights.load(name) for name in entry.hf_names])
+            tensor = read(*where)
         prefix = 0 if where[1] is None else 1
         _copy_part(shard.data, tensor, shard.global_offset[prefix:])
 

@@ -1,14 +1,18 @@
 """Compare a Megatron checkpoint with its Hugging Face model, token by token, at a real layout."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_infifpo.checkpoint.hf_export import hf_tensors, open_checkpoint
+from megatron_infifpo.checkpoint.hf_folder import open_hf
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.batching import collate
 from megatron_infifpo.data.preference_dataset import PreferencePair
@@ -77,7 +81,7 @@ def verify(args: argparse.Namespace) -> int:
 
     Args:
         args: `hf`, `load`, `texts`, `tensor_model_parallel_size`, `pipeline_model_parallel_size`,
-            `bf16`, `tolerance`, as tools/convert_checkpoint.py describes them.
+            `by_layers`, `bf16`, `tolerance`, as tools/convert_checkpoint.py describes them.
 
     Returns:
         Exit code, the same on all ranks: 1 if some log-prob differs by more than the tolerance.
@@ -87,12 +91,25 @@ def verify(args: argparse.Namespace) -> int:
     """
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     tolerance = TOLERANCES[dtype] if args.tolerance is None else args.tolerance
-    texts = TEXTS if args.texts is None else _read_texts(args.texts)
     tokenizer = AutoTokenizer.from_pretrained(args.hf)
-    ids = [np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in texts]
-    for text, tokens in zip(texts, ids, strict=True):
-        if len(tokens) < 2:
-            raise UserError(f"text {text!r} has {len(tokens)} tokens, expected at least 2")
+    ids = _tokenize(tokenizer, TEXTS if args.texts is None else _read_texts(args.texts))
+    both = _by_layers(args, ids) if args.by_layers else _whole(args, ids, dtype)
+    failed = 0
+    if both is not None:
+        worst = compare(*both)
+        failed = int(not worst.size <= tolerance)
+        _report(worst, tolerance, tokenizer.decode(ids[worst.text][worst.token]), failed)
+        if not (Path(args.load) / "config.json").is_file():
+            print(worst_tensor(args.hf, args.load))
+    verdict = torch.tensor([failed], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(verdict)
+    return int(verdict.item() > 0)
+
+
+def _whole(
+    args: argparse.Namespace, ids: list[np.ndarray], dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Log-probs of both models, each whole in memory, on the rank that has them."""
     backend = MegatronBackend(
         args.load,
         tensor_parallel=args.tensor_model_parallel_size,
@@ -107,14 +124,39 @@ def verify(args: argparse.Namespace) -> int:
         for i, tokens in enumerate(ids)
     ]
     megatron = backend(rows)
-    failed = 0
     if backend.is_writer and backend.data_parallel_rank == 0:
-        worst = compare(hf_logprobs(args.hf, ids, dtype), megatron)
-        failed = int(not worst.size <= tolerance)
-        _report(worst, tolerance, tokenizer.decode(ids[worst.text][worst.token]), failed)
-    verdict = torch.tensor([failed], device=torch.cuda.current_device())
-    torch.distributed.all_reduce(verdict)
-    return int(verdict.item() > 0)
+        return hf_logprobs(args.hf, ids, dtype), megatron
+    return None
+
+
+def _by_layers(
+    args: argparse.Namespace, ids: list[np.ndarray]
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Log-probs of both models, one layer in memory at a time, on the first rank."""
+    if args.pipeline_model_parallel_size != 1:
+        raise UserError("--pipeline-model-parallel-size has no effect with --by-layers")
+    from megatron_infifpo.checkpoint.verify_layers import layer_logprobs
+
+    return layer_logprobs(
+        args.hf, args.load, ids, tensor_parallel=args.tensor_model_parallel_size, bf16=args.bf16
+    )
+
+
+def worst_tensor(hf_dir: str | Path, load_dir: str | Path) -> str:
+    """Compare the weights themselves, as Hugging Face names them; a sentence about the worst."""
+    weights, mapping, _ = open_hf(hf_dir)
+    checkpoint, _, _ = open_checkpoint(load_dir)
+    worst, where = 0.0, ""
+    for group in hf_tensors(checkpoint, mapping):
+        for name, ours in group.items():
+            theirs = weights.load(name).float()
+            gap = (theirs - ours.float()).abs().nan_to_num(nan=torch.inf)
+            relative = float(gap.max()) / (float(theirs.abs().max()) or 1.0)
+            if relative > worst:
+                worst, where = relative, name
+    if not where:
+        return "all weights are equal to the bit"
+    return f"the weights that differ most: {where}, by {worst:.1e} of its largest value"
 
 
 @torch.no_grad()
@@ -129,6 +171,14 @@ def hf_logprobs(directory: str | Path, ids: list[np.ndarray], dtype: torch.dtype
         logprobs = model(input_ids=row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
         results.append(logprobs.gather(1, row[0, 1:, None]).squeeze(1).cpu())
     return results
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    ids = [np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in texts]
+    for text, tokens in zip(texts, ids, strict=True):
+        if len(tokens) < 2:
+            raise UserError(f"text {text!r} has {len(tokens)} tokens, expected at least 2")
+    return ids
 
 
 def _read_texts(path: str | Path) -> list[str]:

@@ -78,6 +78,19 @@ def test_verify_at_a_parallel_layout(ranks, models):
     assert sum("equal within" in log for log in ranks.logs) == 1
 
 
+@pytest.mark.parametrize(
+    "family, tp", [("gemma3", 1), ("gemma3", 2), ("qwen2-window", 1), ("llama-tied", 2)]
+)
+def test_verify_by_layers(ranks, models, family, tp):
+    """One layer in memory: local and global layers, a window on some, tied and untied heads."""
+    hf, megatron = models(family)
+    flags = ["--hf", str(hf), "--load", str(megatron), "--by-layers", "--tolerance", "1e-4"]
+    flags += ["--tensor-model-parallel-size", str(tp)]
+    assert ranks(tp, "checkpoint.conversion_workers:verify", flags) == [0] * tp
+    assert "equal within the tolerance of 0.0001" in ranks.logs[0]
+    assert "all weights are equal to the bit" in ranks.logs[0]
+
+
 def test_verify_notices_one_wrong_weight(ranks, models, tmp_path):
     hf, megatron = models("llama")
     weights = load_weights(hf)
@@ -89,6 +102,9 @@ def test_verify_notices_one_wrong_weight(ranks, models, tmp_path):
     flags = ["--hf", str(tmp_path), "--load", str(megatron), "--tensor-model-parallel-size", "2"]
     assert ranks(2, "checkpoint.conversion_workers:verify", flags) == [1, 1]
     assert "MISMATCH" in ranks.logs[0] + ranks.logs[1]
+    assert f"the weights that differ most: {name}" in ranks.logs[0] + ranks.logs[1]
+    assert ranks(1, "checkpoint.conversion_workers:verify", [*flags[:4], "--by-layers"]) == [1]
+    assert "hidden states differ most after layer 1" in ranks.logs[0]
 
 
 def test_verify_smollm2(ranks, smollm2, tmp_path):
