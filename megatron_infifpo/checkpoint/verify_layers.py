@@ -1,7 +1,7 @@
 """Both models of a conversion, run layer by layer: for models that are larger than memory.
 
 Each side carries its own hidden states through its own layers, so a difference grows as it would in
-the whole model, and the first layer where it appears is named.
+the whole model, and the layer that it comes from is named.
 """
 
 import copy
@@ -39,7 +39,7 @@ def layer_logprobs(
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """Log-probs `[tokens - 1]` of each text under both models, on the first rank; else None.
 
-    Prints the layer whose output differs most from one side to the other.
+    Prints the layer in which the two sides part most.
 
     Args:
         hf_dir, load_dir: Hugging Face folder and Megatron checkpoint.
@@ -67,8 +67,14 @@ def layer_logprobs(
             gaps.append(max(float((a - b).norm() / a.norm()) for a, b in pairs))
     if not first:
         return None
-    worst = int(np.nan_to_num(gaps, nan=np.inf).argmax())
-    print(f"hidden states differ most after layer {worst}, by {gaps[worst]:.1e} of their norm")
+    # Rounding apart, a difference is made in one layer and only carried on by the others.
+    before = [1e-6, *gaps]
+    growth = [after / max(1e-6, gap) for gap, after in zip(before, gaps, strict=False)]
+    worst = int(np.nan_to_num(growth, nan=np.inf).argmax())
+    print(
+        f"hidden states part most in layer {worst}: from {before[worst]:.1e} to "
+        f"{gaps[worst]:.1e} of their norm"
+    )
     both = [side.logprobs(hidden, ids) for side, hidden in ((theirs, states[0]), (ours, states[1]))]
     return both[0], both[1]
 
