@@ -38,6 +38,15 @@ def setup(tmp_path_factory, ranks) -> job_setup.Setup:
 
 
 @pytest.fixture(scope="session")
+def gemma() -> Path:
+    """Gemma-3-270M, for those who accept its terms: INFIFPO_GEMMA names a Hugging Face folder."""
+    folder = os.environ.get("INFIFPO_GEMMA")
+    if folder is None:
+        pytest.skip("Gemma's terms are the user's to accept: set INFIFPO_GEMMA to its folder")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct as the demo's pivot; INFIFPO_SMOLLM2 names a folder to keep it in."""
     sys.path.insert(0, str(ROOT / "examples" / "demo"))

@@ -91,6 +91,15 @@ def save_with_megatron(hf: str, checkpoint: str, layout: dict[str, Any]) -> None
     dist_checkpointing.save(state, checkpoint)
 
 
+def convert(function: str, source: str, target: str, options: dict[str, Any]) -> None:
+    """Import or export as one of several ranks."""
+    from megatron_infifpo.checkpoint.hf_export import export_checkpoint
+    from megatron_infifpo.checkpoint.hf_import import import_checkpoint
+
+    functions = {"import_checkpoint": import_checkpoint, "export_checkpoint": export_checkpoint}
+    functions[function](source, target, **options)
+
+
 def verify(argv: list[str]) -> int:
     """Run `tools/convert_checkpoint.py verify ARGV` as one rank; return its exit code."""
     path = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"

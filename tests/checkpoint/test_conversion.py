@@ -105,19 +105,39 @@ def test_transformers_reads_a_sharded_export(tmp_path, tiny_hf):
     assert weights_fingerprint(tmp_path / "again") == weights_fingerprint(tiny_hf)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "mistral", "qwen2", "qwen3"])
 def test_keys_are_those_of_the_te_spec(tmp_path, shared_data, family):
     golden = json.loads((shared_data.parent / "golden" / "te_spec_keys.json").read_text())
-    expected = golden["variants"]["qwen2" if family == "qwen2" else "llama_phi3_mistral"]
+    variants = golden["variants"]
+    expected = variants[family if family in variants else "llama_phi3_mistral"]
     # The factory of SwiGLU's two halves has no shape; on disk they are one tensor.
     expected["decoder.layers.mlp.linear_fc1.weight"] = ["ShardedTensor", [2, 256, 64]]
     shape = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}
+    if family in ("mistral", "qwen3"):
+        heads["head_dim"] = 16
     hf = tiny.save_model(tmp_path / "hf", family, **shape, **heads)
     import_checkpoint(hf, tmp_path / "megatron")
     keys = checkpoint_keys(tmp_path / "megatron" / "release")
     assert keys.pop("common_state") == ["ShardedObject", [1]]
     assert keys == expected
+
+
+def test_ranks_share_the_work(ranks, tmp_path, tiny_hf):
+    """Whatever their number, the same checkpoint and the same files come out."""
+    import_checkpoint(tiny_hf, tmp_path / "one")
+    expected = checkpoint_keys(tmp_path / "one" / "release")
+    for world in (2, 3):
+        megatron, back = tmp_path / f"megatron{world}", tmp_path / f"back{world}"
+        target = "checkpoint.conversion_workers:convert"
+        ranks(world, target, "import_checkpoint", str(tiny_hf), str(megatron), {})
+        assert checkpoint_keys(megatron / "release") == expected
+        assert len(list((megatron / "release").glob("*.distcp"))) == world, "each rank wrote a part"
+        assert weights_fingerprint(megatron) == weights_fingerprint(tiny_hf)
+        options = {"shard_bytes": 100_000}
+        ranks(world, target, "export_checkpoint", str(megatron), str(back), options)
+        assert_same_weights(tiny_hf, back)
+        assert not list(tmp_path.glob(".*partial"))
 
 
 def test_tied_embeddings_have_no_output_layer(tmp_path):

@@ -62,15 +62,26 @@ def test_tiny_models(models, ranks, tmp_path, family, tp, pp):
     assert compare(ranks, models[family], rows, tp, pp, tmp_path) <= TOLERANCE
 
 
-@pytest.mark.parametrize("tp, pp", [(1, 1), (3, 1), (1, 2)])
-def test_real_model(smollm2, ranks, shared_data, tmp_path, tp, pp):
-    """SmolLM2-135M on eight real texts of 61 to 200 tokens."""
+def real_row(model: Path, shared_data: Path) -> dict:
+    """Eight real texts of 61 to 200 tokens."""
     import json
 
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     lines = (shared_data / "c4_demo.jsonl").read_text(encoding="utf-8").splitlines()[:8]
     ids = [tokenizer(json.loads(line)["text"])["input_ids"][:200] for line in lines]
     ids[-1] = ids[-1][: len(ids[-1]) - sum(map(len, ids)) % 3]  # a multiple of every TP
-    assert compare(ranks, smollm2, [make_row(ids)], tp, pp, tmp_path) <= TOLERANCE
+    return make_row(ids)
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 1), (3, 1), (1, 2)])
+def test_smollm2(smollm2, ranks, shared_data, tmp_path, tp, pp):
+    rows = [real_row(smollm2, shared_data)]
+    assert compare(ranks, smollm2, rows, tp, pp, tmp_path) <= TOLERANCE
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 1), (1, 2)])
+def test_gemma(gemma, ranks, shared_data, tmp_path, tp, pp):
+    rows = [real_row(gemma, shared_data)]
+    assert compare(ranks, gemma, rows, tp, pp, tmp_path) <= TOLERANCE

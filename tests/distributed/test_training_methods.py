@@ -4,7 +4,6 @@ import json
 import math
 
 import pytest
-import torch
 from test_training import BOTH, LAYOUTS, steps_of
 
 from megatron_infifpo.data.batching import collate
@@ -116,26 +115,6 @@ def test_alpha_grows_over_training_and_survives_resume(setup, ranks, tmp_path):
     first, rest = run("half", "--exit-interval", "3"), run("half")
     assert [step["loss"] for step in first + rest] == [step["loss"] for step in whole]
     assert [step["alpha"] for step in rest] == pytest.approx([0.3, 0.4, 0.5])
-
-
-def test_sft_matches_transformers(setup, ranks):
-    """Mean over all chosen response tokens of the step, and the norm of its gradient."""
-    from transformers import AutoModelForCausalLM
-
-    flags = ["--global-batch-size", "20", "--micro-batch-size", "5", "--train-iters", "1"]
-    got = ranks(1, "workers:train", sft_flags(setup, *flags))
-    model = AutoModelForCausalLM.from_pretrained(setup.hf, dtype=torch.float32)
-    data, total, count = PreferenceDataset(setup.data, responses=1), 0.0, 0
-    for i in range(len(data)):
-        pair = data[i]
-        prompt, response = pair.prompt_ids.tolist(), pair.response_ids[0].tolist()
-        labels = torch.tensor([[-100] * len(prompt) + response])
-        loss = model(torch.tensor([prompt + response]), labels=labels).loss * len(response)
-        loss.backward()
-        total, count = total + loss.item(), count + len(response)
-    norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in model.parameters())) / count
-    assert steps_of(got)[0]["loss"] == pytest.approx(total / count, abs=1e-5)
-    assert got[0]["norms"][0] == pytest.approx(norm, rel=1e-5)
 
 
 def test_metrics_of_domains_and_sources(setup, ranks):
