@@ -20,7 +20,7 @@ from megatron_infifpo.checkpoint.layout import (
     write_config,
 )
 from megatron_infifpo.checkpoint.mapping import Entry, WeightMapping
-from megatron_infifpo.checkpoint.safetensors_io import SafetensorsWriter
+from megatron_infifpo.checkpoint.safetensors_io import SafetensorsWriter, Scratch
 from megatron_infifpo.checkpoint.share import Share
 from megatron_infifpo.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_infifpo.cli import UserError
@@ -102,9 +102,11 @@ def _shapes(entries: list[Entry]) -> dict[str, tuple[int, ...]]:
 def _write_shard(
     path: Path, entries: list[Entry], checkpoint: TorchDistCheckpoint, dtype: torch.dtype, bar: tqdm
 ) -> None:
+    scratch = Scratch()
     with SafetensorsWriter(path, _shapes(entries), dtype) as writer:
         for entry in entries:
-            parts = entry.to_hf(read_entry(checkpoint, entry))
+            scratch.clear()
+            parts = entry.to_hf(read_entry(checkpoint, entry, scratch))
             for name, part in zip(entry.hf_names, parts, strict=True):
                 writer.write(name, part)
             bar.update()
@@ -155,12 +157,14 @@ def open_checkpoint(
     return checkpoint, mapping, config
 
 
-def read_entry(checkpoint: TorchDistCheckpoint, entry: Entry) -> Tensor:
+def read_entry(
+    checkpoint: TorchDistCheckpoint, entry: Entry, scratch: Scratch | None = None
+) -> Tensor:
     """Read one Megatron tensor: of one layer, and without vocabulary padding."""
-    rest = (0,) * len(entry.shape)
+    key, rest = entry.row.key, (0,) * len(entry.shape)
     if entry.layer is None:
-        return checkpoint.read(entry.row.key, rest, entry.shape)
-    return checkpoint.read(entry.row.key, (entry.layer, *rest), (1, *entry.shape)).squeeze(0)
+        return checkpoint.read(key, rest, entry.shape, scratch)
+    return checkpoint.read(key, (entry.layer, *rest), (1, *entry.shape), scratch).squeeze(0)
 
 
 def hf_tensors(

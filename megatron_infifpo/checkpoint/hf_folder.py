@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_infifpo.checkpoint.mapping import WeightMapping
-from megatron_infifpo.checkpoint.safetensors_io import DTYPES, SafetensorsFile
+from megatron_infifpo.checkpoint.safetensors_io import DTYPES, SafetensorsFile, Scratch
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.models.architecture import read_hf_config
 from megatron_infifpo.models.families import family, weight_mapping
@@ -85,10 +85,10 @@ class HfWeights:
             )
         return DTYPES[kind]
 
-    def load(self, name: str) -> Tensor:
-        """Return a tensor, in memory of its own."""
+    def load(self, name: str, scratch: Scratch | None = None) -> Tensor:
+        """Return a tensor, in memory of its own or in the scratch memory."""
         file, inside = self._files[name]
-        return file.read(inside)
+        return file.read(inside, scratch)
 
 
 def open_hf(directory: str | Path) -> tuple[HfWeights, WeightMapping, dict[str, Any]]:

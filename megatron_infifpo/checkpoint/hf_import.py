@@ -20,6 +20,7 @@ from megatron_infifpo.checkpoint.layout import (
     write_config,
 )
 from megatron_infifpo.checkpoint.mapping import Row, WeightMapping
+from megatron_infifpo.checkpoint.safetensors_io import Scratch
 from megatron_infifpo.checkpoint.share import Share
 from megatron_infifpo.models.families import megatron_args
 
@@ -67,10 +68,11 @@ def _lazy_tensors(
 ) -> dict[str, torch_dist.LazyTensor]:
     """This rank's chunks of all tensors: whole layers, and every so many of the other tensors."""
     tensors = {}
+    scratch = Scratch()
     for number, row in enumerate(mapping.rows.values()):
         layers = [layer for layer in range(mapping.num_layers) if share.mine(layer)]
         if layers if row.per_layer else share.mine(number):
-            tensors[row.key] = _lazy_tensor(row, mapping, weights, dtype, layers, bar)
+            tensors[row.key] = _lazy_tensor(row, mapping, weights, dtype, layers, scratch, bar)
     return tensors
 
 
@@ -95,6 +97,7 @@ def _lazy_tensor(
     weights: HfWeights,
     dtype: torch.dtype,
     layers: list[int],
+    scratch: Scratch,
     bar: tqdm,
 ) -> torch_dist.LazyTensor:
     shape = mapping.entry(row.key).shape
@@ -102,7 +105,9 @@ def _lazy_tensor(
 
     def load(offset: tuple[int, ...]) -> Tensor:
         entry = mapping.entry(row.key, offset[0] if row.per_layer else None)
-        tensor = entry.to_megatron([weights.load(name) for name in entry.hf_names]).to(dtype)
+        scratch.clear()  # chunks are written one after the other
+        parts = [weights.load(name, scratch) for name in entry.hf_names]
+        tensor = entry.to_megatron(parts).to(dtype)
         bar.update()
         return tensor.unsqueeze(0).contiguous() if row.per_layer else tensor.contiguous()
 

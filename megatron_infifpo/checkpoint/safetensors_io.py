@@ -7,6 +7,7 @@ Format: 8 bytes length, a JSON header of dtypes, shapes and offsets, then the da
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,18 +80,49 @@ class SafetensorsFile:
         if start + position != size:
             raise ValueError(f"it has {size} bytes, its header says {start + position}")
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor in memory of its own."""
-        tensor = torch.empty(self.shapes[name], dtype=DTYPES[self.dtypes[name]])
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._begins[name])
-            view = memoryview(bytes_of(tensor).numpy())
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise UserError(f"cannot read {self.path}: it ends inside {name}")
-                view = view[count:]
+    def read(self, name: str, scratch: "Scratch | None" = None) -> Tensor:
+        """Return a tensor, in memory of its own or in the scratch memory."""
+        shape, dtype = self.shapes[name], DTYPES[self.dtypes[name]]
+        tensor = torch.empty(shape, dtype=dtype) if scratch is None else scratch.take(shape, dtype)
+        read_into(self.path, self._begins[name], tensor)
         return tensor
+
+
+class Scratch:
+    """Memory that is used again and again: to get fresh pages takes longer than to fill them."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._used = 0
+
+    def clear(self) -> None:
+        """Give the memory free: what was taken before must not be looked at any more."""
+        self._used = 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor of unknown values, with a storage of just its size."""
+        size = math.prod(shape) * dtype.itemsize
+        if not size:
+            return torch.empty(shape, dtype=dtype)
+        if self._used + size > len(self._memory):
+            # Tensors that are in use keep the old memory alive.
+            self._memory, self._used = mmap.mmap(-1, size), 0
+        tensor = torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=self._used)
+        self._used += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        return tensor.view(dtype).view(shape)
+
+
+def read_into(path: Path, begin: int, tensor: Tensor) -> None:
+    """Fill a contiguous tensor with the bytes of a file from `begin` on."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(begin)
+        view = memoryview(bytes_of(tensor).numpy())
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise UserError(f"cannot read {path}: it is shorter than its index says")
+            view = view[count:]
 
 
 class SafetensorsWriter:

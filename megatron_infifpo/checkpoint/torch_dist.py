@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -25,9 +26,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    ReadItem,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_infifpo.checkpoint.safetensors_io import Scratch, read_into
 from megatron_infifpo.checkpoint.share import Share
 from megatron_infifpo.cli import UserError
 
@@ -122,6 +129,9 @@ def write(
     state |= tensors
     writer = dcp.FileSystemWriter(directory, per_thread_copy_ahead=0)
     planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    # Nobody reads the zip format's checksums, and they take longer than writing.
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -129,6 +139,8 @@ def write(
     except CheckpointException as error:
         # It wraps what happened on each rank.
         raise _cause(next(iter(error.failures.values()))[0]) from error
+    finally:
+        torch.serialization.set_crc32_options(checksums)
     if share.first:
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (directory / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
@@ -212,10 +224,42 @@ class TorchDistCheckpoint:
         assert isinstance(value, TensorStorageMetadata)
         return value
 
-    def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Return the part of a tensor that begins at `offset` and has this shape."""
-        data = torch.empty(shape, dtype=self.dtype(key))
+    def read(
+        self,
+        key: str,
+        offset: tuple[int, ...],
+        shape: tuple[int, ...],
+        scratch: Scratch | None = None,
+    ) -> Tensor:
+        """Return the part of a tensor that begins at `offset` and has this shape.
+
+        It is in memory of its own, or in the scratch memory.
+        """
+        dtype = self.dtype(key)
         chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
-        plan = dcp.LoadPlan(create_read_items_for_chunk_list(key, self._tensor(key), [chunk]))
-        self._reader.read_data(plan, _SlicePlanner(data)).wait()
+        items = create_read_items_for_chunk_list(key, self._tensor(key), [chunk])
+        data = torch.empty(shape, dtype=dtype) if scratch is None else scratch.take(shape, dtype)
+        if not all(self._read_directly(item, data) for item in items):
+            self._reader.read_data(dcp.LoadPlan(items), _SlicePlanner(data)).wait()
         return data
+
+    def _read_directly(self, item: ReadItem, target: Tensor) -> bool:
+        """Read a stored chunk straight into its place in the target, if it fills it whole.
+
+        PyTorch's own reading makes two copies on the way.
+        """
+        info = self._reader.storage_data[item.storage_index]
+        path = self.directory / info.relative_path
+        part = target
+        for dim, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        with open(path, "rb") as file, FakeTensorMode():
+            # Shape, strides and place of the data, without the data.
+            stored = torch.load(self._reader._slice_file(file, info), weights_only=True)
+        whole = stored.shape == part.shape and stored.dtype == part.dtype
+        if not (whole and stored.is_contiguous() and part.is_contiguous()):
+            return False
+        start = stored.untyped_storage()._checkpoint_offset
+        start += info.offset + stored.storage_offset() * stored.element_size()
+        read_into(path, start, part)
+        return True
