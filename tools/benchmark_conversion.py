@@ -39,9 +39,9 @@ PHI4 = {
     "dtype": "bfloat16",
 }
 CONVERT = str(Path(__file__).resolve().with_name("convert_checkpoint.py"))
-# Reads and writes as conversion does: no clever copy of the file system's own.
+# Reads and writes as conversion does, down to the disk: no clever copy of the file system's own.
 COPY = """
-import sys, pathlib
+import os, sys, pathlib
 source, target = map(pathlib.Path, sys.argv[1:])
 target.mkdir()
 buffer = memoryview(bytearray(16 * 2**20))
@@ -49,6 +49,7 @@ for path in sorted(source.glob("*.safetensors")):
     with open(path, "rb", buffering=0) as a, open(target / path.name, "wb", buffering=0) as b:
         while count := a.readinto(buffer):
             b.write(buffer[:count])
+        os.fsync(b.fileno())
 """
 
 

@@ -165,7 +165,9 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Close the file, which must be complete unless something failed."""
+        """Close the file, which must be complete and on the disk unless something failed."""
+        if kind is None:
+            os.fsync(self._file.fileno())
         self._file.close()
         assert kind is not None or not self._missing, f"not written: {sorted(self._missing)}"
 
