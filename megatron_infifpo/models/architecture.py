@@ -8,10 +8,24 @@ from typing import Any
 
 from megatron_infifpo.checkpoint.layout import HF_FOLDER, TRACKER
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.models.families import check_tensor_parallel, megatron_args
+from megatron_infifpo.models.families import (
+    check_pipeline_parallel,
+    check_tensor_parallel,
+    megatron_args,
+)
 
 # The checkpoint's value is a starting point here, not part of the architecture.
 _FREE = ("make_vocab_size_divisible_by", "seq_length", "tokenizer_type", "vocab_size")
+
+# With one of these, stages have as many layers as the user says, and Megatron checks them.
+_OWN_STAGES = (
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "num_layers_per_virtual_pipeline_stage",
+)
 
 
 def read_hf_config(directory: str | Path) -> dict[str, Any]:
@@ -32,8 +46,8 @@ def apply_architecture(
     """Set every architecture argument from the checkpoint.
 
     Raises:
-        UserError: a flag on the command line contradicts the checkpoint, or the tensor-parallel
-            size is not legal for the model.
+        UserError: a flag on the command line contradicts the checkpoint, or the tensor- or
+            pipeline-parallel size is not legal for the model.
     """
     for name, value in megatron_args(read_hf_config(checkpoint)).items():
         given = getattr(args, name, None)
@@ -45,6 +59,9 @@ def apply_architecture(
         if name not in _FREE or given is None:
             setattr(args, name, value)
     check_tensor_parallel(vars(args), args.tensor_model_parallel_size)
+    if all(getattr(args, name) == parser.get_default(name) for name in _OWN_STAGES):
+        virtual = args.num_virtual_stages_per_pipeline_rank or 1
+        check_pipeline_parallel(vars(args), args.pipeline_model_parallel_size, virtual)
 
 
 def pivot_directory(load: str | None, pretrained: str | None) -> Path:

@@ -20,7 +20,11 @@ from megatron_infifpo.checkpoint.hf_weights import load_into_model  # noqa: E402
 from megatron_infifpo.checkpoint.layout import find_checkpoint  # noqa: E402
 from megatron_infifpo.data import Row  # noqa: E402
 from megatron_infifpo.models.architecture import read_hf_config  # noqa: E402
-from megatron_infifpo.models.families import check_tensor_parallel, megatron_args  # noqa: E402
+from megatron_infifpo.models.families import (  # noqa: E402
+    check_pipeline_parallel,
+    check_tensor_parallel,
+    megatron_args,
+)
 from megatron_infifpo.models.gpt import build_model, forward_only_arguments  # noqa: E402
 from megatron_infifpo.models.packed import run_packed, to_device  # noqa: E402
 from megatron_infifpo.models.parallel import initialize_parallel  # noqa: E402
@@ -60,6 +64,7 @@ class MegatronBackend:
         """
         architecture = megatron_args(read_hf_config(directory))
         check_tensor_parallel(architecture, tensor_parallel)
+        check_pipeline_parallel(architecture, pipeline_parallel)
         args = forward_only_arguments(
             architecture,
             tensor_parallel=tensor_parallel,

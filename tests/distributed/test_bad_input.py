@@ -96,6 +96,19 @@ def test_impossible_tensor_parallel_size(setup, flags, ranks, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_impossible_pipeline_parallel_size(setup, flags, ranks, tmp_path):
+    sentence = refused(
+        ranks, "megatron_infifpo.train", flags("--pipeline-model-parallel-size", "3")
+    )
+    assert "expected one of 1, 2, 4: it must divide the model's 4 layers" in sentence
+    score = ["--backend", "megatron", "--model", str(setup.hf), "--input", str(setup.records)]
+    score += ["--output", str(tmp_path / "out"), "--pipeline-model-parallel-size", "3"]
+    assert "expected one of 1, 2, 4" in refused(ranks, "tools/score_source.py", score)
+    virtual = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "3"]
+    sentence = refused(ranks, "megatron_infifpo.train", flags(*virtual))
+    assert "3 virtual stages a pipeline rank, expected one of 1, 2" in sentence
+
+
 def test_architecture_flag_against_the_checkpoint(flags, ranks):
     sentence = refused(ranks, "megatron_infifpo.train", flags("--num-layers", "12"))
     assert "--num-layers is 12, but the checkpoint" in sentence

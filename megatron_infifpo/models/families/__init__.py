@@ -72,6 +72,30 @@ def tensor_parallel_sizes(args: Mapping[str, Any]) -> list[int]:
     return [tp for tp in range(1, min(sizes) + 1) if all(size % tp == 0 for size in sizes)]
 
 
+def check_pipeline_parallel(args: Mapping[str, Any], pp: int, virtual: int = 1) -> None:
+    """Raise UserError, naming the legal sizes, if layers cannot be split evenly.
+
+    Args:
+        args: Megatron arguments.
+        pp: pipeline stages.
+        virtual: model chunks of each stage.
+    """
+    layers = args["num_layers"]
+    if layers % pp:
+        legal = [str(size) for size in range(1, layers + 1) if layers % size == 0]
+        raise UserError(
+            f"--pipeline-model-parallel-size is {pp}, expected one of {', '.join(legal)}: it must "
+            f"divide the model's {layers} layers"
+        )
+    if (layers // pp) % virtual:
+        each = layers // pp
+        legal = [str(size) for size in range(1, each + 1) if each % size == 0]
+        raise UserError(
+            f"{virtual} virtual stages a pipeline rank, expected one of {', '.join(legal)}: they "
+            f"must divide the rank's {each} layers"
+        )
+
+
 def check_tensor_parallel(args: Mapping[str, Any], tp: int) -> None:
     """Raise UserError, naming the legal sizes, if the model cannot be split over `tp` ranks."""
     legal = tensor_parallel_sizes(args)
