@@ -105,7 +105,7 @@ class _HfLayers:
             if kinds:
                 config.layer_types = [kind]
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
-            model.model.norm = torch.nn.Identity()
+            model.final_norm, model.model.norm = model.model.norm, torch.nn.Identity()
             self.models[kind] = model
         return self.models[kind]
 
@@ -128,10 +128,7 @@ class _HfLayers:
         ]
 
     def logprobs(self, states: list[Tensor], ids: list[np.ndarray]) -> list[Tensor]:
-        config = copy.deepcopy(self.config)
-        config.num_hidden_layers, config.vocab_size = 1, _SMALL_VOCABULARY
-        config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-        norm = AutoModelForCausalLM.from_config(config, dtype=self.dtype).model.norm
+        norm = self._model(0).final_norm
         norm.load_state_dict({"weight": self.weights.load("model.norm.weight").to(self.dtype)})
         tied = OUTPUT_LAYER not in self.mapping.rows
         head = self.weights.load("model.embed_tokens.weight" if tied else "lm_head.weight")
