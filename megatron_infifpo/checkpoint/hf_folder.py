@@ -38,13 +38,23 @@ class HfWeights:
             file = SafetensorsFile(path)
             for name in file.shapes:
                 known = rename(name)
-                if known is not None and not known.endswith(_DERIVED):
-                    self._files[known] = (file, name)
+                if known is None or known.endswith(_DERIVED):
+                    continue
+                if known in self._files:
+                    other = self._files[known][0].path.name
+                    raise UserError(
+                        f"{self.directory}: tensor {known} is in {other} and in {path.name}: "
+                        "remove the file that does not belong there"
+                    )
+                self._files[known] = (file, name)
 
     def _paths(self) -> list[Path]:
         if not self.directory.is_dir():
             raise UserError(f"{self.directory} is not a folder: expected a Hugging Face checkpoint")
-        index = self.directory / INDEX
+        # In transformers' order: where both are there, it loads the single file.
+        single, index = self.directory / "model.safetensors", self.directory / INDEX
+        if single.is_file():
+            return [single]
         if index.is_file():
             try:
                 names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -54,9 +64,6 @@ class HfWeights:
                     f"{index} is not an index: expected a JSON object with a weight_map of "
                     "tensor names to file names; copy the file again"
                 ) from None
-        single = self.directory / "model.safetensors"
-        if single.is_file():
-            return [single]
         if any(self.directory.glob("*.bin")):
             raise UserError(
                 f"{self.directory} holds pickled weights (*.bin), which can run code when loaded: "

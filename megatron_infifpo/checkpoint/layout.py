@@ -102,8 +102,13 @@ def write_config(path: Path, config: dict[str, Any], dtype: torch.dtype) -> None
 
 
 def check_free(save: str | Path) -> None:
-    """Raise UserError if `save` holds something already."""
+    """Raise UserError if `save` holds something already, or is where a disk is mounted."""
     save = Path(save)
+    if os.path.ismount(save):
+        raise UserError(
+            f"--save {save} is a mount point, to which nothing can be renamed: choose a folder "
+            "inside it"
+        )
     if save.is_file() or (save.is_dir() and any(save.iterdir())):
         raise UserError(f"--save {save} exists and is not empty: choose another or remove it")
 
@@ -128,12 +133,34 @@ def new_folder(save: str | Path, share: Share) -> Iterator[Path]:
         yield aside
         share.wait()
         if share.first:
+            _sync(aside)
             # An empty folder gives way to a rename.
             os.rename(aside, save)
+            _sync_one(save.parent)
         share.wait()
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        _discard(aside, share)
         raise UserError(f"cannot write --save {save}: {error}; nothing was left there") from error
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        _discard(aside, share)
         raise
+
+
+def _discard(aside: Path, share: Share) -> None:
+    """Remove the folder; other ranks may still write, and would fail for a reason of ours."""
+    if share.first:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Put everything in a folder on the disk, so that its new name never shows less than that."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

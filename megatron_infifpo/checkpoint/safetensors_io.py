@@ -114,15 +114,22 @@ class Scratch:
 
 
 def read_into(path: Path, begin: int, tensor: Tensor) -> None:
-    """Fill a contiguous tensor with the bytes of a file from `begin` on."""
-    with open(path, "rb", buffering=0) as file:
-        file.seek(begin)
-        view = memoryview(bytes_of(tensor).numpy())
-        while view:
-            count = file.readinto(view)
-            if not count:
-                raise UserError(f"cannot read {path}: it is shorter than its index says")
-            view = view[count:]
+    """Fill a contiguous tensor with the bytes of a file from `begin` on.
+
+    Raises:
+        UserError: the file cannot be read, or is too short.
+    """
+    view = memoryview(bytes_of(tensor).numpy())
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(begin)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise EOFError("it is shorter than its index says")
+                view = view[count:]
+    except (OSError, EOFError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
 class SafetensorsWriter:

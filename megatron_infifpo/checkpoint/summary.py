@@ -1,6 +1,7 @@
 """What a checkpoint is, in a few lines."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,5 +42,21 @@ def describe(directory: str | Path, iteration: int | None = None) -> dict[str, s
         "context": str(args["max_position_embeddings"]),
         "parameters": f"{parameters:,}",
         "dtype": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+        "flags": " ".join(_flags_of_its_own(args)),
         "legal TP": ", ".join(map(str, tensor_parallel_sizes(args))),
     }
+
+
+def _flags_of_its_own(args: dict[str, Any]) -> list[str]:
+    """Flags that Megatron-LM itself needs beside --use-checkpoint-args, which leaves them out."""
+    flags = [f"--norm-epsilon {args['layernorm_epsilon']:g}"]
+    if args["qk_layernorm"]:
+        flags.append("--qk-layernorm")
+    if args["window_size"] is not None:
+        flags.append(f"--window-size {args['window_size'][0]},{args['window_size'][1]}")
+    if args["window_attn_skip_freq"] is not None:
+        pattern = ",".join(map(str, args["window_attn_skip_freq"]))
+        flags.append(f"--window-attn-skip-freq [{pattern}]")
+    if args["use_rope_scaling"]:
+        flags.append("--use-rope-scaling")
+    return flags

@@ -5,6 +5,7 @@ memory and needs process groups; PyTorch's needs neither, and Megatron reads the
 """
 
 import json
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -151,6 +152,9 @@ def _cause(error: BaseException) -> BaseException:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
+    # What comes from another rank has lost its context.
+    if cause is None and "inline_container" in str(error):
+        cause = OSError("a rank could not write, as when the disk is full")
     return cause or error
 
 
@@ -200,7 +204,7 @@ class TorchDistCheckpoint:
         self._reader = _Reader(directory)
         try:
             self._metadata = self._reader.read_metadata()
-        except (pickle.UnpicklingError, EOFError) as error:
+        except (pickle.UnpicklingError, EOFError, OSError) as error:
             raise UserError(f"cannot read {directory}/.metadata: {error}") from error
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
@@ -234,13 +238,24 @@ class TorchDistCheckpoint:
         """Return the part of a tensor that begins at `offset` and has this shape.
 
         It is in memory of its own, or in the scratch memory.
+
+        Raises:
+            UserError: the files do not hold all of it, or are broken.
         """
         dtype = self.dtype(key)
         chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
         items = create_read_items_for_chunk_list(key, self._tensor(key), [chunk])
         data = torch.empty(shape, dtype=dtype) if scratch is None else scratch.take(shape, dtype)
-        if not all(self._read_directly(item, data) for item in items):
-            self._reader.read_data(dcp.LoadPlan(items), _SlicePlanner(data)).wait()
+        if sum(math.prod(item.lengths) for item in items) != math.prod(shape):
+            raise UserError(
+                f"{self.directory} does not hold all of {key} at {list(offset)}: the checkpoint is "
+                "incomplete or of another model"
+            )
+        try:
+            if not all(self._read_directly(item, data) for item in items):
+                self._reader.read_data(dcp.LoadPlan(items), _SlicePlanner(data)).wait()
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"cannot read {key} from {self.directory}: {error}") from error
         return data
 
     def _read_directly(self, item: ReadItem, target: Tensor) -> bool:

@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_infifpo.checkpoint.hf_export import hf_tensors, open_checkpoint
 from megatron_infifpo.checkpoint.hf_folder import open_hf
+from megatron_infifpo.checkpoint.safetensors_io import bytes_of
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.batching import collate
 from megatron_infifpo.data.preference_dataset import PreferencePair
+from megatron_infifpo.models.architecture import read_hf_config
+from megatron_infifpo.models.families import megatron_args
 from megatron_infifpo.scoring.megatron_backend import MegatronBackend
 
 # English, code, mathematics and other scripts, short and long.
@@ -91,6 +94,7 @@ def verify(args: argparse.Namespace) -> int:
     """
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     tolerance = TOLERANCES[dtype] if args.tolerance is None else args.tolerance
+    _check_same_model(args.hf, args.load)
     tokenizer = AutoTokenizer.from_pretrained(args.hf)
     ids = _tokenize(tokenizer, TEXTS if args.texts is None else _read_texts(args.texts))
     both = _by_layers(args, ids) if args.by_layers else _whole(args, ids, dtype)
@@ -104,6 +108,17 @@ def verify(args: argparse.Namespace) -> int:
     verdict = torch.tensor([failed], device=torch.cuda.current_device())
     torch.distributed.all_reduce(verdict)
     return int(verdict.item() > 0)
+
+
+def _check_same_model(hf_dir: str, load_dir: str) -> None:
+    """Refuse to compare models of other sizes: half of them may well be equal."""
+    ours, theirs = (megatron_args(read_hf_config(folder)) for folder in (load_dir, hf_dir))
+    for name, value in theirs.items():
+        if ours.get(name) != value:
+            raise UserError(
+                f"{load_dir} is another model than {hf_dir}: its {name} is {ours.get(name)!r}, "
+                f"expected {value!r}"
+            )
 
 
 def _whole(
@@ -149,14 +164,26 @@ def worst_tensor(hf_dir: str | Path, load_dir: str | Path) -> str:
     worst, where = 0.0, ""
     for group in hf_tensors(checkpoint, mapping):
         for name, ours in group.items():
-            theirs = weights.load(name).float()
-            gap = (theirs - ours.float()).abs().nan_to_num(nan=torch.inf)
-            relative = float(gap.max()) / (float(theirs.abs().max()) or 1.0)
-            if relative > worst:
+            relative = _gap(weights.load(name), ours)
+            if not relative <= worst:  # NaN is the worst of all
                 worst, where = relative, name
     if not where:
         return "all weights are equal to the bit"
     return f"the weights that differ most: {where}, by {worst:.1e} of its largest value"
+
+
+def _gap(theirs: Tensor, ours: Tensor) -> float:
+    """Largest difference, as a share of the largest value; 0 exactly where the bytes are equal."""
+    if theirs.dtype == ours.dtype and torch.equal(bytes_of(theirs), bytes_of(ours.contiguous())):
+        return 0.0
+    largest = largest_gap = torch.zeros(())
+    # By parts: a float32 copy of an embedding is as large as the model's largest tensors together.
+    for a, b in zip(theirs.split(4096), ours.split(4096), strict=True):
+        gap = (a.float() - b.float()).abs().nan_to_num(nan=torch.inf).max()
+        largest_gap = torch.maximum(largest_gap, gap)
+        largest = torch.maximum(largest, a.float().abs().nan_to_num(0.0, 0.0).max())
+    # Equal numbers in other bytes: another dtype, or the sign of zero.
+    return max(float(largest_gap) / (float(largest) or 1.0), 1e-30)
 
 
 @torch.no_grad()

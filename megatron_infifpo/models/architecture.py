@@ -32,7 +32,12 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     """Read `config.json` of a Hugging Face folder, or of one carried in a converted checkpoint."""
     for path in (Path(directory) / "config.json", Path(directory) / HF_FOLDER / "config.json"):
         if path.is_file():
-            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{path} is not JSON ({error}): copy the file again") from None
+            if not isinstance(config, dict):
+                raise UserError(f"{path} holds {type(config).__name__}, expected a JSON object")
             return config
     raise UserError(
         f"{directory} has neither config.json nor hf/config.json: expected a Hugging Face folder "

@@ -27,8 +27,13 @@ from megatron_infifpo.models import gemma
 from megatron_infifpo.models.layers import RMSNorm, block_of, local_layer_spec
 
 
-def fixed_arguments() -> dict[str, Any]:
-    """Megatron arguments that packed preference rows and this machine leave no choice about."""
+def fixed_arguments(*, half: bool) -> dict[str, Any]:
+    """Megatron arguments that packed preference rows and this machine leave no choice about.
+
+    Args:
+        half: the model computes in bfloat16 or float16. Transformer Engine has no attention over
+            packed rows in float32; the local layers have, and read the same checkpoints.
+    """
     fixed: dict[str, Any] = {
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -37,7 +42,7 @@ def fixed_arguments() -> dict[str, Any]:
         # Only a mixture of experts has a dispatcher, but the default one forbids variable lengths.
         "moe_token_dispatcher_type": "alltoall",
     }
-    if not HAVE_TE:
+    if not HAVE_TE or not half:
         fixed |= {
             "transformer_impl": "local",
             "no_persist_layer_norm": True,
@@ -116,7 +121,7 @@ def forward_only_arguments(
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     args = parser.parse_args([])
     vars(args).update(model_args)
-    vars(args).update(fixed_arguments())
+    vars(args).update(fixed_arguments(half=bf16))
     args.rank = int(os.environ.get("RANK", "0"))
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     args.tensor_model_parallel_size = tensor_parallel

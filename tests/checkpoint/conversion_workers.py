@@ -100,6 +100,17 @@ def convert(function: str, source: str, target: str, options: dict[str, Any]) ->
     functions[function](source, target, **options)
 
 
+def import_with_full_disk(source: str, target: str) -> None:
+    """Import as one of two ranks, of which the second cannot write much."""
+    import os
+    import resource
+
+    if os.environ["RANK"] == "1":
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit))
+    convert("import_checkpoint", source, target, {})
+
+
 def verify(argv: list[str]) -> int:
     """Run `tools/convert_checkpoint.py verify ARGV` as one rank; return its exit code."""
     path = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"

@@ -92,6 +92,16 @@ def test_head_of_a_tied_model(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
         ({"hidden_size": None}, "no hidden_size"),
+        ({"hidden_act": None}, "hidden_act is None"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type is 'yarn'"),
+        (
+            {"use_sliding_window": True, "layer_types": ["full_attention"] * 3},
+            "layer_types has 3 entries for 4 layers",
+        ),
+        (
+            {"use_sliding_window": True, "layer_types": ["chunked_attention"] * 4},
+            "layer_types has 'chunked_attention'",
+        ),
         ({"num_key_value_heads": 3}, "8 is not a multiple of num_key_value_heads 3"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_type is 'yarn'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
@@ -197,3 +207,48 @@ def test_metadata_runs_no_code(megatron):
     (megatron / "release" / ".metadata").write_bytes(pickle.dumps(Evil()))
     exported(megatron, "cannot read .*metadata")
     assert not (megatron / "ran").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_broken_config(hf, content):
+    (hf / "config.json").write_text(content)
+    refused(hf, "config.json (is not JSON|holds list)")
+
+
+def test_a_tensor_in_two_files(hf):
+    shutil.copy(hf / "model.safetensors", hf / "a.safetensors")
+    (hf / "model.safetensors").rename(hf / "b.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(hf, "is in a.safetensors and in b.safetensors")
+
+
+def test_broken_checkpoint_files(tmp_path, megatron):
+    (part,) = (megatron / "release").glob("*.distcp")
+    content = part.read_bytes()
+    part.write_bytes(content[: len(content) // 2])
+    exported(megatron, "cannot read .*")
+    part.unlink()
+    exported(megatron, "cannot read .*")
+    with pytest.raises(UserError, match="cannot read"):
+        weights_fingerprint(megatron)
+
+
+def test_a_layer_that_the_files_do_not_hold(megatron):
+    """Never what happens to be in memory."""
+    from megatron_infifpo.checkpoint.torch_dist import TorchDistCheckpoint
+
+    checkpoint = TorchDistCheckpoint(megatron / "release")
+    with pytest.raises(UserError, match="does not hold all of"):
+        checkpoint.read("decoder.layers.mlp.linear_fc2.weight", (4, 0, 0), (1, 64, 96))
+
+
+def test_full_disk_of_one_of_two_ranks(tmp_path, hf, ranks):
+    """Both say so; the launcher may end one before it has tidied up, but nothing looks complete."""
+    from launcher import RankError
+
+    target = "checkpoint.conversion_workers:import_with_full_disk"
+    with pytest.raises(RankError) as failure:
+        ranks(2, target, str(hf), str(tmp_path / "a"))
+    assert "cannot write --save" in "".join(failure.value.logs)
+    assert {p.name for p in tmp_path.iterdir()} <= {"hf", ".a.partial"}

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import save_file
 from tiny import assert_same_weights, load_weights
 
@@ -115,3 +116,28 @@ def test_verify_smollm2(ranks, smollm2, tmp_path):
     texts.write_text("The capital of France is Paris.\n\nprint('hello, world')\n")
     flags += ["--tensor-model-parallel-size", "3", "--texts", str(texts)]
     assert ranks(3, "checkpoint.conversion_workers:verify", flags) == [0] * 3
+
+
+def test_verify_refuses_another_model(ranks, models, tmp_path):
+    """Of which half the layers may well be equal."""
+    from launcher import RankError
+
+    hf, _ = models("llama")
+    _, megatron = models("llama-tied")
+    for more in ([], ["--by-layers"]):
+        with pytest.raises(RankError, match="untie_embeddings_and_output_weights is False"):
+            flags = ["--hf", str(hf), "--load", str(megatron), *more]
+            ranks(1, "checkpoint.conversion_workers:verify", flags)
+
+
+def test_worst_tensor_with_nan(models, tmp_path):
+    from megatron_infifpo.checkpoint.verify import worst_tensor
+
+    hf, megatron = models("llama")
+    weights = load_weights(hf)
+    name = "model.layers.2.mlp.up_proj.weight"
+    weights[name] = weights[name].clone()
+    weights[name][0, 0] = torch.nan
+    (tmp_path / "config.json").write_text((hf / "config.json").read_text())
+    save_file(weights, tmp_path / "model.safetensors")
+    assert name in worst_tensor(tmp_path, megatron)

@@ -46,9 +46,9 @@ def required(config: Mapping[str, Any], field: str) -> Any:
 def refuse(config: Mapping[str, Any], field: str, *, unless: Sequence[Any], reason: str) -> None:
     """Raise UserError if a field has another value than these."""
     if config.get(field) not in unless:
-        expected = " or ".join(repr(value) for value in unless if value is not None)
+        expected = " or ".join(repr(value) for value in unless if value is not None) or "none"
         raise UserError(
-            f"config.json: {field} is {config[field]!r}, expected {expected or 'none'}: {reason}"
+            f"config.json: {field} is {config.get(field)!r}, expected {expected}: {reason}"
         )
 
 
@@ -74,15 +74,36 @@ def window_args(config: Mapping[str, Any], layers: Sequence[bool] | None = None)
 def windowed_layers(config: Mapping[str, Any]) -> list[bool]:
     """Which layers of a Qwen model have a sliding window: layer_types, or the last ones."""
     count = required(config, "num_hidden_layers")
+    if not config.get("use_sliding_window"):
+        return [False] * count
     if config.get("layer_types"):
-        return [kind == "sliding_attention" for kind in config["layer_types"]]
-    first = config.get("max_window_layers", 28)
-    return [bool(config.get("use_sliding_window")) and layer >= first for layer in range(count)]
+        return sliding_layers(config)
+    first = 28 if config.get("max_window_layers") is None else config["max_window_layers"]
+    return [layer >= first for layer in range(count)]
+
+
+def sliding_layers(config: Mapping[str, Any]) -> list[bool]:
+    """Which of the layer_types are sliding_attention.
+
+    Raises:
+        UserError: not one for each layer, or another kind.
+    """
+    kinds, count = config["layer_types"], required(config, "num_hidden_layers")
+    if len(kinds) != count:
+        raise UserError(f"config.json: layer_types has {len(kinds)} entries for {count} layers")
+    for kind in kinds:
+        if kind not in ("sliding_attention", "full_attention"):
+            raise UserError(
+                f"config.json: layer_types has {kind!r}, expected sliding_attention or "
+                "full_attention: Megatron has no other kind"
+            )
+    return [kind == "sliding_attention" for kind in kinds]
 
 
 def rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rope parameters in the form of transformers 5, also from files of transformers 4."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    # Where a file has both, rope_scaling is what somebody added, and transformers follows it.
+    parameters = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
     for field in ("rope_theta", "partial_rotary_factor"):
         if parameters.get(field) is None:
             parameters[field] = config.get(field)

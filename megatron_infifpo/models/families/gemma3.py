@@ -12,7 +12,13 @@ from typing import Any
 
 from megatron_infifpo.checkpoint.mapping import Row
 from megatron_infifpo.models.families import llama
-from megatron_infifpo.models.families.common import Family, dense_args, refuse, window_args
+from megatron_infifpo.models.families.common import (
+    Family,
+    dense_args,
+    refuse,
+    sliding_layers,
+    window_args,
+)
 
 # Defaults of transformers, which published files leave out.
 _DEFAULTS = {
@@ -83,7 +89,7 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
 def _local_layers(config: Mapping[str, Any]) -> list[bool]:
     """Which layers have the sliding window and the local rope base."""
     if config.get("layer_types"):
-        return [kind == "sliding_attention" for kind in config["layer_types"]]
+        return sliding_layers(config)
     pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
     return [bool((layer + 1) % pattern) for layer in range(config["num_hidden_layers"])]
 
@@ -92,7 +98,7 @@ def _ropes(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rope parameters of local and of global layers, from files of transformers 4 and 5."""
     parameters = config.get("rope_parameters") or {}
     local = dict(parameters.get("sliding_attention") or {})
-    whole = dict(parameters.get("full_attention") or config.get("rope_scaling") or {})
+    whole = {**(parameters.get("full_attention") or {}), **(config.get("rope_scaling") or {})}
     local["rope_theta"] = local.get("rope_theta") or config.get("rope_local_base_freq") or 10_000.0
     whole["rope_theta"] = whole.get("rope_theta") or config.get("rope_theta") or 1_000_000.0
     for rope, kinds in ((local, ["default"]), (whole, ["default", "linear"])):

@@ -9,8 +9,8 @@ from megatron_infifpo.models.families.common import Family, dense_args, rope_arg
 
 def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron arguments of a `mistral` config.json."""
-    # A file that leaves num_key_value_heads out means transformers' default.
-    config = {"num_key_value_heads": 8, **config}
+    # A file that leaves these out means transformers' defaults; null means none.
+    config = {"num_key_value_heads": 8, "sliding_window": 4096, **config}
     return dense_args(config) | rope_args(config) | window_args(config)
 
 

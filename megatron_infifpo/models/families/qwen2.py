@@ -17,6 +17,7 @@ from megatron_infifpo.models.families.common import (
 
 def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron arguments of a `qwen2` config.json."""
+    config = {"sliding_window": 4096, **config}  # transformers' default
     window = window_args(config, windowed_layers(config))
     return dense_args(config) | rope_args(config) | window | {"add_qkv_bias": True}
 

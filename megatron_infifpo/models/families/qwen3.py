@@ -23,8 +23,8 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
         unless=[False, None],
         reason="biased projections are not supported",
     )
-    # transformers' default, which is not hidden_size / num_attention_heads.
-    config = {"head_dim": 128, **config}
+    # transformers' defaults; head_dim is not hidden_size / num_attention_heads.
+    config = {"head_dim": 128, "sliding_window": 4096, **config}
     window = window_args(config, windowed_layers(config))
     return dense_args(config) | rope_args(config) | window | {"qk_layernorm": True}
 
