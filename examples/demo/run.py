@@ -40,7 +40,8 @@ def main() -> None:
         split: job.sources(split, "pivot", prepared.models, stages.DOMAINS) for split in job.records
     }
     trained = job.train(
-        "fused", "train", prepared.pivot, "--method", "infifpo", *stages.TRAIN, "--train-iters", "12",
+        "fused", "train", prepared.pivot,
+        "--method", "infifpo", *stages.TRAIN, "--train-iters", "12",
         "--preference-sources", sources["train"],
         "--preference-valid-data", job.folder / "data" / "heldout",
         "--preference-valid-sources", sources["heldout"],
