@@ -91,6 +91,17 @@ def save_with_megatron(hf: str, checkpoint: str, layout: dict[str, Any]) -> None
     dist_checkpointing.save(state, checkpoint)
 
 
+def megatrons_own_arguments(checkpoint: str, flags: list[str]) -> dict[str, Any]:
+    """Megatron-LM's arguments after `--use-checkpoint-args` with some flags."""
+    from megatron.training.arguments import parse_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    sys.argv = ["pretrain_gpt.py", "--load", checkpoint, "--use-checkpoint-args", *flags]
+    args = parse_args()
+    loaded, _ = load_args_from_checkpoint(args)
+    return vars(loaded)
+
+
 def convert(function: str, source: str, target: str, options: dict[str, Any]) -> None:
     """Import or export as one of several ranks."""
     from megatron_infifpo.checkpoint.hf_export import export_checkpoint

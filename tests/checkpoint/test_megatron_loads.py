@@ -10,6 +10,9 @@ from tiny import assert_same_weights, load_weights
 
 from megatron_infifpo.checkpoint.hf_export import export_checkpoint
 from megatron_infifpo.checkpoint.hf_import import import_checkpoint
+from megatron_infifpo.checkpoint.summary import describe
+from megatron_infifpo.models.architecture import read_hf_config
+from megatron_infifpo.models.families import megatron_args
 
 LAYOUTS = {
     "tp1": (1, {}),
@@ -48,6 +51,22 @@ def test_memory_and_disk_agree(ranks, models, family, layout):
     names = {name for result in results for name in result["names"]}
     tied_copy = family == "llama-tied" and "pipeline_parallel" in sizes
     assert any("output_layer.weight" in name for name in names) == (family == "qwen2" or tied_copy)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama-tied", "phi3-partial", "qwen2-window", "qwen3", "mistral"]
+)
+def test_megatron_lm_reads_the_architecture(ranks, models, family):
+    """`--use-checkpoint-args` and the flags that `inspect` prints make up all of it."""
+    hf, megatron = models(family)
+    flags = describe(megatron)["flags"].split()
+    target = "checkpoint.conversion_workers:megatrons_own_arguments"
+    (found,) = ranks(1, target, str(megatron), flags)
+    expected = megatron_args(read_hf_config(hf))
+    # The tokenizer's, and a factor that only counts with llama3 scaling.
+    for name in ("vocab_size", "make_vocab_size_divisible_by", "tokenizer_type"):
+        del expected[name]
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_export_of_what_megatron_saved(ranks, models, tmp_path):
