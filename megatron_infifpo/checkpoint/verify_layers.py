@@ -54,9 +54,7 @@ def layer_logprobs(
     theirs = _HfLayers(hf_dir, dtype)
     ours = _MegatronLayers(load_dir, tensor_parallel, bf16)
     first = torch.distributed.get_rank() == 0
-    states = [
-        [side.embed(torch.from_numpy(text).long()) for text in ids] for side in (theirs, ours)
-    ]
+    states = [side.embed(ids) for side in (theirs, ours)]
     gaps = []
     for layer in tqdm(range(ours.mapping.num_layers), desc="verify", disable=not first):
         if first:
@@ -77,6 +75,12 @@ def layer_logprobs(
     )
     both = [side.logprobs(hidden, ids) for side, hidden in ((theirs, states[0]), (ours, states[1]))]
     return both[0], both[1]
+
+
+def _rows(table: Tensor, ids: list[np.ndarray], scale: float, dtype: torch.dtype) -> list[Tensor]:
+    """Embeddings `[tokens, hidden]` of each text; the scale is rounded to their dtype first."""
+    factor = torch.tensor(scale, dtype=dtype)
+    return [table[torch.from_numpy(text).long()].to(dtype) * factor for text in ids]
 
 
 def _target_logprobs(hidden: Tensor, head: Tensor, text: np.ndarray) -> Tensor:
@@ -109,10 +113,9 @@ class _HfLayers:
             self.models[kind] = model
         return self.models[kind]
 
-    def embed(self, text: Tensor) -> Tensor:
+    def embed(self, ids: list[np.ndarray]) -> list[Tensor]:
         scale = getattr(self._model(0).model.embed_tokens, "scalar_embed_scale", 1.0)
-        rows = self.weights.load("model.embed_tokens.weight")[text].to(self.dtype)
-        return rows * torch.tensor(scale, dtype=self.dtype)
+        return _rows(self.weights.load("model.embed_tokens.weight"), ids, scale, self.dtype)
 
     def run(self, layer: int, states: list[Tensor]) -> list[Tensor]:
         model, prefix = self._model(layer), f"model.layers.{layer}."
@@ -189,10 +192,10 @@ class _MegatronLayers:
         model.decoder.final_layernorm = None
         return model, norm
 
-    def embed(self, text: Tensor) -> Tensor:
+    def embed(self, ids: list[np.ndarray]) -> list[Tensor]:
         scale = self.args.get("extras", {}).get("embedding_scale", 1.0)
         table = read_entry(self.checkpoint, self.mapping.entry(_EMBEDDING))
-        return table[text].to(self.dtype) * torch.tensor(scale, dtype=self.dtype)
+        return _rows(table, ids, scale, self.dtype)
 
     def run(self, layer: int, states: list[Tensor]) -> list[Tensor]:
         model, _ = self._fill(layer)
