@@ -183,8 +183,8 @@ def score_and_die(argv: list[str], shards: int) -> None:
     write = ShardFolder.write
     written = []
 
-    def write_and_count(self, shard, records):
-        write(self, shard, records)
+    def write_and_count(self, shard, *content):
+        write(self, shard, *content)
         written.append(shard)
         if len(written) == shards:
             os._exit(0)

@@ -8,12 +8,15 @@ initial pivot.
 """
 
 import argparse
+from typing import Any
 
 import numpy as np
 
 from megatron_infifpo.cli import UserError, run
 from megatron_infifpo.data.batching import collate
+from megatron_infifpo.data.logprob_store import LogprobStore
 from megatron_infifpo.data.preference_dataset import PreferenceDataset, PreferencePair
+from megatron_infifpo.data.records import iter_records
 from megatron_infifpo.data.sources import read_sources
 from megatron_infifpo.data.tokenization import ChatTokenizer
 from megatron_infifpo.methods import Method, add_method_flags, method_from_args
@@ -33,6 +36,11 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="if it is no longer where the dataset was made with it"
     )
+    parser.add_argument(
+        "--tokens",
+        action="store_true",
+        help="print every model's prompt, and its tokens of each response with their log-probs",
+    )
     add_method_flags(parser)
     args = parser.parse_args()
     method = method_from_args(args)
@@ -47,27 +55,15 @@ def main() -> None:
             f"{args.data} has no record {args.id!r}, expected an id such as "
             f"{dataset.tokens.ids(0)!r}"
         )
-    tokenizer = open_tokenizer(dataset, args.tokenizer)
+    tokenizer = ChatTokenizer.reopen(dataset.tokens.manifest["tokenizer"], args.tokenizer)
     pair = dataset[index]
     print(f"record {args.id!r}, index {index}, domain {dataset.tokens.domain(index)}")
     print_tokens(pair, dataset.tokens.responses[: method.responses], tokenizer)
     if dataset.initial is not None:
         print_models(dataset, pair)
+        if args.tokens:
+            print_scored_tokens(dataset, index)
         print_reference(dataset, pair, method)
-
-
-def open_tokenizer(dataset: PreferenceDataset, path: str | None) -> ChatTokenizer:
-    """Load the dataset's tokenizer and make sure that it is the same one."""
-    made_with = dataset.tokens.manifest["tokenizer"]
-    tokenizer = ChatTokenizer.from_pretrained(path or made_with["path"])
-    for name, found in tokenizer.fingerprint().items():
-        if found != made_with[name]:
-            raise UserError(
-                f"the tokenizer {tokenizer.path} has {name} {found[:12]}, expected "
-                f"{made_with[name][:12]} of {dataset.tokens.prefix}; give the right one to "
-                "--tokenizer"
-            )
-    return tokenizer
 
 
 def print_tokens(pair: PreferencePair, names: tuple[str, ...], tokenizer: ChatTokenizer) -> None:
@@ -86,23 +82,70 @@ def print_tokens(pair: PreferencePair, names: tuple[str, ...], tokenizer: ChatTo
         print(f"  end:    ... {ids(response[-EDGE:])}")
 
 
-def print_models(dataset: PreferenceDataset, pair: PreferencePair) -> None:
-    """Print sum, tokens and mean of each model for each response."""
+def models(dataset: PreferenceDataset) -> list[tuple[str, LogprobStore]]:
+    """Name and log-probs of the initial pivot and of every source."""
     assert dataset.initial is not None
+    sources = zip(dataset.source_names, dataset.sources, strict=True)
+    return [("initial pivot", dataset.initial), *sources]
+
+
+def print_models(dataset: PreferenceDataset, pair: PreferencePair) -> None:
+    """Print how each model was scored, then its sum, tokens and mean for each response."""
+    print("\nhow they were scored")
+    for name, store in models(dataset):
+        print(f"{name:<24}{origin(store.manifest)}")
     print("\nlog-probs")
     print(f"{'model':<24}{'response':<14}{'sum':>12}{'tokens':>8}{'mean':>10}")
-    sources = zip(dataset.source_names, dataset.sources, strict=True)
-    stores = [("initial pivot", dataset.initial), *sources]
-    for column, (name, store) in enumerate(stores, start=-1):
+    for column, (name, store) in enumerate(models(dataset), start=-1):
+        note = store.note(pair.index)
         if store.masked(pair.index):
-            print(f"{name:<24}masked: {store.reason(pair.index)}")
+            print(f"{name:<24}masked: {note}")
             continue
         assert pair.source_mask is not None
-        outside = column >= 0 and not pair.source_mask[column]
+        if column >= 0 and not pair.source_mask[column]:
+            note = "masked: its domains do not include this record's"
         sums, counts = store.sums(pair.index), store.counts(pair.index)
         for response, total, count in zip(store.responses, sums, counts, strict=True):
-            note = "  masked: its domains do not include this record's" if outside else ""
-            print(f"{name:<24}{response:<14}{total:>12.4f}{count:>8}{total / count:>10.4f}{note}")
+            line = f"{name:<24}{response:<14}{total:>12.4f}{count:>8}{total / count:>10.4f}"
+            print(f"{line}  {note}" if note else line)
+
+
+def origin(manifest: dict[str, Any]) -> str:
+    """Say in a line where log-probs come from and what its model was shown."""
+    chat = manifest["tokenizer"]
+    made = f"{manifest['model']}, {manifest['backend']}, {manifest['dtype']}"
+    if chat["path"] is None:
+        return f"{made}; tokenizer and chat template unknown"
+    template = "chat template given by hand; " if chat["chat_template"] else ""
+    return (
+        f"{made}; tokenizer {chat['path']}; {template}system message {chat['system_message']}; "
+        f"a turn ends with {chat['end_of_turn']!r}"
+    )
+
+
+def print_scored_tokens(dataset: PreferenceDataset, index: int) -> None:
+    """Print the prompt that each model was shown, and every scored token with its log-prob."""
+    files, record_id = dataset.tokens.manifest["source_files"], dataset.tokens.ids(index)
+    records = iter_records(files, on_bad="skip")
+    record = next((r for r in records if r.id == record_id), None)
+    if record is None:
+        raise UserError(f"--tokens needs the record's text, but {record_id!r} is not in {files}")
+    for name, store in models(dataset):
+        print(f"\n{name}: what it was shown, and the log-probs of its tokens")
+        if (
+            store.masked(index)
+            or not store.has_values
+            or store.manifest["tokenizer"]["path"] is None
+        ):
+            print(f"  none: {store.note(index) or 'imported without tokens or without values'}")
+            continue
+        chat = ChatTokenizer.reopen(store.manifest["tokenizer"])
+        tokens, decode = chat.encode(record), chat.tokenizer.decode
+        print(decode(tokens.prompt_ids.tolist()))
+        for r, (response, ids) in enumerate(zip(store.responses, tokens.response_ids, strict=True)):
+            values = store.logprobs(index, r)
+            shown = zip(ids.tolist(), values.tolist(), strict=False)  # it may have been cut
+            print(f"{response}: " + " ".join(f"{decode([i])!r} {v:.3f}" for i, v in shown))
 
 
 def print_reference(dataset: PreferenceDataset, pair: PreferencePair, method: Method) -> None:

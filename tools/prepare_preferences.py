@@ -9,15 +9,19 @@ Nothing is truncated or left out: pairs too long for a training run are left out
 
 import argparse
 import collections
-import sys
 
 import numpy as np
 from tqdm import tqdm
 
 from megatron_infifpo.cli import UserError, run
+from megatron_infifpo.data.flags import (
+    add_record_flags,
+    add_tokenizer_flags,
+    open_tokenizer,
+    report_skipped,
+)
 from megatron_infifpo.data.records import iter_records
 from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
-from megatron_infifpo.data.tokenization import ChatTokenizer
 
 PERCENTILES = (0, 50, 90, 99, 100)
 
@@ -27,26 +31,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--input", required=True, nargs="+", metavar="FILE", help="preference records, in order"
-    )
+    add_record_flags(parser)
     parser.add_argument(
         "--tokenizer", required=True, metavar="DIR", help="the pivot's tokenizer, with a template"
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="of the files to write")
-    parser.add_argument(
-        "--on-bad-record",
-        choices=("error", "skip"),
-        default="error",
-        help="stop at the first malformed record, or leave such records out (default: error)",
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the tokenizer"
-    )
+    add_tokenizer_flags(parser)
     args = parser.parse_args()
-    tokenizer = ChatTokenizer.from_pretrained(
-        args.tokenizer, trust_remote_code=args.trust_remote_code
-    )
+    tokenizer = open_tokenizer(args.tokenizer, args)
     skipped: list[str] = []
     records = iter_records(args.input, on_bad=args.on_bad_record, skipped=skipped)
     try:
@@ -61,17 +53,6 @@ def main() -> None:
         raise
     report_skipped(skipped)
     print_summary(TokenDataset(args.output))
-
-
-def report_skipped(skipped: list[str]) -> None:
-    """Print what was left out: every message of a few, the first ones of many."""
-    if not skipped:
-        return
-    print(f"skipped {len(skipped)} bad records:", file=sys.stderr)
-    for message in skipped[:20]:
-        print(f"  {message}", file=sys.stderr)
-    if len(skipped) > 20:
-        print(f"  ... and {len(skipped) - 20} more", file=sys.stderr)
 
 
 def print_summary(tokens: TokenDataset) -> None:

@@ -2,7 +2,7 @@
 """Score every response of preference records under one model, into a log-prob dataset.
 
 The model speaks its own language: its tokenizer, its chat template. Run it alone or on many ranks;
-rerun the same command after an interruption and finished shards are kept.
+rerun the same command after an interruption, on any number of ranks, and finished shards are kept.
 
     python tools/score_source.py --backend transformers --model qwen2.5-14b-instruct \\
         --input train.jsonl --output logprobs/qwen
@@ -13,7 +13,8 @@ rerun the same command after an interruption and finished shards are kept.
 
 import argparse
 
-from megatron_infifpo.cli import run
+from megatron_infifpo.cli import positive, run
+from megatron_infifpo.data.flags import add_record_flags, add_tokenizer_flags
 from megatron_infifpo.scoring.score import BACKENDS, score
 
 
@@ -34,40 +35,54 @@ def main() -> None:
         metavar="DIR",
         help="Hugging Face folder or (megatron) converted checkpoint",
     )
-    parser.add_argument(
-        "--input", required=True, nargs="+", metavar="FILE", help="preference records, in order"
-    )
+    add_record_flags(parser)
     parser.add_argument(
         "--output", required=True, metavar="PREFIX", help="of the log-prob dataset to write"
     )
     parser.add_argument("--name", help="the model's name in the manifest (default: its folder)")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
+    parser.add_argument("--tensor-model-parallel-size", type=positive, default=1, metavar="N")
+    parser.add_argument("--pipeline-model-parallel-size", type=positive, default=1, metavar="N")
     parser.add_argument(
         "--bf16", action="store_true", help="weights in bfloat16 (default: float32)"
     )
-    parser.add_argument(
+    what = parser.add_argument_group("what is scored")
+    what.add_argument(
+        "--domains",
+        nargs="+",
+        metavar="DOMAIN",
+        help="score records of these domains only and mask the others (default: all)",
+    )
+    what.add_argument(
+        "--context-length",
+        type=positive,
+        metavar="N",
+        help="tokens of a prompt with one response (default, and at most: the model's context)",
+    )
+    what.add_argument(
+        "--over-context",
+        choices=("mask", "cut"),
+        default="mask",
+        help="a record with a longer response is masked, or its responses are cut, which the "
+        "manifest notes (default: mask)",
+    )
+    what.add_argument(
+        "--tokenizer", metavar="DIR", help="for a model folder without one (default: the model's)"
+    )
+    add_tokenizer_flags(what)
+    work = parser.add_argument_group("how the work is divided")
+    work.add_argument(
         "--row-tokens",
-        type=int,
+        type=positive,
         default=8192,
         metavar="N",
         help="tokens of a packed row (default: 8192)",
     )
-    parser.add_argument(
+    work.add_argument(
         "--shard-records",
-        type=int,
-        default=512,
+        type=positive,
+        default=256,
         metavar="N",
-        help="records of a shard, the unit of work and of resuming (default: 512)",
-    )
-    parser.add_argument(
-        "--on-bad-record",
-        choices=("error", "skip"),
-        default="error",
-        help="what to do with a malformed record; the same as for prepare_preferences.py",
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model"
+        help="records of a shard, the unit of work and of resuming (default: 256)",
     )
     score(parser.parse_args())
 

@@ -18,7 +18,7 @@ from megatron_infifpo.cli import UserError
 
 
 class DocumentWriter:
-    """Writes `PREFIX.bin` and `PREFIX.idx`; nothing under these names exists before `finish`."""
+    """Writes `PREFIX.bin` and `PREFIX.idx`, which get these names by `publish`."""
 
     def __init__(self, prefix: str, dtype: type[np.number]) -> None:
         """Open a file aside."""
@@ -31,11 +31,14 @@ class DocumentWriter:
         """Append a document of these sequences; a sequence may be empty."""
         self._builder.add_document(np.concatenate(sequences), [len(s) for s in sequences])
 
-    def finish(self) -> None:
-        """Complete both files and give them their names."""
+    def close(self) -> None:
+        """Complete both files, still aside."""
         self._builder.finalize(self._aside[".idx"])
-        for end, aside in self._aside.items():
-            os.replace(aside, self.prefix + end)
+
+    def publish(self) -> None:
+        """Give both files their names."""
+        for end in self._aside:
+            publish(self.prefix + end)
 
     def discard(self) -> None:
         """Delete what was written aside."""
@@ -141,11 +144,18 @@ def _check_index_size(path: str) -> None:
         )
 
 
+def publish(path: str) -> None:
+    """Give `PATH.partial` its name, once its content is on the disk."""
+    with open(f"{path}.partial", "rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(f"{path}.partial", path)
+
+
 def write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
     """Write `PREFIX.json`, as the last file of a dataset: with it the dataset is complete."""
-    aside = f"{prefix}.json.partial"
-    Path(aside).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, f"{prefix}.json")
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    Path(f"{prefix}.json.partial").write_text(text, encoding="utf-8")
+    publish(f"{prefix}.json")
 
 
 def read_manifest(prefix: str, *, format_name: str, version: int, made_by: str) -> dict[str, Any]:

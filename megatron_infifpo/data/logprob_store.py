@@ -1,165 +1,25 @@
 """One model's log-prob dataset: a float32 for every response token of every record.
 
+    PREFIX_sums.npy, PREFIX_counts.npy   [N, R]: all that training reads
     PREFIX.bin, PREFIX.idx   float32, one document a record: chosen, rejected[, pivot_chosen]
     PREFIX.json              the manifest, written last: whose log-probs these are, and of what
 
-A masked record (its text does not fit the model, say) has empty sequences; a scored response never
-does, since its end of turn is scored.
+A masked record (its text does not fit the model, say) has no tokens; a scored response always has
+some, since its end of turn is scored. Imported log-probs may lack the values (.bin and .idx).
 """
 
-import itertools
-from collections.abc import Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.documents import (
-    Documents,
-    DocumentWriter,
-    read_manifest,
-    write_manifest,
-)
+from megatron_infifpo.data.documents import Documents, read_manifest
 from megatron_infifpo.data.token_dataset import TokenDataset
 
 FORMAT = "megatron_infifpo log-prob dataset"
-VERSION = 1
+VERSION = 2
 MADE_BY = "tools/score_source.py"
-REQUIRED = (
-    "model",
-    "weights_sha256",
-    "tokenizer_sha256",
-    "chat_template_sha256",
-    "records_sha256",
-    "backend",
-    "dtype",
-    "versions",
-)
-
-# log-softmax in float32 may round up to just above 0; more than this is a defect.
-ROUNDING = 1e-5
-
-
-class LogprobWriter:
-    """Writes a log-prob dataset record by record; nothing is visible before `finish`.
-
-    As a context manager it finishes on a normal end and discards on an exception.
-    """
-
-    def __init__(
-        self, prefix: str | Path, *, responses: Sequence[str], manifest: dict[str, Any]
-    ) -> None:
-        """Open a dataset for writing.
-
-        Args:
-            prefix: of the files to write; an older dataset of this name is replaced.
-            responses: names of the R responses, a head of `records.RESPONSES`.
-            manifest: whose log-probs these are; holds at least the fields of `REQUIRED`.
-
-        Raises:
-            ValueError: a field of the manifest is missing.
-        """
-        missing = [name for name in REQUIRED if name not in manifest]
-        if missing:
-            raise ValueError(f"the manifest lacks {', '.join(missing)}, expected all of {REQUIRED}")
-        self.prefix, self.responses, self.fields = str(prefix), list(responses), dict(manifest)
-        self._documents = DocumentWriter(self.prefix, np.float32)
-        self._count = 0
-        self._masked: dict[str, list[int]] = {}
-
-    def add(
-        self,
-        record_id: str,
-        logprobs: Sequence[np.ndarray] | None,
-        *,
-        reason: str | None = None,
-    ) -> None:
-        """Append one record.
-
-        Args:
-            record_id: for errors.
-            logprobs: R arrays `[L_r]`, or None for a masked record.
-            reason: why the record is masked; required exactly then.
-
-        Raises:
-            UserError: a value is NaN, infinite or above 0.
-            ValueError: not one non-empty array a response, or a reason that does not fit.
-        """
-        if (logprobs is None) != (reason is not None):
-            raise ValueError(f"record {record_id!r}: give log-probs or a reason, one of them")
-        if logprobs is None:
-            assert reason is not None
-            self._masked.setdefault(reason, []).append(self._count)
-            arrays = [np.empty(0, dtype=np.float32)] * len(self.responses)
-        else:
-            arrays = [np.asarray(values, dtype=np.float32) for values in logprobs]
-            if len(arrays) != len(self.responses) or any(a.ndim != 1 or not len(a) for a in arrays):
-                raise ValueError(
-                    f"record {record_id!r}: shapes {[a.shape for a in arrays]}, expected one "
-                    f"non-empty vector for each of {self.responses}"
-                )
-            for name, values in zip(self.responses, arrays, strict=True):
-                self._check(record_id, name, values)
-            arrays = [np.minimum(values, 0.0) for values in arrays]
-        self._documents.add(arrays)
-        self._count += 1
-
-    def _check(self, record_id: str, name: str, values: np.ndarray) -> None:
-        bad = ~np.isfinite(values) | (values > ROUNDING)
-        if bad.any():
-            position = int(bad.argmax())
-            raise UserError(
-                f"record {record_id!r}: log-prob {values[position]} at token {position} of "
-                f"{name!r} under {self.fields['model']}, expected a finite number of at most 0; "
-                "the model's weights or its dtype are at fault"
-            )
-
-    def finish(self) -> dict[str, Any]:
-        """Complete the dataset and return its manifest.
-
-        Raises:
-            UserError: no record was added.
-        """
-        if not self._count:
-            self.discard()
-            raise UserError(
-                f"there are no records to write to {self.prefix}, expected at least one"
-            )
-        # While files are replaced there is no manifest, so a mix of old and new cannot be opened.
-        Path(f"{self.prefix}.json").unlink(missing_ok=True)
-        self._documents.finish()
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "count": self._count,
-            "responses": self.responses,
-            **self.fields,
-            "masked": self._masked,
-        }
-        write_manifest(self.prefix, manifest)
-        return manifest
-
-    def discard(self) -> None:
-        """Delete what was written."""
-        self._documents.discard()
-
-    def __enter__(self) -> Self:
-        """Return the writer."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Finish, or discard after an exception."""
-        if error is None:
-            self.finish()
-        else:
-            self.discard()
 
 
 class LogprobStore:
@@ -168,11 +28,12 @@ class LogprobStore:
     Attributes:
         manifest: the content of `PREFIX.json`.
         responses: names of the R responses.
+        all_sums: float64 `[N, R]`, sums of the responses' log-probs, 0 where masked; mapped.
         token_counts: int32 `[N, R]` in the model's own tokens, 0 where masked.
         masked_records: bool `[N]`.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: Any) -> None:
         """Open a dataset.
 
         Raises:
@@ -181,31 +42,41 @@ class LogprobStore:
         self.prefix = prefix = str(prefix)
         self.manifest = read_manifest(prefix, format_name=FORMAT, version=VERSION, made_by=MADE_BY)
         self.responses = tuple(self.manifest["responses"])
-        self._documents = Documents(prefix, np.float32, len(self.responses))
-        self.token_counts: np.ndarray = self._documents.lengths
+        self.all_sums = self._array("_sums.npy", np.float64)
+        self.token_counts = np.array(self._array("_counts.npy", np.int32))
         self.masked_records: np.ndarray = ~self.token_counts.any(axis=1)
-        if len(self) != self.manifest["count"]:
-            raise UserError(
-                f"{prefix}.idx holds {len(self)} records, expected {self.manifest['count']} by "
-                f"{prefix}.json; score again with {MADE_BY}"
-            )
         empty = (self.token_counts == 0).any(axis=1) & ~self.masked_records
         if empty.any():
             raise UserError(
-                f"{prefix}.idx has no log-probs for one response of record {int(empty.argmax())}, "
-                f"expected all responses or none; score again with {MADE_BY}"
+                f"{prefix}_counts.npy has no tokens for one response of record "
+                f"{int(empty.argmax())}, expected all responses or none; {self._again}"
             )
+
+    @property
+    def _again(self) -> str:
+        return f"write it again with {self.manifest.get('made_by', MADE_BY)}"
+
+    def _array(self, suffix: str, dtype: type[np.number]) -> np.ndarray:
+        """Map one file of the summary."""
+        path, shape = f"{self.prefix}{suffix}", (self.manifest["count"], len(self.responses))
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"cannot read {path} ({error}); {self._again}") from None
+        if array.dtype != dtype or array.shape != shape:
+            raise UserError(
+                f"{path} holds {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} "
+                f"{list(shape)} by {self.prefix}.json; {self._again}"
+            )
+        return array
 
     def __len__(self) -> int:
         """Return the number of records, masked ones included."""
-        return len(self._documents)
+        return len(self.token_counts)
 
     def sums(self, index: int) -> np.ndarray:
         """Return the sum of each response's log-probs, float64 `[R]`; 0 where masked."""
-        if self.masked_records[index]:
-            return np.zeros(len(self.responses))
-        starts = [0, *itertools.accumulate(self.token_counts[index, :-1].tolist())]
-        return np.add.reduceat(self._documents.view(index), starts, dtype=np.float64)
+        return np.array(self.all_sums[index])
 
     def counts(self, index: int) -> np.ndarray:
         """Return the number of tokens of each response, int32 `[R]`; 0 where masked."""
@@ -215,14 +86,38 @@ class LogprobStore:
         """Whether the model has no log-probs for this record."""
         return bool(self.masked_records[index])
 
-    def reason(self, index: int) -> str | None:
-        """Return why a record is masked, or None."""
-        found = (why for why, indices in self.manifest["masked"].items() if index in indices)
-        return next(found, None)
+    def note(self, index: int) -> str | None:
+        """Return why a record is masked, or what was done to its text; else None."""
+        notes = self.manifest["notes"].items()
+        return next((text for text, ranges in notes if index in parse_ranges(ranges)), None)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether there is a log-prob for every token, and not their sums only."""
+        return self.manifest["values"]
 
     def logprobs(self, index: int, response: int) -> np.ndarray:
-        """Return one response's log-probs, float32 `[L_r]`; empty where masked."""
+        """Return one response's log-probs, float32 `[L_r]`; empty where masked.
+
+        Raises:
+            UserError: the dataset holds sums only, or its values are broken.
+        """
         return self._documents.sequences(index)[response]
+
+    @cached_property
+    def _documents(self) -> Documents:
+        if not self.has_values:
+            raise UserError(
+                f"{self.prefix} holds sums and counts only, expected a log-prob for every token; "
+                "it was imported without them"
+            )
+        documents = Documents(self.prefix, np.float32, len(self.responses))
+        if not np.array_equal(documents.lengths, self.token_counts):
+            raise UserError(
+                f"{self.prefix}.idx and {self.prefix}_counts.npy disagree about the number of "
+                f"tokens; {self._again}"
+            )
+        return documents
 
     def check_against(self, tokens: TokenDataset, *, same_tokenizer: bool) -> None:
         """Check that these log-probs are of the token dataset's records.
@@ -252,11 +147,15 @@ class LogprobStore:
                 f"{where}: its responses are {list(self.responses)}, expected "
                 f"{list(tokens.responses)}; {fix}"
             )
-        if not same_tokenizer:
-            return
+        if same_tokenizer:
+            self._check_same_tokens(tokens, where)
+
+    def _check_same_tokens(self, tokens: TokenDataset, where: str) -> None:
+        """Check that a response has the same tokens here and there."""
         for name in ("tokenizer_sha256", "chat_template_sha256"):
-            found, expected = self.manifest[name], tokens.manifest["tokenizer"][name]
-            if found != expected:
+            # None: imported without a word about the tokenizer; the lengths must speak.
+            found, expected = self.manifest["tokenizer"][name], tokens.manifest["tokenizer"][name]
+            if found not in (None, expected):
                 raise UserError(
                     f"{where}: its {name} is {found[:12]}, expected {expected[:12]}: the initial "
                     f"pivot must have the tokenizer and the chat template of {tokens.prefix}"
@@ -267,6 +166,24 @@ class LogprobStore:
             raise UserError(
                 f"{where}: the lengths of the responses of record {tokens.ids(index)!r} are "
                 f"{self.token_counts[index].tolist()} tokens, expected "
-                f"{tokens.response_lengths[index].tolist()} ({int(wrong.sum())} such records); the "
-                f"initial pivot must have the tokenizer and the chat template of {tokens.prefix}"
+                f"{tokens.response_lengths[index].tolist()} ({int(wrong.sum())} such records): the "
+                "initial pivot's log-probs must be of the tokens that training sees, whole; score "
+                f"the pivot with {MADE_BY}"
             )
+
+
+def format_ranges(indices: list[int]) -> str:
+    """Write ascending indices as text: [0, 1, 2, 7] is "0-2,7"."""
+    ranges: list[list[int]] = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index - 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def parse_ranges(text: str) -> set[int]:
+    """Read what `format_ranges` wrote."""
+    borders = [part.split("-") for part in text.split(",") if part]
+    return {i for ends in borders for i in range(int(ends[0]), int(ends[-1]) + 1)}

@@ -6,7 +6,6 @@ Accepted forms (docs/file-formats.md has an example of each): explicit prompt, T
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,6 @@ from typing import Any
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.record_files import iter_raw
-
-logger = logging.getLogger(__name__)
 
 RESPONSES = ("chosen", "rejected", "pivot_chosen")
 """The order of a record's responses, everywhere."""
@@ -92,8 +89,7 @@ def iter_records(
         raise UserError(f"on_bad is {on_bad!r}, expected one of {', '.join(ON_BAD)}")
     files = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     first_seen: dict[str, str] = {}
-    with_pivot, skipped = None, [] if skipped is None else skipped
-    already = len(skipped)
+    with_pivot = None
     for path in files:
         for raw in iter_raw(path):
             try:
@@ -115,13 +111,12 @@ def iter_records(
                 message = f"{raw.where}: {error}"
                 if on_bad == "error":
                     raise UserError(message) from None
-                skipped.append(message)
+                if skipped is not None:
+                    skipped.append(message)
                 continue
             first_seen[record.id] = raw.where
             with_pivot = record.pivot_chosen is not None
             yield record
-    if bad := skipped[already:]:
-        logger.warning("skipped %d bad records, the first: %s", len(bad), bad[0])
 
 
 def canonical_bytes(record: PreferenceRecord) -> bytes:

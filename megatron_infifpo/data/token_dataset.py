@@ -10,7 +10,6 @@ Nothing is truncated or left out, so record i here is record i of every log-prob
 
 import hashlib
 import itertools
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.documents import (
     Documents,
     DocumentWriter,
+    publish,
     read_manifest,
     write_manifest,
 )
@@ -29,7 +29,7 @@ from megatron_infifpo.data.records import RESPONSES, PreferenceRecord, canonical
 from megatron_infifpo.data.tokenization import ChatTokenizer
 
 FORMAT = "megatron_infifpo token dataset"
-VERSION = 1
+VERSION = 2
 MADE_BY = "tools/prepare_preferences.py"
 BATCH = 256  # records tokenized at once; fast tokenizers use threads within a batch
 
@@ -86,8 +86,9 @@ def write_token_dataset(
         raise
     # While files are replaced there is no manifest, so a mix of old and new cannot be opened.
     Path(f"{prefix}.json").unlink(missing_ok=True)
-    tokens.finish()
-    ids.finish()
+    for documents in (tokens, ids):
+        documents.close()
+        documents.publish()
     _write_codes(prefix, codes)
     manifest = {
         "format": FORMAT,
@@ -96,8 +97,7 @@ def write_token_dataset(
         "responses": list(RESPONSES[:width]),
         "domains": list(domains),
         "records_sha256": digest.hexdigest(),
-        "tokenizer": {"path": tokenizer.path, **tokenizer.fingerprint()},
-        "end_of_turn": tokenizer.end_of_turn,
+        "tokenizer": tokenizer.describe(),
         "source_files": [str(path) for path in source_files],
         "megatron_infifpo": __version__,
     }
@@ -106,10 +106,9 @@ def write_token_dataset(
 
 
 def _write_codes(prefix: str, codes: list[int]) -> None:
-    aside = f"{prefix}_domains.npy.partial"
-    with open(aside, "wb") as stream:
+    with open(f"{prefix}_domains.npy.partial", "wb") as stream:
         np.save(stream, np.asarray(codes, dtype=np.uint16))
-    os.replace(aside, f"{prefix}_domains.npy")
+    publish(f"{prefix}_domains.npy")
 
 
 class TokenDataset:

@@ -5,6 +5,7 @@ the end of the turn, tokenized on its own, so that no token ever spans the bound
 ids do not depend on the response.
 """
 
+import datetime
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,9 @@ from megatron_infifpo.data.records import Message, PreferenceRecord
 _REPLY = "INFIFPOREPLY"
 _SYSTEM = "INFIFPOSYSTEM"
 _USER: Message = {"role": "user", "content": "INFIFPOQUESTION"}
+
+# What templates that print the date (Llama 3, Mistral) are told: tomorrow's prompts are today's.
+TODAY = datetime.datetime(2025, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +53,25 @@ class ChatTokenizer:
         end_of_turn_ids: its token ids.
     """
 
-    def __init__(self, tokenizer: Any, path: str = "") -> None:
+    def __init__(self, tokenizer: Any, path: str = "", *, template: str | None = None) -> None:
         """Learn the reply's surroundings from the template.
+
+        Args:
+            tokenizer: the Hugging Face tokenizer.
+            path: where it came from.
+            template: a Jinja chat template to use in place of the tokenizer's own.
 
         Raises:
             UserError: there is no chat template, or it does not render a user and a reply.
         """
-        self.tokenizer, self.path = tokenizer, path
+        self.tokenizer, self.path, self._given_template = tokenizer, path, template
+        if template:
+            tokenizer.chat_template = template
         if not tokenizer.chat_template:
             raise UserError(
-                f"the tokenizer {path} has no chat template, expected chat_template.jinja or the "
-                "key chat_template in tokenizer_config.json; take the tokenizer of the "
-                "instruction-tuned model"
+                f"the tokenizer {path} has no chat template; take the tokenizer of the "
+                "instruction-tuned model, or choose a template with --chat-template: a Jinja "
+                "file, or 'plain' for a base model (texts joined by blank lines, no roles)"
             )
         self._folds_system = not self._renders_system()
         rendered = self._render([_USER, _reply(_REPLY)], what="a user message and a reply")
@@ -79,9 +90,9 @@ class ChatTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, trust_remote_code: bool = False
+        cls, path: str | Path, *, template: str | None = None, trust_remote_code: bool = False
     ) -> "ChatTokenizer":
-        """Load a tokenizer folder.
+        """Load a tokenizer folder; see `__init__` for the template.
 
         Raises:
             UserError: nothing loadable is there, or it has no chat template.
@@ -98,7 +109,34 @@ class ChatTokenizer:
                 f"cannot load a tokenizer from {path} ({reason}), expected a folder with "
                 "tokenizer.json and tokenizer_config.json"
             ) from None
-        return cls(tokenizer, str(path))
+        return cls(tokenizer, str(path), template=template)
+
+    @classmethod
+    def reopen(cls, description: dict[str, Any], path: str | None = None) -> "ChatTokenizer":
+        """Load the tokenizer that `describe` described, from `path` if it has moved.
+
+        Raises:
+            UserError: it is not there, or another one is.
+        """
+        path = path or description["path"]
+        tokenizer = cls.from_pretrained(path, template=description["chat_template"])
+        for name, found in tokenizer.fingerprint().items():
+            if found != description[name]:
+                raise UserError(
+                    f"the tokenizer {path} has {name} {found[:12]}, expected "
+                    f"{description[name][:12]}: give the one that was used"
+                )
+        return tokenizer
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a manifest says about the tokenizer and the template."""
+        return {
+            "path": self.path,
+            **self.fingerprint(),
+            "chat_template": self._given_template,
+            "end_of_turn": self.end_of_turn,
+            "system_message": "joined to the user's" if self._folds_system else "by the template",
+        }
 
     def encode(self, record: PreferenceRecord) -> TokenizedRecord:
         """Tokenize one record; nothing is truncated.
@@ -159,7 +197,10 @@ class ChatTokenizer:
     def _render(self, messages: Sequence[Message], *, what: str, generate: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generate
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=generate,
+                strftime_now=TODAY.strftime,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UserError(

@@ -1,6 +1,6 @@
 """Score with Megatron: tensor and pipeline parallel, packed rows, response-only log-probs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ def load_megatron_checkpoint(models: list[GPTModel], directory: str | Path) -> N
         # Nested, since the checkpoint's common state arrives beside the weights.
         state = dist_checkpointing.load({"model": model.sharded_state_dict()}, path)
         model.load_state_dict(state["model"])
+
+
+def _ignore(row: Row) -> None:
+    """Do nothing with a finished row."""
 
 
 class MegatronBackend:
@@ -78,7 +82,6 @@ class MegatronBackend:
         else:
             load_megatron_checkpoint(self.models, directory)
         self.vocab_size: int = args.padded_vocab_size
-        self.context_length: int = args.max_position_embeddings
         self.pad_multiple = tensor_parallel
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
@@ -87,19 +90,23 @@ class MegatronBackend:
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
 
-    def __call__(self, rows: list[Row]) -> list[Tensor]:
+    def __call__(self, rows: list[Row], on_row: Callable[[Row], None] = _ignore) -> list[Tensor]:
         """Score packed rows.
+
+        Args:
+            rows: collated rows.
+            on_row: called with each row once this rank has done its part of it.
 
         Returns:
             The `[K]` float32 log-probs of each row on the last pipeline stage, else an empty list.
         """
         with torch.no_grad():
             results: list[Tensor] = get_forward_backward_func()(
-                forward_step_func=self._forward_step,
+                forward_step_func=partial(self._forward_step, on_row),
                 data_iterator=iter(rows),
                 model=self.models,
                 num_microbatches=len(rows),
-                seq_length=self.context_length,
+                seq_length=1,  # rows have lengths of their own, which the stages exchange
                 micro_batch_size=1,
                 forward_only=True,
                 collect_non_loss_data=True,
@@ -107,10 +114,12 @@ class MegatronBackend:
         return results
 
     def _forward_step(
-        self, rows: Iterator[Row], model: torch.nn.Module
+        self, on_row: Callable[[Row], None], rows: Iterator[Row], model: torch.nn.Module
     ) -> tuple[Tensor, partial[Any]]:
-        row = to_device(next(rows))
-        return run_packed(model, row, self.vocab_size), partial(_collect)
+        row = next(rows)
+        output = run_packed(model, to_device(row), self.vocab_size)
+        on_row(row)
+        return output, partial(_collect)
 
 
 def _collect(logprobs: Tensor, non_loss_data: bool = True) -> Tensor:

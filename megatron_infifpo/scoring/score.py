@@ -2,31 +2,33 @@
 
 import argparse
 import datetime
-import os
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
 from megatron_infifpo import __version__
 from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.batching import collate
-from megatron_infifpo.data.logprob_store import LogprobWriter
-from megatron_infifpo.data.preference_dataset import PreferencePair
+from megatron_infifpo.data.documents import read_manifest
+from megatron_infifpo.data.flags import open_tokenizer, report_skipped
+from megatron_infifpo.data.logprob_store import FORMAT, MADE_BY, VERSION, LogprobStore
+from megatron_infifpo.data.logprob_writer import LogprobWriter
 from megatron_infifpo.data.records import (
     RESPONSES,
     PreferenceRecord,
-    read_records,
-    records_fingerprint,
+    canonical_bytes,
+    iter_records,
 )
-from megatron_infifpo.data.tokenization import ChatTokenizer, TokenizedRecord
-from megatron_infifpo.scoring.shards import ShardFolder, plan_rows
+from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.models.architecture import read_hf_config
+from megatron_infifpo.scoring.ranks import Progress, barrier, on_first_rank, rank
+from megatron_infifpo.scoring.rows import MASKED, Limits, ShardRows, prefetch, prepare_shard
+from megatron_infifpo.scoring.shards import ShardFolder, different, read_shards
 from megatron_infifpo.scoring.summary import print_summary
 
 
@@ -56,13 +58,14 @@ def score(args: argparse.Namespace) -> None:
     Raises:
         UserError: bad records, an unusable model or layout, or output of another job.
     """
+    tokenizer = _open_tokenizer(args)
+    limits = _limits(args)
     if Path(f"{args.output}.json").exists():
-        raise UserError(f"{args.output}.json exists: delete it or choose another --output")
-    records = read_records(args.input, on_bad=args.on_bad_record)
-    carried = Path(args.model) / "hf"
-    tokenizer = ChatTokenizer.from_pretrained(
-        carried if carried.is_dir() else Path(args.model), trust_remote_code=args.trust_remote_code
-    )
+        if rank() == 0:
+            _check_finished(args, _plan(args, tokenizer, limits, _scan(args, limits)))
+        return
+    # Bad records are found before a large model is loaded, and by one rank only.
+    scanned = _scan(args, limits) if rank() == 0 else {}
     backend = BACKENDS[args.backend](
         args.model,
         tensor_parallel=args.tensor_model_parallel_size,
@@ -70,16 +73,100 @@ def score(args: argparse.Namespace) -> None:
         bf16=args.bf16,
         trust_remote_code=args.trust_remote_code,
     )
-    manifest = {
+    folder = ShardFolder(Path(f"{args.output}.shards"))
+
+    def start() -> tuple[dict[str, Any], list[int]]:
+        plan = _plan(args, tokenizer, limits, scanned)
+        folder.open(plan)
+        shards = range(-(-plan["count"] // args.shard_records))
+        return plan, [s for s in shards if not folder.is_finished(s)]
+
+    # All ranks must agree on what is finished, whatever view of the folder each of them has.
+    plan, todo = on_first_rank(start)
+    mine = todo[backend.data_parallel_rank :: backend.data_parallel_size]
+    total, size = plan["count"], args.shard_records
+    finished = total - sum(min(size, total - s * size) for s in todo)
+    progress = Progress(f"score {plan['model']}", total, finished, counts=backend.is_writer)
+    for shard in prefetch(_shards(args, tokenizer, limits, backend, set(mine))):
+        _score_shard(shard, folder, backend, progress)
+    progress.finish()
+    on_first_rank(lambda: _merge(args, folder, tokenizer, limits, plan))
+    barrier()
+
+
+def _open_tokenizer(args: argparse.Namespace) -> ChatTokenizer:
+    """Load the model's tokenizer; another one must not pass for it."""
+    carried = Path(args.model) / "hf"
+    own = carried if carried.is_dir() else Path(args.model)
+    if args.tokenizer is None:
+        return open_tokenizer(own, args)
+    tokenizer = open_tokenizer(args.tokenizer, args)
+    if any(own.glob("tokenizer*")):
+        name = "tokenizer_sha256"
+        if open_tokenizer(own, args).fingerprint()[name] != tokenizer.fingerprint()[name]:
+            raise UserError(
+                f"--tokenizer {args.tokenizer} is another tokenizer than the model's own in "
+                f"{own}; leave the flag out"
+            )
+    return tokenizer
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    """Read the model's context from its config.json, and check the flags against it."""
+    config = read_hf_config(args.model)
+    context = config.get("text_config", config).get("max_position_embeddings")
+    if context is None and args.context_length is None:
+        raise UserError(
+            f"{args.model}/config.json has no max_position_embeddings; say with --context-length "
+            "how many tokens the model takes"
+        )
+    if context is not None and args.context_length is not None and args.context_length > context:
+        raise UserError(
+            f"--context-length is {args.context_length}, but {args.model} takes {context} tokens "
+            "(max_position_embeddings)"
+        )
+    return Limits(args.context_length or context, args.over_context == "cut", args.domains)
+
+
+def _scan(args: argparse.Namespace, limits: Limits) -> dict[str, Any]:
+    """Read all records once: are they well-formed, how many, which."""
+    skipped: list[str] = []
+    digest, count, domains, responses = hashlib.sha256(), 0, set(), 0
+    for record in iter_records(args.input, on_bad=args.on_bad_record, skipped=skipped):
+        digest.update(canonical_bytes(record))
+        domains.add(record.domain)
+        count, responses = count + 1, len(record.responses)
+    report_skipped(skipped)
+    if not count:
+        raise UserError(f"there are no records in {', '.join(args.input)}, expected at least one")
+    for domain in limits.domains or ():
+        if domain not in domains:
+            raise UserError(
+                f"--domains names {domain!r}, expected some of {', '.join(sorted(domains))}"
+            )
+    return {
+        "count": count,
+        "records_sha256": digest.hexdigest(),
+        "responses": list(RESPONSES[:responses]),
+    }
+
+
+def _plan(
+    args: argparse.Namespace, tokenizer: ChatTokenizer, limits: Limits, scanned: dict[str, Any]
+) -> dict[str, Any]:
+    """All that a job's numbers depend on."""
+    return {
+        **scanned,
         "model": args.name or Path(args.model).resolve().name,
-        "weights_sha256": _on_first_rank(lambda: weights_fingerprint(args.model)),
-        **tokenizer.fingerprint(),
-        "records_sha256": records_fingerprint(records),
-        "backend": backend.name,
+        "weights_sha256": weights_fingerprint(args.model),
+        "tokenizer": tokenizer.describe(),
+        "backend": args.backend,
         "dtype": "bfloat16" if args.bf16 else "float32",
         "tensor_parallel": args.tensor_model_parallel_size,
         "pipeline_parallel": args.pipeline_model_parallel_size,
-        "context_length": backend.context_length,
+        "context_length": limits.context_length,
+        "over_context": args.over_context,
+        "domains": args.domains,
         "shard_records": args.shard_records,
         "row_tokens": args.row_tokens,
         "versions": {
@@ -88,108 +175,97 @@ def score(args: argparse.Namespace) -> None:
             "transformers": transformers.__version__,
         },
     }
-    folder = ShardFolder(Path(f"{args.output}.shards"), manifest)
-    shards = [
-        records[i : i + args.shard_records] for i in range(0, len(records), args.shard_records)
-    ]
-    # All ranks must agree on what is finished, whatever view of the folder each of them has.
-    todo = _on_first_rank(lambda: [s for s in range(len(shards)) if not folder.is_finished(s)])
-    mine = todo[backend.data_parallel_rank :: backend.data_parallel_size]
-    for shard in _progress(mine, manifest["model"], len(shards) - len(todo)):
-        _score_shard(shards[shard], shard, folder, tokenizer, backend, args.row_tokens)
-    _barrier()
-    if _rank() == 0:
-        _merge(records, len(shards), folder, manifest, args.output)
-    _barrier()
 
 
-def _score_shard(
-    records: list[PreferenceRecord],
-    shard: int,
-    folder: ShardFolder,
-    tokenizer: ChatTokenizer,
-    backend: Any,
-    row_tokens: int,
-) -> None:
-    """Score one shard and write it, from the rank that holds the results."""
-    tokenized = [tokenizer.encode(record) for record in records]
-    lengths = np.array([_packed_length(t, backend.context_length) for t in tokenized])
-    plan = plan_rows(lengths, row_tokens)
-    rows = [
-        collate([_pair(i, tokenized[i]) for i in row], pad_multiple=backend.pad_multiple)
-        for row in plan
-    ]
-    outputs = backend(rows) if rows else []  # every record may be masked
-    if not backend.is_writer:
-        return
-    results: list[list[np.ndarray]] = [
-        [np.zeros(0, np.float32) for _ in t.response_ids] for t in tokenized
-    ]
-    for indices, row, logprobs in zip(plan, rows, outputs, strict=True):
-        counts = row["token_counts"].flatten().tolist()
-        pieces = iter(
-            logprobs.numpy().astype(np.float32).copy() for logprobs in logprobs.split(counts)
+def _check_finished(args: argparse.Namespace, plan: dict[str, Any]) -> None:
+    """Accept output that this very job has written, and refuse any other."""
+    found = read_manifest(args.output, format_name=FORMAT, version=VERSION, made_by=MADE_BY)
+    if difference := different(plan, {name: found.get(name) for name in plan}):
+        raise UserError(
+            f"{args.output}.json exists and is of another job: {difference}; delete it or choose "
+            "another --output"
         )
-        for index in indices:
-            results[index] = [next(pieces) for _ in tokenized[index].response_ids]
-    folder.write(shard, results)
+    print(f"{args.output} is complete already")
 
 
-def _packed_length(record: TokenizedRecord, context_length: int) -> int:
-    """Tokens of a record's row, or 0 where a response does not fit the model's context."""
-    prompt = len(record.prompt_ids)
-    segments = [prompt + len(response) for response in record.response_ids]
-    return sum(segments) if max(segments) <= context_length else 0
+def _shards(
+    args: argparse.Namespace,
+    tokenizer: ChatTokenizer,
+    limits: Limits,
+    backend: Any,
+    wanted: set[int],
+) -> Iterator[ShardRows]:
+    """Read and pack this rank's shards, one after the other."""
+    for number, records in read_shards(
+        args.input, args.shard_records, wanted, on_bad=args.on_bad_record
+    ):
+        yield prepare_shard(
+            number,
+            records,
+            tokenizer,
+            limits,
+            vocab_size=backend.vocab_size,
+            row_tokens=args.row_tokens,
+            pad_multiple=backend.pad_multiple,
+        )
 
 
-def _pair(index: int, record: TokenizedRecord) -> PreferencePair:
-    return PreferencePair(index, record.prompt_ids, record.response_ids, domain_code=0)
+def _score_shard(shard: ShardRows, folder: ShardFolder, backend: Any, progress: Progress) -> None:
+    """Score one shard and write it, from the rank that holds the results."""
+    masked = len(shard.records) - sum(len(row) for row in shard.plan)
+    progress.add(masked, 0)
+    # The schedules of Megatron cannot run no row at all: every record may be masked.
+    outputs = []
+    if shard.rows:
+        outputs = backend(
+            shard.rows, lambda row: progress.add(len(row["indices"]), row["tokens"].numel())
+        )
+    if backend.is_writer:
+        folder.write(shard.number, shard.records, shard.notes, shard.unpack(outputs))
 
 
 def _merge(
-    records: list[PreferenceRecord],
-    shards: int,
+    args: argparse.Namespace,
     folder: ShardFolder,
-    manifest: dict[str, Any],
-    output: str,
+    tokenizer: ChatTokenizer,
+    limits: Limits,
+    plan: dict[str, Any],
 ) -> None:
     """Join the finished shards into the log-prob dataset and print what was scored."""
-    names = [name for name in RESPONSES if getattr(records[0], name) is not None]
-    reason = f"longer than the model's context of {manifest['context_length']} tokens"
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    scored = (record for shard in range(shards) for record in folder.read(shard, len(names)))
-    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    rows = []
-    with LogprobWriter(
-        output, responses=names, manifest={**manifest, "created": created}
-    ) as writer:
-        for record, values in zip(records, scored, strict=True):
-            masked = not any(len(v) for v in values)
-            writer.add(record.id, None if masked else values, reason=reason if masked else None)
-            rows.append(None if masked else [(float(v.sum()), len(v)) for v in values])
+    fields = {
+        **plan,
+        "made_by": MADE_BY,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "source_files": args.input,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "example": None,
+    }
+    shards = set(range(-(-plan["count"] // args.shard_records)))
+    domains: list[str] = []
+    bar = tqdm(desc="merge", total=plan["count"], unit=" records")
+    with bar, LogprobWriter(args.output, responses=plan["responses"], manifest=fields) as writer:
+        for number, records in read_shards(
+            args.input, args.shard_records, shards, on_bad=args.on_bad_record
+        ):
+            for record, code, values in folder.read(number, records):
+                domains.append(record.domain)
+                if code in MASKED:
+                    writer.mask(record.id, limits.note(code) or "")
+                    continue
+                writer.add(record.id, values, note=limits.note(code))
+                if writer.fields["example"] is None:
+                    writer.fields["example"] = _example(record, tokenizer, limits)
+            bar.update(len(records))
     folder.remove()
-    print_summary(manifest["model"], records, rows, output)
+    print_summary(LogprobStore(args.output), domains)
 
 
-def _progress(mine: list[int], name: str, finished: int) -> Iterator[int]:
-    """Iterate over this rank's shards; rank 0 shows a bar."""
-    if finished and _rank() == 0:
-        print(f"{finished} shards are finished already and kept")
-    yield from tqdm(mine, desc=f"score {name}", unit="shard", disable=_rank() != 0)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
-def _on_first_rank(function: Any) -> Any:
-    """Compute something on rank 0 and give it to all."""
-    value = [function() if _rank() == 0 else None]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(value, src=0)
-    return value[0]
+def _example(record: PreferenceRecord, tokenizer: ChatTokenizer, limits: Limits) -> dict[str, str]:
+    """Decode what was scored of a record, for people to check."""
+    tokens, decode = limits.apply(record, tokenizer.encode(record))[1], tokenizer.tokenizer.decode
+    assert tokens is not None, f"record {record.id!r} was scored"
+    return {
+        "id": record.id,
+        "prompt": decode(tokens.prompt_ids.tolist()),
+        "chosen": decode(tokens.response_ids[0].tolist()),
+    }

@@ -1,73 +1,69 @@
-"""Numbered shards of a scoring job: planned from the data alone, written aside, resumed, merged.
+"""Numbered shards of a scoring job: written aside and renamed, found again, checked when merged.
 
-Which records form a shard and which responses share a packed row depends on the records only, never
-on the number of ranks, so a job gives the same bytes however many ranks score it and however often
-it is interrupted.
+Which records form a shard depends on the records only, so a job gives the same bytes however many
+ranks score it and however often it is interrupted.
 """
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from itertools import batched
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.records import PreferenceRecord, iter_records, records_fingerprint
 
 PLAN = "plan.json"
 
 
-def plan_rows(lengths: np.ndarray, token_budget: int) -> list[list[int]]:
-    """Pack records into rows of at most `token_budget` tokens, longest first.
-
-    Args:
-        lengths: `[N]` tokens of each record (all its responses, each with its prompt); records of
-            length 0 are masked and left out.
-        token_budget: tokens of a row; a longer record gets a row of its own.
-
-    Returns:
-        Record indices by row.
-    """
-    rows: list[list[int]] = []
-    used = token_budget + 1
-    for index in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[index])
-        if length == 0:
-            break
-        if used + length > token_budget:
-            rows.append([])
-            used = 0
-        rows[-1].append(index)
-        used += length
-    return rows
+def read_shards(
+    paths: Sequence[str], size: int, wanted: set[int], *, on_bad: str
+) -> Iterator[tuple[int, tuple[PreferenceRecord, ...]]]:
+    """Yield `(number, records)` of the wanted shards of `size` records; only one is in memory."""
+    if not wanted:
+        return
+    for number, records in enumerate(batched(iter_records(paths, on_bad=on_bad), size)):
+        if number in wanted:
+            yield number, records
+        if number == max(wanted):
+            return
 
 
 class ShardFolder:
     """The finished shards of one scoring job, in a folder beside its output."""
 
-    def __init__(self, folder: Path, plan: dict):
-        """Open or create the folder for a job.
+    def __init__(self, folder: Path):
+        """Name the folder; nothing is read or written."""
+        self.folder = folder
+
+    def open(self, plan: dict[str, Any]) -> None:
+        """Create the folder for a job, or check that it is this job's.
 
         Args:
-            folder: where the shards are.
             plan: what the job's numbers depend on; JSON.
 
         Raises:
             UserError: the folder holds shards of another job.
         """
-        self.folder = folder
-        path = folder / PLAN
+        path = self.folder / PLAN
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write(path, json.dumps(plan, indent=1).encode())
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside = self.folder / f".{PLAN}.partial"
+            aside.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+            aside.rename(path)
         found = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(k for k in plan.keys() | found.keys() if plan.get(k) != found.get(k))
-        if different:
-            name = different[0]
+        if difference := different(plan, found):
             raise UserError(
-                f"{folder} holds shards of another job: its {name} is {found.get(name)!r}, this "
-                f"one's is {plan.get(name)!r}; delete the folder or choose another --output"
+                f"{self.folder} holds shards of another job: {difference}; delete the folder or "
+                "choose another --output"
             )
+        for aside in self.folder.glob(".*.partial"):  # of ranks that were killed while writing
+            aside.unlink(missing_ok=True)
 
     def path(self, shard: int) -> Path:
         """File of a finished shard."""
@@ -77,36 +73,75 @@ class ShardFolder:
         """Whether a shard is there; a shard in the making has another name."""
         return self.path(shard).exists()
 
-    def write(self, shard: int, records: list[list[np.ndarray]]) -> None:
-        """Write a shard: float32 log-probs of every response of its records, in record order."""
-        responses = [values for record in records for values in record]
-        aside = self.folder / f".{shard:06d}.{os.getpid()}.partial"
-        with open(aside, "wb") as file:
-            np.savez(
-                file,
-                lengths=np.array([len(values) for values in responses], dtype=np.int64),
-                values=np.concatenate([np.zeros(0, np.float32), *responses]),
-            )
-            file.flush()
-            os.fsync(file.fileno())
+    def write(
+        self,
+        shard: int,
+        records: Sequence[PreferenceRecord],
+        notes: np.ndarray,
+        logprobs: Sequence[Sequence[np.ndarray]],
+    ) -> None:
+        """Write a shard: its records' notes `[N]` and their log-probs by response."""
+        responses = [values for record in logprobs for values in record]
+        aside = self.folder / f".{shard:06d}.npz.partial"
+        try:
+            with open(aside, "wb") as file:
+                np.savez(
+                    file,
+                    records_sha256=np.array(records_fingerprint(records)),
+                    notes=notes,
+                    lengths=np.array([len(values) for values in responses], dtype=np.int64),
+                    values=np.concatenate([np.zeros(0, np.float32), *responses]),
+                )
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
         aside.rename(self.path(shard))
 
-    def read(self, shard: int, responses: int) -> Iterator[list[np.ndarray]]:
-        """Yield the log-probs of a shard's records, `responses` arrays each."""
-        with np.load(self.path(shard), allow_pickle=False) as file:
-            lengths, values = file["lengths"], file["values"]
-        pieces = np.split(values, np.cumsum(lengths)[:-1])
-        for first in range(0, len(pieces), responses):
-            yield pieces[first : first + responses]
+    def read(
+        self, shard: int, records: Sequence[PreferenceRecord]
+    ) -> Iterator[tuple[PreferenceRecord, int, list[np.ndarray]]]:
+        """Yield the records of a shard, each with its note and one array a response.
+
+        Raises:
+            UserError: the shard is missing, damaged or of other records.
+        """
+        path, width = self.path(shard), len(records[0].responses)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                notes, lengths, values = file["notes"], file["lengths"], file["values"]
+                identity = str(file["records_sha256"])
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} is missing although its rank has finished; do all nodes see this folder?"
+            ) from None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"{path} is damaged ({error}): delete it and run this command again"
+            ) from None
+        fits = len(notes) == len(records) and len(lengths) == width * len(records)
+        if not fits or lengths.sum() != len(values) or identity != records_fingerprint(records):
+            raise UserError(
+                f"{path} is not of the {len(records)} records of shard {shard}: the input has "
+                "changed while it was scored; delete the folder and score again"
+            )
+        pieces = iter(np.split(values, np.cumsum(lengths)[:-1]))
+        for record, note in zip(records, notes.tolist(), strict=True):
+            yield record, note, [next(pieces) for _ in range(width)]
 
     def remove(self) -> None:
         """Delete the folder once its shards are merged."""
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
+        shutil.rmtree(self.folder)
 
-    def _write(self, path: Path, content: bytes) -> None:
-        # Several ranks may create the same plan at once: each writes aside, any rename will do.
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        aside.write_bytes(content)
-        aside.rename(path)
+
+def different(wanted: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """Say where two descriptions of a job differ first, or return None."""
+    for name in sorted(wanted.keys() | found.keys()):
+        a, b = wanted.get(name), found.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if difference := different(a, b):
+                return difference
+        elif a != b and name != "path":  # the same tokenizer may have moved
+            return f"its {name} is {b!r}, this one's is {a!r}"
+    return None

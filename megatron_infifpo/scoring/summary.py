@@ -1,33 +1,36 @@
 """The closing table of a scoring job."""
 
-from collections import defaultdict
+from collections.abc import Sequence
 
-from megatron_infifpo.data.records import PreferenceRecord
+import numpy as np
 
-# `(sum of log-probs, tokens)` of each response of a record, or None where it is masked.
-Scored = list[tuple[float, int]] | None
+from megatron_infifpo.data.logprob_store import LogprobStore
 
 
-def print_summary(
-    name: str, records: list[PreferenceRecord], scored: list[Scored], output: str
-) -> None:
-    """Print records, tokens, masked records, mean log-prob and preference by domain."""
-    by_domain: dict[str, list[Scored]] = defaultdict(list)
-    for record, values in zip(records, scored, strict=True):
-        by_domain[record.domain].append(values)
-    print(f"\n{name} -> {output}")
+def print_summary(store: LogprobStore, domains: Sequence[str]) -> None:
+    """Print what was scored: records, masked ones, response tokens, mean log-prob, preference.
+
+    Args:
+        store: the finished dataset of N records.
+        domains: `[N]`, of the records.
+    """
+    print(f"\n{store.manifest['model']} -> {store.prefix}")
     print(
-        f"{'domain':<12}{'records':>9}{'masked':>8}{'tokens':>10}"
+        f"{'domain':<12}{'records':>9}{'masked':>8}{'tokens':>12}"
         f"{'mean log-prob':>15}{'prefers chosen':>16}"
     )
-    for domain, rows in [*sorted(by_domain.items()), ("all", scored)]:
-        present = [row for row in rows if row is not None]
-        tokens = sum(count for row in present for _, count in row)
-        total = sum(value for row in present for value, _ in row)
-        wins = sum(row[0][0] / row[0][1] > row[1][0] / row[1][1] for row in present)
-        mean = f"{total / tokens:.3f}" if tokens else "-"
-        share = f"{wins / len(present):.1%}" if present else "-"
-        print(
-            f"{domain:<12}{len(rows):>9}{len(rows) - len(present):>8}{tokens:>10}"
-            f"{mean:>15}{share:>16}"
-        )
+    names, codes = np.unique(np.array(domains), return_inverse=True)
+    for code, name in enumerate(names):
+        print(_line(name, store, codes == code))
+    print(_line("all", store, codes >= 0))
+
+
+def _line(title: str, store: LogprobStore, inside: np.ndarray) -> str:
+    scored = inside & ~store.masked_records
+    sums, counts = store.all_sums[scored], store.token_counts[scored]
+    means = sums / counts
+    total, tokens, kept = float(sums.sum()), int(counts.sum(dtype=np.int64)), int(scored.sum())
+    mean = f"{total / tokens:.3f}" if kept else "-"
+    share = f"{(means[:, 0] > means[:, 1]).mean():.1%}" if kept else "-"
+    masked = int(inside.sum()) - kept
+    return f"{title:<12}{inside.sum():>9}{masked:>8}{tokens:>12}{mean:>15}{share:>16}"

@@ -1,7 +1,7 @@
 """Score with Hugging Face transformers: any causal LM."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.data import Row
+from megatron_infifpo.logprobs import CHUNK_BYTES
 from megatron_infifpo.models.parallel import WAIT
 
 LOGITS_BYTES = 2**30
@@ -69,16 +71,24 @@ class TransformersBackend:
         ).eval()
         config = self.model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
-        self.context_length: int = config.max_position_embeddings
         self.data_parallel_rank, self.data_parallel_size = (0, 1) if sharded else (rank, world)
         self.is_writer = rank == 0 or not sharded
 
-    def __call__(self, rows: list[dict]) -> list[Tensor]:
-        """Score packed rows: the `[K]` float32 log-probs of each row, in the row's order."""
-        return [self._score_row(row) for row in rows]
+    def __call__(
+        self, rows: list[Row], on_row: Callable[[Row], None] = lambda row: None
+    ) -> list[Tensor]:
+        """Score packed rows: the `[K]` float32 log-probs of each row, in the row's order.
+
+        `on_row` is called with each row once it is done.
+        """
+        results = []
+        for row in rows:
+            results.append(self._score_row(row))
+            on_row(row)
+        return results
 
     @torch.no_grad()
-    def _score_row(self, row: dict) -> Tensor:
+    def _score_row(self, row: Row) -> Tensor:
         borders, scored = row["cu_seqlens"].tolist(), row["scored_rows"]
         segments = []
         for start, end in zip(borders[:-1], borders[1:], strict=True):
@@ -89,8 +99,8 @@ class TransformersBackend:
                 )
         logprobs = torch.empty(len(scored), dtype=torch.float32)
         for batch in self._batches(segments):
-            values = self._score_batch(batch, row["target_ids"])
-            logprobs[torch.cat([segment.places for segment in batch])] = values
+            places = torch.cat([segment.places for segment in batch])
+            logprobs[places] = self._score_batch(batch, row["target_ids"][places])
         return logprobs
 
     def _batches(self, segments: list["Segment"]) -> Iterator[list["Segment"]]:
@@ -98,7 +108,7 @@ class TransformersBackend:
         limit = max(1, LOGITS_BYTES // (4 * self.vocab_size))
         batch: list[Segment] = []
         for segment in sorted(segments, key=lambda s: -len(s.tokens)):
-            if batch and (len(batch) + 1) * len(_kept([*batch, segment])) > limit:
+            if batch and sum(len(s.rows) for s in [*batch, segment]) > limit:
                 yield batch
                 batch = []
             batch.append(segment)
@@ -109,21 +119,24 @@ class TransformersBackend:
         """Log-probs of the batch's scored tokens, `[k]`, segment after segment."""
         tokens = [segment.tokens for segment in batch]
         # Padded on the right, where a causal model cannot see it.
-        ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(self.device)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], True)
-        kept = _kept(batch)
-        logits = self.model(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            logits_to_keep=kept.to(self.device),
-            use_cache=False,
-        ).logits
-        results = []
-        for segment, rows in zip(batch, logits, strict=True):
-            scores = rows[(segment.rows - kept[0]).to(self.device)].float().log_softmax(-1)
-            target = targets[segment.places].to(self.device)
-            results.append(scores.gather(1, target[:, None]).squeeze(1))
-        return torch.cat(results).cpu()
+        places = torch.cat([segment.rows + i * ids.shape[1] for i, segment in enumerate(batch)])
+        places, targets = places.to(self.device), targets.to(self.device)
+
+        def keep_scored(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden, *others = inputs
+            return hidden.flatten(0, 1)[places][None], *others
+
+        # Logits of the scored rows only, with whatever the model does to its logits (soft caps,
+        # scales). Before the head's own hooks, which may belong to tensor parallelism.
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(keep_scored, prepend=True)
+        try:
+            output = self.model(ids, attention_mask=mask.to(self.device), use_cache=False)
+        finally:
+            hook.remove()
+        return gather_logprobs(output.logits[0], targets).cpu()
 
 
 class Segment(NamedTuple):
@@ -134,8 +147,12 @@ class Segment(NamedTuple):
     places: Tensor  # [k], the positions of their log-probs in the row's result
 
 
-def _kept(batch: list[Segment]) -> Tensor:
-    """Positions whose logits some segment of the batch needs: one range."""
-    first = min(int(segment.rows[0]) for segment in batch)
-    last = max(int(segment.rows[-1]) for segment in batch)
-    return torch.arange(first, last + 1)
+def gather_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Float32 log-softmax of `[k, V]` at the targets `[k]`, with float32 copies of few rows."""
+    rows = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
+    parts = []
+    for part, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
+        precise = part.float()
+        picked = precise.gather(1, wanted[:, None]).squeeze(1)
+        parts.append(picked - precise.logsumexp(dim=-1))
+    return torch.cat(parts)

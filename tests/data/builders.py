@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_infifpo.data.logprob_store import LogprobWriter
+from megatron_infifpo.data.logprob_writer import LogprobWriter
 from megatron_infifpo.data.records import RESPONSES, PreferenceRecord, records_fingerprint
 from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
 from megatron_infifpo.data.tokenization import ChatTokenizer
@@ -58,7 +58,7 @@ def manifest_fields(records: Sequence[PreferenceRecord], model: str = "m") -> di
     return {
         "model": model,
         "weights_sha256": "w" * 64,
-        **ChatTokenizer(byte_tokenizer()).fingerprint(),
+        "tokenizer": ChatTokenizer(byte_tokenizer()).describe(),
         "records_sha256": records_fingerprint(records),
         "backend": "test",
         "dtype": "float32",
@@ -83,7 +83,7 @@ def write_scores(
     ) as writer:
         for i, record in enumerate(records):
             if i in masked:
-                writer.add(record.id, None, reason="too long")
+                writer.mask(record.id, "too long")
             else:
                 values = [-rng.random(n, dtype=np.float32) for n in lengths[i]]
                 writer.add(record.id, values)

@@ -6,7 +6,8 @@ import pytest
 from builders import byte_tokenizer, manifest_fields, record, write_scores, write_tokens
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.logprob_store import LogprobStore, LogprobWriter
+from megatron_infifpo.data.logprob_store import LogprobStore, format_ranges, parse_ranges
+from megatron_infifpo.data.logprob_writer import LogprobWriter
 from megatron_infifpo.data.records import records_fingerprint
 from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
 from megatron_infifpo.data.tokenization import ChatTokenizer
@@ -24,8 +25,13 @@ def test_tokens_read_back(tokens):
     assert len(tokens) == 7 and tokens.responses == ("chosen", "rejected")
     assert tokens.domains == ("math", "code", "ça")
     assert tokens.records_sha256 == records_fingerprint(RECORDS)
-    assert tokens.manifest["tokenizer"] == {"path": "", **chat.fingerprint()}
-    assert tokens.manifest["end_of_turn"] == "<|im_end|>"
+    assert tokens.manifest["tokenizer"] == {
+        "path": "",
+        **chat.fingerprint(),
+        "chat_template": None,
+        "end_of_turn": "<|im_end|>",
+        "system_message": "by the template",
+    }
     for i, wanted in enumerate(RECORDS):
         assert tokens.ids(i) == wanted.id and tokens.domain(i) == wanted.domain
         assert tokens.find(wanted.id) == i
@@ -84,8 +90,11 @@ DAMAGE = {
     "no manifest": (lambda p: p("json").unlink(), "manifest .* is missing"),
     "broken manifest": (lambda p: cut(p("json"), 9), "manifest .* is broken"),
     "other format": (lambda p: edit(p("json"), format="x"), "says format 'x', expected"),
-    "other version": (lambda p: edit(p("json"), version=9), "says version 9, expected 1"),
-    "other count": (lambda p: edit(p("json"), count=9), "holds 7 records, expected 9"),
+    "other version": (lambda p: edit(p("json"), version=9), "says version 9, expected 2"),
+    "other count": (
+        lambda p: edit(p("json"), count=9),
+        r"holds 7 records, expected 9|holds float64 \[7, 2\], expected float64 \[9, 2\]",
+    ),
     "no bin": (lambda p: p("bin").unlink(), r"\.bin is missing"),
     "no idx": (lambda p: p("idx").unlink(), r"\.idx is missing"),
     "cut bin": (lambda p: cut(p("bin"), 40), r"\.bin has 40 bytes, expected \d+"),
@@ -103,7 +112,8 @@ def test_damage_is_named(tmp_path, tokens, kind, name):
     damage, message = DAMAGE[name]
     damage(lambda end: tmp_path / f"{kind}.{end}")
     with pytest.raises(UserError, match=message):
-        opener(tmp_path / kind)
+        dataset = opener(tmp_path / kind)
+        dataset.logprobs(0, 0)  # only then are a log-prob dataset's values opened
 
 
 def test_damage_of_ids_and_domains(tmp_path, tokens):
@@ -141,8 +151,8 @@ def test_scores_read_back(tmp_path):
     ) as writer:
         for i, row in enumerate(rows):
             writer.add(f"r-{i}", row)
-        writer.add("r-4", None, reason="longer than 9 tokens")
-        writer.add("r-5", [np.array([1e-7, -2.0]), np.array([-0.0])])  # rounding above 0
+        writer.mask("r-4", "longer than 9 tokens")
+        writer.add("r-5", [np.array([1e-7, -2.0]), np.array([-0.0])], note="cut")  # rounding
         assert not list(tmp_path.glob("s.json"))
     store = LogprobStore(tmp_path / "s")
     assert len(store) == 6 and store.manifest["model"] == "m"
@@ -150,10 +160,11 @@ def test_scores_read_back(tmp_path):
         assert store.sums(i).dtype == np.float64
         np.testing.assert_allclose(store.sums(i), [r.astype(float).sum() for r in row], rtol=1e-12)
         assert store.counts(i).tolist() == [3, 5 + i]
-        assert not store.masked(i) and store.reason(i) is None
+        assert not store.masked(i) and store.note(i) is None
         for r, values in enumerate(row):
             assert np.array_equal(store.logprobs(i, r), values)
-    assert store.masked(4) and store.reason(4) == "longer than 9 tokens"
+    assert store.masked(4) and store.note(4) == "longer than 9 tokens"
+    assert not store.masked(5) and store.note(5) == "cut"
     assert store.sums(4).tolist() == [0, 0] and store.counts(4).tolist() == [0, 0]
     assert store.logprobs(4, 1).size == 0
     assert store.sums(5).tolist() == [-2.0, 0.0] and store.masked_records.tolist() == [
@@ -162,6 +173,63 @@ def test_scores_read_back(tmp_path):
         True,
         False,
     ]
+
+
+def test_sums_alone(tmp_path, tokens):
+    """Imported log-probs may have no values; training does not need them."""
+    write_scores(tmp_path / "s", RECORDS, tokens.response_lengths)  # is replaced
+    with LogprobWriter(
+        tmp_path / "s", responses=("chosen", "rejected"), manifest=manifest_fields(RECORDS),
+        values=False,
+    ) as writer:  # fmt: skip
+        for r in RECORDS[:6]:
+            writer.add_sums(r.id, [-3.5, -1.0], [7, 2])
+        writer.mask("r-6", "why not")
+    store = LogprobStore(tmp_path / "s")
+    assert store.sums(2).tolist() == [-3.5, -1.0] and store.counts(2).tolist() == [7, 2]
+    assert store.masked(6) and not store.has_values
+    assert not list(tmp_path.glob("s.[bi]*")), "values of the replaced dataset must go"
+    with pytest.raises(UserError, match="sums and counts only"):
+        store.logprobs(0, 0)
+    for sums, counts, expected in (([-1.0, 0.5], [1, 1], "0.5 .* 'rejected'"),
+                                   ([-1.0, -1.0], [0, 1], "0 tokens in 'chosen'")):  # fmt: skip
+        with pytest.raises(UserError, match=expected):
+            with LogprobWriter(
+                tmp_path / "t", responses=("chosen", "rejected"),
+                manifest=manifest_fields(RECORDS), values=False,
+            ) as writer:  # fmt: skip
+                writer.add_sums("r-0", sums, counts)
+    assert not list(tmp_path.glob("t*"))
+
+
+def test_values_and_counts_must_agree(tmp_path, tokens):
+    write_scores(tmp_path / "a", RECORDS, tokens.response_lengths)
+    write_scores(tmp_path / "b", RECORDS, tokens.response_lengths + 1)
+    (tmp_path / "a_counts.npy").write_bytes((tmp_path / "b_counts.npy").read_bytes())
+    with pytest.raises(UserError, match="disagree about the number of tokens"):
+        LogprobStore(tmp_path / "a").logprobs(0, 0)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "no npy", "shape", "dtype"])
+def test_a_damaged_summary(tmp_path, tokens, damage):
+    write_scores(tmp_path / "s", RECORDS, tokens.response_lengths)
+    path = tmp_path / "s_sums.npy"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif damage == "no npy":
+        path.write_bytes(b"not numpy" * 30)
+    else:
+        array = np.load(path)
+        np.save(path, array[:-1] if damage == "shape" else array.astype(np.float32))
+    with pytest.raises(UserError, match=r"s_sums.npy .*; write it again with tools/score_source"):
+        LogprobStore(tmp_path / "s")
+
+
+@pytest.mark.parametrize("indices", [[], [0], [3, 4], [0, 1, 2, 7, 9, 10]])
+def test_ranges(indices):
+    assert parse_ranges(format_ranges(indices)) == set(indices)
 
 
 def test_a_store_may_be_masked_whole(tmp_path, tokens):
@@ -189,15 +257,11 @@ def test_misuse_of_the_writer(tmp_path):
         LogprobWriter(tmp_path / "s", responses=("chosen", "rejected"), manifest=incomplete)
     writer = LogprobWriter(tmp_path / "s", responses=("chosen", "rejected"), manifest=fields)
     one = np.array([-1.0])
-    for logprobs, reason in (
-        ([one], None),
-        ([one, one[:0]], None),
-        ([one, one[None]], None),
-        (None, None),
-        ([one, one], "why"),
-    ):
+    for logprobs in ([one], [one, one[:0]], [one, one[None]]):
         with pytest.raises(ValueError, match="record 'a'"):
-            writer.add("a", logprobs, reason=reason)
+            writer.add("a", logprobs)
+    with pytest.raises(ValueError, match="for no reason"):
+        writer.mask("a", "")
     with pytest.raises(UserError, match="no records"):
         writer.finish()
     assert not list(tmp_path.iterdir())
@@ -210,6 +274,7 @@ def test_scores_must_fit_the_tokens(tmp_path, tokens):
         write_scores(tmp_path / name, records, lengths, **options)
         LogprobStore(tmp_path / name).check_against(tokens, same_tokenizer=same)
 
+    described = manifest_fields(RECORDS)["tokenizer"]
     check("good", masked=[2])
     check("source", lengths=lengths + 3, same=False)
     with pytest.raises(UserError, match="the count is 6 records, expected 7"):
@@ -219,8 +284,9 @@ def test_scores_must_fit_the_tokens(tmp_path, tokens):
         check("swapped", records=swapped, same=False)
     for name in ("tokenizer_sha256", "chat_template_sha256"):
         with pytest.raises(UserError, match=f"its {name} is xx"):
-            check(name, **{name: "x" * 64})
-        check(f"{name} of a source", same=False, **{name: "x" * 64})
+            check(name, tokenizer=described | {name: "x" * 64})
+        check(f"{name} of a source", same=False, tokenizer=described | {name: "x" * 64})
+        check(f"{name} unknown", tokenizer=described | {name: None})
     longer = lengths.copy()
     longer[3, 1] += 1
     message = rf"lengths .* record 'r-3' are .*{longer[3, 1]}\] tokens, .*\(1 such records\)"

@@ -89,4 +89,4 @@ def test_texts_beyond_the_context_are_masked(setup, ranks, tmp_path):
         store = LogprobStore(output)
         assert store.masked_records.all() == masked and store.masked_records.any()
         index = int(store.masked_records.argmax())
-        assert "context of" in store.reason(index)
+        assert "context of" in store.note(index)

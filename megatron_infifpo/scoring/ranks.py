@@ -1,0 +1,112 @@
+"""What the ranks of a scoring job share: one decision, one bar, a common end."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_infifpo.cli import UserError
+
+
+def rank() -> int:
+    """This process's rank, also before torch.distributed runs."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of ranks, once torch.distributed runs."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def on_first_rank(function: Callable[[], Any]) -> Any:
+    """Compute something on rank 0 and give it to all.
+
+    Raises:
+        UserError: from the function, on rank 0; the other ranks exit, since one sentence is enough.
+    """
+    if world_size() == 1:
+        return function()
+    value, error = None, None
+    if rank() == 0:
+        try:
+            value = function()
+        except UserError as problem:
+            error = problem
+    shared = [value, error is not None]
+    dist.broadcast_object_list(shared, src=0)
+    if error is not None:
+        raise error
+    if shared[1]:
+        raise SystemExit(2)
+    return shared[0]
+
+
+class Progress:
+    """One bar over all ranks: each counts what it has done, rank 0 draws the sum."""
+
+    def __init__(self, title: str, total: int, finished: int, *, counts: bool) -> None:
+        """Start the bar; all ranks must call this together.
+
+        Args:
+            title: what is going on.
+            total: records of the whole job.
+            finished: records that an earlier run has done.
+            counts: whether this rank's work counts (one of those that share a model does).
+        """
+        self._store = _shared_store()
+        self._counts, self._todo = counts, total - finished
+        self._start = self._drawn = time.monotonic()
+        self._bar = tqdm(
+            desc=title,
+            total=total,
+            initial=finished,
+            unit=" records",
+            smoothing=0,  # shards hold all lengths, so the whole run's rate tells the time left
+            disable=rank() != 0,
+        )
+
+    def add(self, records: int, tokens: int) -> None:
+        """Count work of this rank."""
+        if self._counts:
+            self._store.add("records", records)
+            self._store.add("tokens", tokens)
+        if time.monotonic() - self._drawn > 0.5:
+            self._draw()
+
+    def finish(self) -> None:
+        """Wait for the other ranks, the bar still running, and close it."""
+        while rank() == 0 and self._draw() < self._todo:
+            time.sleep(0.2)
+        barrier()
+        self._bar.close()
+
+    def _draw(self) -> int:
+        """Bring the bar up to date and return the records that this run has done."""
+        if self._bar.disable and rank() != 0:
+            return 0
+        self._drawn = time.monotonic()
+        records, tokens = (self._store.add(name, 0) for name in ("records", "tokens"))
+        rate = tokens / max(self._drawn - self._start, 1e-9)
+        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(records - (self._bar.n - self._bar.initial))
+        return records
+
+
+def _shared_store() -> dist.Store:
+    """A key-value store of its own that all ranks see; rank 0 keeps it."""
+    if world_size() == 1:
+        return dist.HashStore()
+    host, store = os.environ.get("MASTER_ADDR", "localhost"), None
+    if rank() == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    port = on_first_rank(lambda: store.port if store else 0)
+    return store or dist.TCPStore(host, port, is_master=False)

@@ -1,0 +1,169 @@
+"""From the records of a shard to packed rows, and from the rows' log-probs back to the records.
+
+Everything here is planned from the shard alone, never from the ranks that score it.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data import Row
+from megatron_infifpo.data.batching import collate
+from megatron_infifpo.data.preference_dataset import PreferencePair
+from megatron_infifpo.data.records import PreferenceRecord
+from megatron_infifpo.data.tokenization import ChatTokenizer, TokenizedRecord
+
+# What became of a record.
+SCORED, TOO_LONG, CUT, OTHER_DOMAIN = range(4)
+MASKED = (TOO_LONG, OTHER_DOMAIN)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model takes of a record.
+
+    Attributes:
+        context_length: tokens of a prompt with one response.
+        cut: cut a response that is longer, else mask the record.
+        domains: the domains to score; None means all.
+    """
+
+    context_length: int
+    cut: bool = False
+    domains: Sequence[str] | None = None
+
+    def note(self, code: int) -> str | None:
+        """Say in words what became of a record."""
+        if code == TOO_LONG:
+            return f"longer than the context of {self.context_length} tokens"
+        if code == CUT:
+            return f"responses cut to the context of {self.context_length} tokens"
+        if code == OTHER_DOMAIN:
+            return f"outside the domains {', '.join(self.domains or ())}"
+        return None
+
+    def apply(
+        self, record: PreferenceRecord, tokens: TokenizedRecord
+    ) -> tuple[int, TokenizedRecord | None]:
+        """Return what becomes of a record, and what of it is scored, if anything."""
+        if self.domains is not None and record.domain not in self.domains:
+            return OTHER_DOMAIN, None
+        room = self.context_length - len(tokens.prompt_ids)
+        if max(len(ids) for ids in tokens.response_ids) <= room:
+            return SCORED, tokens
+        if not self.cut or room < 1:
+            return TOO_LONG, None
+        ids = tuple(ids[:room] for ids in tokens.response_ids)
+        return CUT, TokenizedRecord(tokens.prompt_ids, ids)
+
+
+@dataclass
+class ShardRows:
+    """A shard, ready to be scored.
+
+    Attributes:
+        number: of the shard.
+        records: what it is made of, `[N]`.
+        notes: what became of each, `[N]`.
+        plan: the records of each row; masked ones are in none.
+        rows: the packed rows.
+    """
+
+    number: int
+    records: Sequence[PreferenceRecord]
+    notes: np.ndarray
+    plan: list[list[int]]
+    rows: list[Row]
+
+    def unpack(self, outputs: Sequence[Tensor]) -> list[list[np.ndarray]]:
+        """Return float32 log-probs by record and response from the `[K]` of each row."""
+        responses = len(self.records[0].responses)
+        results = [[np.zeros(0, np.float32)] * responses for _ in self.records]
+        for indices, row, logprobs in zip(self.plan, self.rows, outputs, strict=True):
+            counts = row["token_counts"].flatten().tolist()
+            pieces = iter(logprobs.float().split(counts))
+            for index in indices:
+                results[index] = [next(pieces).numpy() for _ in range(responses)]
+        return results
+
+
+def prepare_shard(
+    number: int,
+    records: Sequence[PreferenceRecord],
+    tokenizer: ChatTokenizer,
+    limits: Limits,
+    *,
+    vocab_size: int,
+    row_tokens: int,
+    pad_multiple: int,
+) -> ShardRows:
+    """Tokenize, mask and pack the records of a shard.
+
+    Raises:
+        UserError: the tokenizer makes ids that the model does not have.
+    """
+    encoded = tokenizer.encode_batch(records)
+    _check_ids(records, encoded, tokenizer, vocab_size)
+    notes, lengths = np.zeros(len(records), np.int8), np.zeros(len(records), np.int64)
+    pairs: dict[int, PreferencePair] = {}
+    for i, (record, whole) in enumerate(zip(records, encoded, strict=True)):
+        notes[i], tokens = limits.apply(record, whole)
+        if tokens is not None:
+            pairs[i] = PreferencePair(i, tokens.prompt_ids, tokens.response_ids)
+            lengths[i] = sum(len(tokens.prompt_ids) + len(ids) for ids in tokens.response_ids)
+    plan = plan_rows(lengths, row_tokens)
+    rows = [collate([pairs[i] for i in row], pad_multiple=pad_multiple) for row in plan]
+    return ShardRows(number, records, notes, plan, rows)
+
+
+def _check_ids(
+    records: Sequence[PreferenceRecord],
+    encoded: Sequence[TokenizedRecord],
+    tokenizer: ChatTokenizer,
+    vocab_size: int,
+) -> None:
+    for record, tokens in zip(records, encoded, strict=True):
+        highest = max(int(ids.max()) for ids in (tokens.prompt_ids, *tokens.response_ids))
+        if highest >= vocab_size:
+            raise UserError(
+                f"the tokenizer {tokenizer.path} gives record {record.id!r} the token {highest}, "
+                f"but the model has {vocab_size} tokens: it is another model's tokenizer"
+            )
+
+
+def plan_rows(lengths: np.ndarray, token_budget: int) -> list[list[int]]:
+    """Pack records into rows of at most `token_budget` tokens, longest first.
+
+    Args:
+        lengths: `[N]` tokens of each record (all its responses, each with its prompt); records of
+            length 0 are masked and left out.
+        token_budget: tokens of a row; a longer record gets a row of its own.
+
+    Returns:
+        Record indices by row.
+    """
+    rows: list[list[int]] = []
+    used = token_budget + 1
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        if length == 0:
+            break
+        if used + length > token_budget:
+            rows.append([])
+            used = 0
+        rows[-1].append(index)
+        used += length
+    return rows
+
+
+def prefetch[T](items: Iterator[T]) -> Iterator[T]:
+    """Yield the items, computing the next one in a thread while the caller is busy with this."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
