@@ -174,20 +174,45 @@ def megatron_logprobs(hf: str, rows: str, tp: int, pp: int) -> list[torch.Tensor
     return output if backend.is_writer else None
 
 
-def score_and_die(argv: list[str], shards: int) -> None:
-    """Score like `score`, and stop dead after writing this many shards on a rank."""
+def score_jobs(jobs: list[list[str]]) -> None:
+    """Score several models one after the other, at one layout."""
+    for argv in jobs:
+        score(argv)
+
+
+def score_until_killed(argv: list[str], rank: int, point: str, seconds: float) -> None:
+    """Score, but `kill -9` a rank so many seconds after the scoring, or the merge, has begun."""
     import os
+    import signal
+    import threading
 
-    from megatron_infifpo.scoring.shards import ShardFolder
+    import megatron_infifpo.scoring.score as module
 
-    write = ShardFolder.write
-    written = []
+    def start() -> None:
+        if int(os.environ["RANK"]) == rank:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    def write_and_count(self, shard, *content):
-        write(self, shard, *content)
-        written.append(shard)
-        if len(written) == shards:
-            os._exit(0)
+    class Progress(module.Progress):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if point == "scoring":
+                start()
 
-    ShardFolder.write = write_and_count
+    class LogprobWriter(module.LogprobWriter):
+        def __init__(self, *args, **kwargs):
+            start()
+            super().__init__(*args, **kwargs)
+
+    module.Progress = Progress
+    if point == "merging":
+        module.LogprobWriter = LogprobWriter
     score(argv)
+
+
+def score_on_a_full_disk(argv: list[str], limit: int) -> None:
+    """Score with files limited to so many bytes, which fails as a full disk does."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    command("tools/score_source.py", argv)

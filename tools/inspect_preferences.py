@@ -132,11 +132,8 @@ def print_scored_tokens(dataset: PreferenceDataset, index: int) -> None:
         raise UserError(f"--tokens needs the record's text, but {record_id!r} is not in {files}")
     for name, store in models(dataset):
         print(f"\n{name}: what it was shown, and the log-probs of its tokens")
-        if (
-            store.masked(index)
-            or not store.has_values
-            or store.manifest["tokenizer"]["path"] is None
-        ):
+        known = store.has_values and store.manifest["tokenizer"]["path"] is not None
+        if store.masked(index) or not known:
             print(f"  none: {store.note(index) or 'imported without tokens or without values'}")
             continue
         chat = ChatTokenizer.reopen(store.manifest["tokenizer"])

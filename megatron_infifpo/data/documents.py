@@ -4,6 +4,7 @@ A thin layer over `megatron.core.datasets.indexed_dataset`: it writes aside and 
 turns what a broken file does to Megatron's reader (assertions, crashes) into one sentence.
 """
 
+import contextlib
 import json
 import os
 import struct
@@ -42,7 +43,8 @@ class DocumentWriter:
 
     def discard(self) -> None:
         """Delete what was written aside."""
-        self._builder.data_file.close()
+        with contextlib.suppress(OSError):  # on a full disk closing fails as writing has
+            self._builder.data_file.close()
         for aside in self._aside.values():
             Path(aside).unlink(missing_ok=True)
 

@@ -9,8 +9,7 @@ from megatron_infifpo.data.records import ON_BAD
 from megatron_infifpo.data.tokenization import ChatTokenizer
 
 PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] != 'assistant' %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\\n\\n' }}{% endfor %}"
 )
 
 

@@ -8,6 +8,7 @@ ids do not depend on the response.
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,8 +26,9 @@ _REPLY = "INFIFPOREPLY"
 _SYSTEM = "INFIFPOSYSTEM"
 _USER: Message = {"role": "user", "content": "INFIFPOQUESTION"}
 
-# What templates that print the date (Llama 3, Mistral) are told: tomorrow's prompts are today's.
-TODAY = datetime.datetime(2025, 1, 1)
+# What templates that print today's date (Llama 3, Mistral) print: prompts must not change by night.
+TODAY = datetime.date(2025, 1, 1)
+_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,9 @@ class ChatTokenizer:
                 "instruction-tuned model, or choose a template with --chat-template: a Jinja "
                 "file, or 'plain' for a base model (texts joined by blank lines, no roles)"
             )
+        tokenizer.chat_template = _DATE.sub(
+            lambda call: repr(TODAY.strftime(call[2])), self._template()
+        )
         self._folds_system = not self._renders_system()
         rendered = self._render([_USER, _reply(_REPLY)], what="a user message and a reply")
         padded = self._render([_USER, _reply(f" \n{_REPLY}\n ")], what="a reply")
@@ -200,7 +205,6 @@ class ChatTokenizer:
                 list(messages),
                 tokenize=False,
                 add_generation_prompt=generate,
-                strftime_now=TODAY.strftime,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UserError(

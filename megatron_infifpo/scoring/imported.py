@@ -1,7 +1,7 @@
 """Log-prob datasets from log-probs that others have computed.
 
 Two forms are read: the published dataset of the InfiFPO paper, with sums and means in every
-preference record, and JSONL files with a log-prob for every token, such as vLLM's `prompt_logprobs`.
+preference record, and JSONL files with a log-prob for every token, as vLLM's `prompt_logprobs`.
 What comes out is marked as imported: nobody here has seen the weights.
 """
 

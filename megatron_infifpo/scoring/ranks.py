@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -82,11 +82,18 @@ class Progress:
         if time.monotonic() - self._drawn > 0.5:
             self._draw()
 
-    def finish(self) -> None:
-        """Wait for the other ranks, the bar still running, and close it."""
+    def wait(self) -> None:
+        """Wait for the other ranks, the bar still running."""
         while rank() == 0 and self._draw() < self._todo:
             time.sleep(0.2)
         barrier()
+
+    def __enter__(self) -> Self:
+        """Return the bar."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the bar, so that what is printed next has a line of its own."""
         self._bar.close()
 
     def _draw(self) -> int:

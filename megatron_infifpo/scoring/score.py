@@ -60,9 +60,11 @@ def score(args: argparse.Namespace) -> None:
     """
     tokenizer = _open_tokenizer(args)
     limits = _limits(args)
+    folder = ShardFolder(Path(f"{args.output}.shards"))
     if Path(f"{args.output}.json").exists():
         if rank() == 0:
             _check_finished(args, _plan(args, tokenizer, limits, _scan(args, limits)))
+            folder.remove()  # a job may be killed when all but this is done
         return
     # Bad records are found before a large model is loaded, and by one rank only.
     scanned = _scan(args, limits) if rank() == 0 else {}
@@ -73,7 +75,6 @@ def score(args: argparse.Namespace) -> None:
         bf16=args.bf16,
         trust_remote_code=args.trust_remote_code,
     )
-    folder = ShardFolder(Path(f"{args.output}.shards"))
 
     def start() -> tuple[dict[str, Any], list[int]]:
         plan = _plan(args, tokenizer, limits, scanned)
@@ -86,10 +87,11 @@ def score(args: argparse.Namespace) -> None:
     mine = todo[backend.data_parallel_rank :: backend.data_parallel_size]
     total, size = plan["count"], args.shard_records
     finished = total - sum(min(size, total - s * size) for s in todo)
-    progress = Progress(f"score {plan['model']}", total, finished, counts=backend.is_writer)
-    for shard in prefetch(_shards(args, tokenizer, limits, backend, set(mine))):
-        _score_shard(shard, folder, backend, progress)
-    progress.finish()
+    title = f"score {plan['model']}"
+    with Progress(title, total, finished, counts=backend.is_writer) as progress:
+        for shard in prefetch(_shards(args, tokenizer, limits, backend, set(mine))):
+            _score_shard(shard, folder, backend, progress)
+        progress.wait()
     on_first_rank(lambda: _merge(args, folder, tokenizer, limits, plan))
     barrier()
 

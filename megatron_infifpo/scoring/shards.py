@@ -52,7 +52,8 @@ class ShardFolder:
         """
         path = self.folder / PLAN
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.remove()  # shards without a plan may be anybody's
+            self.folder.mkdir(parents=True)
             aside = self.folder / f".{PLAN}.partial"
             aside.write_text(json.dumps(plan, indent=1), encoding="utf-8")
             aside.rename(path)
@@ -132,7 +133,8 @@ class ShardFolder:
 
     def remove(self) -> None:
         """Delete the folder once its shards are merged."""
-        shutil.rmtree(self.folder)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
 
 
 def different(wanted: dict[str, Any], found: dict[str, Any]) -> str | None:

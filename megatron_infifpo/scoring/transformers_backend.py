@@ -17,6 +17,8 @@ from megatron_infifpo.logprobs import CHUNK_BYTES
 from megatron_infifpo.models.parallel import WAIT
 
 LOGITS_BYTES = 2**30
+# A batch's shortest segment has at least this share of the tokens of its longest.
+LIKE = 0.75
 
 
 class TransformersBackend:
@@ -104,13 +106,15 @@ class TransformersBackend:
         return logprobs
 
     def _batches(self, segments: list["Segment"]) -> Iterator[list["Segment"]]:
-        """Group segments of like length, as many as their logits allow."""
+        """Group segments of like length, so that little is padding, as their logits allow."""
         limit = max(1, LOGITS_BYTES // (4 * self.vocab_size))
         batch: list[Segment] = []
         for segment in sorted(segments, key=lambda s: -len(s.tokens)):
-            if batch and sum(len(s.rows) for s in [*batch, segment]) > limit:
-                yield batch
-                batch = []
+            if batch:
+                short = len(segment.tokens) < LIKE * len(batch[0].tokens)
+                if short or sum(len(s.rows) for s in [*batch, segment]) > limit:
+                    yield batch
+                    batch = []
             batch.append(segment)
         if batch:
             yield batch

@@ -34,6 +34,13 @@ def check_initial_weights(
     if not (starts_here or converted or args.finetune):
         return
     expected = initial.manifest["weights_sha256"]
+    if expected is None:
+        warnings.warn(
+            f"the log-probs in {initial.prefix} were imported: nothing shows that they are of the "
+            f"weights in {pivot}; score the pairs with --model {pivot} to be sure",
+            stacklevel=2,
+        )
+        return
     found = weights_fingerprint(pivot)
     if found == expected:
         return

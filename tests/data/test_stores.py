@@ -137,7 +137,7 @@ def test_the_two_kinds_are_not_confused(tmp_path, tokens):
     for end in ("bin", "idx"):
         (tmp_path / f"scores.{end}").write_bytes((tmp_path / f"tokens.{end}").read_bytes())
     with pytest.raises(UserError, match="holds int32 values, expected float32"):
-        LogprobStore(tmp_path / "scores")
+        LogprobStore(tmp_path / "scores").logprobs(0, 0)
     edit(tmp_path / "tokens.json", responses=["chosen", "rejected", "pivot_chosen"])
     with pytest.raises(UserError, match="documents of other than 4 sequences"):
         TokenDataset(tmp_path / "tokens")
@@ -199,7 +199,7 @@ def test_sums_alone(tmp_path, tokens):
                 manifest=manifest_fields(RECORDS), values=False,
             ) as writer:  # fmt: skip
                 writer.add_sums("r-0", sums, counts)
-    assert not list(tmp_path.glob("t*"))
+    assert not list(tmp_path.glob("t[._]*"))
 
 
 def test_values_and_counts_must_agree(tmp_path, tokens):

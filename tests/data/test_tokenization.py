@@ -7,6 +7,7 @@ from builders import CHATML, byte_tokenizer, record
 from transformers import PreTrainedTokenizerFast
 
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.flags import PLAIN_TEMPLATE
 from megatron_infifpo.data.records import PreferenceRecord, read_records
 from megatron_infifpo.data.tokenization import ChatTokenizer
 
@@ -102,16 +103,40 @@ def test_the_seam_never_merges(real):
     assert found.prompt_ids.tolist() == chat.encode(pair()).prompt_ids.tolist()
 
 
-def test_real_pairs(real, shared_data):
+# Tokens of all prompts and of all responses of dpo_en_demo.json.
+TOTALS = {
+    "phi-4": (121_258, 183_928),
+    "qwen2.5": (127_851, 187_427),
+    "mistral-small": (121_352, 189_469),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_pairs(real, shared_data, name):
+    """All 300 pairs, 600 responses: what is scored is what the template renders."""
     records = read_records(shared_data / "dpo_en_demo.json")
-    chat = real["phi-4"]
+    chat = real[name]
+    hf, totals, same = chat.tokenizer, [0, 0], 0
     for source, found in zip(records, chat.encode_batch(records), strict=True):
-        full = chat.tokenizer.apply_chat_template(
-            [*source.prompt, {"role": "assistant", "content": source.rejected}], tokenize=False
+        prompt = found.prompt_ids.tolist()
+        totals[0] += len(prompt)
+        assert hf.decode(prompt) == hf.apply_chat_template(
+            list(source.prompt), tokenize=False, add_generation_prompt=True
         )
-        ids = [*found.prompt_ids.tolist(), *found.response_ids[1].tolist()]
-        assert chat.tokenizer.decode(ids) == full
-        assert chat.tokenizer.decode(found.prompt_ids.tolist()).endswith("assistant<|im_sep|>")
+        if REAL[name][2]:
+            assert prompt.count(hf.bos_token_id) == 1 and prompt[0] == hf.bos_token_id
+        for text, ids in zip(source.responses, found.response_ids, strict=True):
+            full = hf.apply_chat_template(
+                [*source.prompt, {"role": "assistant", "content": text}], tokenize=False
+            )
+            joined = [*prompt, *ids.tolist()]
+            tail = "\n" if name == "qwen2.5" else ""  # after the end of turn: nothing predicts it
+            assert hf.decode(joined) + tail == full
+            totals[1] += len(ids)
+            # Apart and joined, prompt and response make the same tokens but where they would merge.
+            same += hf(full.removesuffix(tail), add_special_tokens=False)["input_ids"] == joined
+    assert tuple(totals) == TOTALS[name]
+    assert same == 600
 
 
 def test_batches_equal_single_records():
@@ -125,13 +150,31 @@ def test_batches_equal_single_records():
 
 
 def test_no_template_is_refused(tmp_path):
-    with pytest.raises(UserError, match="has no chat template"):
+    with pytest.raises(UserError, match="no chat template.*--chat-template: a Jinja.*'plain'"):
         ChatTokenizer(byte_tokenizer(None))
     with pytest.raises(UserError, match="cannot load a tokenizer from .*absent"):
         ChatTokenizer.from_pretrained(tmp_path / "absent")
     byte_tokenizer(None).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path} has no chat template"):
         ChatTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_template_that_the_user_gives():
+    chat = ChatTokenizer(byte_tokenizer(None), template=PLAIN_TEMPLATE)
+    found, decode = chat.encode(pair("Yes.", "No.", MULTI)), chat.tokenizer.decode
+    assert decode(found.prompt_ids.tolist()) == (
+        "<s>Be brief.\n\nStrike out <s>old</s> in HTML?\n\nHow?\n\nSo.\n\n"
+    )
+    assert decode(found.response_ids[0].tolist()) == "Yes.</s>"
+    again = ChatTokenizer(byte_tokenizer(CHATML), template=PLAIN_TEMPLATE)
+    assert again.fingerprint() == chat.fingerprint(), "it replaces the tokenizer's own"
+    assert chat.describe()["chat_template"] == PLAIN_TEMPLATE
+
+
+def test_templates_that_print_the_date_print_the_same_one_every_day():
+    dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    chat = ChatTokenizer(byte_tokenizer(dated))
+    assert chat.render_prompt([USER]).startswith("01 Jan 2025<|im_start|>")
 
 
 def test_one_bos_even_if_tokenizer_and_template_add_it():
