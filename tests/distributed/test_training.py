@@ -170,3 +170,16 @@ def test_validation_covers_every_pair_once(setup, ranks):
     evaluation, step = small[0]["evaluations"][0], steps_of(large)[0]
     for metric in ("loss", "logps/margin", "rewards/accuracy"):
         assert evaluation[metric] == pytest.approx(step[metric], abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2"])
+def test_bf16_references_fit_bf16_training(setup, ranks, tmp_path, layout):
+    """Scored and trained in the same precision and layout, the first loss is ln 2 as in float32."""
+    world, flags = LAYOUTS[layout]
+    score = ["--backend", "megatron", "--model", str(setup.pivot), "--input", str(setup.records)]
+    ranks(world, "workers:score", [*score, *flags, "--bf16", "--output", str(tmp_path / "pivot")])
+    sources = tmp_path / "sources.yaml"
+    sources.write_text("initial: pivot\n")
+    argv = setup.flags(sources, "--method", "dpo", "--bf16", "--train-iters", "1", *flags)
+    first = steps_of(ranks(world, "workers:train", argv))[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
