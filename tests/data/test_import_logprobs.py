@@ -1,6 +1,10 @@
 """Log-probs of others: the paper's records, lists of numbers, vLLM's prompt_logprobs."""
 
 import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -240,3 +244,31 @@ def test_the_command(tmp_path, scored, tool):
         "--tokenizer", tmp_path / "tok", "--output", tmp_path / "m",
     )  # fmt: skip
     assert code == 0 and len(LogprobStore(tmp_path / "m")) == 4, err
+
+
+def test_the_vllm_example_of_the_docs(tmp_path, scored, monkeypatch):
+    """Runs as it is written, with a stand-in for vLLM; what it writes is read."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "scoring.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.S)
+
+    class LLM:
+        def __init__(self, model, tensor_parallel_size):
+            pass
+
+        def generate(self, prompts, params):
+            for prompt in prompts:
+                ids = prompt["prompt_token_ids"]
+                first_is_none = [{t: SimpleNamespace(logprob=-t / 100)} for t in ids]
+                yield SimpleNamespace(prompt_logprobs=[None, *first_is_none[1:]])
+
+    fake = ModuleType("vllm")
+    fake.LLM, fake.SamplingParams = LLM, lambda max_tokens, prompt_logprobs: None
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.chdir(tmp_path)
+    records, chat, _ = scored
+    records.rename("train.jsonl")
+    chat.tokenizer.save_pretrained("qwen2.5-14b-instruct")
+    exec(snippet, {})
+    import_tokens(["train.jsonl"], ["qwen.jsonl"], "out", name="qwen", tokenizer=chat)
+    ids = chat.encode(RECORDS[2]).response_ids[1]
+    np.testing.assert_allclose(LogprobStore("out").logprobs(2, 1), -ids / 100, rtol=1e-6)

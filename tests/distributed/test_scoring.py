@@ -1,6 +1,7 @@
 """Scoring: backends and layouts agree, packing changes nothing, what does not fit is masked."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +207,19 @@ def test_only_some_domains(setup, ranks, tmp_path):
     assert store.masked_records.tolist() == [domain != "code" for domain in domains]
     assert store.note(1) == "outside the domains code"
     np.testing.assert_allclose(store.sums(0), whole.sums(0), atol=1e-3)
+
+
+def test_inspect_shows_what_was_scored(setup, ranks):
+    """Every model's prompt and tokens, each with the log-prob that is stored."""
+    sources = setup.sources("inspected", "{name: qwen, logprobs: qwen}")
+    argv = ["--data", str(setup.data), "--sources", str(sources), "--id", "train-3", "--tokens"]
+    ranks(1, "workers:run_tool", "inspect_preferences", argv)
+    shown = ranks.logs[0]
+    assert "qwen, megatron, float32; tokenizer" in shown and "a turn ends with '<|end|>'" in shown
+    record = json.loads(setup.records.read_text().splitlines()[3])
+    assert shown.count(f"<|user|>{record['prompt']}<|end|><|assistant|>") == 3
+    line = next(x for x in shown.split("qwen: what it")[1].splitlines() if x.startswith("rejected"))
+    tokens = re.findall(r"'(.*?)' (-?\d+\.\d{3})", line)
+    assert "".join(text for text, _ in tokens) == record["rejected"] + "<|end|>"
+    expected = LogprobStore(setup.folder / "qwen").logprobs(3, 1)
+    np.testing.assert_allclose([float(v) for _, v in tokens], expected, atol=6e-4)
