@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.methods import add_method_flags, flag
+from megatron_infifpo.methods import Method, add_method_flags, flag
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -37,6 +37,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="passes over the pairs, in whole steps, where --train-iters is not given (default: 1)",
     )
     group.add_argument(
+        "--share-prompt",
+        action=argparse.BooleanOptionalAction,
+        help="compute a pair's prompt once for all of its responses (default: yes, but not with "
+        "Transformer Engine's layers, which cannot)",
+    )
+    group.add_argument(
         "--reference-check",
         choices=["error", "warn", "off"],
         help="what to do when the initial pivot's log-probs are of other weights than a run "
@@ -65,6 +71,24 @@ def refuse_unsupported(args: argparse.Namespace, parser: argparse.ArgumentParser
     for name, reason in _UNSUPPORTED.items():
         if getattr(args, name, None) != parser.get_default(name):
             raise UserError(f"{flag(name)} is not supported: {reason}; leave it out")
+
+
+def set_share_prompt(args: argparse.Namespace, method: Method) -> None:
+    """Share prompts unless the layers cannot, or a row has nothing to share.
+
+    Raises:
+        UserError: `--share-prompt` where it cannot work or has no effect.
+    """
+    local = args.transformer_impl == "local"
+    if args.share_prompt and not local:
+        raise UserError(
+            "--share-prompt does not work with Transformer Engine's attention: leave it out, or "
+            "pass --transformer-impl local"
+        )
+    if args.share_prompt is not None and method.responses == 1:
+        raise UserError("--share-prompt has no effect with --method sft: it sees one response")
+    if args.share_prompt is None:
+        args.share_prompt = local and method.responses > 1
 
 
 def override(

@@ -31,6 +31,7 @@ from megatron_infifpo.arguments import (  # noqa: E402
     escape_help,
     override,
     refuse_unsupported,
+    set_share_prompt,
 )
 from megatron_infifpo.methods import method_from_args  # noqa: E402
 from megatron_infifpo.models.architecture import (  # noqa: E402
@@ -77,6 +78,7 @@ def main() -> None:
     set_schedule(args, method, train, valid)
     fixed = fixed_arguments(half=args.bf16 or args.fp16)
     override(args, parser, fixed | {"dist_ckpt_optim_fully_reshardable": True})
+    set_share_prompt(args, method)
     validate(args)
     check_initial_weights(args, pivot, train)
     config = model_config(args)

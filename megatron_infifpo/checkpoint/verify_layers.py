@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,6 +21,7 @@ from megatron_infifpo.checkpoint.hf_weights import fill
 from megatron_infifpo.checkpoint.mapping import OUTPUT_LAYER, WeightMapping
 from megatron_infifpo.models.families import check_tensor_parallel, family, megatron_args
 from megatron_infifpo.models.gpt import build_model, forward_only_arguments
+from megatron_infifpo.models.packed import packed_params
 from megatron_infifpo.models.parallel import initialize_parallel
 
 _EMBEDDING, _FINAL_NORM = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
@@ -204,19 +204,14 @@ class _MegatronLayers:
     def _forward(self, model: Any, hidden: Tensor) -> Tensor:
         length, device = len(hidden), torch.cuda.current_device()
         borders = torch.tensor([0, length], dtype=torch.int32, device=device)
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=borders,
-            cu_seqlens_kv=borders,
-            max_seqlen_q=length,
-            max_seqlen_kv=length,
-        )
+        positions = torch.arange(length, device=device)
+        row = {"cu_seqlens": borders, "max_seqlen": length, "position_ids": positions}
         output: Tensor = model(
             None,
             None,
             None,
             decoder_input=hidden[:, None].to(device),
-            packed_seq_params=packed,
+            packed_seq_params=packed_params(model, row),
             output_processor=_hidden_states,
             output_processor_context={},
         )

@@ -2,7 +2,8 @@
 
 A row is one micro-batch: whole pairs in one packed (THD) sequence
 `[prompt chosen_1 | prompt rejected_1 | prompt chosen_2 | ...]`, each response a segment with its
-own copy of the prompt. Every plan is a pure function of its arguments, so a run resumes exactly.
+own copy of the prompt, or with one copy for all of a pair. Every plan is a pure function of its
+arguments, so a run resumes exactly.
 """
 
 import functools
@@ -101,7 +102,13 @@ def plan_evaluation(lengths: np.ndarray, *, step: int, steps: int, rows: int) ->
     return _spread(samples, lengths, rows)
 
 
-def collate(pairs: Sequence[PreferencePair], *, pad_multiple: int = 1, pad_token: int = 0) -> Row:
+def collate(
+    pairs: Sequence[PreferencePair],
+    *,
+    pad_multiple: int = 1,
+    pad_token: int = 0,
+    share_prompt: bool = False,
+) -> Row:
     """Pack pairs into one row.
 
     B pairs, R responses, S = B R segments, K scored tokens, T tokens of the row, M sources.
@@ -111,42 +118,66 @@ def collate(pairs: Sequence[PreferencePair], *, pad_multiple: int = 1, pad_token
         pad_multiple: T is padded to a multiple of this (the tensor-parallel size under sequence
             parallelism). The tail is an attention segment of its own and is never scored.
         pad_token: token of the tail.
+        share_prompt: hold a pair's prompt once, `[prompt chosen | rejected]`: the segments of the
+            other responses have the prompt's keys and values beside their own.
 
     Returns:
-        tokens int64 `[1, T]`; position_ids int64 `[1, T]`, from 0 in every segment; cu_seqlens
-        int32 `[S + 1]` (one more with a tail); max_seqlen int; scored_rows int64 `[K]`, positions
-        whose hidden state predicts a response token; target_ids int64 `[K]`, those tokens;
-        segment_ids int64 `[K]`, b * R + r; token_counts int64 `[B, R]`; indices and domain_codes
-        int64 `[B]`; and with log-probs initial_sum_logps float32 `[B, R]`, source_sum_logps
-        float32 `[B, R, M]`, source_token_counts int64 `[B, R, M]`, source_mask bool `[B, M]`.
+        tokens int64 `[1, T]`; position_ids int64 `[1, T]`, in the text that a token is of;
+        cu_seqlens int32 `[S + 1]` (one more with a tail); max_seqlen int; scored_rows int64 `[K]`,
+        positions whose hidden state predicts a response token; target_ids int64 `[K]`, those
+        tokens; segment_ids int64 `[K]`, b * R + r; token_counts int64 `[B, R]`; indices and
+        domain_codes int64 `[B]`; with log-probs initial_sum_logps float32 `[B, R]`,
+        source_sum_logps float32 `[B, R, M]`, source_token_counts int64 `[B, R, M]`, source_mask
+        bool `[B, M]`; and with shared prompts the segments of the keys, cu_seqlens_kv int32
+        `[S + 1]`, max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in the row.
     """
     counts = np.array([[len(ids) for ids in pair.response_ids] for pair in pairs], dtype=np.int64)
-    prompts = np.array([len(pair.prompt_ids) for pair in pairs], dtype=np.int64)
-    segments = (prompts[:, None] + counts).flatten()
-    total = int(segments.sum())
-    tail = -total % pad_multiple
-    pieces = [
-        part for pair in pairs for ids in pair.response_ids for part in (pair.prompt_ids, ids)
-    ]
-    tokens = np.concatenate([*pieces, np.full(tail, pad_token)]).astype(np.int64)
-    lengths = np.append(segments, tail) if tail else segments
-    borders = np.concatenate(([0], lengths.cumsum()))
-    # Hidden row t predicts token t + 1: a response of n tokens after p prompt tokens is predicted
-    # by rows p - 1 ... p + n - 2 of its segment. Shifted inside the segment, never over its border.
-    first_rows = borders[: len(segments)] + np.repeat(prompts, counts.shape[1]) - 1
-    scored_rows = np.repeat(first_rows, counts.flatten()) + _ranges(counts.flatten())
+    tokens: list[np.ndarray] = []
+    # By segment: its tokens, those of its keys, and ranges `(start, length)` in the row.
+    queries: list[int] = []
+    keys: list[int] = []
+    positions: list[tuple[int, int]] = []
+    key_rows: list[tuple[int, int]] = []
+    scored: list[tuple[int, int]] = []
+    start = 0
+    for pair in pairs:
+        prompt, begin = len(pair.prompt_ids), start
+        for r, ids in enumerate(pair.response_ids):
+            shared = share_prompt and r > 0
+            begin = begin if shared else start
+            tokens += [ids] if shared else [pair.prompt_ids, ids]
+            queries.append(len(ids) if shared else prompt + len(ids))
+            keys.append(prompt + len(ids))
+            positions.append((prompt if shared else 0, queries[-1]))
+            start += queries[-1]
+            own = (start - len(ids), len(ids))
+            key_rows += [(begin, prompt), own]
+            # Hidden row t predicts token t + 1, and the prompt's last one the first of a response.
+            scored += [(begin + prompt - 1, 1), (own[0], own[1] - 1)]
+    if tail := -start % pad_multiple:
+        tokens.append(np.full(tail, pad_token))
+        queries.append(tail)
+        keys.append(tail)
+        positions.append((0, tail))
+        key_rows.append((start, tail))
+    flat = counts.flatten()
     row: Row = {
-        "tokens": torch.from_numpy(tokens)[None],
-        "position_ids": torch.from_numpy(_ranges(lengths))[None],
-        "cu_seqlens": torch.from_numpy(borders.astype(np.int32)),
-        "max_seqlen": int(lengths.max()),
-        "scored_rows": torch.from_numpy(scored_rows),
-        "target_ids": torch.from_numpy(tokens[scored_rows + 1]),
-        "segment_ids": torch.from_numpy(np.repeat(np.arange(counts.size), counts.flatten())),
+        "tokens": torch.from_numpy(np.concatenate(tokens).astype(np.int64))[None],
+        "position_ids": _ranges(positions)[None],
+        "cu_seqlens": _borders(queries),
+        "max_seqlen": max(queries),
+        "scored_rows": _ranges(scored),
+        "target_ids": torch.from_numpy(
+            np.concatenate([ids for pair in pairs for ids in pair.response_ids]).astype(np.int64)
+        ),
+        "segment_ids": torch.from_numpy(np.repeat(np.arange(counts.size), flat)),
         "token_counts": torch.from_numpy(counts),
         "indices": torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
         "domain_codes": torch.tensor([pair.domain_code for pair in pairs], dtype=torch.int64),
     }
+    if share_prompt:
+        row |= {"cu_seqlens_kv": _borders(keys), "max_seqlen_kv": max(keys)}
+        row["key_rows"] = _ranges(key_rows)
     if pairs[0].initial_sum_logps is not None:
         for name in (
             "initial_sum_logps",
@@ -158,10 +189,16 @@ def collate(pairs: Sequence[PreferencePair], *, pad_multiple: int = 1, pad_token
     return row
 
 
-def _ranges(lengths: np.ndarray) -> np.ndarray:
-    """Return 0 ... n - 1 for each n of `lengths`, joined, int64."""
-    starts = lengths.cumsum() - lengths
-    return np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(starts, lengths)
+def _borders(lengths: Sequence[int]) -> torch.Tensor:
+    """Return where segments of these lengths begin and end, int32 `[S + 1]`."""
+    return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+
+
+def _ranges(pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Return start ... start + length - 1 for each piece, joined, int64."""
+    return torch.from_numpy(
+        np.concatenate([np.arange(start, start + length) for start, length in pieces])
+    )
 
 
 class PreferenceLoader:
@@ -185,6 +222,7 @@ class PreferenceLoader:
         num_microbatches: int,
         max_tokens: int,
         pad_multiple: int = 1,
+        share_prompt: bool = False,
         seed: int = 0,
         start_step: int = 0,
     ) -> None:
@@ -198,18 +236,20 @@ class PreferenceLoader:
             num_microbatches: rows of a step on each rank.
             max_tokens: longest response with its prompt; longer pairs are left out.
             pad_multiple: rows are padded to a multiple of this.
+            share_prompt: a row holds a pair's prompt once.
             seed: of the order of the pairs.
             start_step: first step, from 0; any rank at any layout continues there exactly.
 
         Raises:
             UserError: no pair is eligible, or a step has more rows than pairs.
         """
-        self.dataset, self.pad_multiple = dataset, pad_multiple
+        self.dataset = dataset
+        self.packing = {"pad_multiple": pad_multiple, "share_prompt": share_prompt}
         self.rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
         self.global_batch_size, self.seed, self.step = global_batch_size, seed, start_step
         self.rows = data_parallel_size * num_microbatches
         self.indices = dataset.require_eligible(max_tokens)
-        self.lengths = dataset.pair_lengths[self.indices]
+        self.lengths = dataset.pair_lengths(share_prompt=share_prompt)[self.indices]
         self._pending: list[list[int]] = []
         self._check()
 
@@ -246,7 +286,7 @@ class PreferenceLoader:
             self.step += 1
         positions = self._pending.pop(0)
         pairs = [self.dataset[int(self.indices[position])] for position in positions]
-        return collate(pairs, pad_multiple=self.pad_multiple)
+        return collate(pairs, **self.packing)  # type: ignore[arg-type]
 
 
 class EvaluationLoader(PreferenceLoader):

@@ -51,7 +51,6 @@ class PreferenceDataset:
         domains: names by domain code.
         domain_codes: int64 `[N]`, of the records.
         responses: how many responses of a record are used, R.
-        pair_lengths: int64 `[N]`, tokens of the packed pair: each response with its own prompt.
         segment_lengths: int64 `[N]`, tokens of the longest response with its prompt.
     """
 
@@ -106,7 +105,7 @@ class PreferenceDataset:
             self._source_mask = self._masks(sources)
         prompts = self.tokens.prompt_lengths.astype(np.int64)
         lengths = self.tokens.response_lengths[:, : self.responses].astype(np.int64)
-        self.pair_lengths = self.responses * prompts + lengths.sum(axis=1)
+        self._response_tokens = lengths.sum(axis=1)
         self.segment_lengths = prompts + lengths.max(axis=1)
 
     def _masks(self, config: SourcesConfig) -> np.ndarray:
@@ -116,6 +115,11 @@ class PreferenceDataset:
             inside = [source.domains is None or domain in source.domains for domain in self.domains]
             mask[:, column] = np.array(inside)[self.tokens.domain_codes] & ~store.masked_records
         return mask
+
+    def pair_lengths(self, *, share_prompt: bool = False) -> np.ndarray:
+        """Return int64 `[N]`, tokens of the packed pair: one prompt, or one for each response."""
+        copies = 1 if share_prompt else self.responses
+        return copies * self.tokens.prompt_lengths.astype(np.int64) + self._response_tokens
 
     def __len__(self) -> int:
         """Return the number of records."""

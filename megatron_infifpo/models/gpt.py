@@ -25,6 +25,7 @@ from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.models import gemma
 from megatron_infifpo.models.layers import RMSNorm, block_of, local_layer_spec
+from megatron_infifpo.models.packed import RowRope
 
 
 def fixed_arguments(*, half: bool) -> dict[str, Any]:
@@ -85,6 +86,8 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
     extras = getattr(args, "extras", None)
     if extras:
         gemma.configure(config, extras)
+    if args.transformer_impl == "local":
+        config.pre_wrap_hooks.append(_rotate_by_row)
     if extras or args.transformer_impl == "local":
 
         def layers(config: GPTModelConfig, vp_stage: int | None = None):
@@ -92,6 +95,12 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
 
         config.transformer_layer_spec = layers
     return config
+
+
+def _rotate_by_row(models: list[GPTModel]) -> list[GPTModel]:
+    for model in models:
+        model.rotary_pos_emb = RowRope(model.rotary_pos_emb)
+    return models
 
 
 def validate(args: argparse.Namespace) -> None:

@@ -22,6 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from megatron_infifpo.models.packed import RowParams
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square norm whose weight gradient is reduced under sequence parallelism.
@@ -45,9 +47,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention inside each segment of a THD row, without a mask over the whole row.
+    """Causal attention inside each segment of a packed row, without a mask over the whole row.
 
-    Layers with a sliding window see the last `window + 1` tokens of their segment.
+    Layers with a sliding window see the last `window + 1` tokens of their segment. The keys of a
+    segment may begin with a prompt that lies elsewhere in the row.
 
     On CUDA one variable-length flash kernel serves all segments; on the CPU, and in float32, which
     that kernel does not take, each segment is one call of PyTorch's scaled-dot-product attention.
@@ -95,50 +98,61 @@ class PackedAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: `[T, heads, head_dim]`; `key` and `value`: `[T, groups, head_dim]`.
-            packed_seq_params: segment borders of the row; `cu_seqlens_q[-1]` is T.
+            query: `[T, 1, heads, head_dim]`; `key` and `value`: `[T, 1, groups, head_dim]`.
+            packed_seq_params: a `RowParams`. A segment's queries are the last ones of its keys.
 
         Returns:
-            `[T, heads * head_dim]`.
+            `[T, 1, heads * head_dim]`.
         """
-        assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        if query.is_cuda and query.dtype != torch.float32:
-            from torch.nn.attention.varlen import varlen_attn
+        row = packed_seq_params
+        assert isinstance(row, RowParams)
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if row.key_rows is not None:
+            key, value = key.index_select(0, row.key_rows), value.index_select(0, row.key_rows)
+        kernel = (
+            self._varlen if query.is_cuda and query.dtype != torch.float32 else self._by_segment
+        )
+        return kernel(query, key, value, row).flatten(1).unsqueeze(1)
 
-            borders = packed_seq_params.cu_seqlens_q
-            longest = packed_seq_params.max_seqlen_q
-            out: Tensor = varlen_attn(  # type: ignore[assignment]  # one tensor without return_aux
-                query,
-                key,
-                value,
-                borders,
-                borders,
-                longest,
-                longest,
-                scale=self.scale,
-                window_size=(self.window, 0),  # causal
-                enable_gqa=True,
-            )
-            return out.flatten(1)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        segments = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, row: RowParams) -> Tensor:
+        """One flash kernel for all segments, `[T, heads, head_dim]`."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(  # type: ignore[return-value]  # one tensor without return_aux
+            query,
+            key,
+            value,
+            row.cu_seqlens_q,
+            row.cu_seqlens_kv,
+            row.max_seqlen_q,
+            row.max_seqlen_kv,
+            scale=self.scale,
+            window_size=(self.window, 0),  # causal
+            enable_gqa=True,
+        )
+
+    def _by_segment(self, query: Tensor, key: Tensor, value: Tensor, row: RowParams) -> Tensor:
+        """One call of PyTorch's attention a segment, `[T, heads, head_dim]`."""
+        parts = [query.split(row.cu_seqlens_q.diff().tolist())]
+        parts += [x.split(row.cu_seqlens_kv.diff().tolist()) for x in (key, value)]
         outputs = []
-        for segment in segments:
+        for segment in zip(*parts, strict=True):
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in segment)  # [1, heads, L, head_dim]
-            mask = self._window_mask(q)
+            mask = self._mask(q.shape[2], k.shape[2], q.device)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
             )
-            outputs.append(out.squeeze(0).transpose(0, 1).flatten(1))
+            outputs.append(out.squeeze(0).transpose(0, 1))
         return torch.cat(outputs)
 
-    def _window_mask(self, query: Tensor) -> Tensor | None:
-        """Mask `[L, L]` of one segment, where its length L exceeds the window; else None."""
-        length = query.shape[2]
-        if self.window < 0 or length <= self.window + 1:
+    def _mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """Mask `[queries, keys]` of a segment, or None where plain causality will do."""
+        inside = self.window < 0 or keys <= self.window + 1
+        if inside and queries == keys:
             return None
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device)
-        return mask.tril().triu(-self.window)
+        before = keys - queries  # tokens of the shared prompt
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before)
+        return mask if inside else mask.triu(before - self.window)
 
 
 def local_layer_spec(config: TransformerConfig) -> ModuleSpec:

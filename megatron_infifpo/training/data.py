@@ -144,6 +144,7 @@ def datasets_provider(
         "num_microbatches": get_num_microbatches(),
         "max_tokens": args.seq_length,
         "pad_multiple": mpu.get_tensor_model_parallel_world_size(),
+        "share_prompt": args.share_prompt,
     }
     step, rest = divmod(args.consumed_train_samples, args.global_batch_size)
     if rest:

@@ -157,6 +157,37 @@ def test_a_row_holds_whole_pairs(batch, multiple):
 
 
 @CALM
+@given(pairs(), st.integers(1, 8))
+def test_a_shared_prompt_is_there_once(batch, multiple):
+    """Its keys, gathered, are those of the row with copies; every other thing is the same."""
+    row = collate(batch, pad_multiple=multiple, share_prompt=True)
+    copies = collate(batch, pad_multiple=1)
+    tokens = row["tokens"][0]
+    total = sum(len(p.prompt_ids) + sum(len(ids) for ids in p.response_ids) for p in batch)
+    assert len(tokens) == total + -total % multiple
+    wanted = copies["tokens"][0]
+    key_tokens, key_positions = (
+        x[0][row["key_rows"]] for x in (row["tokens"], row["position_ids"])
+    )
+    assert torch.equal(key_tokens[: len(wanted)], wanted)
+    assert torch.equal(key_positions[: len(wanted)], copies["position_ids"][0])
+    segments = len(copies["cu_seqlens"])
+    assert torch.equal(row["cu_seqlens_kv"][:segments], copies["cu_seqlens"])
+    assert row["max_seqlen_kv"] == max(np.diff(row["cu_seqlens_kv"]))
+    assert row["cu_seqlens"][-1] == len(tokens) and row["cu_seqlens_kv"][-1] == len(key_tokens)
+    for name in ("target_ids", "segment_ids", "token_counts", "indices", "initial_sum_logps"):
+        assert torch.equal(row[name], copies[name]), name
+    # Each segment's queries are the last of its keys.
+    for q, k in zip(row["cu_seqlens"].tolist()[1:], row["cu_seqlens_kv"].tolist()[1:], strict=True):
+        assert row["key_rows"][k - 1] == q - 1
+    # A token is predicted by the one before it in its text, wherever that lies.
+    texts = zip(row["scored_rows"].tolist(), copies["scored_rows"].tolist(), strict=True)
+    for here, there in texts:
+        assert row["position_ids"][0, here] == copies["position_ids"][0, there]
+        assert tokens[here] == wanted[there]
+
+
+@CALM
 @given(pairs())
 def test_types_and_shapes(batch):
     row = collate(batch, pad_multiple=4)

@@ -60,7 +60,7 @@ def test_lengths_and_eligible_pairs(joined):
     for i in range(8):
         pair = dataset[i]
         segments = [len(pair.prompt_ids) + len(ids) for ids in pair.response_ids]
-        assert dataset.pair_lengths[i] == sum(segments)
+        assert dataset.pair_lengths()[i] == sum(segments)
         assert dataset.segment_lengths[i] == max(segments)
     limit = int(np.sort(dataset.segment_lengths)[4])
     expected = [i for i in range(8) if i != 5 and dataset.segment_lengths[i] <= limit]
