@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.cli import UserError, positive
 from megatron_infifpo.methods import Method, add_method_flags, flag
 
 
@@ -35,6 +35,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--preference-epochs",
         type=int,
         help="passes over the pairs, in whole steps, where --train-iters is not given (default: 1)",
+    )
+    group.add_argument(
+        "--micro-batch-tokens",
+        type=positive,
+        metavar="N",
+        help="in place of --micro-batch-size: as many pairs a micro-batch as N tokens always hold",
     )
     group.add_argument(
         "--share-prompt",

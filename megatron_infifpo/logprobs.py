@@ -7,6 +7,7 @@ chunk's logits. Peak memory is O(chunk x V / TP), never O(tokens x V).
 Symbols: `T` tokens of a row, `K` scored tokens, `H` hidden size, `V` vocabulary, `S` segments.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,19 +43,17 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
         `targets` `[K]` are relative to the shard; `valid` columns of it are real, the rest padding.
         """
-        rows = max(1, chunk_bytes // (4 * max(1, valid)))
-        here = (targets >= 0) & (targets < valid)
-        local_targets = targets.clamp(0, max(0, valid - 1))
+        shard, here = weight[:valid], (targets >= 0) & (targets < valid)
+        targets = targets.clamp(0, max(0, valid - 1))
         precise = torch.promote_types(hidden.dtype, torch.float32)
         logsumexp = hidden.new_full(hidden.shape[:1], -torch.inf, dtype=precise)
         target_logits = torch.zeros_like(logsumexp)
-        if valid > 0:
-            for start in range(0, hidden.shape[0], rows):
-                part = slice(start, start + rows)
-                logits = (hidden[part] @ weight[:valid].t()).to(precise)
-                logsumexp[part] = logits.logsumexp(dim=-1)
-                picked = logits.gather(1, local_targets[part, None]).squeeze(1)
-                target_logits[part] = torch.where(here[part], picked, 0.0)
+        for part, logits in _chunks(hidden, shard, chunk_bytes):
+            target_logits[part] = logits.gather(1, targets[part, None]).squeeze(1)
+            highest = logits.amax(dim=-1, keepdim=True)
+            total = logits.sub_(highest).exp_().sum(dim=-1)
+            logsumexp[part] = total.log_().add_(highest.squeeze(1))
+        target_logits *= here
         if dist.get_world_size(group) > 1:
             # Two collectives for the whole row, however many chunks: shift by the common maximum,
             # then add up both sums at once.
@@ -63,34 +62,56 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             sums = torch.stack([(logsumexp - highest).exp(), target_logits])
             dist.all_reduce(sums, group=group)
             logsumexp, target_logits = sums[0].log() + highest, sums[1]
-        ctx.save_for_backward(hidden, weight, logsumexp, local_targets, here)
-        ctx.valid, ctx.rows = valid, rows
+        ctx.save_for_backward(hidden, weight, logsumexp, targets, here)
+        ctx.weight, ctx.valid, ctx.chunk_bytes = weight, valid, chunk_bytes
         return target_logits - logsumexp
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
         """Gradients `[K, H]` (partial sum over the group) and `[V/TP, H]`."""
-        (grad,) = grad_outputs
         hidden, weight, logsumexp, targets, here = ctx.saved_tensors
-        shard = weight[: ctx.valid]
-        grad_hidden = torch.zeros_like(hidden)
-        precise = logsumexp.dtype
-        grad_weight = torch.zeros_like(weight, dtype=precise)
-        if ctx.valid > 0:
-            for start in range(0, hidden.shape[0], ctx.rows):
-                part = slice(start, start + ctx.rows)
-                rows, upstream = hidden[part], grad[part].to(precise)
-                grad_logits = (rows @ shard.t()).to(precise)
-                # d log p(t) / d logit(v) = [v = t] - p(v)
-                grad_logits.sub_(logsumexp[part, None]).exp_().mul_(-upstream[:, None])
-                grad_logits.scatter_add_(1, targets[part, None], (upstream * here[part])[:, None])
-                grad_logits = grad_logits.to(hidden.dtype)
-                torch.mm(grad_logits, shard, out=grad_hidden[part])
-                if hidden.dtype == precise:
-                    grad_weight[: ctx.valid].addmm_(grad_logits.t(), rows)
-                else:
-                    grad_weight[: ctx.valid] += grad_logits.t() @ rows
+        upstream = grad_outputs[0].to(logsumexp.dtype)
+        shard, grad_hidden = weight[: ctx.valid], torch.zeros_like(hidden)
+        accumulator, grad_weight = _weight_gradient(ctx.weight, logsumexp.dtype)
+        for part, logits in _chunks(hidden, shard, ctx.chunk_bytes):
+            # d log p(t) / d logit(v) = [v = t] - p(v)
+            grad = logits.sub_(logsumexp[part, None]).exp_().mul_(-upstream[part, None])
+            grad.scatter_add_(1, targets[part, None], (upstream[part] * here[part])[:, None])
+            grad = grad.to(hidden.dtype)
+            torch.mm(grad, shard, out=grad_hidden[part])
+            if grad.dtype == accumulator.dtype:
+                accumulator[: ctx.valid].addmm_(grad.t(), hidden[part])
+            else:
+                accumulator[: ctx.valid] += grad.t() @ hidden[part]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _chunks(hidden: Tensor, shard: Tensor, chunk_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows and their logits `[rows, valid]`, in float32 at least; one buffer serves all."""
+    rows = max(1, chunk_bytes // (4 * max(1, len(shard))))
+    if len(shard) == 0:  # all of this rank's columns are padding
+        return
+    buffer = hidden.new_empty(min(rows, len(hidden)), len(shard))
+    for start in range(0, len(hidden), rows):
+        part = slice(start, min(start + rows, len(hidden)))
+        logits = torch.mm(hidden[part], shard.t(), out=buffer[: part.stop - start])
+        yield part, logits if logits.dtype.itemsize >= 4 else logits.float()
+
+
+def _weight_gradient(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return where to add the weight's gradient, and what to hand to autograd.
+
+    Where Megatron keeps a gradient buffer (`main_grad`), the sum goes right into it, and autograd
+    gets an empty stand-in: Megatron's hooks run as after its own fused linear layers. A tied
+    embedding adds its own gradient to the stand-in, which then must be zero.
+    """
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None or buffer.dtype != dtype:
+        gradient = torch.zeros_like(weight, dtype=dtype)
+        return gradient, gradient
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    tied = getattr(weight, "zero_out_wgrad", False)
+    return buffer, torch.zeros_like(weight) if tied else torch.empty_like(weight)
 
 
 def vocab_parallel_logprobs(

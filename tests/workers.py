@@ -186,6 +186,7 @@ def score_until_killed(argv: list[str], rank: int, point: str, seconds: float) -
     import signal
     import threading
 
+    import megatron_infifpo.scoring.merge as merging
     import megatron_infifpo.scoring.score as module
 
     def start() -> None:
@@ -198,15 +199,34 @@ def score_until_killed(argv: list[str], rank: int, point: str, seconds: float) -
             if point == "scoring":
                 start()
 
-    class LogprobWriter(module.LogprobWriter):
+    class LogprobWriter(merging.LogprobWriter):
         def __init__(self, *args, **kwargs):
             start()
             super().__init__(*args, **kwargs)
 
     module.Progress = Progress
     if point == "merging":
-        module.LogprobWriter = LogprobWriter
+        merging.LogprobWriter = LogprobWriter
     score(argv)
+
+
+def score_while_the_input_shrinks(argv: list[str], lines: int, moment: str) -> None:
+    """Score, but shorten the records once they have been looked through, or scored."""
+    from pathlib import Path
+
+    import megatron_infifpo.scoring.score as module
+
+    records = Path(argv[argv.index("--input") + 1])
+    name = {"scoring": "prefetch", "merging": "merge"}[moment]
+    original = getattr(module, name)
+
+    def shrink(*args):
+        whole = records.read_text()
+        records.write_text("".join(whole.splitlines(keepends=True)[:lines]))
+        return original(*args)
+
+    setattr(module, name, shrink)
+    command("tools/score_source.py", argv)
 
 
 def score_on_a_full_disk(argv: list[str], limit: int) -> None:

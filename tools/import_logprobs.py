@@ -16,9 +16,10 @@ A log-prob for every token of one model, such as vLLM's prompt_logprobs (docs/sc
 import argparse
 from pathlib import Path
 
-from megatron_infifpo.cli import run
+from megatron_infifpo.cli import UserError, run
 from megatron_infifpo.data.flags import add_record_flags, add_tokenizer_flags, open_tokenizer
-from megatron_infifpo.scoring.imported import import_published, import_tokens
+from megatron_infifpo.scoring.imported import import_tokens
+from megatron_infifpo.scoring.published import import_published
 
 
 def main() -> None:
@@ -60,6 +61,10 @@ def main() -> None:
     if args.command == "published":
         import_published(args.input, args.names, args.output)
         return
+    if args.tokenizer is None and (args.chat_template or args.trust_remote_code):
+        raise UserError(
+            "--chat-template and --trust-remote-code have no effect without --tokenizer"
+        )
     import_tokens(
         args.input,
         args.logprobs,

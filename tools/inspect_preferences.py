@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from megatron_infifpo.cli import UserError, run
-from megatron_infifpo.data.batching import collate
 from megatron_infifpo.data.logprob_store import LogprobStore
+from megatron_infifpo.data.packing import collate
 from megatron_infifpo.data.preference_dataset import PreferenceDataset, PreferencePair
 from megatron_infifpo.data.records import iter_records
 from megatron_infifpo.data.sources import read_sources
@@ -41,6 +41,9 @@ def main() -> None:
         action="store_true",
         help="print every model's prompt, and its tokens of each response with their log-probs",
     )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the tokenizers"
+    )
     add_method_flags(parser)
     args = parser.parse_args()
     method = method_from_args(args)
@@ -55,14 +58,18 @@ def main() -> None:
             f"{args.data} has no record {args.id!r}, expected an id such as "
             f"{dataset.tokens.ids(0)!r}"
         )
-    tokenizer = ChatTokenizer.reopen(dataset.tokens.manifest["tokenizer"], args.tokenizer)
+    tokenizer = ChatTokenizer.reopen(
+        dataset.tokens.manifest["tokenizer"],
+        args.tokenizer,
+        trust_remote_code=args.trust_remote_code,
+    )
     pair = dataset[index]
     print(f"record {args.id!r}, index {index}, domain {dataset.tokens.domain(index)}")
     print_tokens(pair, dataset.tokens.responses[: method.responses], tokenizer)
     if dataset.initial is not None:
         print_models(dataset, pair)
         if args.tokens:
-            print_scored_tokens(dataset, index)
+            print_scored_tokens(dataset, index, args.trust_remote_code)
         print_reference(dataset, pair, method)
 
 
@@ -123,7 +130,7 @@ def origin(manifest: dict[str, Any]) -> str:
     )
 
 
-def print_scored_tokens(dataset: PreferenceDataset, index: int) -> None:
+def print_scored_tokens(dataset: PreferenceDataset, index: int, trust_remote_code: bool) -> None:
     """Print the prompt that each model was shown, and every scored token with its log-prob."""
     files, record_id = dataset.tokens.manifest["source_files"], dataset.tokens.ids(index)
     records = iter_records(files, on_bad="skip")
@@ -136,12 +143,18 @@ def print_scored_tokens(dataset: PreferenceDataset, index: int) -> None:
         if store.masked(index) or not known:
             print(f"  none: {store.note(index) or 'imported without tokens or without values'}")
             continue
-        chat = ChatTokenizer.reopen(store.manifest["tokenizer"])
+        try:
+            chat = ChatTokenizer.reopen(
+                store.manifest["tokenizer"], trust_remote_code=trust_remote_code
+            )
+        except UserError as error:
+            print(f"  not shown: {error}")
+            continue
         tokens, decode = chat.encode(record), chat.tokenizer.decode
         print(decode(tokens.prompt_ids.tolist()))
         for r, (response, ids) in enumerate(zip(store.responses, tokens.response_ids, strict=True)):
             values = store.logprobs(index, r)
-            shown = zip(ids.tolist(), values.tolist(), strict=False)  # it may have been cut
+            shown = zip(ids.tolist()[: len(values)], values.tolist(), strict=True)  # or cut
             print(f"{response}: " + " ".join(f"{decode([i])!r} {v:.3f}" for i, v in shown))
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.batching import collate
 from megatron_infifpo.data.logprob_store import LogprobStore
+from megatron_infifpo.data.packing import collate
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.data.sources import read_sources
 from megatron_infifpo.methods import resolve

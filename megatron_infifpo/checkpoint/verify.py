@@ -15,7 +15,7 @@ from megatron_infifpo.checkpoint.hf_export import hf_tensors, open_checkpoint
 from megatron_infifpo.checkpoint.hf_folder import open_hf
 from megatron_infifpo.checkpoint.safetensors_io import bytes_of
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.batching import collate
+from megatron_infifpo.data.packing import collate
 from megatron_infifpo.data.preference_dataset import PreferencePair
 from megatron_infifpo.models.architecture import read_hf_config
 from megatron_infifpo.models.families import megatron_args

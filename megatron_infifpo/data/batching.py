@@ -1,23 +1,20 @@
-"""Batches: which pairs a step takes, how they are spread over rows, and how a row is packed.
+"""Batches: which pairs a step takes, and how they are spread over rows and ranks.
 
-A row is one micro-batch: whole pairs in one packed (THD) sequence
-`[prompt chosen_1 | prompt rejected_1 | prompt chosen_2 | ...]`, each response a segment with its
-own copy of the prompt, or with one copy for all of a pair. Every plan is a pure function of its
+A row is one micro-batch: whole pairs, packed (see `packing`). Every plan is a pure function of its
 arguments, so a run resumes exactly.
 """
 
 import functools
 import heapq
 import warnings
-from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
-import torch
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data import Row
-from megatron_infifpo.data.preference_dataset import PreferenceDataset, PreferencePair
+from megatron_infifpo.data.packing import collate
+from megatron_infifpo.data.preference_dataset import PreferenceDataset
 
 Rows = list[list[int]]
 
@@ -64,8 +61,8 @@ def plan_step(
         seed: of the permutations, >= 0.
         step: from 0.
         global_batch_size: pairs of a step; may exceed N.
-        rows: data-parallel size x micro-batches; micro-batch `m` of rank `d` is row
-            `m * data_parallel_size + d`.
+        rows: data-parallel size x micro-batches; the ranks share the first data_parallel_size
+            rows in their first micro-batch, and so on.
 
     Returns:
         Positions in `lengths` by row; no row is empty.
@@ -78,6 +75,46 @@ def plan_step(
         taken = epochs == epoch
         samples[taken] = _permutation(count, seed, epoch)[offsets[taken]]
     return _spread(samples, lengths, rows)
+
+
+def fitting_micro_batch_size(
+    lengths: np.ndarray,
+    row_tokens: int,
+    *,
+    seed: int,
+    steps: int,
+    global_batch_size: int,
+    data_parallel_size: int,
+) -> int:
+    """Return the most pairs a row (on average) with which no row of a run exceeds a token budget.
+
+    Args:
+        lengths: `[N]` tokens of each pair.
+        row_tokens: the budget.
+        seed: of the run.
+        steps: of the run.
+        global_batch_size, data_parallel_size: of the run.
+
+    Raises:
+        UserError: some pair alone exceeds the budget.
+    """
+    if (longest := int(lengths.max())) > row_tokens:
+        raise UserError(
+            f"--micro-batch-tokens is {row_tokens}, but the longest pair has {longest} tokens: "
+            "raise it, or leave out such pairs with a lower --seq-length"
+        )
+    rows_a_rank = global_batch_size // data_parallel_size
+    for size in range(rows_a_rank, 1, -1):
+        if rows_a_rank % size:
+            continue
+        rows = global_batch_size // size
+        plans = (
+            plan_step(lengths, seed=seed, step=s, global_batch_size=global_batch_size, rows=rows)
+            for s in range(steps)
+        )
+        if all(lengths[row].sum() <= row_tokens for plan in plans for row in plan):
+            return size
+    return 1
 
 
 def evaluation_steps(count: int, global_batch_size: int, rows: int) -> int:
@@ -100,105 +137,6 @@ def plan_evaluation(lengths: np.ndarray, *, step: int, steps: int, rows: int) ->
     """Plan step `step % steps` of an evaluation: all pairs once, in file order."""
     samples = np.array_split(np.arange(len(lengths)), steps)[step % steps]
     return _spread(samples, lengths, rows)
-
-
-def collate(
-    pairs: Sequence[PreferencePair],
-    *,
-    pad_multiple: int = 1,
-    pad_token: int = 0,
-    share_prompt: bool = False,
-) -> Row:
-    """Pack pairs into one row.
-
-    B pairs, R responses, S = B R segments, K scored tokens, T tokens of the row, M sources.
-
-    Args:
-        pairs: B of them, all with R responses and the same sources.
-        pad_multiple: T is padded to a multiple of this (the tensor-parallel size under sequence
-            parallelism). The tail is an attention segment of its own and is never scored.
-        pad_token: token of the tail.
-        share_prompt: hold a pair's prompt once, `[prompt chosen | rejected]`: the segments of the
-            other responses have the prompt's keys and values beside their own.
-
-    Returns:
-        tokens int64 `[1, T]`; position_ids int64 `[1, T]`, in the text that a token is of;
-        cu_seqlens int32 `[S + 1]` (one more with a tail); max_seqlen int; scored_rows int64 `[K]`,
-        positions whose hidden state predicts a response token; target_ids int64 `[K]`, those
-        tokens; segment_ids int64 `[K]`, b * R + r; token_counts int64 `[B, R]`; indices and
-        domain_codes int64 `[B]`; with log-probs initial_sum_logps float32 `[B, R]`,
-        source_sum_logps float32 `[B, R, M]`, source_token_counts int64 `[B, R, M]`, source_mask
-        bool `[B, M]`; and with shared prompts the segments of the keys, cu_seqlens_kv int32
-        `[S + 1]`, max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in the row.
-    """
-    counts = np.array([[len(ids) for ids in pair.response_ids] for pair in pairs], dtype=np.int64)
-    tokens: list[np.ndarray] = []
-    # By segment: its tokens, those of its keys, and ranges `(start, length)` in the row.
-    queries: list[int] = []
-    keys: list[int] = []
-    positions: list[tuple[int, int]] = []
-    key_rows: list[tuple[int, int]] = []
-    scored: list[tuple[int, int]] = []
-    start = 0
-    for pair in pairs:
-        prompt, begin = len(pair.prompt_ids), start
-        for r, ids in enumerate(pair.response_ids):
-            shared = share_prompt and r > 0
-            begin = begin if shared else start
-            tokens += [ids] if shared else [pair.prompt_ids, ids]
-            queries.append(len(ids) if shared else prompt + len(ids))
-            keys.append(prompt + len(ids))
-            positions.append((prompt if shared else 0, queries[-1]))
-            start += queries[-1]
-            own = (start - len(ids), len(ids))
-            key_rows += [(begin, prompt), own]
-            # Hidden row t predicts token t + 1, and the prompt's last one the first of a response.
-            scored += [(begin + prompt - 1, 1), (own[0], own[1] - 1)]
-    if tail := -start % pad_multiple:
-        tokens.append(np.full(tail, pad_token))
-        queries.append(tail)
-        keys.append(tail)
-        positions.append((0, tail))
-        key_rows.append((start, tail))
-    flat = counts.flatten()
-    row: Row = {
-        "tokens": torch.from_numpy(np.concatenate(tokens).astype(np.int64))[None],
-        "position_ids": _ranges(positions)[None],
-        "cu_seqlens": _borders(queries),
-        "max_seqlen": max(queries),
-        "scored_rows": _ranges(scored),
-        "target_ids": torch.from_numpy(
-            np.concatenate([ids for pair in pairs for ids in pair.response_ids]).astype(np.int64)
-        ),
-        "segment_ids": torch.from_numpy(np.repeat(np.arange(counts.size), flat)),
-        "token_counts": torch.from_numpy(counts),
-        "indices": torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
-        "domain_codes": torch.tensor([pair.domain_code for pair in pairs], dtype=torch.int64),
-    }
-    if share_prompt:
-        row |= {"cu_seqlens_kv": _borders(keys), "max_seqlen_kv": max(keys)}
-        row["key_rows"] = _ranges(key_rows)
-    if pairs[0].initial_sum_logps is not None:
-        for name in (
-            "initial_sum_logps",
-            "source_sum_logps",
-            "source_token_counts",
-            "source_mask",
-        ):
-            row[name] = torch.from_numpy(np.stack([getattr(pair, name) for pair in pairs]))
-    return row
-
-
-def _borders(lengths: Sequence[int]) -> torch.Tensor:
-    """Return where segments of these lengths begin and end, int32 `[S + 1]`."""
-    return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
-
-
-def _ranges(pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Return start ... start + length - 1 for each piece, joined, int64."""
-    return torch.from_numpy(
-        np.concatenate([np.arange(start, start + length) for start, length in pieces])
-    )
 
 
 class PreferenceLoader:
@@ -250,7 +188,8 @@ class PreferenceLoader:
         self.rows = data_parallel_size * num_microbatches
         self.indices = dataset.require_eligible(max_tokens)
         self.lengths = dataset.pair_lengths(share_prompt=share_prompt)[self.indices]
-        self._pending: list[list[int]] = []
+        self._pending: Rows = []
+        self._waste: dict[str, float] = {}
         self._check()
 
     def _check(self) -> None:
@@ -282,11 +221,32 @@ class PreferenceLoader:
     def __next__(self) -> Row:
         """Return the next micro-batch, collated."""
         if not self._pending:
-            self._pending = self._plan(self.step)[self.rank :: self.data_parallel_size]
+            self._pending, self._waste = self._share(self._plan(self.step))
             self.step += 1
         positions = self._pending.pop(0)
         pairs = [self.dataset[int(self.indices[position])] for position in positions]
-        return collate(pairs, **self.packing)  # type: ignore[arg-type]
+        row = collate(pairs, **self.packing)  # type: ignore[arg-type]
+        return row | {"waste": self._waste}
+
+    def _share(self, plan: Rows) -> tuple[Rows, dict[str, float]]:
+        """Return this rank's rows of a step, and the shares of the step that are wasted.
+
+        Every other micro-batch is dealt from the other end, so that no rank has all the longest
+        rows. Wasted are padding, and the time that ranks wait for the one with the most tokens.
+        """
+        size, shares = self.data_parallel_size, []
+        for rank in range(size):
+            ends = (rank, size - 1 - rank)
+            shares.append([plan[m * size + ends[m % 2]] for m in range(len(plan) // size)])
+        multiple = self.packing["pad_multiple"]
+        tokens = [[int(self.lengths[row].sum()) for row in share] for share in shares]
+        padded = [sum(-(-n // multiple) * multiple for n in share) for share in tokens]
+        total = sum(padded)
+        waste = {
+            "padding": 1 - sum(map(sum, tokens)) / total,
+            "imbalance": 1 - total / (size * max(padded)),
+        }
+        return shares[self.rank], waste
 
 
 class EvaluationLoader(PreferenceLoader):

@@ -162,12 +162,12 @@ class LogprobWriter:
         for suffix in SUMMARY:
             publish(f"{self.prefix}{suffix}")
         manifest = {
+            **self.fields,
             "format": FORMAT,
             "version": VERSION,
             "count": len(self),
             "responses": self.responses,
             "values": self._documents is not None,
-            **self.fields,
             "notes": {text: format_ranges(indices) for text, indices in self._notes.items()},
         }
         write_manifest(self.prefix, manifest)

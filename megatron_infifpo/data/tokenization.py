@@ -7,7 +7,6 @@ ids do not depend on the response.
 
 import datetime
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import jinja2
 import numpy as np
 
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_infifpo.data.records import Message, PreferenceRecord
 
 # Plain letters: no template trims, escapes or splits them.
@@ -29,6 +29,10 @@ _USER: Message = {"role": "user", "content": "INFIFPOQUESTION"}
 # What templates that print today's date (Llama 3, Mistral) print: prompts must not change by night.
 TODAY = datetime.date(2025, 1, 1)
 _DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+
+class RefusedPromptError(UserError):
+    """A chat template refuses a record's prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,29 +106,26 @@ class ChatTokenizer:
         Raises:
             UserError: nothing loadable is there, or it has no chat template.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(path), trust_remote_code=trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-            raise UserError(
-                f"cannot load a tokenizer from {path} ({reason}), expected a folder with "
-                "tokenizer.json and tokenizer_config.json"
-            ) from None
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         return cls(tokenizer, str(path), template=template)
 
     @classmethod
-    def reopen(cls, description: dict[str, Any], path: str | None = None) -> "ChatTokenizer":
+    def reopen(
+        cls,
+        description: dict[str, Any],
+        path: str | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> "ChatTokenizer":
         """Load the tokenizer that `describe` described, from `path` if it has moved.
 
         Raises:
             UserError: it is not there, or another one is.
         """
         path = path or description["path"]
-        tokenizer = cls.from_pretrained(path, template=description["chat_template"])
+        tokenizer = cls.from_pretrained(
+            path, template=description["chat_template"], trust_remote_code=trust_remote_code
+        )
         for name, found in tokenizer.fingerprint().items():
             if found != description[name]:
                 raise UserError(
@@ -136,7 +137,7 @@ class ChatTokenizer:
     def describe(self) -> dict[str, Any]:
         """Return what a manifest says about the tokenizer and the template."""
         return {
-            "path": self.path,
+            "path": str(Path(self.path).resolve()) if self.path else "",
             **self.fingerprint(),
             "chat_template": self._given_template,
             "end_of_turn": self.end_of_turn,
@@ -179,16 +180,8 @@ class ChatTokenizer:
 
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
-        if hasattr(self.tokenizer, "backend_tokenizer"):
-            content = json.loads(self.tokenizer.backend_tokenizer.to_str())
-            # Settings of the last call, not of the tokenizer.
-            content.pop("truncation", None), content.pop("padding", None)
-        else:
-            added = {i: str(t) for i, t in self.tokenizer.added_tokens_decoder.items()}
-            content = [type(self.tokenizer).__name__, self.tokenizer.get_vocab(), added]
-        canonical = json.dumps(content, sort_keys=True).encode()
         return {
-            "tokenizer_sha256": hashlib.sha256(canonical).hexdigest(),
+            "tokenizer_sha256": tokenizer_fingerprint(self.tokenizer),
             "chat_template_sha256": hashlib.sha256(self._template().encode()).hexdigest(),
         }
 
@@ -207,7 +200,7 @@ class ChatTokenizer:
                 add_generation_prompt=generate,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(
+            raise RefusedPromptError(
                 f"the chat template of {self.path} refuses {what} ({error}), expected messages "
                 "that it can render"
             ) from None

@@ -62,7 +62,7 @@ def packed_params(model: torch.nn.Module, row: Row) -> PackedSeqParams:
     Args:
         model: a GPTModel chunk, wrapped or not.
         row: cu_seqlens, max_seqlen and position_ids, and with shared prompts cu_seqlens_kv,
-            max_seqlen_kv and key_rows, as `batching.collate` makes them.
+            max_seqlen_kv and key_rows, as `packing.collate` makes them.
     """
     borders, longest = row["cu_seqlens"], row["max_seqlen"]
     segments = {

@@ -1,22 +1,18 @@
-"""Log-prob datasets from log-probs that others have computed.
+"""A log-prob dataset from JSONL with a log-prob for every token, as vLLM's `prompt_logprobs`.
 
-Two forms are read: the published dataset of the InfiFPO paper, with sums and means in every
-preference record, and JSONL files with a log-prob for every token, as vLLM's `prompt_logprobs`.
 What comes out is marked as imported: nobody here has seen the weights.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from tqdm import tqdm
 
 from megatron_infifpo import __version__
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.flags import report_skipped
 from megatron_infifpo.data.logprob_store import LogprobStore
 from megatron_infifpo.data.logprob_writer import LogprobWriter
 from megatron_infifpo.data.record_files import RawRecord, iter_raw
@@ -40,106 +36,6 @@ UNKNOWN_TOKENIZER = dict.fromkeys(
         "system_message",
     )
 )
-# sum / mean is a whole number of tokens; more than this beside it, and one of them is wrong.
-COUNT_ERROR = 0.02
-
-
-def import_published(files: Sequence[str], names: Sequence[str], folder: Path) -> None:
-    """Turn the paper's records into one dataset a model and a `sources.yaml`.
-
-    Fields: `ref_chosen_logps`, `ref_mean_chosen_logps` (numbers, the initial pivot's sum and mean)
-    and `fuse_chosen_logps`, `fuse_mean_chosen_logps` (lists, one number a source); the same for
-    `rejected`. Token counts are sums divided by means.
-
-    Args:
-        files: preference records with these fields.
-        names: of the M sources; empty for `source1` and so on.
-        folder: to write `initial`, a dataset for every name, and `sources.yaml` into.
-
-    Raises:
-        UserError: a field is missing, no number, or does not fit the others; names file:line.
-    """
-    records = read_records(files)
-    numbers = [_published(raw, record) for record, raw in zip(records, _raw(files), strict=True)]
-    if not numbers:
-        raise UserError(f"there are no records in {', '.join(files)}, expected at least one")
-    count = numbers[0].shape[1] - 1
-    names = list(names) or [f"source{i + 1}" for i in range(count)]
-    if len(names) != count or len(set(names)) != count:
-        raise UserError(
-            f"--names gives {', '.join(names)}, expected {count} different names: the records have "
-            f"log-probs of {count} sources"
-        )
-    for record, raw, found in zip(records, _raw(files), numbers, strict=True):
-        if found.shape[1] != count + 1:
-            raise UserError(
-                f"{raw.where}: record {record.id!r} has {found.shape[1] - 1} sources, the first "
-                f"record has {count}; expected the same sources in every record"
-            )
-    models = ["initial", *names]
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                LogprobWriter(
-                    folder / name,
-                    responses=RESPONSES[:2],
-                    manifest=_manifest(name, records, files, "published InfiFPO dataset"),
-                    values=False,
-                )
-            )
-            for name in models
-        ]
-        for record, found in zip(records, numbers, strict=True):
-            for writer, (sums, counts) in zip(writers, found.transpose(1, 2, 0), strict=True):
-                writer.add_sums(record.id, sums.tolist(), counts.astype(int).tolist())
-    sources = {"initial": "initial", "sources": [{"name": n, "logprobs": n} for n in names]}
-    (folder / "sources.yaml").write_text(yaml.safe_dump(sources, sort_keys=False))
-    for name in models:
-        print_summary(LogprobStore(folder / name), [record.domain for record in records])
-    print(f"\nwrote {folder}/sources.yaml")
-
-
-def _published(raw: RawRecord, record: PreferenceRecord) -> np.ndarray:
-    """Return sums and counts of a record: `[responses, initial and sources, 2]`."""
-    result = []
-    for response in RESPONSES[:2]:
-        sums, means = (
-            [*_numbers(raw, f"ref_{kind}{response}_logps", 1), *_numbers(raw, name, None)]
-            for kind, name in (
-                ("", f"fuse_{response}_logps"),
-                ("mean_", f"fuse_mean_{response}_logps"),
-            )
-        )
-        if len(sums) != len(means):
-            raise UserError(
-                f"{raw.where}: record {record.id!r} has {len(sums) - 1} sums and "
-                f"{len(means) - 1} means of {response!r}, expected one of each for every source"
-            )
-        for total, mean in zip(sums, means, strict=True):
-            tokens = total / mean if mean else math.nan
-            if not abs(tokens - round(tokens) if math.isfinite(tokens) else tokens) <= COUNT_ERROR:
-                raise UserError(
-                    f"{raw.where}: record {record.id!r} has a sum of {total} and a mean of {mean} "
-                    f"for {response!r}, expected a whole number of tokens, not {tokens:.3f}"
-                )
-        result.append([[s, round(s / m)] for s, m in zip(sums, means, strict=True)])
-    if len(result[0]) != len(result[1]):
-        raise UserError(
-            f"{raw.where}: record {record.id!r} has {len(result[0]) - 1} sources for 'chosen' and "
-            f"{len(result[1]) - 1} for 'rejected', expected the same"
-        )
-    return np.array(result, dtype=np.float64)
-
-
-def _numbers(raw: RawRecord, name: str, count: int | None) -> list[float]:
-    """Return a field's numbers: one number, or a list of `count` (any number for None)."""
-    found = raw.value.get(name)
-    values = found if isinstance(found, list) else [found]
-    wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, int | float)]
-    if wrong or len(values) != (count or len(values)):
-        kind = "a number" if count == 1 else "a list of numbers, one for every source"
-        raise UserError(f"{raw.where}: field {name!r} is {found!r}, expected {kind}")
-    return [float(value) for value in values]
 
 
 def import_tokens(
@@ -172,10 +68,15 @@ def import_tokens(
     Raises:
         UserError: log-probs of an unknown record, twice of one, of other tokens, or missing ones.
     """
-    records = read_records(files, on_bad=on_bad)
+    refuse_existing(Path(f"{output}.json"))
+    skipped: list[str] = []
+    records = read_records(files, on_bad=on_bad, skipped=skipped)
+    report_skipped(skipped)
+    if not records:
+        raise UserError(f"there are no records in {', '.join(files)}, expected at least one")
     places = {record.id: i for i, record in enumerate(records)}
     found: list[list[np.ndarray] | None] = [None] * len(records)
-    for raw in tqdm(_raw(logprob_files), desc="read log-probs", unit=" records"):
+    for raw in tqdm(raw_records(logprob_files), desc="read log-probs", unit=" records"):
         if raw.error or not isinstance(raw.value, dict):
             raise UserError(f"{raw.where}: {raw.error or 'expected an object with id and chosen'}")
         place = places.get(str(raw.value.get("id")))
@@ -194,7 +95,7 @@ def import_tokens(
             f"{len(missing)} of {len(records)} records have no log-probs, the first is "
             f"{missing[0]!r}; expected all of them (--mask-missing leaves the others out)"
         )
-    manifest = _manifest(name, records, files, "log-probs by token")
+    manifest = imported_manifest(name, records, files, "log-probs by token")
     manifest["imported"]["files"] = list(map(str, logprob_files))
     if tokenizer:
         manifest["tokenizer"] = tokenizer.describe()
@@ -267,14 +168,22 @@ def _vllm(value: list, tokens: TokenizedRecord, number: int, where: str) -> np.n
     return np.array(result, dtype=np.float32)
 
 
-def _raw(files: Sequence[str]) -> Iterator[RawRecord]:
+def refuse_existing(path: Path) -> None:
+    """Raise a UserError if a file exists, rather than replace it."""
+    if path.exists():
+        raise UserError(f"{path} exists: delete it or choose another --output")
+
+
+def raw_records(files: Sequence[str]) -> Iterator[RawRecord]:
+    """Yield the decoded records of files, unchecked."""
     for file in files:
         yield from iter_raw(Path(file))
 
 
-def _manifest(
+def imported_manifest(
     name: str, records: Sequence[PreferenceRecord], files: Sequence[str], form: str
 ) -> dict[str, Any]:
+    """Return what is known of imported log-probs: whose they are said to be, and of what."""
     return {
         "model": name,
         "weights_sha256": None,

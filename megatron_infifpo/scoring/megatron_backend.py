@@ -83,6 +83,7 @@ class MegatronBackend:
             load_megatron_checkpoint(self.models, directory)
         self.vocab_size: int = args.padded_vocab_size
         self.pad_multiple = tensor_parallel
+        self.shares_prompts = args.transformer_impl == "local"
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
         self.is_writer = (

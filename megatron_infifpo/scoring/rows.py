@@ -12,14 +12,18 @@ from torch import Tensor
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data import Row
-from megatron_infifpo.data.batching import collate
+from megatron_infifpo.data.packing import collate
 from megatron_infifpo.data.preference_dataset import PreferencePair
 from megatron_infifpo.data.records import PreferenceRecord
-from megatron_infifpo.data.tokenization import ChatTokenizer, TokenizedRecord
+from megatron_infifpo.data.tokenization import (
+    ChatTokenizer,
+    RefusedPromptError,
+    TokenizedRecord,
+)
 
 # What became of a record.
-SCORED, TOO_LONG, CUT, OTHER_DOMAIN = range(4)
-MASKED = (TOO_LONG, OTHER_DOMAIN)
+SCORED, TOO_LONG, CUT, OTHER_DOMAIN, REFUSED = range(5)
+MASKED = (TOO_LONG, OTHER_DOMAIN, REFUSED)
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,16 @@ class Limits:
             return f"responses cut to the context of {self.context_length} tokens"
         if code == OTHER_DOMAIN:
             return f"outside the domains {', '.join(self.domains or ())}"
+        if code == REFUSED:
+            return "the chat template refuses its prompt"
         return None
 
-    def apply(
-        self, record: PreferenceRecord, tokens: TokenizedRecord
-    ) -> tuple[int, TokenizedRecord | None]:
+    def take(self, record: PreferenceRecord) -> bool:
+        """Whether the record's domain is scored."""
+        return self.domains is None or record.domain in self.domains
+
+    def apply(self, tokens: TokenizedRecord) -> tuple[int, TokenizedRecord | None]:
         """Return what becomes of a record, and what of it is scored, if anything."""
-        if self.domains is not None and record.domain not in self.domains:
-            return OTHER_DOMAIN, None
         room = self.context_length - len(tokens.prompt_ids)
         if max(len(ids) for ids in tokens.response_ids) <= room:
             return SCORED, tokens
@@ -100,39 +106,55 @@ def prepare_shard(
     vocab_size: int,
     row_tokens: int,
     pad_multiple: int,
+    share_prompt: bool = False,
 ) -> ShardRows:
     """Tokenize, mask and pack the records of a shard.
 
     Raises:
         UserError: the tokenizer makes ids that the model does not have.
     """
-    encoded = tokenizer.encode_batch(records)
-    _check_ids(records, encoded, tokenizer, vocab_size)
-    notes, lengths = np.zeros(len(records), np.int8), np.zeros(len(records), np.int64)
+    taken = [i for i, record in enumerate(records) if limits.take(record)]
+    notes, lengths = np.full(len(records), OTHER_DOMAIN, np.int8), np.zeros(len(records), np.int64)
     pairs: dict[int, PreferencePair] = {}
-    for i, (record, whole) in enumerate(zip(records, encoded, strict=True)):
-        notes[i], tokens = limits.apply(record, whole)
+    for i, whole in zip(taken, _encode([records[i] for i in taken], tokenizer), strict=True):
+        if whole is None:
+            notes[i] = REFUSED
+            continue
+        _check_ids(records[i], whole, tokenizer, vocab_size)
+        notes[i], tokens = limits.apply(whole)
         if tokens is not None:
             pairs[i] = PreferencePair(i, tokens.prompt_ids, tokens.response_ids)
-            lengths[i] = sum(len(tokens.prompt_ids) + len(ids) for ids in tokens.response_ids)
+            copies = 1 if share_prompt else len(tokens.response_ids)
+            lengths[i] = copies * len(tokens.prompt_ids) + sum(map(len, tokens.response_ids))
     plan = plan_rows(lengths, row_tokens)
-    rows = [collate([pairs[i] for i in row], pad_multiple=pad_multiple) for row in plan]
+    rows = [
+        collate([pairs[i] for i in row], pad_multiple=pad_multiple, share_prompt=share_prompt)
+        for row in plan
+    ]
     return ShardRows(number, records, notes, plan, rows)
 
 
+def _encode(
+    records: Sequence[PreferenceRecord], tokenizer: ChatTokenizer
+) -> list[TokenizedRecord | None]:
+    """Tokenize; None for a record whose prompt the chat template refuses."""
+    try:
+        return [*tokenizer.encode_batch(records)]
+    except RefusedPromptError:
+        if len(records) == 1:
+            return [None]
+        return [tokens for record in records for tokens in _encode([record], tokenizer)]
+
+
 def _check_ids(
-    records: Sequence[PreferenceRecord],
-    encoded: Sequence[TokenizedRecord],
-    tokenizer: ChatTokenizer,
-    vocab_size: int,
+    record: PreferenceRecord, tokens: TokenizedRecord, tokenizer: ChatTokenizer, vocab_size: int
 ) -> None:
-    for record, tokens in zip(records, encoded, strict=True):
-        highest = max(int(ids.max()) for ids in (tokens.prompt_ids, *tokens.response_ids))
-        if highest >= vocab_size:
-            raise UserError(
-                f"the tokenizer {tokenizer.path} gives record {record.id!r} the token {highest}, "
-                f"but the model has {vocab_size} tokens: it is another model's tokenizer"
-            )
+    highest = max(int(ids.max()) for ids in (tokens.prompt_ids, *tokens.response_ids))
+    if highest >= vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer.path} gives record {record.id!r} the token {highest}, but "
+            f"the model has {vocab_size} tokens: it is another model's tokenizer"
+        )
 
 
 def plan_rows(lengths: np.ndarray, token_budget: int) -> list[list[int]]:

@@ -1,35 +1,33 @@
 """Score preference records under one model: shard, run, resume, merge."""
 
 import argparse
-import datetime
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tqdm import tqdm
 
-from megatron_infifpo import __version__
+from megatron_infifpo import __version__, cpu
 from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.documents import read_manifest
 from megatron_infifpo.data.flags import open_tokenizer, report_skipped
+from megatron_infifpo.data.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_infifpo.data.logprob_store import FORMAT, MADE_BY, VERSION, LogprobStore
-from megatron_infifpo.data.logprob_writer import LogprobWriter
 from megatron_infifpo.data.records import (
     RESPONSES,
-    PreferenceRecord,
     canonical_bytes,
     iter_records,
 )
 from megatron_infifpo.data.tokenization import ChatTokenizer
 from megatron_infifpo.models.architecture import read_hf_config
-from megatron_infifpo.scoring.ranks import Progress, barrier, on_first_rank, rank
-from megatron_infifpo.scoring.rows import MASKED, Limits, ShardRows, prefetch, prepare_shard
+from megatron_infifpo.scoring.merge import merge
+from megatron_infifpo.scoring.ranks import Progress, on_first_rank, rank
+from megatron_infifpo.scoring.rows import Limits, ShardRows, prefetch, prepare_shard
 from megatron_infifpo.scoring.shards import ShardFolder, different, read_shards
-from megatron_infifpo.scoring.summary import print_summary
 
 
 def _megatron(directory: str, **options: Any) -> Any:
@@ -66,8 +64,11 @@ def score(args: argparse.Namespace) -> None:
             _check_finished(args, _plan(args, tokenizer, limits, _scan(args, limits)))
             folder.remove()  # a job may be killed when all but this is done
         return
-    # Bad records are found before a large model is loaded, and by one rank only.
-    scanned = _scan(args, limits) if rank() == 0 else {}
+    # Found out before a large model is loaded, and by one rank only.
+    scanned = {}
+    if rank() == 0:
+        _check_writable(folder.folder)
+        scanned = _scan(args, limits)
     backend = BACKENDS[args.backend](
         args.model,
         tensor_parallel=args.tensor_model_parallel_size,
@@ -78,6 +79,7 @@ def score(args: argparse.Namespace) -> None:
 
     def start() -> tuple[dict[str, Any], list[int]]:
         plan = _plan(args, tokenizer, limits, scanned)
+        plan |= {"device": _device(), "share_prompt": backend.shares_prompts}
         folder.open(plan)
         shards = range(-(-plan["count"] // args.shard_records))
         return plan, [s for s in shards if not folder.is_finished(s)]
@@ -88,12 +90,11 @@ def score(args: argparse.Namespace) -> None:
     total, size = plan["count"], args.shard_records
     finished = total - sum(min(size, total - s * size) for s in todo)
     title = f"score {plan['model']}"
-    with Progress(title, total, finished, counts=backend.is_writer) as progress:
+    with Progress(title, total, finished, shards=len(todo), counts=backend.is_writer) as progress:
         for shard in prefetch(_shards(args, tokenizer, limits, backend, set(mine))):
             _score_shard(shard, folder, backend, progress)
         progress.wait()
-    on_first_rank(lambda: _merge(args, folder, tokenizer, limits, plan))
-    barrier()
+    on_first_rank(lambda: merge(args, folder, tokenizer, limits, plan))
 
 
 def _open_tokenizer(args: argparse.Namespace) -> ChatTokenizer:
@@ -104,13 +105,27 @@ def _open_tokenizer(args: argparse.Namespace) -> ChatTokenizer:
         return open_tokenizer(own, args)
     tokenizer = open_tokenizer(args.tokenizer, args)
     if any(own.glob("tokenizer*")):
-        name = "tokenizer_sha256"
-        if open_tokenizer(own, args).fingerprint()[name] != tokenizer.fingerprint()[name]:
+        found = load_tokenizer(own, trust_remote_code=args.trust_remote_code)
+        if tokenizer_fingerprint(found) != tokenizer.fingerprint()["tokenizer_sha256"]:
             raise UserError(
                 f"--tokenizer {args.tokenizer} is another tokenizer than the model's own in "
                 f"{own}; leave the flag out"
             )
     return tokenizer
+
+
+def _check_writable(folder: Path) -> None:
+    """Check that the folder of the shards is there, or can be made."""
+    place = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"cannot write to {place}, expected a folder to write --output into")
+
+
+def _device() -> str:
+    """Name what computes: numbers of different devices are not the same to the last bit."""
+    if cpu.is_enabled() or not torch.cuda.is_available():
+        return "cpu"
+    return torch.cuda.get_device_name()
 
 
 def _limits(args: argparse.Namespace) -> Limits:
@@ -187,6 +202,7 @@ def _check_finished(args: argparse.Namespace, plan: dict[str, Any]) -> None:
             f"{args.output}.json exists and is of another job: {difference}; delete it or choose "
             "another --output"
         )
+    LogprobStore(args.output).logprobs(0, 0)  # opens every file
     print(f"{args.output} is complete already")
 
 
@@ -209,6 +225,7 @@ def _shards(
             vocab_size=backend.vocab_size,
             row_tokens=args.row_tokens,
             pad_multiple=backend.pad_multiple,
+            share_prompt=backend.shares_prompts,
         )
 
 
@@ -224,50 +241,4 @@ def _score_shard(shard: ShardRows, folder: ShardFolder, backend: Any, progress: 
         )
     if backend.is_writer:
         folder.write(shard.number, shard.records, shard.notes, shard.unpack(outputs))
-
-
-def _merge(
-    args: argparse.Namespace,
-    folder: ShardFolder,
-    tokenizer: ChatTokenizer,
-    limits: Limits,
-    plan: dict[str, Any],
-) -> None:
-    """Join the finished shards into the log-prob dataset and print what was scored."""
-    fields = {
-        **plan,
-        "made_by": MADE_BY,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "source_files": args.input,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "example": None,
-    }
-    shards = set(range(-(-plan["count"] // args.shard_records)))
-    domains: list[str] = []
-    bar = tqdm(desc="merge", total=plan["count"], unit=" records")
-    with bar, LogprobWriter(args.output, responses=plan["responses"], manifest=fields) as writer:
-        for number, records in read_shards(
-            args.input, args.shard_records, shards, on_bad=args.on_bad_record
-        ):
-            for record, code, values in folder.read(number, records):
-                domains.append(record.domain)
-                if code in MASKED:
-                    writer.mask(record.id, limits.note(code) or "")
-                    continue
-                writer.add(record.id, values, note=limits.note(code))
-                if writer.fields["example"] is None:
-                    writer.fields["example"] = _example(record, tokenizer, limits)
-            bar.update(len(records))
-    folder.remove()
-    print_summary(LogprobStore(args.output), domains)
-
-
-def _example(record: PreferenceRecord, tokenizer: ChatTokenizer, limits: Limits) -> dict[str, str]:
-    """Decode what was scored of a record, for people to check."""
-    tokens, decode = limits.apply(record, tokenizer.encode(record))[1], tokenizer.tokenizer.decode
-    assert tokens is not None, f"record {record.id!r} was scored"
-    return {
-        "id": record.id,
-        "prompt": decode(tokens.prompt_ids.tolist()),
-        "chosen": decode(tokens.response_ids[0].tolist()),
-    }
+        progress.wrote()

@@ -24,7 +24,11 @@ PLAN = "plan.json"
 def read_shards(
     paths: Sequence[str], size: int, wanted: set[int], *, on_bad: str
 ) -> Iterator[tuple[int, tuple[PreferenceRecord, ...]]]:
-    """Yield `(number, records)` of the wanted shards of `size` records; only one is in memory."""
+    """Yield `(number, records)` of the wanted shards of `size` records; only one is in memory.
+
+    Raises:
+        UserError: the files end before the last wanted shard.
+    """
     if not wanted:
         return
     for number, records in enumerate(batched(iter_records(paths, on_bad=on_bad), size)):
@@ -32,6 +36,10 @@ def read_shards(
             yield number, records
         if number == max(wanted):
             return
+    raise UserError(
+        f"{', '.join(map(str, paths))}: the records end before shard {max(wanted)}; they have "
+        "changed while they were scored, or differ between nodes"
+    )
 
 
 class ShardFolder:
@@ -95,6 +103,11 @@ class ShardFolder:
                 )
                 file.flush()
                 os.fsync(file.fileno())
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.folder} is not there for rank {os.environ.get('RANK', '0')}, expected a "
+                "folder that all nodes see"
+            ) from None
         except OSError:
             aside.unlink(missing_ok=True)
             raise

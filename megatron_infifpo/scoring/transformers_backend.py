@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +31,7 @@ class TransformersBackend:
 
     name = "transformers"
     pad_multiple = 1
+    shares_prompts = False
 
     def __init__(
         self,
@@ -63,14 +65,26 @@ class TransformersBackend:
             # Data-parallel ranks only wait for each other and exchange small objects.
             backend = "nccl" if cuda and sharded else "gloo"
             dist.init_process_group(backend, timeout=WAIT)
+        if not (Path(directory) / "config.json").is_file():
+            raise UserError(
+                f"{directory} has no config.json, expected a Hugging Face folder; a Megatron "
+                "checkpoint needs --backend megatron"
+            )
         placement = {"tp_plan": "auto"} if sharded else {"device_map": {"": self.device}}
-        self.model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.bfloat16 if bf16 else torch.float32,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            **placement,
-        ).eval()
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.bfloat16 if bf16 else torch.float32,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                **placement,
+            ).eval()
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            raise UserError(
+                f"transformers cannot load {directory} ({reason}), expected a causal LM with "
+                "config.json and safetensors"
+            ) from error
         config = self.model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
         self.data_parallel_rank, self.data_parallel_size = (0, 1) if sharded else (rank, world)

@@ -7,7 +7,12 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.batching import EvaluationLoader, PreferenceLoader, evaluation_steps
+from megatron_infifpo.data.batching import (
+    EvaluationLoader,
+    PreferenceLoader,
+    evaluation_steps,
+    fitting_micro_batch_size,
+)
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.data.sources import read_sources
 from megatron_infifpo.methods import Method, flag
@@ -73,13 +78,10 @@ def set_schedule(
     Raises:
         UserError: a batch that cannot be laid out, or no pair that fits.
     """
-    if args.global_batch_size is None or args.micro_batch_size is None:
-        raise UserError("give --global-batch-size and --micro-batch-size, in pairs")
-    if method.objective.startswith("aot") and args.micro_batch_size < 2:
-        raise UserError(
-            f"--objective {method.objective} sorts the pairs of a row: with --micro-batch-size 1 "
-            "there is nothing to sort and it is dpo; give a larger one"
-        )
+    if (args.micro_batch_size is None) == (args.micro_batch_tokens is None):
+        raise UserError("give one of --micro-batch-size (pairs) and --micro-batch-tokens")
+    if args.global_batch_size is None:
+        raise UserError("give --global-batch-size, in pairs")
     if args.seq_length is None:
         args.seq_length = min(4096, args.max_position_embeddings)
     usable = len(train.require_eligible(args.seq_length))
@@ -100,13 +102,7 @@ def set_schedule(
             f"{args.world_size} ranks cannot be split into tensor x pipeline parallel groups of "
             f"{args.tensor_model_parallel_size} x {args.pipeline_model_parallel_size}"
         )
-    pairs_at_once = args.micro_batch_size * (args.world_size // replica)
-    if args.global_batch_size % pairs_at_once:
-        raise UserError(
-            f"--global-batch-size is {args.global_batch_size}, expected a multiple of "
-            f"{pairs_at_once}: --micro-batch-size {args.micro_batch_size} x "
-            f"{args.world_size // replica} data-parallel ranks"
-        )
+    _set_micro_batch(args, method, train, args.world_size // replica)
     if valid is None:
         args.eval_iters = 0
     else:
@@ -114,6 +110,34 @@ def set_schedule(
             len(valid.eligible(args.seq_length)),
             args.global_batch_size,
             args.global_batch_size // args.micro_batch_size,
+        )
+
+
+def _set_micro_batch(
+    args: argparse.Namespace, method: Method, train: PreferenceDataset, ranks: int
+) -> None:
+    """Check the size of a micro-batch, or find it from a token budget, for so many DP ranks."""
+    pairs_at_once = (args.micro_batch_size or 1) * ranks
+    if args.global_batch_size % pairs_at_once:
+        size = f"--micro-batch-size {args.micro_batch_size} x " if args.micro_batch_size else ""
+        raise UserError(
+            f"--global-batch-size is {args.global_batch_size}, expected a multiple of "
+            f"{pairs_at_once}: {size}{ranks} data-parallel ranks"
+        )
+    if args.micro_batch_size is None:
+        lengths = train.pair_lengths(share_prompt=args.share_prompt)
+        args.micro_batch_size = fitting_micro_batch_size(
+            lengths[train.require_eligible(args.seq_length)],
+            args.micro_batch_tokens,
+            seed=args.seed,
+            steps=args.train_iters or -(-args.train_samples // args.global_batch_size),
+            global_batch_size=args.global_batch_size,
+            data_parallel_size=ranks,
+        )
+    if method.objective.startswith("aot") and args.micro_batch_size < 2:
+        raise UserError(
+            f"--objective {method.objective} sorts the pairs of a row: with --micro-batch-size 1 "
+            "there is nothing to sort and it is dpo; give a larger one"
         )
 
 
@@ -125,7 +149,8 @@ def describe(args: argparse.Namespace, train: PreferenceDataset) -> str:
     return (
         f"pairs: {usable} used, {len(train) - usable} left out (longer than --seq-length "
         f"{args.seq_length}, or without log-probs of the initial pivot); {steps} steps "
-        f"of {args.global_batch_size} are {epochs:.2f} epochs"
+        f"of {args.global_batch_size} are {epochs:.2f} epochs, in micro-batches of "
+        f"{args.micro_batch_size}"
     )
 
 

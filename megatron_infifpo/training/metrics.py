@@ -87,6 +87,15 @@ def sft_metrics(
     return metrics | _by_domain({"loss": -sum_logps}, counts, row["domain_codes"], domains)
 
 
+def waste_metrics(row: Row) -> dict[str, Tensor]:
+    """Shares of the step that are spent on padding and on waiting for the busiest rank."""
+    device = row["tokens"].device
+    return {
+        f"waste/{name}": torch.tensor([share, 1.0], device=device)
+        for name, share in row["waste"].items()
+    }
+
+
 def _total(values: Tensor, counts: Tensor) -> Tensor:
     return torch.stack([values.float().sum(), counts.sum()])
 

@@ -12,7 +12,7 @@ from megatron_infifpo.logprobs import segment_sums
 from megatron_infifpo.losses import CHOSEN
 from megatron_infifpo.methods import Method
 from megatron_infifpo.models.packed import run_packed, to_device
-from megatron_infifpo.training.metrics import preference_metrics, sft_metrics
+from megatron_infifpo.training.metrics import preference_metrics, sft_metrics, waste_metrics
 from megatron_infifpo.training.objective import pair_losses
 
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -71,6 +71,7 @@ class TrainingStep:
             metrics = preference_metrics(
                 self.method, row, policy, reference, losses, self.source_names, self.domains
             )
+        metrics |= waste_metrics(row)
         if self.method.alpha is not None:
             alpha = self.method.loss_options(done)["alpha"]
             metrics["alpha"] = losses.new_tensor([alpha * len(losses), len(losses)])
@@ -81,7 +82,7 @@ class TrainingStep:
         counts = row["token_counts"][:, CHOSEN]
         with torch.no_grad():
             sums = segment_sums(token_logprobs, row["segment_ids"], len(counts))
-            metrics = sft_metrics(row, sums, counts, self.domains)
+            metrics = sft_metrics(row, sums, counts, self.domains) | waste_metrics(row)
         return -token_logprobs.sum(), _count(len(token_logprobs), token_logprobs), metrics
 
 

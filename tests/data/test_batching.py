@@ -13,11 +13,12 @@ from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.batching import (
     EvaluationLoader,
     PreferenceLoader,
-    collate,
     evaluation_steps,
+    fitting_micro_batch_size,
     plan_evaluation,
     plan_step,
 )
+from megatron_infifpo.data.packing import collate
 from megatron_infifpo.data.preference_dataset import PreferenceDataset, PreferencePair
 from megatron_infifpo.data.sources import Source, SourcesConfig
 
@@ -315,3 +316,39 @@ def test_rows_of_one_micro_batch_are_of_like_length():
     plan = plan_step(lengths, seed=0, step=0, global_batch_size=128, rows=32)
     loads = np.array([lengths[row].sum() for row in plan]).reshape(8, 4)
     assert (np.ptp(loads, axis=1) / loads.mean(axis=1)).max() < 0.05
+
+
+def test_a_token_budget_holds_in_every_step():
+    lengths = np.random.default_rng(0).integers(100, 4000, 700)
+    run = {"seed": 3, "steps": 12, "global_batch_size": 64}
+    sizes = {}
+    for budget in (4_000, 9_000, 30_000, 10**6):
+        size = fitting_micro_batch_size(lengths, budget, data_parallel_size=4, **run)
+        sizes[budget] = size
+        for fits, candidate in ((True, size), (False, 2 * size)):
+            if 64 % (4 * candidate):
+                continue
+            plans = [
+                plan_step(lengths, seed=3, step=s, global_batch_size=64, rows=64 // candidate)
+                for s in range(12)
+            ]
+            longest = max(lengths[row].sum() for plan in plans for row in plan)
+            assert (longest <= budget) == fits, (budget, candidate)
+    assert sizes[4_000] == 1 and sizes[10**6] == 16
+    assert list(sizes.values()) == sorted(sizes.values())
+    with pytest.raises(UserError, match="longest pair has 39"):
+        fitting_micro_batch_size(lengths, 3_000, data_parallel_size=4, **run)
+
+
+def test_no_rank_gets_all_the_longest_rows(dataset):
+    """What a step wastes is what its loaders say, and little of it is imbalance."""
+    for ranks, micro in ((2, 4), (4, 2), (2, 2)):
+        loaders = [loader(dataset, rank, ranks, micro, seed=1) for rank in range(ranks)]
+        for _ in range(2):
+            rows = [[next(one) for _ in range(micro)] for one in loaders]
+            loads = [sum(row["tokens"].numel() for row in share) for share in rows]
+            used = sum(int(dataset.pair_lengths()[r["indices"]].sum()) for s in rows for r in s)
+            waste = rows[0][0]["waste"]
+            assert waste["imbalance"] == pytest.approx(1 - sum(loads) / (ranks * max(loads)))
+            assert waste["padding"] == pytest.approx(1 - used / sum(loads))
+            assert all(row["waste"] == waste for share in rows for row in share)

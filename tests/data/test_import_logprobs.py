@@ -17,7 +17,8 @@ from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.data.records import read_records
 from megatron_infifpo.data.sources import read_sources
 from megatron_infifpo.data.tokenization import ChatTokenizer
-from megatron_infifpo.scoring.imported import import_published, import_tokens
+from megatron_infifpo.scoring.imported import import_tokens
+from megatron_infifpo.scoring.published import import_published
 
 # The numbers of the example in the paper's repository, of 241 and 283 tokens.
 PUBLISHED = {
@@ -76,7 +77,8 @@ def test_imported_sources_join_the_pivots_tokens(tmp_path):
         "ref_rejected_logps": -6.0, "ref_mean_rejected_logps": -0.5,
     }  # fmt: skip
     path = write_jsonl(tmp_path / "p.jsonl", published(**own), published(id="b", **own))
-    import_published([path], [], tmp_path)
+    import_published([path], [], tmp_path / "again")
+    config = read_sources(tmp_path / "again" / "sources.yaml")
     pair = PreferenceDataset(tokens.prefix, config)[1]
     assert pair.initial_sum_logps.tolist() == [-12, -6]
     assert pair.source_token_counts.tolist() == [[283] * 3, [294] * 3]
@@ -113,6 +115,19 @@ def test_names_of_the_sources(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", published())
     with pytest.raises(UserError, match="--names gives a, b, expected 3 different names"):
         import_published([path], ["a", "b"], tmp_path / "out")
+    for names in (["initial", "a", "b"], ["a/b", "a", "b"], ["a", "a", "b"]):
+        with pytest.raises(UserError, match="expected 3 different names"):
+            import_published([path], names, tmp_path / "out")
+
+
+def test_nothing_is_replaced(tmp_path, scored):
+    path = write_jsonl(tmp_path / "p.jsonl", published())
+    import_published([path], [], tmp_path / "out")
+    with pytest.raises(UserError, match="sources.yaml exists"):
+        import_published([path], [], tmp_path / "out")
+    run(tmp_path, scored, *scored[2])
+    with pytest.raises(UserError, match="out.json exists"):
+        run(tmp_path, scored, *scored[2])
 
 
 RECORDS = [record(i) for i in range(4)]
@@ -177,8 +192,10 @@ def test_lists_of_numbers(tmp_path, scored):
         -0.5 * len(lines[0]["chosen"]),
         -0.5 * len(lines[0]["rejected"]),
     ]
+    (tmp_path / "out.json").unlink()
     unchecked = run(tmp_path, scored, *lines, tokenizer=None)
     assert unchecked.manifest["tokenizer"]["path"] is None
+    (tmp_path / "out.json").unlink()
     lines[2]["rejected"].append(-1.0)
     with pytest.raises(UserError, match="lp.jsonl:3: 'rejected' of record 'r-2' has .* log-probs"):
         run(tmp_path, scored, *lines)
@@ -226,6 +243,9 @@ def test_vllms_form_needs_the_tokenizer(tmp_path, scored):
         run(tmp_path, scored, *scored[2], tokenizer=None)
     with pytest.raises(UserError, match="lp.jsonl:1: broken JSON"):
         run(tmp_path, scored, "{")
+    scored[0].write_text("")
+    with pytest.raises(UserError, match="there are no records in"):
+        run(tmp_path, scored, *scored[2])
 
 
 def test_the_command(tmp_path, scored, tool):

@@ -48,6 +48,8 @@ def flags(setup, tmp_path):
         ("--preference-epochs 2", "--preference-epochs has no effect with --train-iters"),
         ("--objective aot --micro-batch-size 1", "--objective aot sorts the pairs of a row"),
         ("--sft", "use --method sft"),
+        ("--micro-batch-tokens 900", "one of --micro-batch-size (pairs) and --micro-batch-tokens"),
+        ("--method sft --share-prompt", "--preference-sources has no effect"),
     ],
 )
 def test_option_without_effect(flags, ranks, options, expected):

@@ -100,6 +100,15 @@ def test_one_record_a_row_equals_packed_rows(scored, one, families):
         assert worst(one / name, alone / name) <= 1e-5, name
 
 
+def test_transformers_data_parallel(scored, one, families):
+    """One rank a model: the same bytes on two ranks as on one."""
+    alone, both = scored("hf-one", 1, "transformers"), scored("hf-dp2", 2, "transformers")
+    for name in families:
+        for suffix in (".bin", ".idx", "_sums.npy", "_counts.npy"):
+            a, b = (Path(f"{folder / name}{suffix}").read_bytes() for folder in (alone, both))
+            assert a == b, (name, suffix)
+
+
 def test_transformers_tensor_parallel(setup, ranks, tmp_path):
     model = setup.folder / "qwen"
     tp2 = ["--tensor-model-parallel-size", "2"]
@@ -168,16 +177,36 @@ def test_what_was_scored_is_in_the_manifest(setup):
 
 
 def test_texts_beyond_the_context_are_masked(setup, ranks, tmp_path):
-    """A model with a context of 100 tokens, then one that holds no record at all."""
-    for context, masked in ((100, False), (8, True)):
-        model = tiny.save_model(tmp_path / f"m{context}", "llama", max_position_embeddings=context)
-        output = tmp_path / f"short{context}"
-        more = ["--shard-records", "5"]
-        ranks(1, "workers:score", flags(setup.records, "megatron", model, output, *more))
-        store = LogprobStore(output)
-        assert store.masked_records.all() == masked and store.masked_records.any()
-        index = int(store.masked_records.argmax())
-        assert store.note(index) == f"longer than the context of {context} tokens"
+    model = tiny.save_model(tmp_path / "m", "llama", max_position_embeddings=100)
+    output = tmp_path / "short"
+    more = ["--shard-records", "5"]
+    ranks(1, "workers:score", flags(setup.records, "megatron", model, output, *more))
+    store = LogprobStore(output)
+    assert store.masked_records.any() and not store.masked_records.all()
+    index = int(store.masked_records.argmax())
+    assert store.note(index) == "longer than the context of 100 tokens"
+
+
+def test_prompts_that_the_template_refuses_are_masked(setup, ranks, tmp_path):
+    """And not even looked at where their domain is not scored."""
+    model = tiny.save_model(tmp_path / "strict", "llama", seed=6)
+    strict = "{% if 'moon' in messages[0].content %}{{ raise_exception('no moon') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(strict + tiny.TEMPLATE)
+    lines = [json.loads(line) for line in setup.records.read_text().splitlines()]
+    refused = ["moon" in line["prompt"] for line in lines]
+    assert any(refused) and not all(refused)
+    ranks(1, "workers:score", flags(setup.records, "megatron", model, tmp_path / "all"))
+    store = LogprobStore(tmp_path / "all")
+    assert store.masked_records.tolist() == refused
+    assert store.note(refused.index(True)) == "the chat template refuses its prompt"
+    more = ["--domains", "code"]
+    ranks(1, "workers:score", flags(setup.records, "megatron", model, tmp_path / "code", *more))
+    notes = [LogprobStore(tmp_path / "code").note(i) for i in range(len(lines))]
+    assert all(
+        note == "outside the domains code"
+        for note, line in zip(notes, lines, strict=True)
+        if line["domain"] != "code"
+    )
 
 
 def test_texts_beyond_the_context_are_cut_on_request(setup, ranks, tmp_path):

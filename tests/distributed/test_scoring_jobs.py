@@ -47,31 +47,28 @@ def finished(output: Path) -> set[str]:
 
 def test_killed_twenty_times(job, whole, ranks, tmp_path):
     """Any rank, at any time, on one rank or two: no finished shard is lost, no byte changed."""
-    dice, killed, outputs = random.Random(5), 0, 0
-    points = {"scoring": 0, "merging": 0}
-    while killed < 20:
+    dice, left, outputs = random.Random(5), {"scoring": 14, "merging": 6}, 0
+    while any(left.values()):
         outputs += 1
         output = tmp_path / f"out{outputs}"
         complete = False
         while not complete:
             before, world = finished(output), dice.choice([1, 2])
-            merging = len(before) == 40
-            point, limit = ("merging", 0.03) if merging else ("scoring", 0.25)
-            kill = [dice.randrange(world), point, dice.uniform(0, limit)]
-            if merging:
-                kill[0] = 0  # the rank that merges
+            point = dice.choice([name for name, count in left.items() if count] or ["scoring"])
+            # Rank 0 merges; the longest delays let a job come to its end.
+            victim = 0 if point == "merging" else dice.randrange(world)
+            seconds = dice.uniform(0, 0.01 if point == "merging" else 0.25)
+            argv = ["workers:score_until_killed", job(output), victim, point, seconds]
             try:
-                ranks(world, "workers:score_until_killed", job(output), *kill)
+                ranks(world, *argv)
                 complete = True
             except RankError as error:
                 assert -9 in error.codes and set(error.codes) <= {-9, 0, 1}, error
-                killed += 1
-                points[point] += 1
+                left[point] = max(0, left[point] - 1)
                 if not Path(f"{output}.json").exists():
                     assert before <= finished(output), "a finished shard was lost"
         assert_same_bytes(output, whole)
         assert not Path(f"{output}.shards").exists()
-    assert min(points.values()) > 0, points
 
 
 def test_a_finished_job_is_left_alone(job, whole, ranks, tmp_path):
@@ -112,6 +109,23 @@ def test_a_damaged_shard_is_named(job, ranks, tmp_path, damage):
     assert not list(tmp_path.glob("out[._]*[!s]")), "only the shards' folder may be there"
 
 
+@pytest.mark.parametrize("moment", ["scoring", "merging"])
+def test_input_that_changes_meanwhile(setup, ranks, tmp_path, moment):
+    """On two ranks: told by one, waited for by none, and nothing published or lost."""
+    records = tiny.write_records(tmp_path / "r.jsonl", 12)
+    argv = ["--backend", "megatron", "--model", str(setup.hf), "--input", str(records)]
+    argv += ["--output", str(tmp_path / "out"), "--shard-records", "4"]
+    with pytest.raises(RankError) as failure:
+        ranks(2, "workers:score_while_the_input_shrinks", argv, 8, moment)
+    log = "".join(failure.value.logs)
+    assert "have changed while they were scored" in log
+    assert "Traceback" not in log and 2 in failure.value.codes
+    assert not list(tmp_path.glob("out[._]*[!s]"))
+    tiny.write_records(tmp_path / "r.jsonl", 12)
+    ranks(2, "workers:score", argv)
+    assert len(LogprobStore(tmp_path / "out")) == 12
+
+
 @pytest.mark.parametrize("size, limit, done", [(40, 8_000, 0), (2, 20_000, 40)])
 def test_no_space_left(job, ranks, tmp_path, size, limit, done):
     """While a shard is written, and while the shards are merged: told, and then done."""
@@ -126,6 +140,28 @@ def test_no_space_left(job, ranks, tmp_path, size, limit, done):
     assert len(finished(output)) == done
     ranks(1, "workers:score", argv)
     assert len(LogprobStore(output)) == 80
+
+
+def test_no_record_fits(job, ranks, tmp_path):
+    sentence = refused(
+        ranks, "tools/score_source.py", job(tmp_path / "out", "--context-length", "8")
+    )
+    assert "no record can be scored: every one is longer than the context of 8" in sentence
+    assert not list(tmp_path.glob("out[._]*[!s]"))
+
+
+@pytest.mark.parametrize("damage", ["a Megatron checkpoint", "no weights", "truncated"])
+def test_models_that_transformers_cannot_load(setup, ranks, tmp_path, damage):
+    model = setup.pivot
+    if damage != "a Megatron checkpoint":
+        model = tiny.save_model(tmp_path / "m", "llama")
+        weights = model / "model.safetensors"
+        content = weights.read_bytes()
+        weights.unlink() if damage == "no weights" else weights.write_bytes(content[:900])
+    argv = ["--backend", "transformers", "--model", str(model), "--input", str(setup.records)]
+    sentence = refused(ranks, "tools/score_source.py", [*argv, "--output", str(tmp_path / "out")])
+    checkpoint = damage == "a Megatron checkpoint"
+    assert ("needs --backend megatron" if checkpoint else "transformers cannot load") in sentence
 
 
 def test_a_source_without_a_chat_template(setup, ranks, tmp_path):
@@ -169,6 +205,7 @@ def test_another_models_tokenizer(setup, ranks, tmp_path):
         (["--domains", "law"], "--domains names 'law', expected some of code, general"),
         (["--context-length", "600"], "takes 512 tokens"),
         (["--trust-remote-code"], "no effect with --backend megatron"),
+        (["--output", "/dev/null/out"], "cannot write to /dev/null"),
     ],
 )
 def test_flags_that_do_not_fit(job, ranks, tmp_path, more, expected):

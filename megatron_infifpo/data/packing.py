@@ -1,0 +1,112 @@
+"""Pack pairs into a row: one sequence of whole responses, each with its prompt.
+
+`[prompt chosen_1 | prompt rejected_1 | prompt chosen_2 | ...]`: every response is an attention
+segment with its own copy of the prompt, or with one copy for all of its pair.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_infifpo.data import Row
+from megatron_infifpo.data.preference_dataset import PreferencePair
+
+
+def collate(
+    pairs: Sequence[PreferencePair],
+    *,
+    pad_multiple: int = 1,
+    pad_token: int = 0,
+    share_prompt: bool = False,
+) -> Row:
+    """Pack pairs into one row.
+
+    B pairs, R responses, S = B R segments, K scored tokens, T tokens of the row, M sources.
+
+    Args:
+        pairs: B of them, all with R responses and the same sources.
+        pad_multiple: T is padded to a multiple of this (the tensor-parallel size under sequence
+            parallelism). The tail is an attention segment of its own and is never scored.
+        pad_token: token of the tail.
+        share_prompt: hold a pair's prompt once, `[prompt chosen | rejected]`: the segments of the
+            other responses have the prompt's keys and values beside their own.
+
+    Returns:
+        tokens int64 `[1, T]`; position_ids int64 `[1, T]`, in the text that a token is of;
+        cu_seqlens int32 `[S + 1]` (one more with a tail); max_seqlen int; scored_rows int64 `[K]`,
+        positions whose hidden state predicts a response token; target_ids int64 `[K]`, those
+        tokens; segment_ids int64 `[K]`, b * R + r; token_counts int64 `[B, R]`; indices and
+        domain_codes int64 `[B]`; with log-probs initial_sum_logps float32 `[B, R]`,
+        source_sum_logps float32 `[B, R, M]`, source_token_counts int64 `[B, R, M]`, source_mask
+        bool `[B, M]`; and with shared prompts the segments of the keys, cu_seqlens_kv int32
+        `[S + 1]`, max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in the row.
+    """
+    counts = np.array([[len(ids) for ids in pair.response_ids] for pair in pairs], dtype=np.int64)
+    tokens: list[np.ndarray] = []
+    # By segment: its tokens, those of its keys, and ranges `(start, length)` in the row.
+    queries: list[int] = []
+    keys: list[int] = []
+    positions: list[tuple[int, int]] = []
+    key_rows: list[tuple[int, int]] = []
+    scored: list[tuple[int, int]] = []
+    start = 0
+    for pair in pairs:
+        prompt, begin = len(pair.prompt_ids), start
+        for r, ids in enumerate(pair.response_ids):
+            shared = share_prompt and r > 0
+            begin = begin if shared else start
+            tokens += [ids] if shared else [pair.prompt_ids, ids]
+            queries.append(len(ids) if shared else prompt + len(ids))
+            keys.append(prompt + len(ids))
+            positions.append((prompt if shared else 0, queries[-1]))
+            start += queries[-1]
+            own = (start - len(ids), len(ids))
+            key_rows += [(begin, prompt), own]
+            # Hidden row t predicts token t + 1, and the prompt's last one the first of a response.
+            scored += [(begin + prompt - 1, 1), (own[0], own[1] - 1)]
+    if tail := -start % pad_multiple:
+        tokens.append(np.full(tail, pad_token))
+        queries.append(tail)
+        keys.append(tail)
+        positions.append((0, tail))
+        key_rows.append((start, tail))
+    flat = counts.flatten()
+    row: Row = {
+        "tokens": torch.from_numpy(np.concatenate(tokens).astype(np.int64))[None],
+        "position_ids": _ranges(positions)[None],
+        "cu_seqlens": _borders(queries),
+        "max_seqlen": max(queries),
+        "scored_rows": _ranges(scored),
+        "target_ids": torch.from_numpy(
+            np.concatenate([ids for pair in pairs for ids in pair.response_ids]).astype(np.int64)
+        ),
+        "segment_ids": torch.from_numpy(np.repeat(np.arange(counts.size), flat)),
+        "token_counts": torch.from_numpy(counts),
+        "indices": torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
+        "domain_codes": torch.tensor([pair.domain_code for pair in pairs], dtype=torch.int64),
+    }
+    if share_prompt:
+        row |= {"cu_seqlens_kv": _borders(keys), "max_seqlen_kv": max(keys)}
+        row["key_rows"] = _ranges(key_rows)
+    if pairs[0].initial_sum_logps is not None:
+        for name in (
+            "initial_sum_logps",
+            "source_sum_logps",
+            "source_token_counts",
+            "source_mask",
+        ):
+            row[name] = torch.from_numpy(np.stack([getattr(pair, name) for pair in pairs]))
+    return row
+
+
+def _borders(lengths: Sequence[int]) -> torch.Tensor:
+    """Return where segments of these lengths begin and end, int32 `[S + 1]`."""
+    return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+
+
+def _ranges(pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Return start ... start + length - 1 for each piece, joined, int64."""
+    return torch.from_numpy(
+        np.concatenate([np.arange(start, start + length) for start, length in pieces])
+    )

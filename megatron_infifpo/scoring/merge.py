@@ -1,0 +1,74 @@
+"""Join the finished shards of a scoring job into its log-prob dataset."""
+
+import argparse
+import datetime
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.logprob_store import MADE_BY, LogprobStore
+from megatron_infifpo.data.logprob_writer import LogprobWriter
+from megatron_infifpo.data.records import PreferenceRecord
+from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.scoring.rows import MASKED, Limits
+from megatron_infifpo.scoring.shards import ShardFolder, read_shards
+from megatron_infifpo.scoring.summary import print_summary
+
+
+def merge(
+    args: argparse.Namespace,
+    folder: ShardFolder,
+    tokenizer: ChatTokenizer,
+    limits: Limits,
+    plan: dict[str, Any],
+) -> None:
+    """Join the finished shards into the log-prob dataset and print what was scored."""
+    fields = {
+        **plan,
+        "made_by": MADE_BY,
+        "source_files": args.input,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "example": None,
+    }
+    shards = set(range(-(-plan["count"] // args.shard_records)))
+    domains: list[str] = []
+    bar = tqdm(desc="merge", total=plan["count"], unit=" records")
+    with bar, LogprobWriter(args.output, responses=plan["responses"], manifest=fields) as writer:
+        for number, records in read_shards(
+            args.input, args.shard_records, shards, on_bad=args.on_bad_record
+        ):
+            for record, code, values in folder.read(number, records):
+                domains.append(record.domain)
+                if code in MASKED:
+                    writer.mask(record.id, limits.note(code) or "")
+                    continue
+                writer.add(record.id, values, note=limits.note(code))
+                if writer.fields["example"] is None:
+                    writer.fields["example"] = _example(record, tokenizer, limits)
+            bar.update(len(records))
+        if len(writer) != plan["count"]:
+            raise UserError(
+                f"{', '.join(args.input)}: there are {len(writer)} records now, expected the "
+                f"{plan['count']} of before; they have changed while they were scored"
+            )
+        if writer.fields["example"] is None:
+            raise UserError(
+                f"no record can be scored: every one is {limits.note(code)}; choose another "
+                "--context-length, or another source"
+            )
+    store = LogprobStore(args.output)
+    store.logprobs(0, 0)  # opens every file
+    folder.remove()
+    print_summary(store, domains)
+
+
+def _example(record: PreferenceRecord, tokenizer: ChatTokenizer, limits: Limits) -> dict[str, str]:
+    """Decode what was scored of a record, for people to check."""
+    tokens, decode = limits.apply(tokenizer.encode(record))[1], tokenizer.tokenizer.decode
+    assert tokens is not None, f"record {record.id!r} was scored"
+    return {
+        "id": record.id,
+        "prompt": decode(tokens.prompt_ids.tolist()),
+        "chosen": decode(tokens.response_ids[0].tolist()),
+    }
