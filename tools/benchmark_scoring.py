@@ -11,18 +11,14 @@ without padding.
 import argparse
 import json
 import os
-import resource
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from megatron_infifpo import cpu
-from megatron_infifpo.cli import UserError, positive, run
+from megatron_infifpo.bench import alternate, on_gpu, peak_mib, table
+from megatron_infifpo.cli import positive, run
 from megatron_infifpo.data.records import read_records
 from megatron_infifpo.data.tokenization import ChatTokenizer, TokenizedRecord
 from megatron_infifpo.scoring.rows import Limits, ShardRows, prepare_shard
@@ -49,40 +45,16 @@ def main() -> None:
     if args.only:
         print(json.dumps(measure(args)))
         return
-    found: dict[str, list[dict]] = {name: [] for name in (PEER, *BACKENDS)}
-    for _ in range(args.rounds):
-        for name in found:
-            found[name].append(in_a_process(name))
-            print(f"{name:<14}{found[name][-1]['rate']:>9.1f} tokens/s", file=sys.stderr)
-    report(found, args)
-
-
-def in_a_process(name: str) -> dict:
-    """Run this program again for one method."""
-    command = [sys.executable, *sys.argv, "--only", name]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def report(found: dict[str, list[dict]], args: argparse.Namespace) -> None:
-    """Print medians, ratios to the peer, and the largest difference of a response's sum."""
-    rate = {name: statistics.median(r["rate"] for r in runs) for name, runs in found.items()}
-    memory = {name: statistics.median(r["mib"] for r in runs) for name, runs in found.items()}
-    expected = np.array(found[PEER][0]["sums"])
+    found = alternate([PEER, *BACKENDS], args.rounds)
+    expected = found[PEER][0]["sums"]
+    for runs in found.values():
+        for result in runs:
+            result["worst"] = float(np.abs(np.subtract(result["sums"], expected)).max())
     print(
         f"{args.pairs} pairs, {found[PEER][0]['tokens']} tokens, "
-        f"{'bfloat16' if args.bf16 else 'float32'}, {args.threads} threads, "
-        f"medians of {args.rounds}"
+        f"{'bfloat16' if args.bf16 else 'float32'}, medians of {args.rounds}"
     )
-    print(f"{'':<14}{'tokens/s':>10}{'ratio':>8}{'MiB':>8}{'ratio':>8}{'worst sum':>11}")
-    for name, runs in found.items():
-        difference = np.abs(np.array(runs[0]["sums"]) - expected).max()
-        print(
-            f"{name:<14}{rate[name]:>10.1f}{rate[name] / rate[PEER]:>8.2f}"
-            f"{memory[name]:>8.0f}{memory[name] / memory[PEER]:>8.2f}{difference:>11.1e}"
-        )
+    table(found, PEER, {"tokens/s": "rate", "worst sum": "worst"})
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -100,7 +72,7 @@ def measure(args: argparse.Namespace) -> dict:
         backend = BACKENDS[args.only](args.model, bf16=args.bf16, **options)
         shard = prepare_shard(
             0, records, tokenizer, Limits(1 << 30), vocab_size=backend.vocab_size,
-            row_tokens=args.row_tokens, pad_multiple=1,
+            row_tokens=args.row_tokens, pad_multiple=1, share_prompt=backend.shares_prompts,
         )  # fmt: skip
         score = packed(backend, shard)
     score(2)
@@ -108,10 +80,10 @@ def measure(args: argparse.Namespace) -> dict:
     sums = score(None)
     seconds = time.perf_counter() - start
     tokens = sum(len(t.prompt_ids) + len(ids) for t in encoded for ids in t.response_ids)
-    mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if torch.cuda.is_available() and not cpu.is_enabled():
-        mib = torch.cuda.max_memory_allocated() / 2**20
-    return {"rate": tokens / seconds, "mib": mib, "tokens": tokens, "sums": sums}
+    return {
+        "seconds": seconds, "rate": tokens / seconds, "mib": peak_mib(), "tokens": tokens,
+        "sums": sums,
+    }  # fmt: skip
 
 
 def packed(backend: object, shard: ShardRows) -> Callable[[int | None], list[float]]:
@@ -133,7 +105,7 @@ def padded(
     """Score as scripts around transformers do: batches in file order, padded, all logits."""
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if on_gpu() else "cpu"
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map={"": device})
     texts = [(t.prompt_ids, ids) for t in encoded for ids in t.response_ids]
