@@ -22,22 +22,9 @@ import torch
 from megatron_infifpo.checkpoint.safetensors_io import SafetensorsWriter
 from megatron_infifpo.cli import run
 from megatron_infifpo.models.families import weight_mapping
+from megatron_infifpo.models.published import PUBLISHED
 
-PHI4 = {
-    "architectures": ["Phi3ForCausalLM"],
-    "model_type": "phi3",
-    "hidden_act": "silu",
-    "hidden_size": 5120,
-    "intermediate_size": 17920,
-    "max_position_embeddings": 16384,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 10,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 250000,
-    "tie_word_embeddings": False,
-    "vocab_size": 100352,
-    "dtype": "bfloat16",
-}
+PHI4 = PUBLISHED["phi-4"] | {"architectures": ["Phi3ForCausalLM"], "dtype": "bfloat16"}
 CONVERT = str(Path(__file__).resolve().with_name("convert_checkpoint.py"))
 # Reads and writes as conversion does, down to the disk: no clever copy of the file system's own.
 COPY = """

@@ -138,6 +138,8 @@ def _encode(
     records: Sequence[PreferenceRecord], tokenizer: ChatTokenizer
 ) -> list[TokenizedRecord | None]:
     """Tokenize; None for a record whose prompt the chat template refuses."""
+    if not records:
+        return []
     try:
         return [*tokenizer.encode_batch(records)]
     except RefusedPromptError:

@@ -19,52 +19,14 @@ from megatron_infifpo.models.families import (
     tensor_parallel_sizes,
     weight_mapping,
 )
+from megatron_infifpo.models.published import PUBLISHED
 
-# From the published config.json files: what shapes follow from.
-PUBLISHED = {
-    "Phi-4": {
-        "model_type": "phi3", "hidden_act": "silu", "hidden_size": 5120,
-        "intermediate_size": 17920, "max_position_embeddings": 16384, "num_attention_heads": 40,
-        "num_hidden_layers": 40, "num_key_value_heads": 10, "rms_norm_eps": 1e-5,
-        "rope_theta": 250000, "sliding_window": None, "tie_word_embeddings": False,
-        "vocab_size": 100352, "pad_token_id": 100349,
-    },
-    "Qwen2.5-14B-Instruct": {
-        "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 5120,
-        "intermediate_size": 13824, "max_position_embeddings": 32768, "max_window_layers": 70,
-        "num_attention_heads": 40, "num_hidden_layers": 48, "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "sliding_window": 131072,
-        "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 152064,
-    },
-    "Qwen2.5-Math-7B-Instruct": {
-        "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 3584,
-        "intermediate_size": 18944, "max_position_embeddings": 4096, "max_window_layers": 28,
-        "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "sliding_window": 4096,
-        "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 152064,
-    },
-    "Mistral-Small-24B-Instruct": {
-        "model_type": "mistral", "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
-        "intermediate_size": 32768, "max_position_embeddings": 32768, "num_attention_heads": 32,
-        "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-        "rope_theta": 100000000.0, "sliding_window": None, "tie_word_embeddings": False,
-        "vocab_size": 131072,
-    },
-    "Gemma-3-12B-it": {
-        "model_type": "gemma3",
-        "text_config": {
-            "hidden_size": 3840, "intermediate_size": 15360, "model_type": "gemma3_text",
-            "num_attention_heads": 16, "num_hidden_layers": 48, "num_key_value_heads": 8,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
-        },
-    },
-}  # fmt: skip
 SIZES = {
-    "Phi-4": (14_659_507_200, [1, 2, 5, 10]),
-    "Qwen2.5-14B-Instruct": (14_770_033_664, [1, 2, 4, 8]),
-    "Qwen2.5-Math-7B-Instruct": (7_615_616_512, [1, 2, 4]),
-    "Mistral-Small-24B-Instruct": (23_572_403_200, [1, 2, 4, 8]),
-    "Gemma-3-12B-it": (11_766_034_176, [1, 2, 4, 8]),
+    "phi-4": (14_659_507_200, [1, 2, 5, 10]),
+    "qwen2.5-14b": (14_770_033_664, [1, 2, 4, 8]),
+    "qwen2.5-math-7b": (7_615_616_512, [1, 2, 4]),
+    "mistral-small-24b": (23_572_403_200, [1, 2, 4, 8]),
+    "gemma-3-12b": (11_766_034_176, [1, 2, 4, 8]),
 }
 
 
@@ -94,7 +56,7 @@ def test_shapes_of_the_papers_models(tmp_path, name):
 
 
 def test_gemma_12b_layers():
-    args = megatron_args(PUBLISHED["Gemma-3-12B-it"])
+    args = megatron_args(PUBLISHED["gemma-3-12b"])
     assert args["window_size"] == (1023, 0) and args["rotary_base"] == 1_000_000
     local = args["extras"]["local_layers"]
     assert len(local) == 48 and [i for i, is_local in enumerate(local) if not is_local] == [

@@ -1,0 +1,155 @@
+"""What a training run costs, on paper: memory of a GPU by layout, floating-point operations, hours.
+
+Counts follow from shapes. Symbols: `T` tokens of a row, `L` layers, `P` parameters.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_infifpo.logprobs import CHUNK_BYTES
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread over ranks: tensor, pipeline and data parallel sizes."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a parameter, of its gradient and of its optimizer state, as Megatron keeps them."""
+
+    weight: int
+    gradient: int
+    optimizer: int
+
+
+# bfloat16 has float32 gradients, and a float32 copy beside Adam's two moments.
+PRECISIONS = {"bf16": Precision(2, 4, 12), "fp32": Precision(4, 4, 8)}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+
+
+class Plan:
+    """A model's cost, from the Megatron arguments of its architecture."""
+
+    def __init__(self, model: Mapping[str, Any], precision: str = "bf16"):
+        """Take `megatron_args(config)` and a key of `PRECISIONS`."""
+        self.hidden: int = model["hidden_size"]
+        self.layers: int = model["num_layers"]
+        self.ffn: int = model["ffn_hidden_size"]
+        self.vocabulary: int = model["padded_vocab_size"]
+        self.untied: bool = model["untie_embeddings_and_output_weights"]
+        width = model["kv_channels"]
+        self.query, self.key = (
+            width * model[name] for name in ("num_attention_heads", "num_query_groups")
+        )
+        self.bytes = PRECISIONS[precision]
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of a layer's products; norms and biases do not show."""
+        attention = self.hidden * (2 * self.query + 2 * self.key)
+        return attention + 3 * self.hidden * self.ffn
+
+    @property
+    def table_parameters(self) -> int:
+        """Parameters of the embedding, or of the output layer."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.layers * self.layer_parameters + (1 + self.untied) * self.table_parameters
+
+    def memory(
+        self, layout: Layout, row_tokens: int, micro_batches: int, *, recompute: bool = False
+    ) -> Memory:
+        """Memory of the fullest rank, with the distributed optimizer.
+
+        Args:
+            layout: sequence parallelism is taken as on where tensor is above 1.
+            row_tokens: tokens of a micro-batch.
+            micro_batches: of a step on a rank.
+            recompute: Megatron's `--recompute-granularity full`.
+        """
+        return max(
+            (
+                self._stage(layout, stage, row_tokens, micro_batches, recompute)
+                for stage in range(layout.pipeline)
+            ),
+            key=lambda memory: memory.total,
+        )
+
+    def _stage(
+        self, layout: Layout, stage: int, row_tokens: int, micro_batches: int, recompute: bool
+    ) -> Memory:
+        first, last = stage == 0, stage == layout.pipeline - 1
+        layers = self.layers / layout.pipeline
+        tables = first + last if self.untied or layout.pipeline > 1 else 1
+        parameters = layers * self.layer_parameters + tables * self.table_parameters
+        parameters /= layout.tensor
+        in_flight = min(micro_batches, layout.pipeline - stage)
+        token = self.activation_bytes()
+        kept = self.hidden * self.bytes.weight if recompute else token
+        rows = layers * kept * in_flight + (token if recompute else 0)
+        # A chunk of logits in float32, and under bfloat16 the product and its gradient.
+        head = CHUNK_BYTES * (1 if self.bytes.weight == 4 else 2) if last else 0
+        return Memory(
+            weights=parameters * self.bytes.weight,
+            gradients=parameters * self.bytes.gradient,
+            optimizer=parameters * self.bytes.optimizer / layout.data,
+            activations=row_tokens * rows / layout.tensor,
+            head=head,
+        )
+
+    def activation_bytes(self) -> int:
+        """Bytes that a layer keeps of one token for its backward pass.
+
+        Both norms' inputs and outputs; queries, keys and values as attention sees them, and its
+        output; the gate and the other half of the MLP, the activated gate, and their product.
+        """
+        norms = 4 * self.hidden
+        attention = 2 * self.query + 2 * self.key
+        return (norms + attention + 4 * self.ffn) * self.bytes.weight
+
+    def operations(self, tokens: float, scored: float, *, recompute: bool = False) -> float:
+        """Floating-point operations of training on so many tokens, so many of them scored.
+
+        Two a parameter and token forward, four backward; with recomputation two more. Attention's
+        own products are left out: they are below 5 % up to about 4,000 tokens a text.
+        """
+        layers = (8.0 if recompute else 6.0) * self.layers * self.layer_parameters * tokens
+        # The head computes its logits twice: eight a parameter.
+        return layers + 8.0 * self.table_parameters * scored
+
+
+def layouts(gpus: int, tensor_sizes: list[int], layers: int, gpus_per_node: int) -> list[Layout]:
+    """Every legal layout: tensor parallelism inside a node, equal pipeline stages."""
+    return [
+        Layout(tensor, pipeline, gpus // (tensor * pipeline))
+        for tensor in tensor_sizes
+        if tensor <= gpus_per_node
+        for pipeline in range(1, layers + 1)
+        if layers % pipeline == 0 and gpus % (tensor * pipeline) == 0
+    ]

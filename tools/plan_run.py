@@ -1,0 +1,94 @@
+#!/usr/bin/env python
+"""Say what a run costs: memory of a GPU at every legal layout, and hours.
+
+    python tools/plan_run.py --model phi-4 --gpus 16 --gpu-memory 80
+
+Hours are for the paper's run by default: three epochs of SFT on 75,000 responses and one of
+preference optimization on 75,000 pairs. They follow from floating-point operations and --mfu, the
+share of a GPU's peak that training reaches; measure yours on a few steps.
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_infifpo.cli import UserError, positive, run
+from megatron_infifpo.models.architecture import read_hf_config
+from megatron_infifpo.models.families import megatron_args, tensor_parallel_sizes
+from megatron_infifpo.models.published import PUBLISHED
+from megatron_infifpo.planning import GIB, PRECISIONS, Layout, Plan, layouts
+
+# Left free for the allocator, NCCL and the CUDA context.
+RESERVED = 6 * GIB
+
+
+def main() -> None:
+    """Parse the command line and print one line a layout."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, help=f"Hugging Face folder, or one of {', '.join(PUBLISHED)}"
+    )
+    parser.add_argument("--gpus", type=positive, required=True)
+    parser.add_argument("--gpus-per-node", type=positive, default=8, help="(default: 8)")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB (default: 80)")
+    parser.add_argument("--gpu-tflops", type=float, default=989.0, help="(default: 989, H100 bf16)")
+    parser.add_argument("--mfu", type=float, default=0.35, help="(default: 0.35)")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16")
+    parser.add_argument("--row-tokens", type=positive, default=8192, help="of a micro-batch")
+    parser.add_argument("--global-batch-size", type=positive, default=128, help="(default: 128)")
+    parser.add_argument("--pairs", type=positive, default=75_000, help="(default: 75000)")
+    parser.add_argument("--sft-records", type=int, default=75_000, help="(default: 75000)")
+    parser.add_argument("--sft-epochs", type=positive, default=3, help="(default: 3)")
+    parser.add_argument("--prompt-tokens", type=positive, default=400, help="on average")
+    parser.add_argument("--response-tokens", type=positive, default=600, help="on average")
+    args = parser.parse_args()
+    known = args.model in PUBLISHED and not Path(args.model).is_dir()
+    model = megatron_args(PUBLISHED[args.model] if known else read_hf_config(args.model))
+    plan = Plan(model, args.precision)
+    found = layouts(
+        args.gpus, tensor_parallel_sizes(model), model["num_layers"], args.gpus_per_node
+    )
+    if not found:
+        raise UserError(f"{args.gpus} GPUs fit no legal layout of {args.model}; see --help")
+    print(
+        f"{args.model}: {plan.parameters / 1e9:.2f} billion parameters, {args.precision}, "
+        f"rows of {args.row_tokens} tokens"
+    )
+    print(
+        f"{'TP':>3}{'PP':>4}{'DP':>4}  recompute{'weights':>9}{'grads':>8}{'optim.':>8}"
+        f"{'activ.':>8}{'head':>6}{'GiB':>7}{'hours':>8}"
+    )
+    lines = [line for layout in found for line in describe(plan, layout, args)]
+    for fits, _, text in sorted(lines, key=lambda line: (not line[0], line[1])):
+        print(text if fits else f"{text}  does not fit")
+
+
+def describe(plan: Plan, layout: Layout, args: argparse.Namespace) -> list[tuple]:
+    """Return `(fits, order, text)` without recomputation and with it; the best order is lowest."""
+    pair = args.prompt_tokens + 2 * args.response_tokens
+    rows = max(1, args.global_batch_size * pair // (args.row_tokens * layout.data))
+    # Pipeline stages wait for the first and the last row of a step.
+    bubble = 1 + (layout.pipeline - 1) / rows
+    sft = args.sft_records * args.sft_epochs
+    tokens = sft * (args.prompt_tokens + args.response_tokens) + args.pairs * pair
+    scored = (sft + 2 * args.pairs) * args.response_tokens
+    lines = []
+    for recompute in (False, True):
+        memory = plan.memory(layout, args.row_tokens, rows, recompute=recompute)
+        work = plan.operations(tokens, scored, recompute=recompute)
+        hours = work * bubble / (args.gpus * args.gpu_tflops * 1e12 * args.mfu) / 3600
+        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
+        text = (
+            f"{layout.tensor:>3}{layout.pipeline:>4}{layout.data:>4}"
+            f"{'full' if recompute else 'none':>11}"
+            + "".join(f"{x / GIB:>{9 if i == 0 else 8}.1f}" for i, x in enumerate(parts))
+            + f"{memory.head / GIB:>6.1f}{memory.total / GIB:>7.1f}{hours:>8.1f}"
+        )
+        fits = memory.total + RESERVED <= args.gpu_memory * GIB
+        lines.append((fits, (hours, layout.tensor * layout.pipeline, layout.tensor), text))
+    return lines
+
+
+if __name__ == "__main__":
+    run(main)
