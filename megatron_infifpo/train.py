@@ -40,6 +40,7 @@ from megatron_infifpo.models.architecture import (  # noqa: E402
     pivot_directory,
 )
 from megatron_infifpo.models.gpt import fixed_arguments, model_config, validate  # noqa: E402
+from megatron_infifpo.models.parallel import one_rank_by_default  # noqa: E402
 from megatron_infifpo.training.data import (  # noqa: E402
     datasets_provider,
     describe,
@@ -68,6 +69,7 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
 
 def main() -> None:
     """Check everything that can be checked, then hand over to Megatron."""
+    one_rank_by_default()
     args, parser = parse_arguments()
     refuse_unsupported(args, parser)
     method = method_from_args(args)

@@ -13,6 +13,13 @@ from megatron_infifpo import cpu
 WAIT = datetime.timedelta(hours=12)
 
 
+def one_rank_by_default() -> None:
+    """Let a program run alone, where Megatron wants to hear from torchrun or srun."""
+    if "WORLD_SIZE" not in os.environ and os.environ.get("SLURM_NTASKS", "1") == "1":
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+
+
 def initialize_parallel(args: argparse.Namespace) -> None:
     """Start torch.distributed (as torchrun or srun set it up, or alone) and Megatron's groups.
 
