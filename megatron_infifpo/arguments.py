@@ -40,7 +40,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--micro-batch-tokens",
         type=positive,
         metavar="N",
-        help="in place of --micro-batch-size: as many pairs a micro-batch as N tokens always hold",
+        help="in place of --micro-batch-size: as many pairs a micro-batch as N tokens hold in "
+        "every step of training",
     )
     group.add_argument(
         "--share-prompt",

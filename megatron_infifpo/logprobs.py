@@ -2,7 +2,7 @@
 
 Only rows that predict a response token reach the output layer. Their log-probs are computed in
 chunks, with the vocabulary split over tensor-parallel ranks; the backward pass recomputes each
-chunk's logits. Peak memory is O(chunk x V / TP), never O(tokens x V).
+chunk's logits. Peak memory is O(chunk x V / TP), never O(tokens x V), beside the weight's gradient.
 
 Symbols: `T` tokens of a row, `K` scored tokens, `H` hidden size, `V` vocabulary, `S` segments.
 """

@@ -113,8 +113,11 @@ class Plan:
         token = self.activation_bytes()
         kept = self.hidden * self.bytes.weight if recompute else token
         rows = layers * kept * in_flight + (token if recompute else 0)
-        # A chunk of logits in float32, and under bfloat16 the product and its gradient.
-        head = CHUNK_BYTES * (1 if self.bytes.weight == 4 else 2) if last else 0
+        # A chunk of logits in float32, and in bfloat16 too; autograd's stand-in for the weight's
+        # gradient, and in bfloat16 the product that is added to the buffer.
+        half = self.bytes.weight == 2
+        table = self.table_parameters / layout.tensor * self.bytes.weight
+        head = (1 + half) * (CHUNK_BYTES + table) if last else 0
         return Memory(
             weights=parameters * self.bytes.weight,
             gradients=parameters * self.bytes.gradient,
@@ -133,23 +136,32 @@ class Plan:
         attention = 2 * self.query + 2 * self.key
         return (norms + attention + 4 * self.ffn) * self.bytes.weight
 
-    def operations(self, tokens: float, scored: float, *, recompute: bool = False) -> float:
+    def operations(
+        self, tokens: float, scored: float, length: float, *, recompute: bool = False
+    ) -> float:
         """Floating-point operations of training on so many tokens, so many of them scored.
 
         Two a parameter and token forward, four backward; with recomputation two more. Attention's
-        own products are left out: they are below 5 % up to about 4,000 tokens a text.
+        own products, causal in texts of `length` tokens, make `length x query` parameters a token.
         """
-        layers = (8.0 if recompute else 6.0) * self.layers * self.layer_parameters * tokens
+        passes = 8.0 if recompute else 6.0
+        layers = passes * self.layers * (self.layer_parameters + length * self.query) * tokens
         # The head computes its logits twice: eight a parameter.
         return layers + 8.0 * self.table_parameters * scored
 
 
-def layouts(gpus: int, tensor_sizes: list[int], layers: int, gpus_per_node: int) -> list[Layout]:
-    """Every legal layout: tensor parallelism inside a node, equal pipeline stages."""
-    return [
+def layouts(
+    gpus: int, tensor_sizes: list[int], layers: int, gpus_per_node: int, global_batch_size: int
+) -> list[Layout]:
+    """Every legal layout: tensor parallelism inside a node, equal stages, equal shares of a batch.
+
+    A size that does not divide the node's would let some tensor-parallel groups straddle two.
+    """
+    found = [
         Layout(tensor, pipeline, gpus // (tensor * pipeline))
         for tensor in tensor_sizes
-        if tensor <= gpus_per_node
+        if gpus_per_node % tensor == 0 or gpus <= gpus_per_node
         for pipeline in range(1, layers + 1)
         if layers % pipeline == 0 and gpus % (tensor * pipeline) == 0
     ]
+    return [layout for layout in found if global_batch_size % layout.data == 0]

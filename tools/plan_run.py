@@ -5,7 +5,8 @@
 
 Hours are for the paper's run by default: three epochs of SFT on 75,000 responses and one of
 preference optimization on 75,000 pairs. They follow from floating-point operations and --mfu, the
-share of a GPU's peak that training reaches; measure yours on a few steps.
+share of a GPU's peak that training reaches. To measure yours, divide the operations by the seconds
+of some steps (Megatron's --log-throughput counts a pair as one text of --seq-length: it misleads).
 """
 
 import argparse
@@ -40,6 +41,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=positive, default=75_000, help="(default: 75000)")
     parser.add_argument("--sft-records", type=int, default=75_000, help="(default: 75000)")
     parser.add_argument("--sft-epochs", type=positive, default=3, help="(default: 3)")
+    parser.add_argument(
+        "--share-prompt",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="as in training; Transformer Engine's layers cannot (default: yes)",
+    )
     parser.add_argument("--prompt-tokens", type=positive, default=400, help="on average")
     parser.add_argument("--response-tokens", type=positive, default=600, help="on average")
     args = parser.parse_args()
@@ -47,7 +54,11 @@ def main() -> None:
     model = megatron_args(PUBLISHED[args.model] if known else read_hf_config(args.model))
     plan = Plan(model, args.precision)
     found = layouts(
-        args.gpus, tensor_parallel_sizes(model), model["num_layers"], args.gpus_per_node
+        args.gpus,
+        tensor_parallel_sizes(model),
+        model["num_layers"],
+        args.gpus_per_node,
+        args.global_batch_size,
     )
     if not found:
         raise UserError(f"{args.gpus} GPUs fit no legal layout of {args.model}; see --help")
@@ -66,27 +77,30 @@ def main() -> None:
 
 def describe(plan: Plan, layout: Layout, args: argparse.Namespace) -> list[tuple]:
     """Return `(fits, order, text)` without recomputation and with it; the best order is lowest."""
-    pair = args.prompt_tokens + 2 * args.response_tokens
-    rows = max(1, args.global_batch_size * pair // (args.row_tokens * layout.data))
+    text = args.prompt_tokens + args.response_tokens
+    pair = 2 * text - args.share_prompt * args.prompt_tokens
+    share = args.global_batch_size // layout.data
+    least = args.global_batch_size * pair / (args.row_tokens * layout.data)
+    rows = next(n for n in range(1, share + 1) if share % n == 0 and n >= min(least, share))
     # Pipeline stages wait for the first and the last row of a step.
     bubble = 1 + (layout.pipeline - 1) / rows
     sft = args.sft_records * args.sft_epochs
-    tokens = sft * (args.prompt_tokens + args.response_tokens) + args.pairs * pair
+    tokens = sft * text + args.pairs * pair
     scored = (sft + 2 * args.pairs) * args.response_tokens
     lines = []
     for recompute in (False, True):
         memory = plan.memory(layout, args.row_tokens, rows, recompute=recompute)
-        work = plan.operations(tokens, scored, recompute=recompute)
+        work = plan.operations(tokens, scored, text, recompute=recompute)
         hours = work * bubble / (args.gpus * args.gpu_tflops * 1e12 * args.mfu) / 3600
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
-        text = (
+        line = (
             f"{layout.tensor:>3}{layout.pipeline:>4}{layout.data:>4}"
             f"{'full' if recompute else 'none':>11}"
             + "".join(f"{x / GIB:>{9 if i == 0 else 8}.1f}" for i, x in enumerate(parts))
             + f"{memory.head / GIB:>6.1f}{memory.total / GIB:>7.1f}{hours:>8.1f}"
         )
         fits = memory.total + RESERVED <= args.gpu_memory * GIB
-        lines.append((fits, (hours, layout.tensor * layout.pipeline, layout.tensor), text))
+        lines.append((fits, (hours, layout.tensor * layout.pipeline, layout.tensor), line))
     return lines
 
 

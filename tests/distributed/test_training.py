@@ -157,7 +157,6 @@ def test_packing_changes_nothing(setup, ranks):
 
 
 @pytest.mark.parametrize("budget, pairs", [("400", 2), ("10000", 8)])
-@pytest.mark.parametrize("budget, pairs", [("400", 2), ("10000", 8)])
 def test_a_token_budget_sets_the_micro_batch(setup, ranks, runs, budget, pairs):
     sources = setup.sources("both", *BOTH)
     argv = setup.flags(sources, "--micro-batch-tokens", budget)
