@@ -1,9 +1,13 @@
 """Training at every layout: same losses, same gradients, same parameters; resume; TRL."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from launcher import ROOT
 from safetensors.torch import load_file
 
 # name -> ranks, flags
@@ -198,3 +202,15 @@ def test_bf16_references_fit_bf16_training(setup, ranks, tmp_path, layout):
     argv = setup.flags(sources, "--method", "dpo", "--bf16", "--train-iters", "1", *flags)
     first = steps_of(ranks(world, "workers:train", argv))[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_without_a_launcher(setup):
+    """One rank needs no torchrun."""
+    argv = setup.flags(setup.sources("both", *BOTH), "--train-iters", "1")
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_infifpo.train", *argv],
+        cwd=ROOT, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 steps of 8" in done.stdout
