@@ -5,6 +5,7 @@ segment with its own copy of the prompt, or with one copy for all of its pair.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -43,52 +44,27 @@ def collate(
         `[S + 1]`, max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in the row.
     """
     counts = np.array([[len(ids) for ids in pair.response_ids] for pair in pairs], dtype=np.int64)
-    tokens: list[np.ndarray] = []
-    # By segment: its tokens, those of its keys, and ranges `(start, length)` in the row.
-    queries: list[int] = []
-    keys: list[int] = []
-    positions: list[tuple[int, int]] = []
-    key_rows: list[tuple[int, int]] = []
-    scored: list[tuple[int, int]] = []
-    start = 0
+    segments = _Segments()
     for pair in pairs:
-        prompt, begin = len(pair.prompt_ids), start
-        for r, ids in enumerate(pair.response_ids):
-            shared = share_prompt and r > 0
-            begin = begin if shared else start
-            tokens += [ids] if shared else [pair.prompt_ids, ids]
-            queries.append(len(ids) if shared else prompt + len(ids))
-            keys.append(prompt + len(ids))
-            positions.append((prompt if shared else 0, queries[-1]))
-            start += queries[-1]
-            own = (start - len(ids), len(ids))
-            key_rows += [(begin, prompt), own]
-            # Hidden row t predicts token t + 1, and the prompt's last one the first of a response.
-            scored += [(begin + prompt - 1, 1), (own[0], own[1] - 1)]
-    if tail := -start % pad_multiple:
-        tokens.append(np.full(tail, pad_token))
-        queries.append(tail)
-        keys.append(tail)
-        positions.append((0, tail))
-        key_rows.append((start, tail))
-    flat = counts.flatten()
+        segments.add(pair, share_prompt)
+    if tail := -segments.total % pad_multiple:
+        segments.pad(np.full(tail, pad_token))
+    targets = np.concatenate([ids for pair in pairs for ids in pair.response_ids])
     row: Row = {
-        "tokens": torch.from_numpy(np.concatenate(tokens).astype(np.int64))[None],
-        "position_ids": _ranges(positions)[None],
-        "cu_seqlens": _borders(queries),
-        "max_seqlen": max(queries),
-        "scored_rows": _ranges(scored),
-        "target_ids": torch.from_numpy(
-            np.concatenate([ids for pair in pairs for ids in pair.response_ids]).astype(np.int64)
-        ),
-        "segment_ids": torch.from_numpy(np.repeat(np.arange(counts.size), flat)),
+        "tokens": torch.from_numpy(np.concatenate(segments.tokens).astype(np.int64))[None],
+        "position_ids": _ranges(segments.positions)[None],
+        "cu_seqlens": _borders(segments.queries),
+        "max_seqlen": max(segments.queries),
+        "scored_rows": _ranges(segments.scored),
+        "target_ids": torch.from_numpy(targets.astype(np.int64)),
+        "segment_ids": torch.from_numpy(np.repeat(np.arange(counts.size), counts.flatten())),
         "token_counts": torch.from_numpy(counts),
         "indices": torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
         "domain_codes": torch.tensor([pair.domain_code for pair in pairs], dtype=torch.int64),
     }
     if share_prompt:
-        row |= {"cu_seqlens_kv": _borders(keys), "max_seqlen_kv": max(keys)}
-        row["key_rows"] = _ranges(key_rows)
+        row["cu_seqlens_kv"], row["max_seqlen_kv"] = _borders(segments.keys), max(segments.keys)
+        row["key_rows"] = _ranges(segments.key_rows)
     if pairs[0].initial_sum_logps is not None:
         for name in (
             "initial_sum_logps",
@@ -98,6 +74,55 @@ def collate(
         ):
             row[name] = torch.from_numpy(np.stack([getattr(pair, name) for pair in pairs]))
     return row
+
+
+@dataclass
+class _Segments:
+    """The segments of a row, in order; pieces are ranges `(start, length)`.
+
+    Attributes:
+        tokens: of the row, piece by piece.
+        queries: tokens of each segment.
+        keys: tokens of each segment's keys.
+        positions: in the text, by segment.
+        key_rows: where the keys lie in the row.
+        scored: positions that predict a response token.
+    """
+
+    tokens: list[np.ndarray] = field(default_factory=list)
+    queries: list[int] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+    positions: list[tuple[int, int]] = field(default_factory=list)
+    key_rows: list[tuple[int, int]] = field(default_factory=list)
+    scored: list[tuple[int, int]] = field(default_factory=list)
+    total: int = 0
+
+    def add(self, pair: PreferencePair, share_prompt: bool) -> None:
+        """Append a pair's segments, with one prompt or with one for each response."""
+        prompt = len(pair.prompt_ids)
+        for r, ids in enumerate(pair.response_ids):
+            shared = share_prompt and r > 0
+            if not shared:
+                begin = self.total  # of the prompt that this response has
+            self.tokens += [ids] if shared else [pair.prompt_ids, ids]
+            self._append(len(ids) if shared else prompt + len(ids), prompt if shared else 0)
+            self.keys.append(prompt + len(ids))
+            own = self.total - len(ids)
+            self.key_rows += [(begin, prompt), (own, len(ids))]
+            # Hidden row t predicts token t + 1, and the prompt's last one the first of a response.
+            self.scored += [(begin + prompt - 1, 1), (own, len(ids) - 1)]
+
+    def pad(self, tokens: np.ndarray) -> None:
+        """Append a tail that is never scored."""
+        self.tokens.append(tokens)
+        self.keys.append(len(tokens))
+        self.key_rows.append((self.total, len(tokens)))
+        self._append(len(tokens), 0)
+
+    def _append(self, length: int, position: int) -> None:
+        self.queries.append(length)
+        self.positions.append((position, length))
+        self.total += length
 
 
 def _borders(lengths: Sequence[int]) -> torch.Tensor:

@@ -74,21 +74,7 @@ def import_tokens(
     report_skipped(skipped)
     if not records:
         raise UserError(f"there are no records in {', '.join(files)}, expected at least one")
-    places = {record.id: i for i, record in enumerate(records)}
-    found: list[list[np.ndarray] | None] = [None] * len(records)
-    for raw in tqdm(raw_records(logprob_files), desc="read log-probs", unit=" records"):
-        if raw.error or not isinstance(raw.value, dict):
-            raise UserError(f"{raw.where}: {raw.error or 'expected an object with id and chosen'}")
-        place = places.get(str(raw.value.get("id")))
-        if place is None:
-            raise UserError(
-                f"{raw.where}: no preference record has the id {raw.value.get('id')!r}; were these "
-                f"log-probs computed for {', '.join(files)}?"
-            )
-        if found[place] is not None:
-            raise UserError(f"{raw.where}: log-probs of {records[place].id!r} for the second time")
-        tokens = tokenizer.encode(records[place]) if tokenizer else None
-        found[place] = _responses(raw, records[place], tokens)
+    found = _read(records, logprob_files, tokenizer)
     missing = [record.id for record, values in zip(records, found, strict=True) if values is None]
     if missing and not mask_missing:
         raise UserError(
@@ -107,6 +93,28 @@ def import_tokens(
             else:
                 writer.add(record.id, values)
     print_summary(LogprobStore(output), [record.domain for record in records])
+
+
+def _read(
+    records: Sequence[PreferenceRecord], files: Sequence[str], tokenizer: ChatTokenizer | None
+) -> list[list[np.ndarray] | None]:
+    """Return every record's log-probs by response, None where the files have none."""
+    places = {record.id: i for i, record in enumerate(records)}
+    found: list[list[np.ndarray] | None] = [None] * len(records)
+    for raw in tqdm(raw_records(files), desc="read log-probs", unit=" records"):
+        if raw.error or not isinstance(raw.value, dict):
+            raise UserError(f"{raw.where}: {raw.error or 'expected an object with id and chosen'}")
+        place = places.get(str(raw.value.get("id")))
+        if place is None:
+            raise UserError(
+                f"{raw.where}: no preference record has the id {raw.value.get('id')!r}; were these "
+                "log-probs computed for other records?"
+            )
+        if found[place] is not None:
+            raise UserError(f"{raw.where}: log-probs of {records[place].id!r} for the second time")
+        tokens = tokenizer.encode(records[place]) if tokenizer else None
+        found[place] = _responses(raw, records[place], tokens)
+    return found
 
 
 def _responses(

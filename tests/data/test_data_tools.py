@@ -1,12 +1,8 @@
-from pathlib import Path
-
 import pytest
 from builders import byte_tokenizer, write_jsonl, write_scores
 
 from megatron_infifpo.data.records import read_records, records_fingerprint
 from megatron_infifpo.data.token_dataset import TokenDataset
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 @pytest.fixture
