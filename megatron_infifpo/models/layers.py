@@ -1,7 +1,7 @@
 """Layer specs: Transformer Engine's where it is installed, else Megatron's local one made packable.
 
 Megatron's local spec lacks two things that packed preference rows need: an RMSNorm that is legal
-under sequence parallelism, and a core attention that takes THD input. Both are here. Checkpoint
+under sequence parallelism, and a core attention that takes packed rows. Both are here. Checkpoint
 keys equal those of the TE spec, so checkpoints move between the two.
 """
 
