@@ -6,12 +6,20 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.logprob_writer import LogprobWriter
+from megatron_infifpo.data.records import PreferenceRecord, records_fingerprint
+from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
+from megatron_infifpo.data.tokenization import ChatTokenizer
 
 
 def on_gpu() -> bool:
@@ -26,13 +34,14 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def in_a_process(name: str) -> dict[str, Any]:
+def in_a_process(name: str, ranks: int = 1) -> dict[str, Any]:
     """Run this program again with `--only name`; its last line of output is JSON.
 
     Raises:
         UserError: it failed.
     """
-    command = [sys.executable, *sys.argv, "--only", name]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *(launcher if ranks > 1 else []), *sys.argv, "--only", name]
     environment = dict(os.environ)
     if not on_gpu():  # the CPU stand-ins cannot be compiled, and are loaded late here
         environment["TORCHDYNAMO_DISABLE"] = "1"
@@ -43,14 +52,104 @@ def in_a_process(name: str) -> dict[str, Any]:
     return result
 
 
-def alternate(names: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Run every method in turn, so many times; what each run returned."""
+def alternate(
+    names: Sequence[str], rounds: int, ranks: Sequence[int] = ()
+) -> dict[str, list[dict[str, Any]]]:
+    """Run every method in turn, so many times, on so many ranks; what each run returned."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(rounds):
-        for name in names:
-            found[name].append(in_a_process(name))
+        for name, size in zip(names, ranks or [1] * len(names), strict=True):
+            found[name].append(in_a_process(name, size))
             print(f"{name:<22}{found[name][-1]['seconds']:>9.2f} s", file=sys.stderr)
     return found
+
+
+class Timer:
+    """Seconds of each step, and the rate of large products around it."""
+
+    def __init__(self, bf16: bool) -> None:
+        """Take the data type of the products."""
+        size = 8192 if on_gpu() else 2048
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        self.factor = torch.ones(size, size, dtype=dtype, device="cuda" if on_gpu() else "cpu")
+        self.seconds: list[float] = []
+        self.peaks: list[float] = []
+
+    def __enter__(self) -> None:
+        """Measure the machine, then start the clock."""
+        self.peaks.append(self.rate())
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the clock, then measure the machine."""
+        if on_gpu():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.start)
+        self.peaks.append(self.rate())
+
+    def rate(self) -> float:
+        """FLOP/s of large products, for about a second."""
+        torch.mm(self.factor, self.factor)
+        count, start = 64 if on_gpu() else 8, time.perf_counter()
+        for _ in range(count):
+            torch.mm(self.factor, self.factor)
+        if on_gpu():
+            torch.cuda.synchronize()
+        return count * 2 * len(self.factor) ** 3 / (time.perf_counter() - start)
+
+    def result(self) -> dict[str, float]:
+        """Medians of all steps but the first, and this process's peak memory."""
+        seconds, peak = statistics.median(self.seconds[1:]), statistics.median(self.peaks[2:])
+        return {"seconds": seconds, "peak": peak, "mib": peak_mib()}
+
+
+def write_pairs(
+    records: Sequence[PreferenceRecord], tokenizer: ChatTokenizer, folder: Path, sources: int = 0
+) -> TokenDataset:
+    """Write records and log-probs of nobody for `training_steps`, by so many sources."""
+    write_token_dataset(records, tokenizer, folder / "pairs")
+    data = TokenDataset(folder / "pairs")
+    manifest: dict[str, Any] = dict.fromkeys(("model", "weights_sha256", "backend", "dtype"), "-")
+    manifest |= {"records_sha256": records_fingerprint(records), "versions": {}}
+    manifest["tokenizer"] = tokenizer.describe()
+    names = [f"source-{i}" for i in range(sources)]
+    for value, name in enumerate(["initial", *names], 2):
+        with LogprobWriter(folder / name, responses=data.responses, manifest=manifest) as writer:
+            for i, record in enumerate(records):
+                writer.add(
+                    record.id, [np.full(len(x), -float(value)) for x in data.response_ids(i)]
+                )
+    listed = [{"name": name, "logprobs": name} for name in names]
+    (folder / "sources.yaml").write_text(json.dumps({"initial": "initial", "sources": listed}))
+    return data
+
+
+def training_steps(folder: Path, timer: Timer, steps: int, *flags: str) -> list[float]:
+    """Train from `folder/pivot` on what `write_pairs` wrote there; time Megatron's steps.
+
+    Returns:
+        The loss of each step, on the last pipeline stage.
+    """
+    import megatron_infifpo.train as program  # first: it readies Megatron for the CPU
+    import megatron.training.training as loop  # isort: skip
+
+    losses, original = [], loop.train_step
+
+    def train_step(*arguments: Any, **options: Any) -> Any:
+        with timer:
+            result = original(*arguments, **options)
+        losses.append(float(result[0].get("loss", torch.nan)))
+        return result
+
+    loop.train_step = train_step
+    sys.argv = [
+        "train", "--method", "dpo", "--beta", "0.1", "--preference-data", str(folder / "pairs"),
+        "--preference-sources", str(folder / "sources.yaml"), "--reference-check", "off",
+        "--pretrained-checkpoint", str(folder / "pivot"), "--train-iters", str(steps),
+        "--lr", "1e-6", "--lr-decay-style", "constant", *flags,
+    ]  # fmt: skip
+    program.main()
+    return losses
 
 
 def table(found: dict[str, list[dict[str, Any]]], peer: str, columns: dict[str, str]) -> None:

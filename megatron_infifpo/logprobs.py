@@ -1,12 +1,14 @@
 """The log-prob head: from hidden states to the log-prob of every response token.
 
 Only rows that predict a response token reach the output layer. Their log-probs are computed in
-chunks, with the vocabulary split over tensor-parallel ranks; the backward pass recomputes each
-chunk's logits. Peak memory is O(chunk x V / TP), never O(tokens x V), beside the weight's gradient.
+chunks, with the vocabulary split over tensor-parallel ranks. The backward pass begins with the last
+chunk, which is still there, and recomputes the logits of the others. Peak memory is
+O(chunk x V / TP), never O(tokens x V), beside the weight's gradient.
 
 Symbols: `T` tokens of a row, `K` scored tokens, `H` hidden size, `V` vocabulary, `S` segments.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,8 +27,9 @@ CHUNK_BYTES = 256 * 2**20
 class _VocabParallelLogprobs(torch.autograd.Function):
     """Log-softmax at the targets, with this rank's vocabulary shard of the output weight.
 
-    Saves hidden rows and one log-sum-exp a row. The gradient of the hidden rows is this shard's
-    part only: the caller's mapping sums it over the group.
+    Saves hidden rows, one log-sum-exp a row, and the last chunk: the backward pass comes next, and
+    would need a buffer of that size anyway. The gradient of the hidden rows is this shard's part
+    only: the caller's mapping sums it over the group.
     """
 
     @staticmethod
@@ -48,11 +51,13 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         precise = torch.promote_types(hidden.dtype, torch.float32)
         logsumexp = hidden.new_full(hidden.shape[:1], -torch.inf, dtype=precise)
         target_logits = torch.zeros_like(logsumexp)
+        ctx.last = None
         for part, logits in _chunks(hidden, shard, chunk_bytes):
             target_logits[part] = logits.gather(1, targets[part, None]).squeeze(1)
             highest = logits.amax(dim=-1, keepdim=True)
             total = logits.sub_(highest).exp_().sum(dim=-1)
             logsumexp[part] = total.log_().add_(highest.squeeze(1))
+            ctx.last = (part, logits, highest)
         target_logits *= here
         if dist.get_world_size(group) > 1:
             # Two collectives for the whole row, however many chunks: shift by the common maximum,
@@ -73,9 +78,10 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         upstream = grad_outputs[0].to(logsumexp.dtype)
         shard, grad_hidden = weight[: ctx.valid], torch.zeros_like(hidden)
         accumulator, grad_weight = _weight_gradient(ctx.weight, logsumexp.dtype)
-        for part, logits in _chunks(hidden, shard, ctx.chunk_bytes):
+
+        def add(part: slice, grad: Tensor) -> None:
+            """Propagate one chunk, given the part of its logits' gradient that has p(v)."""
             # d log p(t) / d logit(v) = [v = t] - p(v)
-            grad = logits.sub_(logsumexp[part, None]).exp_().mul_(-upstream[part, None])
             grad.scatter_add_(1, targets[part, None], (upstream[part] * here[part])[:, None])
             grad = grad.to(hidden.dtype)
             torch.mm(grad, shard, out=grad_hidden[part])
@@ -83,19 +89,33 @@ class _VocabParallelLogprobs(torch.autograd.Function):
                 accumulator[: ctx.valid].addmm_(grad.t(), hidden[part])
             else:
                 accumulator[: ctx.valid] += grad.t() @ hidden[part]
+
+        rest = hidden
+        if ctx.last is not None:
+            part, exponentials, highest = ctx.last
+            ctx.last = None  # changed in place: a second backward pass recomputes it
+            shift = (highest - logsumexp[part, None]).exp_()
+            add(part, exponentials.mul_(shift.mul_(-upstream[part, None])))
+            rest = hidden[: part.start]
+            del exponentials  # before the others get a buffer
+        for part, logits in _chunks(rest, shard, ctx.chunk_bytes):
+            add(part, logits.sub_(logsumexp[part, None]).exp_().mul_(-upstream[part, None]))
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _chunks(hidden: Tensor, shard: Tensor, chunk_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield rows and their logits `[rows, valid]`, in float32 at least; one buffer serves all."""
-    rows = max(1, chunk_bytes // (4 * max(1, len(shard))))
-    if len(shard) == 0:  # all of this rank's columns are padding
+    """Yield rows and their logits `[rows, valid]`, in float32 at least; all in the same buffer."""
+    if len(shard) == 0 or len(hidden) == 0:  # all of this rank's columns are padding, or all done
         return
-    buffer = hidden.new_empty(min(rows, len(hidden)), len(shard))
+    most = max(1, chunk_bytes // (4 * len(shard)))
+    rows = math.ceil(len(hidden) / math.ceil(len(hidden) / most))  # equal chunks
+    product = wide = hidden.new_empty(rows, len(shard))
+    if hidden.dtype.itemsize < 4:
+        wide = hidden.new_empty(rows, len(shard), dtype=torch.float32)
     for start in range(0, len(hidden), rows):
         part = slice(start, min(start + rows, len(hidden)))
-        logits = torch.mm(hidden[part], shard.t(), out=buffer[: part.stop - start])
-        yield part, logits if logits.dtype.itemsize >= 4 else logits.float()
+        logits = torch.mm(hidden[part], shard.t(), out=product[: part.stop - start])
+        yield part, logits if wide is product else wide[: part.stop - start].copy_(logits)
 
 
 def _weight_gradient(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

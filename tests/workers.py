@@ -26,9 +26,13 @@ def head_gradients(seed: int, vocab: int, padded: int, dtype: str, chunk_bytes: 
     logprobs = vocab_parallel_logprobs(
         hidden, shard, targets, vocab_size=vocab, group=dist.group.WORLD, chunk_bytes=chunk_bytes
     )
-    logprobs.backward(upstream.to(logprobs.dtype))
+    upstream = upstream.to(logprobs.dtype)
+    first = torch.autograd.grad(logprobs, (hidden, shard), upstream, retain_graph=True)
+    logprobs.backward(upstream)
+    again = [(a - b.grad).abs().max().item() for a, b in zip(first, (hidden, shard), strict=True)]
     dist.all_reduce(hidden.grad)
     return {
+        "again": max(again),
         "logprobs": logprobs.detach(),
         "hidden_grad": hidden.grad,
         "weight_grad": shard.grad,

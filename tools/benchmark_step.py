@@ -6,24 +6,24 @@
 Same weights, same pairs, a reference that is computed beforehand, one optimizer step with AdamW a
 batch, on one rank. TRL and Liger (where it is installed) run in transformers, in batches of
 --peer-batch pairs; Liger without any reference, which it cannot take precomputed. The rate counts
-the products that a model needs for the tokens that each method has, and is given as a share of what
-this machine reaches in a large product.
+what the model itself needs for its tokens (products with weights, causal attention, the head once),
+and is given as a share of what large products reach just before and after each timed step.
 """
 
 import argparse
 import importlib.util
 import json
 import os
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from megatron_infifpo.bench import alternate, on_gpu, peak_mib, table
+from megatron_infifpo.bench import Timer, alternate, on_gpu, table, training_steps, write_pairs
 from megatron_infifpo.cli import positive, run
+from megatron_infifpo.data.records import read_records
+from megatron_infifpo.data.token_dataset import TokenDataset
+from megatron_infifpo.data.tokenization import ChatTokenizer
 
 OURS = {"shared prompt": "--share-prompt", "two prompts": "--no-share-prompt"}
 TRL, LIGER = "TRL", "Liger"
@@ -39,9 +39,13 @@ def main() -> None:
     parser.add_argument("--folder", required=True, type=Path, help="for what is prepared once")
     parser.add_argument("--pairs", type=positive, default=8, help="of the batch (default: 8)")
     parser.add_argument("--longest", type=positive, default=1024, help="tokens of a text taken")
+    parser.add_argument(
+        "--prompt-share", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        help="of a pair's tokens, with two copies of the prompt; only such pairs (default: all)",
+    )  # fmt: skip
     parser.add_argument("--micro-batch-size", type=positive, default=2, help="ours (default: 2)")
-    parser.add_argument("--peer-batch", type=positive, default=2, help="(default: 2)")
-    parser.add_argument("--steps", type=positive, default=2, help="timed a run (default: 2)")
+    parser.add_argument("--peer-batch", type=positive, default=1, help="(default: 1)")
+    parser.add_argument("--steps", type=positive, default=1, help="timed a run (default: 1)")
     parser.add_argument("--rounds", type=positive, default=5, help="(default: 5)")
     parser.add_argument("--bf16", action="store_true", help="(default: float32)")
     parser.add_argument("--threads", type=positive, default=os.cpu_count(), help="of the CPU")
@@ -53,22 +57,21 @@ def main() -> None:
         measure = {TRL: trl_steps, LIGER: liger_steps}.get(args.only, our_steps)
         print(json.dumps(measure(args)))
         return
-    tokens = prepare(args)
+    prompts, responses = prepare(args)
     methods = [*OURS, TRL]
     if importlib.util.find_spec("liger_kernel"):
         methods.append(LIGER)
     found = alternate(args.methods or methods, args.rounds)
-    peak = matmul_rate(args)
     for name, runs in found.items():
         for result in runs:
-            flops = products(args, tokens, shared=name == "shared prompt")
+            flops = model_operations(args, shared=name == "shared prompt")
             result["pairs"] = args.pairs / result["seconds"]
-            result["share"] = flops / result["seconds"] / peak
-    prompts, responses = tokens
+            result["share"] = flops / result["seconds"] / result["peak"]
+    peaks = [result["peak"] / 1e9 for runs in found.values() for result in runs]
     print(
         f"{args.pairs} pairs: {2 * prompts} prompt tokens ({prompts} shared), {responses} of "
         f"responses; {'bfloat16' if args.bf16 else 'float32'}, {args.threads} threads, medians of "
-        f"{args.rounds}; matrix products reach {peak / 1e9:.0f} GFLOP/s"
+        f"{args.rounds}; large products reach {min(peaks):.0f} to {max(peaks):.0f} GFLOP/s"
     )
     columns = {"pairs/s": "pairs", "of matmul": "share", "first loss": "loss"}
     table(found, TRL if TRL in found else next(iter(found)), columns)
@@ -77,67 +80,36 @@ def main() -> None:
 def prepare(args: argparse.Namespace) -> tuple[int, int]:
     """Import the model and write pairs with log-probs of nobody; tokens of prompts, responses."""
     from megatron_infifpo.checkpoint.hf_import import import_checkpoint
-    from megatron_infifpo.data.logprob_writer import LogprobWriter
-    from megatron_infifpo.data.records import read_records, records_fingerprint
-    from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
-    from megatron_infifpo.data.tokenization import ChatTokenizer
 
+    low, high = args.prompt_share
     tokenizer, records = ChatTokenizer.from_pretrained(args.model), []
     for record in read_records(args.input):
         tokens = tokenizer.encode(record)
-        longest = len(tokens.prompt_ids) + max(len(ids) for ids in tokens.response_ids)
-        if longest <= args.longest and len(records) < args.pairs:
+        prompt, responses = len(tokens.prompt_ids), [len(ids) for ids in tokens.response_ids]
+        share = 2 * prompt / (2 * prompt + sum(responses))
+        if prompt + max(responses) <= args.longest and low <= share <= high:
             records.append(record)
     args.folder.mkdir(parents=True, exist_ok=True)
     if not (args.folder / "pivot").exists():
         import_checkpoint(args.model, args.folder / "pivot")
-    write_token_dataset(records, tokenizer, args.folder / "pairs")
-    data = TokenDataset(args.folder / "pairs")
-    manifest = dict.fromkeys(("model", "weights_sha256", "backend", "dtype"), "none")
-    manifest |= {"records_sha256": records_fingerprint(records), "versions": {}}  # type: ignore[dict-item]
-    manifest["tokenizer"] = tokenizer.describe()  # type: ignore[assignment]
-    with LogprobWriter(
-        args.folder / "initial", responses=data.responses, manifest=manifest
-    ) as writer:
-        for i, record in enumerate(records):
-            writer.add(record.id, [np.full(len(ids), -2.0) for ids in data.response_ids(i)])
-    (args.folder / "sources.yaml").write_text("initial: initial\n")
+    data = write_pairs(records[: args.pairs], tokenizer, args.folder)
     return int(data.prompt_lengths.sum()), int(data.response_lengths.sum())
 
 
 def our_steps(args: argparse.Namespace) -> dict[str, float]:
     """Steps of Megatron's own loop over our rows."""
-    import megatron.training.training as loop
-
-    import megatron_infifpo.train as program
-
-    seconds, losses, original = [], [], loop.train_step
-
-    def train_step(*arguments: Any, **options: Any) -> Any:
-        start = time.perf_counter()
-        result = original(*arguments, **options)
-        seconds.append(time.perf_counter() - start)
-        losses.append(result[0]["loss"].item())
-        return result
-
-    loop.train_step = train_step
-    folder = args.folder
-    sys.argv = [
-        "train", "--method", "dpo", "--beta", "0.1", "--preference-data", str(folder / "pairs"),
-        "--preference-sources", str(folder / "sources.yaml"), "--reference-check", "off",
-        "--pretrained-checkpoint", str(folder / "pivot"), "--seq-length", str(args.longest),
-        "--global-batch-size", str(args.pairs), "--micro-batch-size", str(args.micro_batch_size),
-        "--train-iters", str(args.steps + 1), "--lr", "1e-6", "--lr-decay-style", "constant",
-        OURS[args.only], *(["--bf16"] if args.bf16 else []),
-    ]  # fmt: skip
-    program.main()
-    return {"seconds": min(seconds[1:]), "mib": peak_mib(), "loss": losses[0]}
+    timer = Timer(args.bf16)
+    losses = training_steps(
+        args.folder, timer, args.steps + 1,
+        "--seq-length", str(args.longest), "--global-batch-size", str(args.pairs),
+        "--micro-batch-size", str(args.micro_batch_size), OURS[args.only],
+        *(["--bf16"] if args.bf16 else []),
+    )  # fmt: skip
+    return timer.result() | {"loss": losses[0]}
 
 
 def examples(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The pairs as TRL's collator takes them."""
-    from megatron_infifpo.data.token_dataset import TokenDataset
-
     data, made = TokenDataset(args.folder / "pairs"), []
     for i in range(len(data)):
         prompt, chosen, rejected = (ids.tolist() for ids in data.sequences(i))
@@ -159,23 +131,20 @@ def hf_model(args: argparse.Namespace) -> Any:
 
 
 def timed(args: argparse.Namespace, model: Any, batch_loss: Any) -> dict[str, float]:
-    """Optimizer steps over all batches, each a share of the pairs."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    seconds, losses = [], []
-    for _ in range(args.steps + 1):
-        start, total = time.perf_counter(), 0.0
-        for first in range(0, args.pairs, args.peer_batch):
-            loss = batch_loss(first) * min(args.peer_batch, args.pairs - first) / args.pairs
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if on_gpu():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        losses.append(total)
-    return {"seconds": min(seconds[1:]), "mib": peak_mib(), "loss": losses[0]}
+    """Optimizer steps over all batches, each a share of the pairs; before them one small one."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # the loss stays the first one
+    timer = Timer(args.bf16)
+    for step in range(args.steps + 1):
+        total, pairs = 0.0, args.pairs if step else args.peer_batch
+        with timer:
+            for first in range(0, pairs, args.peer_batch):
+                loss = batch_loss(first) * min(args.peer_batch, pairs - first) / pairs
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return timer.result() | {"loss": total}
 
 
 def trl_steps(args: argparse.Namespace) -> dict[str, float]:
@@ -228,33 +197,24 @@ def liger_steps(args: argparse.Namespace) -> dict[str, float]:
     return timed(args, model, batch_loss)
 
 
-def products(args: argparse.Namespace, tokens: tuple[int, int], *, shared: bool) -> float:
-    """Floating-point operations of a step's matrix products with weights, forward and backward."""
-    config = json.loads((args.model / "config.json").read_text())
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    groups, width = config["num_key_value_heads"], config.get("head_dim") or hidden // heads
-    attention = hidden * width * (2 * heads + 2 * groups)
-    layer = attention + 3 * hidden * config["intermediate_size"]
-    prompts, responses = tokens
-    whole = (1 if shared else 2) * prompts + responses
-    head = hidden * config["vocab_size"] * responses
-    return 6.0 * (layer * config["num_hidden_layers"] * whole + head)
+def model_operations(args: argparse.Namespace, *, shared: bool) -> float:
+    """Floating-point operations of a step's model, forward and backward; nothing computed twice."""
+    from megatron_infifpo.models.architecture import read_hf_config
+    from megatron_infifpo.models.families import megatron_args
+    from megatron_infifpo.planning import Plan
 
-
-def matmul_rate(args: argparse.Namespace) -> float:
-    """FLOP/s of a large matrix product on this machine."""
-    device = "cuda" if on_gpu() else "cpu"
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    size = 8192 if on_gpu() else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        if on_gpu():
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    plan, data = (
+        Plan(megatron_args(read_hf_config(args.model))),
+        TokenDataset(args.folder / "pairs"),
+    )
+    tokens = attended = 0.0
+    for prompt, responses in zip(data.prompt_lengths, data.response_lengths, strict=True):
+        copies = 1 if shared else len(responses)
+        tokens += copies * prompt + responses.sum()
+        attended += copies * prompt**2 + (responses * (2 * prompt + responses)).sum()
+    scored = data.response_lengths.sum()
+    layers = plan.operations(tokens, 0.0, attended / tokens)
+    return float(layers + 6.0 * plan.table_parameters * scored)
 
 
 if __name__ == "__main__":

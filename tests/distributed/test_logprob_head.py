@@ -26,6 +26,7 @@ def test_matches_log_softmax(ranks, world, vocab, chunk_bytes):
     for result in results:
         torch.testing.assert_close(result["logprobs"], expected, atol=1e-12, rtol=0)
         torch.testing.assert_close(result["hidden_grad"], hidden_grad, atol=1e-12, rtol=0)
+        assert result["again"] <= 1e-14, "a second backward pass recomputes what the first used up"
     full = torch.cat([result["weight_grad"] for result in results])
     torch.testing.assert_close(full, weight_grad, atol=1e-12, rtol=0)
     assert (full[vocab:] == 0).all(), "padded vocabulary columns must not get a gradient"
