@@ -35,6 +35,38 @@ PRECISIONS = {"bf16": Precision(2, 4, 12), "fp32": Precision(4, 4, 8)}
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a layer keeps of one token for its backward pass, in numbers of each width.
+
+    Attributes:
+        hidden: inputs and outputs of both norms.
+        query: queries as attention sees them, the part of the joint projection that its values
+            hold alive, the output.
+        key: keys, and the same part.
+        gathered: keys and values of shared prompts, a second time.
+        mlp: both halves of the first product, what the gate became, their product.
+        rope: sines and cosines, of a head's width.
+    """
+
+    hidden: int
+    query: int
+    key: int
+    gathered: int
+    mlp: int
+    rope: int
+
+
+# Transformer Engine's layers; Megatron's local ones on a GPU, where the norm, attention and the
+# gate are one kernel each; and on a CPU, where norms keep the normalised rows beside, and attention
+# its output once a segment and once whole.
+KEPT = {
+    "te": Kept(hidden=4, query=3, key=3, gathered=0, mlp=3, rope=0),
+    "local": Kept(hidden=4, query=3, key=3, gathered=2, mlp=3, rope=4),
+    "cpu": Kept(hidden=6, query=4, key=3, gathered=2, mlp=4, rope=4),
+}
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes on the fullest rank."""
 
@@ -53,17 +85,17 @@ class Memory:
 class Plan:
     """A model's cost, from the Megatron arguments of its architecture."""
 
-    def __init__(self, model: Mapping[str, Any], precision: str = "bf16"):
-        """Take `megatron_args(config)` and a key of `PRECISIONS`."""
+    def __init__(self, model: Mapping[str, Any], precision: str = "bf16", layers: str = "te"):
+        """Take `megatron_args(config)`, a key of `PRECISIONS` and one of `KEPT`."""
         self.hidden: int = model["hidden_size"]
         self.layers: int = model["num_layers"]
         self.ffn: int = model["ffn_hidden_size"]
         self.vocabulary: int = model["padded_vocab_size"]
         self.untied: bool = model["untie_embeddings_and_output_weights"]
-        width = model["kv_channels"]
-        self.query, self.key = (
-            width * model[name] for name in ("num_attention_heads", "num_query_groups")
-        )
+        self.head: int = model["kv_channels"]
+        self.query: int = self.head * model["num_attention_heads"]
+        self.key: int = self.head * model["num_query_groups"]
+        self.kept = KEPT[layers]
         self.bytes = PRECISIONS[precision]
 
     @property
@@ -83,7 +115,13 @@ class Plan:
         return self.layers * self.layer_parameters + (1 + self.untied) * self.table_parameters
 
     def memory(
-        self, layout: Layout, row_tokens: int, micro_batches: int, *, recompute: bool = False
+        self,
+        layout: Layout,
+        row_tokens: int,
+        micro_batches: int,
+        *,
+        gathered: float = 0.0,
+        recompute: bool = False,
     ) -> Memory:
         """Memory of the fullest rank, with the distributed optimizer.
 
@@ -91,18 +129,25 @@ class Plan:
             layout: sequence parallelism is taken as on where tensor is above 1.
             row_tokens: tokens of a micro-batch.
             micro_batches: of a step on a rank.
+            gathered: keys that attention sees for a token of a row, with shared prompts.
             recompute: Megatron's `--recompute-granularity full`.
         """
         return max(
             (
-                self._stage(layout, stage, row_tokens, micro_batches, recompute)
+                self._stage(layout, stage, row_tokens, micro_batches, gathered, recompute)
                 for stage in range(layout.pipeline)
             ),
             key=lambda memory: memory.total,
         )
 
     def _stage(
-        self, layout: Layout, stage: int, row_tokens: int, micro_batches: int, recompute: bool
+        self,
+        layout: Layout,
+        stage: int,
+        row_tokens: int,
+        micro_batches: int,
+        gathered: float,
+        recompute: bool,
     ) -> Memory:
         first, last = stage == 0, stage == layout.pipeline - 1
         layers = self.layers / layout.pipeline
@@ -110,14 +155,15 @@ class Plan:
         parameters = layers * self.layer_parameters + tables * self.table_parameters
         parameters /= layout.tensor
         in_flight = min(micro_batches, layout.pipeline - stage)
-        token = self.activation_bytes()
+        token = self.activation_bytes(gathered)
         kept = self.hidden * self.bytes.weight if recompute else token
         rows = layers * kept * in_flight + (token if recompute else 0)
         # A chunk of logits in float32, and in bfloat16 too; autograd's stand-in for the weight's
         # gradient, and in bfloat16 the product that is added to the buffer.
         half = self.bytes.weight == 2
         table = self.table_parameters / layout.tensor * self.bytes.weight
-        head = (1 + half) * (CHUNK_BYTES + table) if last else 0
+        end = row_tokens * self.end_bytes() / layout.tensor
+        head = (1 + half) * (CHUNK_BYTES + table) + end if last else 0
         return Memory(
             weights=parameters * self.bytes.weight,
             gradients=parameters * self.bytes.gradient,
@@ -126,15 +172,16 @@ class Plan:
             head=head,
         )
 
-    def activation_bytes(self) -> int:
-        """Bytes that a layer keeps of one token for its backward pass.
+    def activation_bytes(self, gathered: float = 0.0) -> float:
+        """Bytes that a layer keeps of one token for its backward pass, as `KEPT` says."""
+        kept = self.kept
+        attention = kept.query * self.query + (kept.key + kept.gathered * gathered) * self.key
+        rows = kept.hidden * self.hidden + attention + kept.mlp * self.ffn + kept.rope * self.head
+        return rows * self.bytes.weight
 
-        Both norms' inputs and outputs; queries, keys and values as attention sees them, and its
-        output; the gate and the other half of the MLP, the activated gate, and their product.
-        """
-        norms = 4 * self.hidden
-        attention = 2 * self.query + 2 * self.key
-        return (norms + attention + 4 * self.ffn) * self.bytes.weight
+    def end_bytes(self) -> float:
+        """Bytes that the last norm keeps of one token, and the head of a scored one."""
+        return (self.kept.hidden / 2 + 1) * self.hidden * self.bytes.weight
 
     def operations(
         self, tokens: float, scored: float, length: float, *, recompute: bool = False

@@ -21,7 +21,7 @@ def test_every_rank_holds_its_share():
     plan = Plan(model)
     for layout in layouts(16, tensor_parallel_sizes(model), 40, 8, 128):
         assert layout.tensor * layout.pipeline * layout.data == 16
-        stages = [plan._stage(layout, s, 1000, 8, False) for s in range(layout.pipeline)]
+        stages = [plan._stage(layout, s, 1000, 8, 0.0, False) for s in range(layout.pipeline)]
         weights = layout.tensor * sum(stage.weights for stage in stages)
         assert weights == pytest.approx(2 * plan.parameters)
         optimizer = layout.tensor * layout.data * sum(stage.optimizer for stage in stages)

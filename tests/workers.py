@@ -128,6 +128,39 @@ def train(argv: list[str]) -> dict[str, Any]:
     return record
 
 
+def kept_bytes(argv: list[str]) -> dict[str, float]:
+    """Train one step, and count what the layers' forward pass keeps for the backward pass.
+
+    Returns bytes of the largest row's saved tensors, parameters left out, and that row's tokens.
+    """
+    import megatron_infifpo.train  # noqa: F401  (readies Megatron for the CPU)
+    import megatron_infifpo.training.step as step
+
+    found: dict[str, float] = {"tokens": 0.0}
+    original = step.run_packed
+
+    def run_packed(model, row, vocab_size):
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = original(model, row, vocab_size)
+        if row["tokens"].numel() > found["tokens"]:
+            found.update(tokens=row["tokens"].numel(), kept=sum(kept.values()))
+            found["keys"] = row["key_rows"].numel() if "key_rows" in row else found["tokens"]
+        return output
+
+    step.run_packed = run_packed
+    train([*argv, "--train-iters", "1"])
+    return found
+
+
 def score(argv: list[str]) -> None:
     """Run `python tools/score_source.py ARGV` as one rank."""
     run_tool("score_source", argv)

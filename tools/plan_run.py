@@ -45,14 +45,14 @@ def main() -> None:
         "--share-prompt",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="as in training; Transformer Engine's layers cannot (default: yes)",
+        help="as in training, on the local layers; else Transformer Engine's (default: yes)",
     )
     parser.add_argument("--prompt-tokens", type=positive, default=400, help="on average")
     parser.add_argument("--response-tokens", type=positive, default=600, help="on average")
     args = parser.parse_args()
     known = args.model in PUBLISHED and not Path(args.model).is_dir()
     model = megatron_args(PUBLISHED[args.model] if known else read_hf_config(args.model))
-    plan = Plan(model, args.precision)
+    plan = Plan(model, args.precision, "local" if args.share_prompt else "te")
     found = layouts(
         args.gpus,
         tensor_parallel_sizes(model),
@@ -87,9 +87,10 @@ def describe(plan: Plan, layout: Layout, args: argparse.Namespace) -> list[tuple
     sft = args.sft_records * args.sft_epochs
     tokens = sft * text + args.pairs * pair
     scored = (sft + 2 * args.pairs) * args.response_tokens
+    gathered = 2 * text / pair if args.share_prompt else 0.0
     lines = []
     for recompute in (False, True):
-        memory = plan.memory(layout, args.row_tokens, rows, recompute=recompute)
+        memory = plan.memory(layout, args.row_tokens, rows, gathered=gathered, recompute=recompute)
         work = plan.operations(tokens, scored, text, recompute=recompute)
         hours = work * bubble / (args.gpus * args.gpu_tflops * 1e12 * args.mfu) / 3600
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
