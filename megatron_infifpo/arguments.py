@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from megatron_infifpo.cli import UserError, positive
+from megatron_infifpo.environment import ShowEnvironment
 from megatron_infifpo.methods import Method, add_method_flags, flag
 
 
@@ -54,6 +55,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         choices=["error", "warn", "off"],
         help="what to do when the initial pivot's log-probs are of other weights than a run "
         "starts from (default: error)",
+    )
+    parser.add_argument(
+        "--environment",
+        action=ShowEnvironment,
+        help="print what is installed and what each part would use, and exit",
     )
     return parser
 

@@ -1,9 +1,10 @@
-"""What every command shares: errors of the user are one sentence and exit code 2."""
+"""What every command shares: ranks started by srun, and errors of the user in one sentence."""
 
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 
 # The disk, the user's share of it, or the largest file allowed.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -25,8 +26,28 @@ def positive(text: str) -> int:
     return number
 
 
+def ranks_from_srun(environment: MutableMapping[str, str]) -> None:
+    """Say in torchrun's variables which rank this is, where srun started it.
+
+    Only srun's own tasks have the count of a step: a batch script, which has the rest of SLURM's
+    variables, runs what it starts itself alone. The first rank is on the node that srun ran on.
+    """
+    if "WORLD_SIZE" in environment or "SLURM_STEP_NUM_TASKS" not in environment:
+        return
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    here = environment.get("SLURM_STEP_TASKS_PER_NODE", environment["WORLD_SIZE"])
+    environment["LOCAL_WORLD_SIZE"] = re.split(r"\D", here)[0]  # "8(x2)": eight on both nodes
+    environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "localhost"))
+    # A port of the job's own, below those that systems give to outgoing connections.
+    step = int(environment["SLURM_JOB_ID"]) * 16 + int(environment["SLURM_STEP_ID"])
+    environment.setdefault("MASTER_PORT", str(20000 + step % 12000))
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: 0 on success, 2 with one sentence on `UserError`."""
+    ranks_from_srun(os.environ)
     try:
         sys.exit(main() or 0)
     except UserError as error:

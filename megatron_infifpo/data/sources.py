@@ -7,11 +7,12 @@ sources:
   - name: qwen2.5-coder-14b
     logprobs: logprobs/coder
     domains: [code]
+    score: {model: models/qwen-coder, tensor-model-parallel-size: 8}
 """
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ class Source:
         name: unique, for metrics and reports.
         logprobs: prefix of its log-prob dataset.
         domains: the domains that it takes part in; None means all.
+        score: flags of tools/score_source.py that recipes score it with; training ignores them.
     """
 
     name: str
     logprobs: str
     domains: tuple[str, ...] | None = None
+    score: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +106,8 @@ def check_domains(config: SourcesConfig, known: Sequence[str]) -> None:
 
 
 def _source(item: Any, where: str, path: Path) -> Source:
-    _check_keys(item, where, required=("name", "logprobs"), optional=("domains",))
-    name, domains = item["name"], item.get("domains")
+    _check_keys(item, where, required=("name", "logprobs"), optional=("domains", "score"))
+    name, domains, score = item["name"], item.get("domains"), item.get("score") or {}
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{where}: name is {name!r}, expected a word")
     if domains is not None:
@@ -114,7 +117,11 @@ def _source(item: Any, where: str, path: Path) -> Source:
                 f"{where}: domains is {domains!r}, expected a list of names; leave it out for all"
             )
         domains = tuple(domains)
-    return Source(name, _prefix(item["logprobs"], f"{where}: logprobs", path), domains)
+    scalar = str | int | float
+    if not isinstance(score, dict) or not all(isinstance(v, scalar) for v in score.values()):
+        raise UserError(f"{where}: score is {score!r}, expected flags of tools/score_source.py")
+    flags = {str(key): str(value) for key, value in score.items()}
+    return Source(name, _prefix(item["logprobs"], f"{where}: logprobs", path), domains, flags)
 
 
 def _prefix(value: Any, where: str, path: Path) -> str:

@@ -14,8 +14,8 @@ WAIT = datetime.timedelta(hours=12)
 
 
 def one_rank_by_default() -> None:
-    """Let a program run alone, where Megatron wants to hear from torchrun or srun."""
-    if "WORLD_SIZE" not in os.environ and os.environ.get("SLURM_NTASKS", "1") == "1":
+    """Let a program run alone, where Megatron wants to hear from torchrun."""
+    if "WORLD_SIZE" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
 

@@ -1,0 +1,23 @@
+# Values of your site and of your run: the only file to change. Every job sources it, from the
+# repository's root; what is already set in the environment wins.
+
+# Whom to charge and where to run; sbatch reads these itself. Leave out what your cluster defaults.
+#export SBATCH_ACCOUNT=research SBATCH_PARTITION=h100 SBATCH_QOS=normal
+
+: "${VENV:=.venv}"             # virtual environment on a file system that all nodes see, or
+: "${CONTAINER:=}"             # an image for pyxis, in its place
+: "${MOUNTS:=$PWD}"            # of the container, separated by commas
+
+: "${NODES:=2}"                # of training
+: "${RANKS:=8}"                # of a node, one a GPU
+: "${GPUS:=$RANKS}"            # of a node
+
+: "${RUN:=runs/phi4}"          # folder of the run: data/*.jsonl and sources.yaml are there
+: "${PIVOT:=models/phi-4}"     # Hugging Face folder
+: "${METHOD:=infifpo}"
+: "${LOGS:=$RUN/logs}"
+: "${RETRIES:=3}"              # how often a job that died is queued again
+: "${LAYOUT:=tensor=2 pipeline=2}"  # of training; sources say theirs in sources.yaml
+: "${SFT:=}"                   # further options of SFT (python tools/launch.py show sft)
+: "${TRAIN:=}"                 # and of preference training (python tools/launch.py show infifpo)
+: "${SCORE:=}"                 # and of scoring (python tools/launch.py show score)

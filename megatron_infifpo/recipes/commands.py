@@ -1,0 +1,236 @@
+"""The command line of every stage of a run: sbatch scripts and nemo-run tasks both start these.
+
+Everything of a run lies in one folder, and each stage finds there what others left:
+
+    RUN/data/sft.jsonl, preference.jsonl     records (tools/split_preferences.py)
+    RUN/data/sft.*, preference.*             token datasets
+    RUN/sources.yaml                         the sources, and how each is scored
+    RUN/logprobs/NAME.*                      log-prob datasets
+    RUN/pivot, RUN/sft, RUN/METHOD           checkpoints; RUN/METHOD-hf is exported
+
+Defaults are the paper's run: Phi-4, on two nodes of eight GPUs.
+"""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.sources import read_sources
+
+RUN = "runs/phi4"
+PIVOT = "models/phi-4"
+BASELINES = ("dpo", "ipo", "wrpo", "infifpo-ipo", "infifpo-wrpo")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of a run.
+
+    Attributes:
+        name: of the stage, for logs.
+        arguments: what follows `python` on the command line, from the repository's root.
+        every_rank: whether all ranks run it together, else one process does.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    every_rank: bool = False
+
+    def __str__(self) -> str:
+        """As a shell takes it."""
+        return shlex.join(("python", *self.arguments))
+
+
+def convert(run: str = RUN, hf: str = PIVOT, dtype: str = "bf16") -> Job:
+    """Import the pivot from Hugging Face to RUN/pivot.
+
+    Args:
+        run: folder of the run.
+        hf: the pivot's Hugging Face folder.
+        dtype: of the weights, bf16 or fp32.
+    """
+    save = f"{run}/pivot"
+    flags = ("import", "--hf", hf, "--save", save, "--dtype", dtype)
+    return Job("convert", ("tools/convert_checkpoint.py", *flags))
+
+
+def prepare(run: str = RUN, hf: str = PIVOT, split: str = "preference") -> Job:
+    """Tokenize one half of the records for the pivot.
+
+    Args:
+        run: folder of the run.
+        hf: the pivot's Hugging Face folder, for its tokenizer and chat template.
+        split: `sft` or `preference`; reads RUN/data/SPLIT.jsonl.
+    """
+    prefix = f"{run}/data/{split}"
+    flags = ("--input", f"{prefix}.jsonl", "--tokenizer", hf, "--output", prefix)
+    return Job(f"prepare-{split}", ("tools/prepare_preferences.py", *flags))
+
+
+def score(
+    run: str = RUN,
+    index: int = 0,
+    initial: str = "sft",
+    tensor: int = 2,
+    pipeline: int = 1,
+    bf16: bool = True,
+    flags: str = "",
+) -> Job:
+    """Score the preference pairs under the initial pivot, or under one of RUN/sources.yaml.
+
+    Args:
+        run: folder of the run.
+        index: 0 for the initial pivot, i for the i-th source, as an array task counts.
+        initial: checkpoint in RUN that preference training starts from.
+        tensor: tensor-parallel size, where the source's `score` does not say another.
+        pipeline: pipeline-parallel size, likewise.
+        bf16: weights in bfloat16, else float32.
+        flags: further ones of tools/score_source.py.
+
+    Raises:
+        UserError: there is no such source, or it does not say what model it is.
+    """
+    config = read_sources(f"{run}/sources.yaml")
+    options = {"backend": "megatron", "tensor-model-parallel-size": str(tensor)}
+    options["pipeline-model-parallel-size"] = str(pipeline)
+    domains: tuple[str, ...] = ()
+    if index == 0:
+        name, output = "initial", config.initial
+        options["model"] = f"{run}/{initial}"
+    elif 0 < index <= len(config.sources):
+        source = config.sources[index - 1]
+        name, output, domains = source.name, source.logprobs, source.domains or ()
+        options |= source.score
+        if "model" not in source.score:
+            raise UserError(
+                f"{config.path}: source {name!r} does not say which model it is, expected for "
+                "example: score: {model: models/qwen}"
+            )
+    else:
+        raise UserError(
+            f"{config.path} has {len(config.sources)} sources, but index is {index}: expected 0 "
+            "(the initial pivot) to their number"
+        )
+    arguments = ["tools/score_source.py", *(["--bf16"] if bf16 else [])]
+    for option, value in options.items():
+        arguments += [f"--{option}", value]
+    arguments += ["--name", name, "--input", f"{run}/data/preference.jsonl", "--output", output]
+    if domains:
+        arguments += ["--domains", *domains]
+    return Job(f"score-{name}", (*arguments, *shlex.split(flags)), every_rank=True)
+
+
+def sft(
+    run: str = RUN,
+    epochs: int = 3,
+    lr: float = 1e-6,
+    tensor: int = 2,
+    pipeline: int = 2,
+    global_batch_size: int = 128,
+    micro_batch_tokens: int = 8192,
+    save_interval: int = 100,
+    bf16: bool = True,
+    flags: str = "",
+) -> Job:
+    """Train RUN/pivot on the chosen responses of RUN/data/sft, to RUN/sft.
+
+    Args:
+        run: folder of the run.
+        epochs: passes over the records.
+        lr: highest learning rate; cosine, after 10 % of warm-up.
+        tensor: tensor-parallel size, with sequence parallelism above 1.
+        pipeline: pipeline-parallel size; the ranks that remain are data-parallel.
+        global_batch_size: records of a step.
+        micro_batch_tokens: at most, of a packed row.
+        save_interval: steps from one checkpoint to the next.
+        bf16: train in bfloat16, else float32.
+        flags: further ones of megatron_infifpo.train, Megatron's included.
+    """
+    what = ["--method", "sft", "--preference-data", f"{run}/data/sft"]
+    what += ["--pretrained-checkpoint", f"{run}/pivot", "--preference-epochs", str(epochs)]
+    where = _layout(tensor, pipeline, bf16)
+    batch = _steps(lr, global_batch_size, micro_batch_tokens, save_interval)
+    return _train("sft", f"{run}/sft", [*what, *where, *batch], flags)
+
+
+def infifpo(
+    run: str = RUN,
+    method: str = "infifpo",
+    beta: float | None = None,
+    initial: str = "sft",
+    epochs: int = 1,
+    lr: float = 1e-7,
+    tensor: int = 2,
+    pipeline: int = 2,
+    global_batch_size: int = 128,
+    micro_batch_tokens: int = 8192,
+    save_interval: int = 100,
+    bf16: bool = True,
+    flags: str = "",
+) -> Job:
+    """Train by preference optimization on RUN/data/preference, to RUN/METHOD.
+
+    Args:
+        run: folder of the run.
+        method: any of `--method`: infifpo, dpo, ipo, wrpo, fpo, infifpo-ipo, infifpo-wrpo, ...
+        beta: of the loss; the method's published one where it is None.
+        initial: checkpoint in RUN to start from, the one that was scored as the initial pivot.
+        epochs: passes over the pairs.
+        lr: highest learning rate; cosine, after 10 % of warm-up.
+        tensor: tensor-parallel size, with sequence parallelism above 1.
+        pipeline: pipeline-parallel size; the ranks that remain are data-parallel.
+        global_batch_size: pairs of a step.
+        micro_batch_tokens: at most, of a packed row.
+        save_interval: steps from one checkpoint to the next.
+        bf16: train in bfloat16, else float32.
+        flags: further ones of megatron_infifpo.train, Megatron's included.
+    """
+    what = ["--method", method, *([] if beta is None else ["--beta", str(beta)])]
+    what += ["--preference-data", f"{run}/data/preference"]
+    what += ["--preference-sources", f"{run}/sources.yaml"]
+    what += ["--pretrained-checkpoint", f"{run}/{initial}", "--preference-epochs", str(epochs)]
+    where = _layout(tensor, pipeline, bf16)
+    batch = _steps(lr, global_batch_size, micro_batch_tokens, save_interval)
+    return _train(method, f"{run}/{method}", [*what, *where, *batch], flags)
+
+
+def export(run: str = RUN, method: str = "infifpo") -> Job:
+    """Export RUN/METHOD to Hugging Face, to RUN/METHOD-hf.
+
+    Args:
+        run: folder of the run.
+        method: checkpoint in RUN, such as infifpo or sft.
+    """
+    flags = ("export", "--load", f"{run}/{method}", "--save", f"{run}/{method}-hf")
+    return Job(f"export-{method}", ("tools/convert_checkpoint.py", *flags))
+
+
+STAGES: dict[str, Callable[..., Job]] = {
+    "convert": convert,
+    "prepare": prepare,
+    "score": score,
+    "sft": sft,
+    "infifpo": infifpo,
+    "export": export,
+}
+
+
+def _train(name: str, save: str, options: list[str], flags: str) -> Job:
+    # Signals: Megatron saves and exits at SIGTERM, which is how clusters preempt.
+    kept = ["--save", save, "--tensorboard-dir", f"{save}/tensorboard", "--exit-signal-handler"]
+    arguments = ("-m", "megatron_infifpo.train", *options, *kept, *shlex.split(flags))
+    return Job(name, arguments, every_rank=True)
+
+
+def _layout(tensor: int, pipeline: int, bf16: bool) -> list[str]:
+    sizes = ["--tensor-model-parallel-size", str(tensor)]
+    sizes += ["--pipeline-model-parallel-size", str(pipeline), "--use-distributed-optimizer"]
+    sizes += ["--sequence-parallel"] if tensor > 1 else []
+    return [*sizes, "--bf16"] if bf16 else sizes
+
+
+def _steps(lr: float, batch: int, row: int, save: int) -> list[str]:
+    schedule = ["--lr", str(lr), "--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1"]
+    schedule += ["--global-batch-size", str(batch), "--micro-batch-tokens", str(row)]
+    return [*schedule, "--seq-length", "4096", "--save-interval", str(save), "--log-interval", "1"]

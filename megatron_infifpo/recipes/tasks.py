@@ -1,0 +1,113 @@
+"""nemo-run tasks of every stage, and the experiment that is a whole run.
+
+In a program of your own:
+
+    import nemo_run
+    from megatron_infifpo.recipes import tasks
+
+    with nemo_run.Experiment("dpo") as experiment:
+        experiment.add(tasks.infifpo(method="dpo"), executor=my_executor)
+        experiment.run()
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import nemo_run as run
+
+from megatron_infifpo.data.sources import read_sources
+from megatron_infifpo.recipes import commands
+from megatron_infifpo.recipes.commands import BASELINES, Job
+
+
+def task(job: Job) -> run.Script:
+    """Make a job a nemo-run task."""
+    module = job.arguments[0] == "-m"
+    path, *arguments = job.arguments[module:]
+    return run.Script(path=path, args=arguments, m=module, entrypoint="python")
+
+
+def _recipe(stage: Callable[..., Job]) -> Callable[..., run.Script]:
+    @functools.wraps(stage)
+    def recipe(*arguments: Any, **options: Any) -> run.Script:
+        return task(stage(*arguments, **options))
+
+    return recipe
+
+
+convert = _recipe(commands.convert)
+prepare = _recipe(commands.prepare)
+score = _recipe(commands.score)
+sft = _recipe(commands.sft)
+infifpo = _recipe(commands.infifpo)
+export = _recipe(commands.export)
+
+
+def baselines(methods: tuple[str, ...] = BASELINES, **options: Any) -> dict[str, run.Script]:
+    """Preference training by other methods, from the same checkpoint and data.
+
+    Args:
+        methods: names of `--method`.
+        options: of `infifpo`, for all of them.
+    """
+    return {method: infifpo(method=method, **options) for method in methods}
+
+
+def infifpo_pipeline(
+    alone: Any,
+    every_rank: Any,
+    run_folder: str = commands.RUN,
+    method: str = "infifpo",
+    common: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+) -> run.Experiment:
+    """Build a whole run: convert, prepare, SFT, score everything, train, export.
+
+    Args:
+        alone: executor of stages that are one process.
+        every_rank: executor of training and scoring.
+        run_folder: of the run; has the records and sources.yaml.
+        method: of preference training.
+        common: options that `score`, `sft` and `infifpo` share: tensor, pipeline, bf16.
+        training: options of `sft` and `infifpo`, such as global_batch_size.
+
+    Returns:
+        The experiment; call its `run()` or `dryrun()`.
+    """
+    pipeline = stages(run_folder, method, common or {}, training or {})
+    experiment = run.Experiment("infifpo")
+    with experiment:
+        made: dict[str, str] = {}
+        for job, after in pipeline:
+            made[job.name] = experiment.add(
+                task(job),
+                executor=(every_rank if job.every_rank else alone).clone(),
+                name=job.name,
+                dependencies=[made[name] for name in after],
+            )
+    return experiment
+
+
+def stages(
+    run_folder: str, method: str, common: dict[str, Any], training: dict[str, Any]
+) -> list[tuple[Job, list[str]]]:
+    """List the stages of a whole run, each with the names of those that it waits for."""
+    folder: dict[str, Any] = {"run": run_folder}
+    convert = commands.convert(**folder)
+    halves = {half: commands.prepare(**folder, split=half) for half in ("sft", "preference")}
+    sft = commands.sft(**folder, **common, **training)
+    sources = read_sources(f"{run_folder}/sources.yaml").sources
+    scores = [commands.score(**folder, index=index, **common) for index in range(len(sources) + 1)]
+    train = commands.infifpo(**folder, method=method, **common, **training)
+    export = commands.export(**folder, method=method)
+    first, *others = scores
+    return [
+        (convert, []),
+        *((half, []) for half in halves.values()),
+        (sft, [convert.name, halves["sft"].name]),
+        (first, [sft.name]),
+        *((score, []) for score in others),
+        (train, [halves["preference"].name, *(score.name for score in scores)]),
+        (export, [train.name]),
+    ]

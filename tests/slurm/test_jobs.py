@@ -1,0 +1,127 @@
+"""The sbatch scripts on a real SLURM: a whole run, preemption, a dead node, a dead array task."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from cluster import NODES, Cluster, environment_of, wait_until
+from launcher import ROOT
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slurm
+SCRIPTS = ROOT / "examples" / "slurm"
+ARRAY = "score_array.sbatch"
+
+
+def submit(cluster: Cluster, run, script: str, *flags: str, **environment: str) -> str:
+    """Submit one job script on two nodes; its id."""
+    (run.folder / "logs").mkdir(exist_ok=True)
+    size = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
+    log = f"--output={run.folder}/logs/%x-%j.out"
+    command = ["sbatch", "--parsable", f"--chdir={ROOT}", *size, log, *flags, SCRIPTS / script]
+    return cluster.run(*command, **run.environment, **environment).strip()
+
+
+def logs(run) -> str:
+    """Everything that jobs printed, for messages."""
+    files = sorted((run.folder / "logs").glob("*"))
+    return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in files)
+
+
+def test_whole_run(cluster, run_folder, monkeypatch):
+    """pipeline.sh, from Hugging Face and records to a fused model, on two nodes."""
+    environment = {**run_folder.environment, "INFIFPO_ENV": str(SCRIPTS / "env.sh")}
+    monkeypatch.chdir(ROOT)
+    printed = cluster.run("bash", SCRIPTS / "pipeline.sh", **environment)
+    last = printed.split("export ")[1].split()[0]
+    assert cluster.wait(last, 400) == "COMPLETED", logs(run_folder)
+    train = printed.split("train ")[1].split(",")[0]
+    assert len(run_folder.losses(train)) == 5
+    fused = load_file(run_folder.folder / "infifpo-hf" / "model.safetensors")
+    pivot = load_file(run_folder.pivot / "model.safetensors")
+    assert fused.keys() == pivot.keys()
+    assert any((fused[name] != pivot[name]).any() for name in pivot)
+
+
+@pytest.fixture
+def prepared(cluster, run_folder):
+    """A run whose pairs are scored under the pivot itself, ready for training."""
+    environment = {**run_folder.environment, "METHOD": "dpo"}
+    convert = submit(cluster, run_folder, "convert.sbatch", "--nodes=1")
+    assert cluster.wait(convert) == "COMPLETED", logs(run_folder)
+    environment["SCORE"] += " initial=pivot"
+    (run_folder.folder / "sources.yaml").write_text("initial: logprobs/initial\n")
+    script = SCRIPTS / ARRAY
+    flags = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", f"--chdir={ROOT}"]
+    log = f"--output={run_folder.folder}/logs/%x-%j.out"
+    score = cluster.run("sbatch", "--parsable", *flags, log, script, **environment).strip()
+    assert cluster.wait(score) == "COMPLETED", logs(run_folder)
+    return run_folder
+
+
+@pytest.mark.parametrize("event", ["preempted", "node lost"])
+def test_training_goes_on(cluster, prepared, event):
+    """Stopped in the middle, a run ends with the same losses as one that was left alone."""
+    options = prepared.environment["TRAIN"] + " initial=pivot epochs=60 save_interval=100"
+    found = {}
+    for name in ("alone", event):
+        environment = {"METHOD": "dpo", "TRAIN": options}
+        job = submit(cluster, prepared, "train.sbatch", **environment)
+        if name != "alone":
+            wait_until(lambda job=job: len(prepared.losses(job)) > 120, 120, "120 steps")
+            if name == "preempted":
+                cluster.run("scancel", "--batch", "--signal=USR1", job)
+            else:
+                cluster.kill_node(NODES[1])
+                wait_until(lambda job=job: cluster.job(job)["Restarts"] == "1", 60, "a restart")
+                cluster.start_node(NODES[1])
+        assert cluster.wait(job) == "COMPLETED", logs(prepared)
+        assert cluster.job(job)["Restarts"] == ("0" if name == "alone" else "1")
+        found[name] = prepared.losses(job)
+        (prepared.folder / "dpo").rename(prepared.folder / f"dpo-{name}")
+    assert len(found["alone"]) == 300
+    assert found[event] == found["alone"]
+
+
+def test_array_task_dies(cluster, run_folder):
+    """Its log says so, the other task goes on, and submitted again it writes the same bytes."""
+
+    def score(array: str, **more: str) -> str:
+        size = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", f"--array={array}"]
+        log = f"--output={run_folder.folder}/logs/%x-%A_%a.out"
+        script = ["sbatch", "--parsable", f"--chdir={ROOT}", *size, log, SCRIPTS / ARRAY]
+        return cluster.run(*script, **run_folder.environment, **more).strip()
+
+    (run_folder.folder / "logs").mkdir()
+    folder = run_folder.folder / "logprobs"
+    job = score("1-2")
+    assert {cluster.wait(f"{job}_{i}") for i in (1, 2)} == {"COMPLETED"}, logs(run_folder)
+    expected = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+    assert {"qwen.json", "phi.json"} <= expected.keys()
+    for name in expected:
+        (folder / name).unlink()
+    job = score("1-2", RETRIES="0")
+    wait_until(lambda: scorers(cluster, f"{job}_1"), 60, "the scorer")
+    for pid in scorers(cluster, f"{job}_1"):
+        os.kill(pid, signal.SIGKILL)
+    assert cluster.wait(f"{job}_1") == "FAILED", logs(run_folder)
+    assert cluster.wait(f"{job}_2") == "COMPLETED", logs(run_folder)
+    assert not (folder / "qwen.json").exists()
+    assert cluster.wait(score("1")) == "COMPLETED", logs(run_folder)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == expected
+
+
+def scorers(cluster: Cluster, job: str) -> list[int]:
+    """Processes of a job that score."""
+    number = cluster.job(job)["JobId"]
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes()
+            variables = environment_of(int(folder.name))
+        except OSError:
+            continue
+        if b"score_source" in words and variables.get("SLURM_JOB_ID") == number:
+            found.append(int(folder.name))
+    return found

@@ -1,0 +1,171 @@
+#!/usr/bin/env python
+"""List, show and start the stages of a run, here or on a cluster.
+
+    python tools/launch.py list
+    python tools/launch.py show infifpo method=dpo
+    python tools/launch.py infifpo --executor slurm --nodes 2 method=infifpo beta=2.5
+    python tools/launch.py pipeline --executor slurm --nodes 2 slurm.account=research
+
+NAME is a stage, `baselines` (preference training by every other method), or `pipeline` (all stages,
+each after those that it needs). Options are NAME=VALUE; `show` explains them. `--executor here`
+becomes the command itself, on this rank: sbatch scripts start their stages so, under srun. The
+others are nemo-run's (`pip install megatron-infifpo[recipes]`): local, slurm, and a site's own,
+whose options are written EXECUTOR.NAME=VALUE.
+"""
+
+import argparse
+import inspect
+import os
+import sys
+from typing import Any
+
+import yaml
+
+from megatron_infifpo.cli import UserError, positive, run
+from megatron_infifpo.recipes.commands import BASELINES, RUN, STAGES, Job, infifpo
+
+SEVERAL = {
+    "baselines": "Train by every other method: " + ", ".join(BASELINES) + ".",
+    "pipeline": "All stages: convert, prepare, sft, score, infifpo, export.",
+}
+
+
+def main() -> None:
+    """Parse the command line; list, show or start."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help="list, show, a stage, baselines, or pipeline")
+    parser.add_argument("options", nargs="*", metavar="NAME=VALUE", help="of the stage")
+    parser.add_argument("--executor", default="here", help="(default: here)")
+    parser.add_argument("--nodes", type=positive, default=1, help="(default: 1)")
+    parser.add_argument("--ranks", type=positive, default=8, help="of a node (default: 8)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be started")
+    parser.add_argument("--detach", action="store_true", help="submit, and do not wait for the end")
+    args = parser.parse_intermixed_args()
+    if args.name == "list":
+        for name in (*STAGES, *SEVERAL):
+            print(f"{name:<12}{SEVERAL.get(name) or summary(name)}")
+        return
+    if args.name == "show":
+        show(args.options)
+        return
+    if args.name not in (*STAGES, *SEVERAL):
+        raise UserError(f"there is no stage {args.name!r}, expected list, show, {choices()}")
+    given = [option for option in args.options if "." not in option.partition("=")[0]]
+    options = read_options(args.name, given)
+    if args.executor == "here":
+        if args.name in SEVERAL:
+            raise UserError(f"{args.name} is several commands: choose an --executor, or a stage")
+        start_here(STAGES[args.name](**options), dry_run=args.dry_run)
+        return
+    site = [option for option in args.options if option not in given]
+    launch(args, options, site)
+
+
+def choices() -> str:
+    """All names, for messages."""
+    return ", ".join((*STAGES, *SEVERAL))
+
+
+def summary(name: str) -> str:
+    """First line of a stage's documentation."""
+    return (STAGES[name].__doc__ or "").splitlines()[0]
+
+
+def show(options: list[str]) -> None:
+    """Print a stage's documentation, and its command line.
+
+    Raises:
+        UserError: no such stage.
+    """
+    name = options[0] if options else ""
+    if name not in STAGES:
+        raise UserError(f"show {name}: expected one of {', '.join(STAGES)}")
+    stage = STAGES[name]
+    print(inspect.getdoc(stage))
+    print("\nDefaults: " + ", ".join(f"{p}" for p in inspect.signature(stage).parameters.values()))
+    print(f"\n{stage(**read_options(name, options[1:]))}")
+
+
+def read_options(name: str, texts: list[str]) -> dict[str, Any]:
+    """Read NAME=VALUE as the stage's parameters have them.
+
+    Raises:
+        UserError: not of that form, unknown, or of another type.
+    """
+    stage = STAGES["infifpo" if name in SEVERAL else name]
+    known = inspect.signature(stage).parameters
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or key not in known:
+            raise UserError(f"{text}: expected NAME=VALUE, NAME one of {', '.join(known)}")
+        kind = known[key].annotation
+        read = value if kind is str else yaml.safe_load(value)
+        if kind is float or kind == float | None:
+            read = float(value) if value not in ("", "None") else None
+        if not isinstance(read, kind):
+            raise UserError(f"{text}: expected {getattr(kind, '__name__', kind)}")
+        found[key] = read
+    return found
+
+
+def start_here(job: Job, *, dry_run: bool) -> None:
+    """Become the job's command."""
+    if dry_run or os.environ.get("SLURM_PROCID", "0") == "0":
+        print(job, flush=True)
+    if not dry_run:
+        os.execv(sys.executable, [sys.executable, *job.arguments])
+
+
+def launch(args: argparse.Namespace, options: dict[str, Any], site: list[str]) -> None:
+    """Start by nemo-run.
+
+    Raises:
+        UserError: nemo-run is not installed, or an executor's option is not one.
+    """
+    try:
+        import nemo_run
+
+        from megatron_infifpo.recipes import tasks
+        from megatron_infifpo.recipes.executors import executor
+    except ImportError as error:
+        raise UserError(
+            f"--executor {args.executor} needs nemo-run ({error}): "
+            "pip install 'megatron-infifpo[recipes]'"
+        ) from None
+    chosen = {}
+    for text in site:
+        key, equals, value = text.partition("=")
+        prefix, _, key = key.partition(".")
+        if prefix != args.executor or not equals:
+            raise UserError(f"{text}: expected {args.executor}.NAME=VALUE")
+        chosen[key] = yaml.safe_load(value) if value.isdigit() else value
+    every_rank = executor(args.executor, args.nodes, args.ranks, **chosen)
+    alone = executor(args.executor, 1, 1, **chosen)
+    if args.name == "pipeline":
+        common = {k: options.pop(k) for k in ("tensor", "pipeline", "bf16") if k in options}
+        run_folder, method = options.pop("run", RUN), options.pop("method", "infifpo")
+        experiment = tasks.infifpo_pipeline(
+            alone, every_rank, run_folder, method, common=common, training=options
+        )
+    else:
+        if args.name == "baselines":
+            jobs = [infifpo(**{**options, "method": method}) for method in BASELINES]
+        else:
+            jobs = [STAGES[args.name](**options)]
+        experiment = nemo_run.Experiment(args.name)
+        with experiment:
+            for job in jobs:
+                where = every_rank if job.every_rank else alone
+                experiment.add(tasks.task(job), executor=where.clone(), name=job.name)
+    with experiment:
+        if args.dry_run:
+            experiment.dryrun()
+        else:
+            experiment.run(detach=args.detach)
+
+
+if __name__ == "__main__":
+    run(main)
