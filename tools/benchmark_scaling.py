@@ -134,7 +134,7 @@ def measure(args: argparse.Namespace) -> None:
     training_steps(
         args.folder / case.data, timer, args.steps + 1,
         "--pretrained-checkpoint", str(args.folder / "pivot"), "--method", "infifpo",
-        "--beta", "2.5", "--seq-length", "4096", "--global-batch-size", str(case.pairs),
+        "--beta", "2.5", "--seq-length", "2048", "--global-batch-size", str(case.pairs),
         "--micro-batch-size", "2", *case.flags,
     )  # fmt: skip
     result = timer.result() | {"percent": 100 * clock.seconds / sum(timer.seconds)}
