@@ -10,9 +10,10 @@ else
   source "$VENV/bin/activate"
 fi
 
-# Run a stage on the ranks of this job; each attempt of it has a log of its own.
+# Run a stage on the ranks of this job; each attempt of it has a log of its own. Ranks have a minute
+# after the first one ended: killing them at once would hide the exit code of those that say why.
 step() {
-  srun --kill-on-bad-exit=1 --wait=60 --output="$LOGS/$job-${SLURM_RESTART_COUNT:-0}.log" \
+  srun --wait=60 --output="$LOGS/$job-${SLURM_RESTART_COUNT:-0}.log" \
     --open-mode=append "${container[@]}" python -u tools/launch.py "$@"
 }
 

@@ -129,6 +129,7 @@ def sft(
     pipeline: int = 2,
     global_batch_size: int = 128,
     micro_batch_tokens: int = 8192,
+    seq_length: int = 4096,
     save_interval: int = 100,
     bf16: bool = True,
     flags: str = "",
@@ -143,6 +144,7 @@ def sft(
         pipeline: pipeline-parallel size; the ranks that remain are data-parallel.
         global_batch_size: records of a step.
         micro_batch_tokens: at most, of a packed row.
+        seq_length: at most, of a prompt with one response; longer pairs are left out.
         save_interval: steps from one checkpoint to the next.
         bf16: train in bfloat16, else float32.
         flags: further ones of megatron_infifpo.train, Megatron's included.
@@ -150,7 +152,7 @@ def sft(
     what = ["--method", "sft", "--preference-data", f"{run}/data/sft"]
     what += ["--pretrained-checkpoint", f"{run}/pivot", "--preference-epochs", str(epochs)]
     where = _layout(tensor, pipeline, bf16)
-    batch = _steps(lr, global_batch_size, micro_batch_tokens, save_interval)
+    batch = _steps(lr, global_batch_size, micro_batch_tokens, seq_length, save_interval)
     return _train("sft", f"{run}/sft", [*what, *where, *batch], flags)
 
 
@@ -165,6 +167,7 @@ def infifpo(
     pipeline: int = 2,
     global_batch_size: int = 128,
     micro_batch_tokens: int = 8192,
+    seq_length: int = 4096,
     save_interval: int = 100,
     bf16: bool = True,
     flags: str = "",
@@ -182,6 +185,7 @@ def infifpo(
         pipeline: pipeline-parallel size; the ranks that remain are data-parallel.
         global_batch_size: pairs of a step.
         micro_batch_tokens: at most, of a packed row.
+        seq_length: at most, of a prompt with one response; longer pairs are left out.
         save_interval: steps from one checkpoint to the next.
         bf16: train in bfloat16, else float32.
         flags: further ones of megatron_infifpo.train, Megatron's included.
@@ -191,7 +195,7 @@ def infifpo(
     what += ["--preference-sources", f"{run}/sources.yaml"]
     what += ["--pretrained-checkpoint", f"{run}/{initial}", "--preference-epochs", str(epochs)]
     where = _layout(tensor, pipeline, bf16)
-    batch = _steps(lr, global_batch_size, micro_batch_tokens, save_interval)
+    batch = _steps(lr, global_batch_size, micro_batch_tokens, seq_length, save_interval)
     return _train(method, f"{run}/{method}", [*what, *where, *batch], flags)
 
 
@@ -230,7 +234,8 @@ def _layout(tensor: int, pipeline: int, bf16: bool) -> list[str]:
     return [*sizes, "--bf16"] if bf16 else sizes
 
 
-def _steps(lr: float, batch: int, row: int, save: int) -> list[str]:
+def _steps(lr: float, batch: int, row: int, longest: int, save: int) -> list[str]:
     schedule = ["--lr", str(lr), "--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1"]
     schedule += ["--global-batch-size", str(batch), "--micro-batch-tokens", str(row)]
-    return [*schedule, "--seq-length", "4096", "--save-interval", str(save), "--log-interval", "1"]
+    schedule += ["--seq-length", str(longest), "--save-interval", str(save)]
+    return [*schedule, "--log-interval", "1"]

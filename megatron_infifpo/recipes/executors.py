@@ -79,7 +79,7 @@ def slurm(
         # The job runs where it is submitted from: same files, same paths, nothing copied.
         tunnel=run.LocalTunnel(job_dir=""),
         packager=run.Packager(),
-        srun_args=["--kill-on-bad-exit=1", f"--chdir={os.getcwd()}"],
+        srun_args=["--wait=60", f"--chdir={os.getcwd()}"],
         poll_estimated_start_time=False,
     )
 

@@ -44,7 +44,7 @@ class Run:
     @property
     def environment(self) -> dict[str, str]:
         """Two ranks, one a node, in float32."""
-        small = "lr=1e-3 global_batch_size=4 micro_batch_tokens=1024"
+        small = "lr=1e-3 global_batch_size=4 micro_batch_tokens=1024 seq_length=512"
         return {
             "VENV": sys.prefix, "NODES": "2", "RANKS": "1", "RUN": str(self.folder),
             "PIVOT": str(self.pivot), "LAYOUT": "tensor=1 pipeline=2 bf16=false",

@@ -45,7 +45,7 @@ def test_slurm(cluster: Cluster, run_folder):
         environment=environment,
     )
     options = ["--nodes", "2", "--ranks", "1", "tensor=1", "pipeline=2", "bf16=false", "epochs=1"]
-    options += ["lr=1e-3", "global_batch_size=4", "micro_batch_tokens=1024"]
+    options += ["lr=1e-3", "global_batch_size=4", "micro_batch_tokens=1024", "seq_length=512"]
     launch(run_folder, "sft", *slurm, *options, environment=environment)
     assert (run_folder.folder / "sft" / "latest_checkpointed_iteration.txt").read_text() == "3"
 
