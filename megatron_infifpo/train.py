@@ -48,6 +48,7 @@ from megatron_infifpo.training.data import (  # noqa: E402
     set_schedule,
 )
 from megatron_infifpo.training.reference_check import check_initial_weights  # noqa: E402
+from megatron_infifpo.training.signals import shield_helpers  # noqa: E402
 from megatron_infifpo.training.step import TrainingStep  # noqa: E402
 from megatron_infifpo.training.torch_adam import make_resumable  # noqa: E402
 
@@ -90,6 +91,8 @@ def main() -> None:
     print_rank_0(f"preference optimization: {method}")
     print_rank_0(describe(args, train))
     make_resumable()
+    if args.exit_signal_handler:
+        shield_helpers(args.exit_signal)
     provider = functools.partial(datasets_provider, train, valid)
     provider.is_distributed = True  # type: ignore[attr-defined]
     pretrain(

@@ -53,14 +53,17 @@ class Run:
         }  # fmt: skip
 
     def losses(self, job: str) -> dict[int, str]:
-        """Loss by step, from the logs of all attempts of a training job; the last one counts."""
+        """Loss by step, from the logs of all attempts of a training job; the last one counts.
+
+        The second line of an attempt is left out: Megatron prints the mean of two steps there.
+        """
         found: dict[int, str] = {}
         logs = self.folder / "logs"
         for log in sorted(logs.glob(f"*-{job}-*.log"), key=lambda path: path.stat().st_mtime):
-            for line in log.read_text().splitlines():
-                if " iteration " in line and "| loss:" in line:
-                    step = int(line.split(" iteration ")[1].split("/")[0])
-                    found[step] = line.split("| loss:")[1].split("|")[0].strip()
+            lines = [line for line in log.read_text().splitlines() if "| loss:" in line]
+            for line in [*lines[:1], *lines[2:]]:
+                step = int(line.split(" iteration ")[1].split("/")[0])
+                found[step] = line.split("| loss:")[1].split("|")[0].strip()
         return found
 
 
