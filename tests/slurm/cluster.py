@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -55,14 +54,6 @@ NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} {size
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
-# nemo-run asks sacct, which needs a database: answered from the controller's memory instead.
-SACCT = """#!/bin/bash
-while [ $# -gt 0 ]; do case $1 in -j) id=$2;; esac; shift; done
-echo "JobID|JobName|State"
-scontrol show job -o $id | sed -nE \\
-  's/^JobId=([0-9]+).* JobName=([^ ]+).* JobState=([A-Z_]+).*/\\1|\\2|\\3/p'
-"""
-
 
 def missing() -> list[str]:
     """Programs that are not installed; also says so of a user who is not root."""
@@ -75,11 +66,8 @@ class Cluster:
 
     def __init__(self, root: Path):
         self.root, self.daemons = root, {}
-        bin_folder = root / "bin"
-        bin_folder.mkdir(parents=True)
-        (bin_folder / "sacct").write_text(SACCT)
-        (bin_folder / "sacct").chmod(0o755)
-        path = f"{bin_folder}:{os.environ['PATH']}:/usr/sbin:/sbin"
+        root.mkdir(exist_ok=True)
+        path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         self.environment = os.environ | {"SLURM_CONF": str(root / "slurm.conf"), "PATH": path}
         for name in [n for n in self.environment if n.startswith(("SLURM_J", "SLURM_P", "RANK"))]:
             del self.environment[name]
@@ -106,22 +94,6 @@ class Cluster:
         self.spawn(f"slurmd.{node}", "-D", "-N", node)
         idle = [self.environment, "sinfo", "-h", "-N", "-n", node, "-o", "%T"]
         wait_until(lambda: output(*idle).startswith("idle"), 60, f"{node} to be idle")
-
-    def kill_node(self, node: str) -> None:
-        """End a node's daemon and all that it runs, as a power cut would."""
-        daemon = self.daemons.pop(f"slurmd.{node}")
-        family = descendants(daemon.pid)
-        for name in ("slurmstepd",):  # steps are detached from the daemon
-            for pid in map(int, output(self.environment, "pgrep", "-f", name).split()):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
-                if f"[{node}" in words or node in environment_of(pid).get("SLURMD_NODENAME", ""):
-                    family += [pid, *descendants(pid)]
-        for pid in [daemon.pid, *family]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        daemon.wait()
 
     def spawn(self, name: str, *flags: str) -> None:
         with (self.root / f"{name}.out").open("ab") as log:
@@ -154,18 +126,6 @@ class Cluster:
         """Wait for a job's end; its final state."""
         wait_until(lambda: self.job(job)["JobState"] in FINAL, seconds, f"job {job}")
         return self.job(job)["JobState"]
-
-
-def environment_of(pid: int) -> dict[str, str]:
-    """Environment variables that a process was started with."""
-    text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
-    return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes below one, children first."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [below for child in map(int, children) for below in (child, *descendants(child))]
 
 
 def free_ports(count: int) -> list[int]:
