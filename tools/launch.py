@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from megatron_infifpo.cli import UserError, positive, run
-from megatron_infifpo.recipes.commands import BASELINES, RUN, STAGES, Job, infifpo
+from megatron_infifpo.recipes.commands import BASELINES, STAGES, Job
 
 SEVERAL = {
     "baselines": "Train by every other method: " + ", ".join(BASELINES) + ".",
@@ -30,7 +30,7 @@ SEVERAL = {
 }
 
 
-def main() -> None:
+def main() -> int:
     """Parse the command line; list, show or start."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -46,10 +46,10 @@ def main() -> None:
     if args.name == "list":
         for name in (*STAGES, *SEVERAL):
             print(f"{name:<12}{SEVERAL.get(name) or summary(name)}")
-        return
+        return 0
     if args.name == "show":
         show(args.options)
-        return
+        return 0
     if args.name not in (*STAGES, *SEVERAL):
         raise UserError(f"there is no stage {args.name!r}, expected list, show, {choices()}")
     given = [option for option in args.options if "." not in option.partition("=")[0]]
@@ -58,9 +58,9 @@ def main() -> None:
         if args.name in SEVERAL:
             raise UserError(f"{args.name} is several commands: choose an --executor, or a stage")
         start_here(STAGES[args.name](**options), dry_run=args.dry_run)
-        return
+        return 0
     site = [option for option in args.options if option not in given]
-    launch(args, options, site)
+    return launch(args, options, site)
 
 
 def choices() -> str:
@@ -95,7 +95,12 @@ def read_options(name: str, texts: list[str]) -> dict[str, Any]:
         UserError: not of that form, unknown, or of another type.
     """
     stage = STAGES["infifpo" if name in SEVERAL else name]
-    known = inspect.signature(stage).parameters
+    known = dict(inspect.signature(stage).parameters)
+    if name == "baselines":
+        del known["method"]
+    if name == "pipeline":
+        del known["initial"]
+        known["hf"] = inspect.signature(STAGES["convert"]).parameters["hf"]
     found: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -119,8 +124,8 @@ def start_here(job: Job, *, dry_run: bool) -> None:
         os.execv(sys.executable, [sys.executable, *job.arguments])
 
 
-def launch(args: argparse.Namespace, options: dict[str, Any], site: list[str]) -> None:
-    """Start by nemo-run.
+def launch(args: argparse.Namespace, options: dict[str, Any], site: list[str]) -> int:
+    """Start by nemo-run; return 1 if a job failed while it was waited for.
 
     Raises:
         UserError: nemo-run is not installed, or an executor's option is not one.
@@ -145,26 +150,26 @@ def launch(args: argparse.Namespace, options: dict[str, Any], site: list[str]) -
     every_rank = executor(args.executor, args.nodes, args.ranks, **chosen)
     alone = executor(args.executor, 1, 1, **chosen)
     if args.name == "pipeline":
-        common = {k: options.pop(k) for k in ("tensor", "pipeline", "bf16") if k in options}
-        run_folder, method = options.pop("run", RUN), options.pop("method", "infifpo")
-        experiment = tasks.infifpo_pipeline(
-            alone, every_rank, run_folder, method, common=common, training=options
-        )
+        experiment = tasks.infifpo_pipeline(alone, every_rank, **options)
     else:
         if args.name == "baselines":
-            jobs = [infifpo(**{**options, "method": method}) for method in BASELINES]
+            made, where = tasks.baselines(**options), every_rank
         else:
-            jobs = [STAGES[args.name](**options)]
+            job = STAGES[args.name](**options)
+            made, where = {job.name: tasks.task(job)}, every_rank if job.every_rank else alone
         experiment = nemo_run.Experiment(args.name)
         with experiment:
-            for job in jobs:
-                where = every_rank if job.every_rank else alone
-                experiment.add(tasks.task(job), executor=where.clone(), name=job.name)
+            for name, task in made.items():
+                experiment.add(task, executor=where.clone(), name=name)
     with experiment:
         if args.dry_run:
             experiment.dryrun()
-        else:
-            experiment.run(detach=args.detach)
+            return 0
+        experiment.run(detach=args.detach)
+    failed = [job.id for job in experiment.jobs if job.state.name in ("FAILED", "CANCELLED")]
+    if failed:
+        print(f"failed: {', '.join(failed)}; their logs are named above", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Everything of a run lies in one folder, and each stage finds there what others l
 Defaults are the paper's run: Phi-4, on two nodes of eight GPUs.
 """
 
+import functools
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,41 +122,6 @@ def score(
     return Job(f"score-{name}", (*arguments, *shlex.split(flags)), every_rank=True)
 
 
-def sft(
-    run: str = RUN,
-    epochs: int = 3,
-    lr: float = 1e-6,
-    tensor: int = 2,
-    pipeline: int = 2,
-    global_batch_size: int = 128,
-    micro_batch_tokens: int = 8192,
-    seq_length: int = 4096,
-    save_interval: int = 100,
-    bf16: bool = True,
-    flags: str = "",
-) -> Job:
-    """Train RUN/pivot on the chosen responses of RUN/data/sft, to RUN/sft.
-
-    Args:
-        run: folder of the run.
-        epochs: passes over the records.
-        lr: highest learning rate; cosine, after 10 % of warm-up.
-        tensor: tensor-parallel size, with sequence parallelism above 1.
-        pipeline: pipeline-parallel size; the ranks that remain are data-parallel.
-        global_batch_size: records of a step.
-        micro_batch_tokens: at most, of a packed row.
-        seq_length: at most, of a prompt with one response; longer pairs are left out.
-        save_interval: steps from one checkpoint to the next.
-        bf16: train in bfloat16, else float32.
-        flags: further ones of megatron_infifpo.train, Megatron's included.
-    """
-    what = ["--method", "sft", "--preference-data", f"{run}/data/sft"]
-    what += ["--pretrained-checkpoint", f"{run}/pivot", "--preference-epochs", str(epochs)]
-    where = _layout(tensor, pipeline, bf16)
-    batch = _steps(lr, global_batch_size, micro_batch_tokens, seq_length, save_interval)
-    return _train("sft", f"{run}/sft", [*what, *where, *batch], flags)
-
-
 def infifpo(
     run: str = RUN,
     method: str = "infifpo",
@@ -190,13 +156,35 @@ def infifpo(
         bf16: train in bfloat16, else float32.
         flags: further ones of megatron_infifpo.train, Megatron's included.
     """
-    what = ["--method", method, *([] if beta is None else ["--beta", str(beta)])]
-    what += ["--preference-data", f"{run}/data/preference"]
-    what += ["--preference-sources", f"{run}/sources.yaml"]
-    what += ["--pretrained-checkpoint", f"{run}/{initial}", "--preference-epochs", str(epochs)]
-    where = _layout(tensor, pipeline, bf16)
-    batch = _steps(lr, global_batch_size, micro_batch_tokens, seq_length, save_interval)
-    return _train(method, f"{run}/{method}", [*what, *where, *batch], flags)
+    half = "sft" if method == "sft" else "preference"
+    arguments = ["-m", "megatron_infifpo.train", "--method", method]
+    arguments += ["--preference-data", f"{run}/data/{half}"]
+    if method != "sft":
+        arguments += ["--preference-sources", f"{run}/sources.yaml"]
+    if beta is not None:
+        arguments += ["--beta", str(beta)]
+    arguments += ["--tensor-model-parallel-size", str(tensor)]
+    arguments += ["--pipeline-model-parallel-size", str(pipeline), "--use-distributed-optimizer"]
+    arguments += ["--sequence-parallel"] if tensor > 1 else []
+    arguments += ["--bf16"] if bf16 else []
+    arguments += ["--preference-epochs", str(epochs), "--lr", str(lr)]
+    arguments += ["--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1"]
+    arguments += ["--global-batch-size", str(global_batch_size)]
+    arguments += ["--micro-batch-tokens", str(micro_batch_tokens), "--seq-length", str(seq_length)]
+    save = f"{run}/{method}"
+    arguments += ["--pretrained-checkpoint", f"{run}/{initial}", "--save", save]
+    arguments += ["--save-interval", str(save_interval), "--log-interval", "1"]
+    arguments += ["--tensorboard-dir", f"{save}/tensorboard"]
+    # Megatron saves and exits at SIGTERM, which is how clusters preempt.
+    arguments += ["--exit-signal-handler", *shlex.split(flags)]
+    return Job(method, tuple(arguments), every_rank=True)
+
+
+sft = functools.partial(infifpo, method="sft", initial="pivot", epochs=3, lr=1e-6)
+sft.__doc__ = """Train RUN/pivot on the chosen responses of RUN/data/sft, to RUN/sft.
+
+Options as of `infifpo`, with other defaults.
+"""
 
 
 def export(run: str = RUN, method: str = "infifpo") -> Job:
@@ -218,24 +206,3 @@ STAGES: dict[str, Callable[..., Job]] = {
     "infifpo": infifpo,
     "export": export,
 }
-
-
-def _train(name: str, save: str, options: list[str], flags: str) -> Job:
-    # Signals: Megatron saves and exits at SIGTERM, which is how clusters preempt.
-    kept = ["--save", save, "--tensorboard-dir", f"{save}/tensorboard", "--exit-signal-handler"]
-    arguments = ("-m", "megatron_infifpo.train", *options, *kept, *shlex.split(flags))
-    return Job(name, arguments, every_rank=True)
-
-
-def _layout(tensor: int, pipeline: int, bf16: bool) -> list[str]:
-    sizes = ["--tensor-model-parallel-size", str(tensor)]
-    sizes += ["--pipeline-model-parallel-size", str(pipeline), "--use-distributed-optimizer"]
-    sizes += ["--sequence-parallel"] if tensor > 1 else []
-    return [*sizes, "--bf16"] if bf16 else sizes
-
-
-def _steps(lr: float, batch: int, row: int, longest: int, save: int) -> list[str]:
-    schedule = ["--lr", str(lr), "--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1"]
-    schedule += ["--global-batch-size", str(batch), "--micro-batch-tokens", str(row)]
-    schedule += ["--seq-length", str(longest), "--save-interval", str(save)]
-    return [*schedule, "--log-interval", "1"]

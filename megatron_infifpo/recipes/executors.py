@@ -6,8 +6,10 @@ command line gives it as `NAME.KEY=VALUE`.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import nemo_run as run
@@ -28,7 +30,9 @@ def local(nodes: int, ranks: int) -> run.LocalExecutor:
     if nodes != 1:
         raise UserError(f"the local executor has 1 node, but --nodes is {nodes}: use slurm")
     launcher = "torchrun" if ranks > 1 else None
-    return run.LocalExecutor(ntasks_per_node=ranks, launcher=launcher)
+    # This environment's python and torchrun, activated or not.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return run.LocalExecutor(ntasks_per_node=ranks, launcher=launcher, env_vars={"PATH": path})
 
 
 def slurm(

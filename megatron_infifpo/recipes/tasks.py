@@ -55,27 +55,21 @@ def baselines(methods: tuple[str, ...] = BASELINES, **options: Any) -> dict[str,
 
 
 def infifpo_pipeline(
-    alone: Any,
-    every_rank: Any,
-    run_folder: str = commands.RUN,
-    method: str = "infifpo",
-    common: dict[str, Any] | None = None,
-    training: dict[str, Any] | None = None,
+    alone: Any, every_rank: Any, hf: str = commands.PIVOT, **training: Any
 ) -> run.Experiment:
     """Build a whole run: convert, prepare, SFT, score everything, train, export.
 
     Args:
         alone: executor of stages that are one process.
         every_rank: executor of training and scoring.
-        run_folder: of the run; has the records and sources.yaml.
-        method: of preference training.
-        common: options that `score`, `sft` and `infifpo` share: tensor, pipeline, bf16.
-        training: options of `sft` and `infifpo`, such as global_batch_size.
+        hf: the pivot's Hugging Face folder.
+        training: options of `infifpo`. SFT has those that are not its own or the method's, scoring
+            the layout where a source does not say another.
 
     Returns:
         The experiment; call its `run()` or `dryrun()`.
     """
-    pipeline = stages(run_folder, method, common or {}, training or {})
+    pipeline = stages(hf, training)
     experiment = run.Experiment("infifpo")
     with experiment:
         made: dict[str, str] = {}
@@ -89,18 +83,19 @@ def infifpo_pipeline(
     return experiment
 
 
-def stages(
-    run_folder: str, method: str, common: dict[str, Any], training: dict[str, Any]
-) -> list[tuple[Job, list[str]]]:
+def stages(hf: str, training: dict[str, Any]) -> list[tuple[Job, list[str]]]:
     """List the stages of a whole run, each with the names of those that it waits for."""
-    folder: dict[str, Any] = {"run": run_folder}
-    convert = commands.convert(**folder)
-    halves = {half: commands.prepare(**folder, split=half) for half in ("sft", "preference")}
-    sft = commands.sft(**folder, **common, **training)
-    sources = read_sources(f"{run_folder}/sources.yaml").sources
-    scores = [commands.score(**folder, index=index, **common) for index in range(len(sources) + 1)]
-    train = commands.infifpo(**folder, method=method, **common, **training)
-    export = commands.export(**folder, method=method)
+    folder = {"run": training.get("run", commands.RUN)}
+    layout = folder | {k: training[k] for k in ("tensor", "pipeline", "bf16") if k in training}
+    own = ("method", "beta", "epochs", "lr")
+    dtype = "bf16" if training.get("bf16", True) else "fp32"
+    convert = commands.convert(**folder, hf=hf, dtype=dtype)
+    halves = {half: commands.prepare(**folder, hf=hf, split=half) for half in ("sft", "preference")}
+    sft = commands.sft(**{k: v for k, v in training.items() if k not in own})
+    sources = read_sources(f"{folder['run']}/sources.yaml").sources
+    scores = [commands.score(**layout, index=index) for index in range(len(sources) + 1)]
+    train = commands.infifpo(**training)
+    export = commands.export(**folder, method=train.name)
     first, *others = scores
     return [
         (convert, []),

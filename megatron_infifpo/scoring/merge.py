@@ -1,7 +1,6 @@
 """Join the finished shards of a scoring job into its log-prob dataset."""
 
 import argparse
-import datetime
 from typing import Any
 
 from tqdm import tqdm
@@ -28,7 +27,6 @@ def merge(
         **plan,
         "made_by": MADE_BY,
         "source_files": args.input,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "example": None,
     }
     shards = set(range(-(-plan["count"] // args.shard_records)))

@@ -3,18 +3,19 @@
 import shlex
 
 import pytest
-from launcher import ROOT
 
 from megatron_infifpo.cli import UserError, ranks_from_srun
 from megatron_infifpo.recipes.commands import STAGES
 
 TRAINING = (
     "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --use-distributed-optimizer "
-    "--sequence-parallel --bf16 --lr {lr} --lr-decay-style cosine --lr-warmup-fraction 0.1 "
-    "--global-batch-size 128 --micro-batch-tokens 8192 --seq-length 4096 --save-interval 100 "
-    "--log-interval 1 --save run/{save} --tensorboard-dir run/{save}/tensorboard "
-    "--exit-signal-handler"
+    "--sequence-parallel --bf16 --preference-epochs {epochs} --lr {lr} --lr-decay-style cosine "
+    "--lr-warmup-fraction 0.1 --global-batch-size 128 --micro-batch-tokens 8192 --seq-length 4096 "
+    "--pretrained-checkpoint run/{load} --save run/{save} --save-interval 100 --log-interval 1 "
+    "--tensorboard-dir run/{save}/tensorboard --exit-signal-handler"
 )
+SFT = TRAINING.format(epochs=3, lr="1e-06", load="pivot", save="sft")
+INFIFPO = TRAINING.format(epochs=1, lr="1e-07", load="sft", save="infifpo")
 # (stage, options) -> what follows `python`
 GOLDEN = {
     ("convert", ""): "tools/convert_checkpoint.py import --hf models/phi-4 --save run/pivot "
@@ -28,25 +29,12 @@ GOLDEN = {
     "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 1 "
     "--model models/Qwen2.5-Coder-14B-Instruct --name qwen2.5-coder-14b "
     "--input run/data/preference.jsonl --output run/logprobs/qwen2.5-coder-14b --domains code",
-    ("sft", ""): "-m megatron_infifpo.train --method sft --preference-data run/data/sft "
-    "--pretrained-checkpoint run/pivot --preference-epochs 3 "
-    + TRAINING.format(lr="1e-06", save="sft"),
-    ("infifpo", "method=infifpo beta=2.5"): "-m megatron_infifpo.train --method infifpo --beta 2.5 "
-    "--preference-data run/data/preference --preference-sources run/sources.yaml "
-    "--pretrained-checkpoint run/sft --preference-epochs 1 "
-    + TRAINING.format(lr="1e-07", save="infifpo"),
+    ("sft", ""): f"-m megatron_infifpo.train --method sft --preference-data run/data/sft {SFT}",
+    ("infifpo", "method=infifpo beta=2.5"): "-m megatron_infifpo.train --method infifpo "
+    "--preference-data run/data/preference --preference-sources run/sources.yaml --beta 2.5 "
+    + INFIFPO,
     ("export", ""): "tools/convert_checkpoint.py export --load run/infifpo --save run/infifpo-hf",
 }
-
-
-@pytest.fixture
-def run_folder(tmp_path, monkeypatch):
-    """The paper's sources in a run called `run`, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
-    sources = (ROOT / "examples" / "phi4" / "sources.yaml").read_text()
-    (tmp_path / "run" / "sources.yaml").write_text(sources)
-    return tmp_path / "run"
 
 
 def parse(stage: str, options: str):

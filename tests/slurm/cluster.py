@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -46,7 +47,7 @@ KillWait=5
 MinJobAge=3600
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=10
+SlurmdTimeout=5
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} {size}
@@ -67,7 +68,8 @@ class Cluster:
     def __init__(self, root: Path):
         self.root, self.daemons = root, {}
         root.mkdir(exist_ok=True)
-        path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+        here = Path(__file__).parent / "bin"  # what nemo-run needs of accounting
+        path = f"{here}:{os.environ['PATH']}:/usr/sbin:/sbin"
         self.environment = os.environ | {"SLURM_CONF": str(root / "slurm.conf"), "PATH": path}
         for name in [n for n in self.environment if n.startswith(("SLURM_J", "SLURM_P", "RANK"))]:
             del self.environment[name]
@@ -94,6 +96,30 @@ class Cluster:
         self.spawn(f"slurmd.{node}", "-D", "-N", node)
         idle = [self.environment, "sinfo", "-h", "-N", "-n", node, "-o", "%T"]
         wait_until(lambda: output(*idle).startswith("idle"), 60, f"{node} to be idle")
+
+    def kill_node(self, node: str) -> None:
+        """End a node's daemon and all that runs there, as a power cut would."""
+        daemon = self.daemons.pop(f"slurmd.{node}")
+        tasks = self.processes(SLURMD_NODENAME=node)
+        parents = {int(stat(pid, "PPid")) for pid in tasks}
+        steps = [pid for pid in parents if stat(pid, "Name").startswith("slurmstepd")]
+        for pid in (daemon.pid, *steps, *tasks):
+            os.kill(pid, signal.SIGKILL)
+        daemon.wait()
+
+    def processes(self, **variables: str) -> list[int]:
+        """Processes of jobs whose environment has these variables."""
+        wanted = {f"{name}={value}" for name, value in variables.items()}
+        wanted.add(f"SLURM_CONF={self.environment['SLURM_CONF']}")
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            except OSError:  # it has ended
+                continue
+            if wanted <= set(words):
+                found.append(int(folder.name))
+        return found
 
     def spawn(self, name: str, *flags: str) -> None:
         with (self.root / f"{name}.out").open("ab") as log:
@@ -128,6 +154,12 @@ class Cluster:
         return self.job(job)["JobState"]
 
 
+def stat(pid: int, field: str) -> str:
+    """A line of what the system says of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
@@ -140,7 +172,7 @@ def free_ports(count: int) -> list[int]:
 def output(environment: dict[str, str], *command: str) -> str:
     """Output of a command; what it printed is shown if it fails."""
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    if done.returncode and command[0] != "pgrep":
+    if done.returncode:
         print(done.stdout, done.stderr, file=sys.stderr)
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}")
     return done.stdout

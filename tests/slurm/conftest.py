@@ -70,3 +70,9 @@ class Run:
 @pytest.fixture
 def run_folder(tmp_path) -> Run:
     return Run(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def shared_run(tmp_path_factory) -> Run:
+    """One for all tests of a file."""
+    return Run(tmp_path_factory.mktemp("shared") / "run")

@@ -1,0 +1,56 @@
+"""nemo-run recipes: a dry run shows the command line of its stage, on the ranks that it needs."""
+
+import io
+
+import pytest
+from test_commands import GOLDEN
+from workers import load_tool
+
+nemo_run = pytest.importorskip("nemo_run", reason="nemo-run is not installed")
+SLURM = ["--executor", "slurm", "--nodes", "2", "--dry-run", "slurm.account=tests", "run=run"]
+
+
+@pytest.fixture
+def dry_run(run_folder, monkeypatch, capsys):
+    """What `tools/launch.py NAME ... --dry-run` prints, on one line a job."""
+    monkeypatch.setenv("NEMORUN_HOME", str(run_folder.parent / "nemo"))
+    monkeypatch.setenv("COLUMNS", "2000")
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # which nemo-run hands to its helpers
+
+    def show(*words: str) -> list[str]:
+        monkeypatch.setattr("sys.argv", ["launch.py", *words])
+        load_tool("launch").main()
+        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    return show
+
+
+@pytest.mark.parametrize(("stage", "options"), GOLDEN)
+def test_stage(dry_run, stage, options):
+    lines = dry_run(stage, *SLURM, *options.split())
+    command = [line for line in lines if GOLDEN[stage, options] in line]
+    assert len(command) == 1 and command[0].startswith("srun"), lines
+    size = (2, 8) if stage in ("score", "sft", "infifpo") else (1, 1)
+    assert f"#SBATCH --nodes={size[0]}" in lines
+    assert f"#SBATCH --ntasks-per-node={size[1]}" in lines
+    assert f"#SBATCH --gpus-per-node={size[1]}" in lines
+
+
+def test_baselines(dry_run):
+    lines = dry_run("baselines", *SLURM)
+    for method in ("dpo", "ipo", "wrpo", "infifpo-ipo", "infifpo-wrpo"):
+        expected = GOLDEN["infifpo", "method=infifpo beta=2.5"].replace("--beta 2.5 ", "")
+        expected = expected.replace("--method infifpo ", f"--method {method} ")
+        expected = expected.replace("run/infifpo", f"run/{method}")
+        assert [expected in line for line in lines].count(True) == 1, lines
+
+
+def test_pipeline(dry_run):
+    printed = "\n".join(dry_run("pipeline", *SLURM, "beta=2.5"))
+    for command in GOLDEN.values():
+        assert command in printed
+
+
+def test_local(dry_run):
+    lines = dry_run("sft", "--executor", "local", "--ranks", "2", "--dry-run", "run=run")
+    assert any("torchrun" in line for line in lines), lines
