@@ -54,7 +54,25 @@ def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--reference-check",
         choices=["error", "warn", "off"],
         help="what to do when the initial pivot's log-probs are of other weights than a run "
-        "starts from (default: error)",
+        "starts from, or when it does not give these log-probs at step 0 (default: error)",
+    )
+    group.add_argument(
+        "--reference-probes",
+        type=positive,
+        metavar="N",
+        help="records that the check runs the pivot on, at every start (default: 64)",
+    )
+    group.add_argument(
+        "--reference-tolerance",
+        type=float,
+        metavar="NATS",
+        help="mean absolute difference of a response's log-probs, a token, that the check allows "
+        "(default: 0.002 in float32, 0.03 in float16, 0.15 in bfloat16)",
+    )
+    group.add_argument(
+        "--allow-changed-run",
+        action="store_true",
+        help="resume although the method, the data or a source is not what run.json says",
     )
     parser.add_argument(
         "--environment",

@@ -48,6 +48,8 @@ def ranks_from_srun(environment: MutableMapping[str, str]) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: 0 on success, 2 with one sentence on `UserError`."""
     ranks_from_srun(os.environ)
+    # PyTorch's checkpoint reader would unpickle objects of any kind.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
         sys.exit(main() or 0)
     except UserError as error:

@@ -13,7 +13,6 @@ run and resumes it.
 """
 
 import argparse
-import functools
 
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import run
@@ -33,6 +32,8 @@ from megatron_infifpo.arguments import (  # noqa: E402
     refuse_unsupported,
     set_share_prompt,
 )
+from megatron_infifpo.checkpoint.layout import find_checkpoint  # noqa: E402
+from megatron_infifpo.checkpoint.torch_dist import TorchDistCheckpoint  # noqa: E402
 from megatron_infifpo.methods import method_from_args  # noqa: E402
 from megatron_infifpo.models.architecture import (  # noqa: E402
     apply_architecture,
@@ -42,11 +43,13 @@ from megatron_infifpo.models.architecture import (  # noqa: E402
 from megatron_infifpo.models.gpt import fixed_arguments, model_config, validate  # noqa: E402
 from megatron_infifpo.models.parallel import one_rank_by_default  # noqa: E402
 from megatron_infifpo.training.data import (  # noqa: E402
-    datasets_provider,
+    DatasetsProvider,
     describe,
     open_datasets,
     set_schedule,
 )
+from megatron_infifpo.training.failures import explained  # noqa: E402
+from megatron_infifpo.training.provenance import identity, record_run  # noqa: E402
 from megatron_infifpo.training.reference_check import check_initial_weights  # noqa: E402
 from megatron_infifpo.training.signals import shield_helpers  # noqa: E402
 from megatron_infifpo.training.step import TrainingStep  # noqa: E402
@@ -76,6 +79,7 @@ def main() -> None:
     method = method_from_args(args)
     args.load = args.load or args.save
     pivot = pivot_directory(args.load, args.pretrained_checkpoint)
+    TorchDistCheckpoint(find_checkpoint(pivot))  # refused before PyTorch unpickles it
     apply_architecture(args, parser, pivot)
     train, valid = open_datasets(args, method)
     fixed = fixed_arguments(half=args.bf16 or args.fp16)
@@ -85,22 +89,21 @@ def main() -> None:
     validate(args)
     check_initial_weights(args, pivot, train)
     config = model_config(args)
+    provider = DatasetsProvider(train, valid)
+    config.post_wrap_hooks.append(provider.keep_models)
     set_global_variables(args, build_tokenizer=False)
     if args.rank == 0:
+        record_run(args, identity(args, method, train, valid), pivot)
         carry_architecture(pivot, args.save)
     print_rank_0(f"preference optimization: {method}")
     print_rank_0(describe(args, train))
     make_resumable()
     if args.exit_signal_handler:
         shield_helpers(args.exit_signal)
-    provider = functools.partial(datasets_provider, train, valid)
-    provider.is_distributed = True  # type: ignore[attr-defined]
-    pretrain(
-        pretrain_cfg_container_from_args(args, config),
-        provider,
-        ModelType.encoder_or_decoder,
-        TrainingStep(method, args.padded_vocab_size, train.source_names, train.domains),
-    )
+    step = TrainingStep(method, args.padded_vocab_size, train, valid)
+    with explained(args, step):
+        container = pretrain_cfg_container_from_args(args, config)
+        pretrain(container, provider, ModelType.encoder_or_decoder, step)
 
 
 if __name__ == "__main__":

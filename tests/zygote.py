@@ -78,6 +78,7 @@ def serve(request: dict) -> list[int]:
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print must not mix with the answers
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # as every command does
     import megatron_infifpo.scoring.megatron_backend  # noqa: F401
     import megatron_infifpo.train  # noqa: F401
 

@@ -1,6 +1,7 @@
 """Megatron -> Hugging Face: a folder of safetensors, read layer by layer, without a model."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from megatron_infifpo.checkpoint.hf_folder import INDEX
 from megatron_infifpo.checkpoint.layout import (
     HF_FOLDER,
+    RUN_FILE,
     carry,
     check_free,
     find_checkpoint,
@@ -69,6 +71,8 @@ def export_checkpoint(
             if len(shards) > 1:
                 _write_index(folder, shards, dtype)
             carry(Path(load_dir) / HF_FOLDER, folder)
+            if (Path(load_dir) / RUN_FILE).is_file():
+                shutil.copyfile(Path(load_dir) / RUN_FILE, folder / f"infifpo_{RUN_FILE}")
             write_config(folder / "config.json", config, dtype)
 
 

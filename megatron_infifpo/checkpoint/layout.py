@@ -15,6 +15,7 @@ from megatron_infifpo.cli import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "hf"
+RUN_FILE = "run.json"  # what a training run was made of
 # config.json's names of the dtypes that weights may have.
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a Hugging Face folder holds beside weights, and what users and licences need.

@@ -206,6 +206,12 @@ class TorchDistCheckpoint:
             self._metadata = self._reader.read_metadata()
         except (pickle.UnpicklingError, EOFError, OSError) as error:
             raise UserError(f"cannot read {directory}/.metadata: {error}") from error
+        for info in (self._metadata.storage_data or {}).values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise UserError(
+                    f"{directory}/.metadata names {info.relative_path!r}, expected files of that "
+                    "folder: it was not written by Megatron"
+                )
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def names(self) -> Iterator[str]:

@@ -147,6 +147,16 @@ class LogprobStore:
                 f"{where}: its responses are {list(self.responses)}, expected "
                 f"{list(tokens.responses)}; {fix}"
             )
+        sums = np.array(self.all_sums)  # in memory for a moment, not mapped for good
+        bad = ~(np.isfinite(sums) & (sums <= 0)).all(axis=1)
+        if bad.any():
+            index = int(bad.argmax())
+            values = sums[index][~(np.isfinite(sums[index]) & (sums[index] <= 0))]
+            raise UserError(
+                f"{self.prefix}: record {tokens.ids(index)!r} has the log-prob {values[0]} "
+                f"({int(bad.sum())} such records), expected finite numbers of at most 0: the file "
+                f"was changed or damaged; {self._again}"
+            )
         if same_tokenizer:
             self._check_same_tokens(tokens, where)
 

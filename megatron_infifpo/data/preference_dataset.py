@@ -50,6 +50,7 @@ class PreferenceDataset:
         source_names: their names.
         domains: names by domain code.
         domain_codes: int64 `[N]`, of the records.
+        source_mask: bool `[N, M]`, which source takes part in which record; with sources only.
         responses: how many responses of a record are used, R.
         segment_lengths: int64 `[N]`, tokens of the longest response with its prompt.
     """
@@ -102,7 +103,7 @@ class PreferenceDataset:
             for store in self.sources:
                 store.check_against(self.tokens, same_tokenizer=False)
             self.source_names = tuple(source.name for source in sources.sources)
-            self._source_mask = self._masks(sources)
+            self.source_mask = self._masks(sources)
         prompts = self.tokens.prompt_lengths.astype(np.int64)
         lengths = self.tokens.response_lengths[:, : self.responses].astype(np.int64)
         self._response_tokens = lengths.sum(axis=1)
@@ -136,7 +137,7 @@ class PreferenceDataset:
             return pair
         shape = (self.responses, len(self.sources))
         sums, counts = np.zeros(shape, np.float32), np.ones(shape, np.int64)
-        mask = self._source_mask[index].copy()
+        mask = self.source_mask[index].copy()
         for column in mask.nonzero()[0].tolist():
             store = self.sources[column]
             sums[:, column] = store.sums(index)[used]

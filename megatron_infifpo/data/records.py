@@ -51,8 +51,8 @@ class PreferenceRecord:
         return pair if self.pivot_chosen is None else (*pair, self.pivot_chosen)
 
 
-class _BadRecordError(Exception):
-    """What is wrong with one record; the reader adds where."""
+class BadRecordError(Exception):
+    """What is wrong with one record; whoever reads the file adds where."""
 
 
 def read_records(
@@ -94,20 +94,20 @@ def iter_records(
         for raw in iter_raw(path):
             try:
                 if raw.error is not None:
-                    raise _BadRecordError(raw.error)
+                    raise BadRecordError(raw.error)
                 record = _parse(raw.value, default_id=f"{raw.stem}-{raw.index}")
                 if record.id in first_seen:
-                    raise _BadRecordError(
+                    raise BadRecordError(
                         f"duplicate id {record.id!r}, first used at {first_seen[record.id]}; "
                         "expected every id once over all input files"
                     )
                 if with_pivot is not None and with_pivot != (record.pivot_chosen is not None):
                     found, before = ("no ", "has one") if with_pivot else ("", "has none")
-                    raise _BadRecordError(
+                    raise BadRecordError(
                         f"found {found}'pivot_chosen' although the first record {before}; expected "
                         "it in every record or in none"
                     )
-            except _BadRecordError as error:
+            except BadRecordError as error:
                 message = f"{raw.where}: {error}"
                 if on_bad == "error":
                     raise UserError(message) from None
@@ -137,10 +137,10 @@ def records_fingerprint(records: Iterable[PreferenceRecord]) -> str:
 def _parse(value: Any, *, default_id: str) -> PreferenceRecord:
     """Turn one decoded record of any accepted form into a `PreferenceRecord`."""
     if not isinstance(value, dict):
-        raise _BadRecordError(f"found {_kind(value)}, expected an object with prompt and responses")
+        raise BadRecordError(f"found {_kind(value)}, expected an object with prompt and responses")
     for name in ("chosen", "rejected"):
         if value.get(name) is None:
-            raise _BadRecordError(
+            raise BadRecordError(
                 f"field {name!r} is missing, found {sorted(value)}; expected a string or a list of "
                 "messages"
             )
@@ -151,7 +151,7 @@ def _parse(value: Any, *, default_id: str) -> PreferenceRecord:
     else:
         prompt, chosen, rejected = _split_conversations(value["chosen"], value["rejected"])
     if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
-        raise _BadRecordError(
+        raise BadRecordError(
             f"the prompt's last message is {prompt[-1] if prompt else 'absent'}, expected a "
             "message of role user that is not empty"
         )
@@ -159,7 +159,7 @@ def _parse(value: Any, *, default_id: str) -> PreferenceRecord:
     pivot_chosen = None if pivot_value is None else _response(pivot_value, "pivot_chosen")
     for name, text in (("chosen", chosen), ("pivot_chosen", pivot_chosen)):
         if text is not None and text.strip() == rejected.strip():
-            raise _BadRecordError(
+            raise BadRecordError(
                 f"{name!r} equals 'rejected' ({_short(text)}), expected two different responses"
             )
     return PreferenceRecord(
@@ -181,7 +181,7 @@ def _label(value: dict[str, Any], name: str, default: str) -> str:
         return str(found)
     text = _text(found, name).strip()
     if not text:
-        raise _BadRecordError(
+        raise BadRecordError(
             f"field {name!r} is empty, expected a name; leave it out for {default!r}"
         )
     return text
@@ -191,7 +191,7 @@ def _prompt(value: Any, name: str) -> tuple[Message, ...]:
     """Return the prompt's messages; a string is one user message."""
     if isinstance(value, str):
         return ({"role": "user", "content": _text(value, name)},)
-    return _messages(value, name)
+    return read_messages(value, name)
 
 
 def _response(value: Any, name: str) -> str:
@@ -199,42 +199,42 @@ def _response(value: Any, name: str) -> str:
     if isinstance(value, str):
         text = _text(value, name)
     else:
-        messages = _messages([value] if isinstance(value, dict) else value, name)
+        messages = read_messages([value] if isinstance(value, dict) else value, name)
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             roles = [m["role"] for m in messages]
-            raise _BadRecordError(
+            raise BadRecordError(
                 f"field {name!r} holds messages of roles {roles}, expected exactly one message of "
                 "role assistant after the prompt"
             )
         text = messages[0]["content"]
     if not text.strip():
-        raise _BadRecordError(f"field {name!r} is empty ({text!r}), expected a response with text")
+        raise BadRecordError(f"field {name!r} is empty ({text!r}), expected a response with text")
     return text
 
 
 def _split_conversations(chosen: Any, rejected: Any) -> tuple[tuple[Message, ...], str, str]:
     """Split TRL's implicit-prompt form: two conversations that differ in their last message."""
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise _BadRecordError(
+        raise BadRecordError(
             "field 'prompt' is missing; expected it as a string or a list of messages (only "
             "conversations in 'chosen' and 'rejected' may carry the prompt themselves)"
         )
-    whole = [_messages(chosen, "chosen"), _messages(rejected, "rejected")]
+    whole = [read_messages(chosen, "chosen"), read_messages(rejected, "rejected")]
     if whole[0][:-1] != whole[1][:-1]:
-        raise _BadRecordError(
+        raise BadRecordError(
             f"'chosen' ({len(whole[0])} messages) and 'rejected' ({len(whole[1])}) differ before "
             "their last message, expected one common prompt and one response each"
         )
     texts = [_response([m[-1]], name) for m, name in zip(whole, RESPONSES, strict=False) if m]
     if len(texts) != 2:
-        raise _BadRecordError("'chosen' and 'rejected' are empty lists, expected conversations")
+        raise BadRecordError("'chosen' and 'rejected' are empty lists, expected conversations")
     return whole[0][:-1], texts[0], texts[1]
 
 
-def _messages(value: Any, name: str) -> tuple[Message, ...]:
+def read_messages(value: Any, name: str) -> tuple[Message, ...]:
     """Return messages of `role`/`content` or ShareGPT's `from`/`value` as `Message`s."""
     if not isinstance(value, list):
-        raise _BadRecordError(
+        raise BadRecordError(
             f"field {name!r} is {_kind(value)}, expected a string or a list of messages"
         )
     messages = []
@@ -245,17 +245,17 @@ def _messages(value: Any, name: str) -> tuple[Message, ...]:
         )
         if not isinstance(item, dict) or any(item.get(k) is None for k in keys):
             found = sorted(item) if isinstance(item, dict) else _kind(item)
-            raise _BadRecordError(
+            raise BadRecordError(
                 f"message {where!r} is {found}, expected an object with role and content (or from "
                 "and value)"
             )
         role = item[keys[0]]
         if not isinstance(role, str) or role not in ROLES:
-            raise _BadRecordError(
+            raise BadRecordError(
                 f"message {where!r} has the role {role!r}, expected one of {', '.join(ROLES)}"
             )
         if item.get("tool_calls"):
-            raise _BadRecordError(
+            raise BadRecordError(
                 f"message {where!r} has tool_calls, expected plain text; render them into the "
                 "content or leave the record out"
             )
@@ -266,11 +266,11 @@ def _messages(value: Any, name: str) -> tuple[Message, ...]:
 def _text(value: Any, name: str) -> str:
     """Return a string that UTF-8 can encode."""
     if not isinstance(value, str):
-        raise _BadRecordError(f"{name!r} is {_kind(value)}, expected a string")
+        raise BadRecordError(f"{name!r} is {_kind(value)}, expected a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise _BadRecordError(
+        raise BadRecordError(
             f"{name!r} holds half a surrogate pair ({value[error.start]!a}) at character "
             f"{error.start}, expected valid Unicode text"
         ) from None

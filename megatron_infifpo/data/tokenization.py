@@ -154,9 +154,8 @@ class ChatTokenizer:
 
     def encode_batch(self, records: Sequence[PreferenceRecord]) -> list[TokenizedRecord]:
         """Tokenize records; fast tokenizers use several threads here."""
-        prompts = [self.render_prompt(record.prompt, record.id) for record in records]
+        prompt_ids = self.prompt_ids([(record.prompt, record.id) for record in records])
         texts = [self._response_text(text) for record in records for text in record.responses]
-        prompt_ids = [self._without_second_bos(ids) for ids in self._ids(prompts)]
         response_ids = iter(self._text_ids(texts))
         return [
             TokenizedRecord(
@@ -168,6 +167,15 @@ class ChatTokenizer:
             )
             for record, ids in zip(records, prompt_ids, strict=True)
         ]
+
+    def prompt_ids(self, prompts: Sequence[tuple[Iterable[Message], str]]) -> list[list[int]]:
+        """Tokenize prompts, given with the ids of their records, up to the generation prompt.
+
+        Raises:
+            UserError: the chat template refuses one.
+        """
+        texts = [self.render_prompt(messages, record_id) for messages, record_id in prompts]
+        return [self._without_second_bos(ids) for ids in self._ids(texts)]
 
     def render_prompt(self, messages: Iterable[Message], record_id: str = "") -> str:
         """Return the prompt's text, up to and including the generation prompt."""

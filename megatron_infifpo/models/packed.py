@@ -1,10 +1,13 @@
-"""Run a GPTModel on one packed row of whole responses."""
+"""Run a GPTModel on packed rows of whole responses."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
@@ -104,3 +107,48 @@ def run_packed(model: torch.nn.Module, row: Row, vocab_size: int) -> Tensor:
         output_processor_context={**scored, "vocab_size": vocab_size},
     )
     return output
+
+
+def score_rows(
+    models: Sequence[torch.nn.Module],
+    rows: Sequence[Row],
+    vocab_size: int,
+    on_row: Callable[[Row], None] | None = None,
+) -> list[Tensor]:
+    """Run rows forward through all pipeline stages, without gradients.
+
+    Args:
+        models: this rank's chunks of the model.
+        rows: collated rows.
+        vocab_size: real vocabulary, without padding.
+        on_row: called with each row once this rank has done its part of it.
+
+    Returns:
+        The `[K]` float32 log-probs of each row on the last pipeline stage, else an empty list.
+    """
+
+    def forward_step(rows: Iterator[Row], model: torch.nn.Module) -> tuple[Tensor, partial[Any]]:
+        row = next(rows)
+        output = run_packed(model, to_device(row), vocab_size)
+        if on_row is not None:
+            on_row(row)
+        return output, partial(_collect)
+
+    iterators = [iter(rows) for _ in models]
+    with torch.no_grad():
+        results: list[Tensor] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(models) > 1 else iterators[0],
+            model=list(models),
+            num_microbatches=len(rows),
+            seq_length=1,  # rows have lengths of their own, which the stages exchange
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return results
+
+
+def _collect(logprobs: Tensor, non_loss_data: bool = True) -> Tensor:
+    """Hand a row's log-probs through Megatron's schedule as they are."""
+    return logprobs.cpu()

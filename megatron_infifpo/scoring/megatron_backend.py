@@ -1,11 +1,8 @@
 """Score with Megatron: tensor and pipeline parallel, packed rows, response-only log-probs."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_infifpo import cpu
@@ -14,10 +11,10 @@ cpu.enable()
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from megatron_infifpo.checkpoint.hf_weights import load_into_model  # noqa: E402
 from megatron_infifpo.checkpoint.layout import find_checkpoint  # noqa: E402
+from megatron_infifpo.checkpoint.torch_dist import TorchDistCheckpoint  # noqa: E402
 from megatron_infifpo.data import Row  # noqa: E402
 from megatron_infifpo.models.architecture import read_hf_config  # noqa: E402
 from megatron_infifpo.models.families import (  # noqa: E402
@@ -26,21 +23,18 @@ from megatron_infifpo.models.families import (  # noqa: E402
     megatron_args,
 )
 from megatron_infifpo.models.gpt import build_model, forward_only_arguments  # noqa: E402
-from megatron_infifpo.models.packed import run_packed, to_device  # noqa: E402
+from megatron_infifpo.models.packed import score_rows  # noqa: E402
 from megatron_infifpo.models.parallel import initialize_parallel  # noqa: E402
 
 
 def load_megatron_checkpoint(models: list[GPTModel], directory: str | Path) -> None:
     """Fill built model chunks from a torch_dist checkpoint, whatever layout saved it."""
     path = str(find_checkpoint(directory))
+    TorchDistCheckpoint(Path(path))  # refused before PyTorch unpickles it
     for model in models:
         # Nested, since the checkpoint's common state arrives beside the weights.
         state = dist_checkpointing.load({"model": model.sharded_state_dict()}, path)
         model.load_state_dict(state["model"])
-
-
-def _ignore(row: Row) -> None:
-    """Do nothing with a finished row."""
 
 
 class MegatronBackend:
@@ -91,7 +85,9 @@ class MegatronBackend:
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
 
-    def __call__(self, rows: list[Row], on_row: Callable[[Row], None] = _ignore) -> list[Tensor]:
+    def __call__(
+        self, rows: list[Row], on_row: Callable[[Row], None] | None = None
+    ) -> list[Tensor]:
         """Score packed rows.
 
         Args:
@@ -101,28 +97,4 @@ class MegatronBackend:
         Returns:
             The `[K]` float32 log-probs of each row on the last pipeline stage, else an empty list.
         """
-        with torch.no_grad():
-            results: list[Tensor] = get_forward_backward_func()(
-                forward_step_func=partial(self._forward_step, on_row),
-                data_iterator=iter(rows),
-                model=self.models,
-                num_microbatches=len(rows),
-                seq_length=1,  # rows have lengths of their own, which the stages exchange
-                micro_batch_size=1,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
-        return results
-
-    def _forward_step(
-        self, on_row: Callable[[Row], None], rows: Iterator[Row], model: torch.nn.Module
-    ) -> tuple[Tensor, partial[Any]]:
-        row = next(rows)
-        output = run_packed(model, to_device(row), self.vocab_size)
-        on_row(row)
-        return output, partial(_collect)
-
-
-def _collect(logprobs: Tensor, non_loss_data: bool = True) -> Tensor:
-    """Hand a row's log-probs through Megatron's schedule as they are."""
-    return logprobs.cpu()
+        return score_rows(self.models, rows, self.vocab_size, on_row)

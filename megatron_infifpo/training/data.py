@@ -2,6 +2,7 @@
 
 import argparse
 
+import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args
@@ -16,6 +17,7 @@ from megatron_infifpo.data.batching import (
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.data.sources import read_sources
 from megatron_infifpo.methods import Method, flag
+from megatron_infifpo.training.reference_check import check_initial_logprobs
 
 
 def open_datasets(
@@ -31,7 +33,8 @@ def open_datasets(
     valid = args.preference_valid_data
     useless, why = [], "without --preference-valid-data"
     if method.reference is None:
-        useless = ["preference_sources", "preference_valid_sources", "reference_check"]
+        useless = ["preference_sources", "preference_valid_sources"]
+        useless += ["reference_check", "reference_probes", "reference_tolerance"]
         why = "with --method sft, which has no reference"
     elif valid is None:
         useless = ["preference_valid_sources"]
@@ -154,30 +157,48 @@ def describe(args: argparse.Namespace, train: PreferenceDataset) -> str:
     )
 
 
-def datasets_provider(
-    train: PreferenceDataset,
-    valid: PreferenceDataset | None,
-    samples: list[int],
-    vp_stage: int | None = None,
-):
-    """Return this data-parallel rank's loaders; one call for each virtual pipeline stage."""
-    args = get_args()
-    layout = {
-        "global_batch_size": args.global_batch_size,
-        "data_parallel_rank": mpu.get_data_parallel_rank(),
-        "data_parallel_size": mpu.get_data_parallel_world_size(),
-        "num_microbatches": get_num_microbatches(),
-        "max_tokens": args.seq_length,
-        "pad_multiple": mpu.get_tensor_model_parallel_world_size(),
-        "share_prompt": args.share_prompt,
-    }
-    step, rest = divmod(args.consumed_train_samples, args.global_batch_size)
-    if rest:
-        raise UserError(
-            f"--global-batch-size is {args.global_batch_size}, but the checkpoint has seen "
-            f"{args.consumed_train_samples} pairs, which is no multiple of it: pairs would be "
-            "repeated; resume with the batch size of before"
-        )
-    train_loader = PreferenceLoader(train, seed=args.seed, start_step=step, **layout)
-    valid_loader = None if valid is None else EvaluationLoader(valid, **layout)
-    return train_loader, valid_loader, None
+class DatasetsProvider:
+    """What Megatron calls for data, once the checkpoint is loaded: one call a chunk of the model.
+
+    The first call checks that the loaded model gives the initial pivot's log-probs.
+    """
+
+    is_distributed = True
+
+    def __init__(self, train: PreferenceDataset, valid: PreferenceDataset | None):
+        """Take the training pairs and the held-out ones, if there are any."""
+        self.train, self.valid = train, valid
+        self.unchecked: list[torch.nn.Module] = []
+
+    def keep_models(self, models: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """Hook of Megatron's model builder: remember this rank's chunks."""
+        self.unchecked = models
+        return models
+
+    def __call__(
+        self, samples: list[int], vp_stage: int | None = None
+    ) -> tuple[PreferenceLoader, EvaluationLoader | None, None]:
+        """Return this data-parallel rank's loaders."""
+        args = get_args()
+        if self.unchecked:
+            check_initial_logprobs(args, self.unchecked, self.train)
+            self.unchecked = []
+        layout = {
+            "global_batch_size": args.global_batch_size,
+            "data_parallel_rank": mpu.get_data_parallel_rank(),
+            "data_parallel_size": mpu.get_data_parallel_world_size(),
+            "num_microbatches": get_num_microbatches(),
+            "max_tokens": args.seq_length,
+            "pad_multiple": mpu.get_tensor_model_parallel_world_size(),
+            "share_prompt": args.share_prompt,
+        }
+        step, rest = divmod(args.consumed_train_samples, args.global_batch_size)
+        if rest:
+            raise UserError(
+                f"--global-batch-size is {args.global_batch_size}, but the checkpoint has seen "
+                f"{args.consumed_train_samples} pairs, which is no multiple of it: pairs would be "
+                "repeated; resume with the batch size of before"
+            )
+        train_loader = PreferenceLoader(self.train, seed=args.seed, start_step=step, **layout)
+        valid_loader = None if self.valid is None else EvaluationLoader(self.valid, **layout)
+        return train_loader, valid_loader, None

@@ -1,13 +1,26 @@
-"""Refuse references that belong to another pivot than the one that training starts from."""
+"""Refuse references that are not of the pivot that training starts from."""
 
 import argparse
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.training import print_rank_0
 
 from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
 from megatron_infifpo.checkpoint.layout import TRACKER
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
+from megatron_infifpo.data.records import RESPONSES
+from megatron_infifpo.losses import CHOSEN, REJECTED
+from megatron_infifpo.training.probe import Difference, compare
+
+# Mean absolute difference of a response's log-probs, in nats a token, that precision explains.
+TOLERANCES = {torch.float32: 0.002, torch.float16: 0.03, torch.bfloat16: 0.15}
+SHOWN = 3  # worst responses of a failed check
+AROUND = 4  # tokens shown at each end of a response
 
 
 def check_initial_weights(
@@ -35,21 +48,130 @@ def check_initial_weights(
         return
     expected = initial.manifest["weights_sha256"]
     if expected is None:
-        warnings.warn(
-            f"the log-probs in {initial.prefix} were imported: nothing shows that they are of the "
-            f"weights in {pivot}; score the pairs with --model {pivot} to be sure",
-            stacklevel=2,
+        return  # imported: the pivot itself must tell, on the probe records
+    found = weights_fingerprint(pivot)
+    if found != expected:
+        _complain(
+            args,
+            f"the log-probs in {initial.prefix} are of other weights ({expected[:12]}) than "
+            f"{pivot} ({found[:12]}), so they are not the initial pivot's: score the pairs with "
+            f"--model {pivot}, or pass --reference-check off if you want another reference",
+        )
+
+
+def check_initial_logprobs(
+    args: argparse.Namespace, models: Sequence[torch.nn.Module], dataset: PreferenceDataset
+) -> None:
+    """Run the pivot on the probe records; all ranks call it, once the checkpoint is loaded.
+
+    At step 0 its log-probs must be the initial pivot's; equal files do not show that, since layers,
+    flags and layouts lie between weights and log-probs. Later it says how far training has moved.
+
+    Args:
+        args: Megatron's arguments, with the step that the run is at.
+        models: this rank's chunks of the model.
+        dataset: the training pairs with their log-probs.
+
+    Raises:
+        UserError: they differ, unless `--reference-check` is warn or off.
+    """
+    initial = dataset.initial
+    if args.reference_check == "off" or initial is None:
+        return
+    found = compare(args, models, dataset)
+    records = len({difference.index for difference in found})
+    if args.iteration > 0:
+        moved = {r: np.mean([d.mean for d in found if d.response == r]) for r in (CHOSEN, REJECTED)}
+        print_rank_0(
+            f"reference check: on {records} records the pivot has moved by {moved[CHOSEN]:+.4f} "
+            f"nats a token of chosen and {moved[REJECTED]:+.4f} of rejected responses since step 0"
         )
         return
-    found = weights_fingerprint(pivot)
-    if found == expected:
+    tolerance = args.reference_tolerance
+    if tolerance is None:
+        coarser = initial.manifest["dtype"] if args.params_dtype == torch.float32 else None
+        dtype = getattr(torch, str(coarser), args.params_dtype)
+        tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+    worst = max(found, key=lambda difference: difference.size)
+    if worst.size <= tolerance:
+        print_rank_0(
+            f"reference check: on {records} records the pivot agrees with {initial.prefix} within "
+            f"{worst.size:.2g} nats a token (tolerance {tolerance})"
+        )
         return
-    message = (
-        f"the log-probs in {initial.prefix} are of other weights ({expected[:12]}) than {pivot} "
-        f"({found[:12]}), so they are not the initial pivot's: score the pairs with --model "
-        f"{pivot}, or pass --reference-check off if you want another reference"
+    _complain(args, failure(found, tolerance, dataset, args.params_dtype))
+
+
+def _complain(args: argparse.Namespace, message: str) -> None:
+    """Stop, or warn: once, on rank 0."""
+    if args.reference_check != "warn":
+        raise UserError(message if args.rank == 0 else "the reference check failed: see rank 0")
+    if args.rank == 0:
+        warnings.warn(message, stacklevel=3)
+
+
+def failure(
+    found: Sequence[Difference],
+    tolerance: float,
+    dataset: PreferenceDataset,
+    dtype: torch.dtype,
+) -> str:
+    """Say how many records differ, why probably, and show the worst, token by token."""
+    initial = dataset.initial
+    assert initial is not None
+    bad = sorted((d for d in found if d.size > tolerance), key=lambda d: -d.size)
+    made = initial.manifest
+    lines = [
+        f"at step 0 the pivot disagrees with the initial pivot's log-probs in {initial.prefix} on "
+        f"{len({d.index for d in bad})} of {len({d.index for d in found})} records, by up to "
+        f"{bad[0].size:.3g} nats a token (tolerance {tolerance}, --reference-tolerance)",
+        f"  likely: {likely_cause(bad, tolerance)}",
+        f"  scored from {made['model']} by {made['backend']} in {made['dtype']}; training in "
+        f"{str(dtype).removeprefix('torch.')}",
+    ]
+    for difference in bad[:SHOWN]:
+        record = dataset.tokens.ids(difference.index)
+        ids = dataset.tokens.response_ids(difference.index)[difference.response]
+        name = RESPONSES[difference.response]
+        lines.append(f"  record {record!r}, {name}, {difference.size:.3g} nats a token")
+        if len(difference.initial) != len(ids):
+            mean = difference.now.mean()
+            lines.append(f"    mean {mean:.3f}, was {difference.initial[0]:.3f}")
+            continue
+        for i in sorted({*range(len(ids))[:AROUND], *range(len(ids))[-AROUND:]}):
+            now, then = difference.now[i], difference.initial[i]
+            lines.append(f"    token {i} (id {ids[i]}): {now:.3f}, was {then:.3f}")
+    lines.append(
+        "score the pairs again with this checkpoint as --model, or pass --reference-check off if "
+        "you want another reference; tools/inspect_preferences.py --tokens shows a record's texts"
     )
-    if args.reference_check == "warn":
-        warnings.warn(message, stacklevel=2)
-    else:
-        raise UserError(message)
+    return "\n".join(lines)
+
+
+def likely_cause(bad: Sequence[Difference], tolerance: float) -> str:
+    """Guess from where in the responses the differences lie; B responses that differ."""
+    if not all(np.isfinite(d.now).all() for d in bad):
+        return "the pivot's weights or its precision: it gives NaN or infinite log-probs"
+    sizes = [np.abs(d.by_token) for d in bad if len(d.by_token) >= 8]
+    if not sizes:
+        return "too little to tell: responses are short, or only their sums are known"
+
+    def ratio(here: slice, there: slice) -> float:
+        near, far = (np.mean([size[part].mean() for size in sizes]) for part in (here, there))
+        return float(near / max(far, 1e-9))
+
+    if ratio(slice(-1, None), slice(None, -1)) > 10:
+        return "the end of the turn: the last token alone differs"
+    if ratio(slice(None, 2), slice(2, None)) > 4:
+        return (
+            "the prompt: responses differ at their start most, as they do after another chat "
+            "template, system message or cut"
+        )
+    halves = [len(size) // 2 for size in sizes]
+    late = np.mean([s[h:].mean() for s, h in zip(sizes, halves, strict=True)])
+    early = np.mean([s[:h].mean() for s, h in zip(sizes, halves, strict=True)])
+    if late > 4 * early:
+        return "positions: differences grow along a response (rotary scaling, window, context)"
+    if bad[0].size < 5 * tolerance:
+        return "precision: differences are small and everywhere; score and train in one data type"
+    return "other weights, or layers that are set up otherwise: everything differs"

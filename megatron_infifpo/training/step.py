@@ -7,7 +7,9 @@ import torch
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_infifpo.cli import UserError
 from megatron_infifpo.data import Row
+from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.logprobs import segment_sums
 from megatron_infifpo.losses import CHOSEN
 from megatron_infifpo.methods import Method
@@ -36,22 +38,38 @@ class TrainingStep:
         self,
         method: Method,
         vocab_size: int,
-        source_names: tuple[str, ...],
-        domains: tuple[str, ...],
+        train: PreferenceDataset,
+        valid: PreferenceDataset | None,
     ):
-        """Take the resolved method, the real vocabulary size, and names for the metrics."""
+        """Take the resolved method, the real vocabulary size, and the data, for names and ids."""
         self.method = method
         self.vocab_size = vocab_size
-        self.source_names = source_names + (("initial",) if method.initial_as_source else ())
-        self.domains = domains
+        self.train, self.valid = train, valid
+        self.recent: tuple[int, list[Tensor]] = (-1, [])
+        self.source_names = train.source_names + (("initial",) if method.initial_as_source else ())
+        self.domains = train.domains
         self.loss = self.sft_loss if method.objective == "sft" else self.preference_loss
 
     def __call__(
         self, data_iterator: Iterator[Row], model: torch.nn.Module
     ) -> tuple[Tensor, partial[Loss]]:
         """Return the stage's output and the function that turns the last stage's into the loss."""
-        row = to_device(next(data_iterator))
+        row = next(data_iterator)
+        self.remember(row)
+        row = to_device(row)
         return run_packed(model, row, self.vocab_size), partial(self.loss, row)
+
+    def remember(self, row: Row) -> None:
+        """Keep the records of the step at hand, for messages."""
+        if not torch.is_grad_enabled():
+            return  # evaluation
+        now = get_args().curr_iteration
+        kept = self.recent[1] if self.recent[0] == now else []
+        self.recent = (now, kept + [row["indices"]])
+
+    def record_ids(self) -> list[str]:
+        """Ids of the training records that this rank has seen in the step at hand."""
+        return [self.train.tokens.ids(i) for part in self.recent[1] for i in part.tolist()]
 
     def preference_loss(self, row: Row, token_logprobs: Tensor) -> Loss:
         """Sum the losses of a row's pairs.
@@ -65,6 +83,7 @@ class TrainingStep:
         """
         counts = row["token_counts"]
         sums = segment_sums(token_logprobs, row["segment_ids"], counts.numel()).view_as(counts)
+        self.check(row, sums)
         done = progress()
         losses, policy, reference = pair_losses(self.method, row, sums, progress=done)
         with torch.no_grad():
@@ -77,11 +96,31 @@ class TrainingStep:
             metrics["alpha"] = losses.new_tensor([alpha * len(losses), len(losses)])
         return losses.sum(), _count(len(losses), losses), metrics
 
+    def check(self, row: Row, sums: Tensor) -> None:
+        """Refuse log-probs that no optimizer should see: sums `[B, R]`.
+
+        Raises:
+            UserError: NaN or infinite; names the records.
+        """
+        if not get_args().check_for_nan_in_loss_and_grad:
+            return
+        bad = ~torch.isfinite(sums.detach()).all(dim=1)
+        if bad.any():
+            data = self.train if torch.is_grad_enabled() or self.valid is None else self.valid
+            ids = [data.tokens.ids(i) for i in row["indices"][bad].tolist()]
+            raise UserError(
+                f"the pivot's log-probs of the records {', '.join(map(repr, ids))} in "
+                f"{data.tokens.prefix} are NaN or infinite at step {get_args().curr_iteration}: "
+                "the last checkpoint is good; look at the gradient norms before, lower --lr, or "
+                "leave the records out"
+            )
+
     def sft_loss(self, row: Row, token_logprobs: Tensor) -> Loss:
         """Sum the cross-entropy of a row's chosen responses; the count is of tokens."""
         counts = row["token_counts"][:, CHOSEN]
         with torch.no_grad():
             sums = segment_sums(token_logprobs, row["segment_ids"], len(counts))
+            self.check(row, sums[:, None])
             metrics = sft_metrics(row, sums, counts, self.domains) | waste_metrics(row)
         return -token_logprobs.sum(), _count(len(token_logprobs), token_logprobs), metrics
 

@@ -12,7 +12,7 @@ from test_bad_input import refused
 
 from megatron_infifpo.data.logprob_store import LogprobStore
 
-FILES = (".bin", ".idx", "_sums.npy", "_counts.npy")
+FILES = (".bin", ".idx", "_sums.npy", "_counts.npy", ".json")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""A page about a finished or running training run."""

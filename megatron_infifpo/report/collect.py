@@ -1,0 +1,157 @@
+"""What a report is made of: curves from TensorBoard files, and the pairs as the run fuses them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.logprob_store import LogprobStore
+from megatron_infifpo.data.preference_dataset import PreferenceDataset
+from megatron_infifpo.data.sources import read_sources
+from megatron_infifpo.losses import CHOSEN, REJECTED
+from megatron_infifpo.methods import Method
+from megatron_infifpo.training.objective import pair_losses
+
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Steps, values and seconds since the epoch, each `[S]`."""
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """Read every scalar of a TensorBoard folder; the last attempt at a step counts.
+
+    Raises:
+        UserError: there is none.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    curves = {}
+    for tag in events.Tags()["scalars"]:
+        by_step = {event.step: event for event in events.Scalars(tag)}
+        last = [by_step[step] for step in sorted(by_step)]
+        curves[tag] = (
+            np.array([event.step for event in last]),
+            np.array([event.value for event in last]),
+            np.array([event.wall_time for event in last]),
+        )
+    if not curves:
+        raise UserError(
+            f"{folder} has no TensorBoard scalars: train with --tensorboard-dir, and give that "
+            "folder to --tensorboard-dir here"
+        )
+    return curves
+
+
+def method_of(run: dict[str, Any]) -> Method:
+    """Return the method that run.json describes."""
+    return Method(**run["identity"]["method"])
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The N usable pairs of a run, M sources, and what the method makes of them.
+
+    Attributes:
+        dataset: the pairs.
+        method: the run's.
+        indices: of the records, `[N]`.
+        models: names: initial pivot, sources, and the trained pivot if it was scored.
+        means: mean log-prob of each model, float64 `[N, 2, models]`, NaN where masked.
+        selected: weight of each source in the reference of step 0, `[N, 2, M]`; None without
+            fusion.
+        selected_after: the same under the trained pivot, if it was scored.
+        losses: at step 0, `[N]`.
+    """
+
+    dataset: PreferenceDataset
+    method: Method
+    indices: np.ndarray
+    models: tuple[str, ...]
+    means: np.ndarray
+    selected: np.ndarray | None
+    selected_after: np.ndarray | None
+    losses: np.ndarray
+
+    def margins(self, model: int) -> np.ndarray:
+        """Mean log-prob of chosen minus that of rejected under one of `models`, `[N]`."""
+        return self.means[:, CHOSEN, model] - self.means[:, REJECTED, model]
+
+
+def read_pairs(
+    data: str, sources: str, method: Method, max_tokens: int, trained: str | None
+) -> Pairs:
+    """Open the pairs of a run and fuse their references.
+
+    Args:
+        data, sources: prefix of the token dataset, and sources.yaml.
+        method: the run's.
+        max_tokens: --seq-length of the run.
+        trained: prefix of the trained pivot's log-probs, if it was scored.
+    """
+    dataset = PreferenceDataset(data, read_sources(sources), responses=method.responses)
+    assert dataset.initial is not None
+    indices = dataset.require_eligible(max_tokens)
+    used = slice(dataset.responses)
+    initial_sums, counts = _summary(dataset.initial, indices, used)
+    stores = [_summary(store, indices, used) for store in dataset.sources]
+    mask = dataset.source_mask[indices]
+    shape = (*initial_sums.shape, len(stores))
+    source_sums, source_counts = np.zeros(shape), np.ones(shape, np.int64)
+    for column, (sums, tokens) in enumerate(stores):
+        here = mask[:, column]
+        source_sums[here, :, column], source_counts[here, :, column] = sums[here], tokens[here]
+    row = {
+        "initial_sum_logps": torch.from_numpy(initial_sums),
+        "token_counts": torch.from_numpy(counts),
+        "source_sum_logps": torch.from_numpy(source_sums),
+        "source_token_counts": torch.from_numpy(source_counts),
+        "source_mask": torch.from_numpy(mask),
+    }
+    losses, _, fused = pair_losses(method, row, row["initial_sum_logps"], progress=0.0)
+    source_means = np.where(mask[:, None], source_sums / source_counts, np.nan)
+    means = [(initial_sums / counts)[..., None], source_means]
+    names, after = ("initial pivot", *dataset.source_names), None
+    if trained is not None:
+        store = LogprobStore(trained)
+        store.check_against(dataset.tokens, same_tokenizer=True)
+        sums, _ = _summary(store, indices, used)
+        means.append((sums / counts)[..., None])
+        names = (*names, "trained pivot")
+        after = pair_losses(method, row, torch.from_numpy(sums))[2].weights.numpy()
+    return Pairs(
+        dataset,
+        method,
+        indices,
+        names,
+        np.concatenate(means, axis=2)[:, :2],
+        fused.weights.numpy()[:, :2] if method.fused else None,
+        after[:, :2] if method.fused and after is not None else None,
+        losses.numpy(),
+    )
+
+
+def _summary(
+    store: LogprobStore, indices: np.ndarray, used: slice
+) -> tuple[np.ndarray, np.ndarray]:
+    return store.all_sums[indices][:, used], store.token_counts[indices][:, used].astype(np.int64)
+
+
+def shares(weights: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean weight of every source in each group of pairs, `[groups, M]`."""
+    return np.array([weights[group].mean(axis=(0, 1)) for group in groups])
+
+
+def agreement(pairs: Pairs) -> np.ndarray:
+    """Share of pairs on which two models prefer the same response, `[models, models]`."""
+    margins = np.stack([pairs.margins(i) for i in range(len(pairs.models))])
+    found = np.full((len(margins), len(margins)), np.nan)
+    for i, a in enumerate(margins):
+        for j, b in enumerate(margins):
+            both = np.isfinite(a) & np.isfinite(b)
+            if both.any():
+                found[i, j] = ((a > 0) == (b > 0))[both].mean()
+    return found

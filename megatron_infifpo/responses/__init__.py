@@ -1,0 +1,1 @@
+"""From prompts to preference pairs: responses of every model, their scores, best and worst."""

@@ -1,0 +1,212 @@
+"""Scores of responses, and the preference pairs that follow from them."""
+
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.record_files import iter_raw
+from megatron_infifpo.data.records import PreferenceRecord
+from megatron_infifpo.responses.prompts import Prompt, parse_prompt
+
+Scorer = Callable[[Prompt, Sequence[str]], list[float]]
+"""Takes a prompt and responses to it; returns a score for each, higher is better."""
+
+
+@dataclass
+class Responses:
+    """All responses to one prompt.
+
+    Attributes:
+        prompt: the prompt.
+        texts: `[N]`, without those that are empty or were there already.
+        models: of whom each is, `[N]`.
+    """
+
+    prompt: Prompt
+    texts: list[str] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
+
+
+def read_responses(paths: Sequence[str | Path]) -> dict[str, Responses]:
+    """Join the files that tools/sample_responses.py wrote, by the prompts' ids.
+
+    Raises:
+        UserError: not such a file, or two prompts have one id.
+    """
+    found: dict[str, Responses] = {}
+    for path in paths:
+        for raw in iter_raw(Path(path)):
+            value = raw.value
+            texts = value.get("responses") if isinstance(value, dict) else None
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise UserError(
+                    f"{raw.where}: {raw.error or 'no list of responses'}, expected a line written "
+                    "by tools/sample_responses.py"
+                )
+            prompt = parse_prompt(value, f"{raw.stem}-{raw.index}")
+            known = found.setdefault(prompt.id, Responses(prompt))
+            if known.prompt.messages != prompt.messages:
+                raise UserError(f"{raw.where}: {prompt.id!r} is another prompt than before")
+            for text in texts:
+                if text.strip() and text not in known.texts:
+                    known.texts.append(text)
+                    known.models.append(str(value.get("model", raw.stem)))
+    return found
+
+
+def choose_pair(
+    responses: Responses, scores: Sequence[float], pivot: str | None
+) -> PreferenceRecord | str:
+    """Best and worst of all responses, and the pivot's own best; the first one wins ties.
+
+    Args:
+        responses: N of them.
+        scores: `[N]`.
+        pivot: name of the pivot in the responses, for WRPO; or None.
+
+    Returns:
+        The record, or why there is none.
+    """
+    if len(scores) < 2:
+        return "fewer than two different responses"
+    if not all(map(_is_number, scores)):
+        return "a score is not a finite number"
+    if max(scores) == min(scores):
+        return "no contrast: all scores are equal"
+    best, worst = scores.index(max(scores)), scores.index(min(scores))
+    own = [i for i, model in enumerate(responses.models) if model == pivot]
+    if pivot is not None and not own:
+        return f"no response of the pivot {pivot}"
+    prompt, texts = responses.prompt, responses.texts
+    pivot_chosen = texts[max(own, key=lambda i: scores[i])] if own else None
+    return PreferenceRecord(
+        prompt.id, prompt.domain, prompt.messages, texts[best], texts[worst], pivot_chosen
+    )
+
+
+def _is_number(score: Any) -> bool:
+    return isinstance(score, int | float) and abs(score) < float("inf")
+
+
+def program_scorer(name: str) -> Scorer:
+    """Load `FILE.py:FUNCTION`; it takes (prompt, response) and returns a number.
+
+    Raises:
+        UserError: there is no such function.
+    """
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--program {name}: expected FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location("scorer", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    score = getattr(module, function, None)
+    if not callable(score):
+        raise UserError(f"--program {name}: {path} has no function {function!r}")
+
+    def scores(prompt: Prompt, texts: Sequence[str]) -> list[float]:
+        return [score(prompt, text) for text in texts]
+
+    return scores
+
+
+def reward_scorer(model: str, *, bf16: bool, batch: int, trust_remote_code: bool) -> Scorer:
+    """Load a reward model: a sequence classifier with one score and a chat template.
+
+    Raises:
+        UserError: it is none.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    network: Any = AutoModelForSequenceClassification.from_pretrained(
+        model,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        trust_remote_code=trust_remote_code,
+    )
+    if network.config.num_labels != 1 or not tokenizer.chat_template:
+        raise UserError(
+            f"{model} has {network.config.num_labels} labels"
+            f"{'' if tokenizer.chat_template else ' and no chat template'}: expected a reward "
+            "model, with one score and a chat template"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    network.config.pad_token_id = tokenizer.pad_token_id
+    network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def scores(prompt: Prompt, texts: Sequence[str]) -> list[float]:
+        chats = [[*prompt.messages, {"role": "assistant", "content": text}] for text in texts]
+        rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+        found = []
+        for start in range(0, len(rendered), batch):
+            # The template writes the BOS.
+            inputs = tokenizer(
+                rendered[start : start + batch],
+                add_special_tokens=False,
+                padding=True,
+                padding_side="right",
+                return_tensors="pt",
+            ).to(network.device)
+            with torch.inference_mode():
+                logits = network(
+                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+                ).logits
+            found += logits[:, 0].float().tolist()
+        return found
+
+    return scores
+
+
+def label(
+    all_responses: Iterable[Responses],
+    scorer: Scorer,
+    cache: Path,
+    pivot: str | None,
+    dropped: Counter[str],
+) -> Iterator[PreferenceRecord]:
+    """Yield the pairs; scores are kept in a file, so that an interrupted job goes on.
+
+    Args:
+        all_responses: by prompt.
+        scorer: called for prompts whose scores are not there yet.
+        cache: JSON lines `{"id", "responses", "scores"}`.
+        pivot: see `choose_pair`.
+        dropped: counts prompts that give no pair, by reason.
+    """
+    known = _read_cache(cache)
+    with cache.open("a", encoding="utf-8") as file:
+        for responses in all_responses:
+            texts, name = responses.texts, responses.prompt.id
+            before = known.get(name)
+            if before is not None and before["responses"] == texts:
+                scores = before["scores"]
+            else:
+                scores = scorer(responses.prompt, texts) if texts else []
+                entry = {"id": name, "models": responses.models, "responses": texts}
+                print(json.dumps(entry | {"scores": scores}), file=file, flush=True)
+            found = choose_pair(responses, scores, pivot)
+            if isinstance(found, str):
+                dropped[found] += 1
+            else:
+                yield found
+
+
+def _read_cache(path: Path) -> dict[str, Any]:
+    """Read the scores that are there; the last line may have been cut short."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+            found[entry["id"]] = entry
+        except ValueError:
+            continue
+    return found

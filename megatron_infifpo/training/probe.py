@@ -1,0 +1,125 @@
+"""Run the pivot on some records as it is now, and compare it with the initial log-probs."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.training.training import (
+    disable_forward_pre_hook,
+    enable_forward_pre_hook,
+    should_disable_forward_pre_hook,
+)
+from torch import Tensor
+
+from megatron_infifpo.data.packing import collate
+from megatron_infifpo.data.preference_dataset import PreferenceDataset
+from megatron_infifpo.models.packed import score_rows
+
+PROBES = 64
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One response under the pivot as it is now, and as it was scored.
+
+    Attributes:
+        index: of the record.
+        response: index of the response.
+        now: float32 `[L]`, log-probs of its tokens.
+        initial: the same of the initial pivot, or `[1]`, their mean, where only sums are known.
+    """
+
+    index: int
+    response: int
+    now: np.ndarray
+    initial: np.ndarray
+
+    @property
+    def by_token(self) -> np.ndarray:
+        """Differences, `[L]`; the means' `[1]` where only sums are known."""
+        known = len(self.now) == len(self.initial)
+        return (self.now if known else self.now.mean(keepdims=True)) - self.initial
+
+    @property
+    def mean(self) -> float:
+        """Mean difference, nats a token."""
+        return float(self.by_token.mean())
+
+    @property
+    def size(self) -> float:
+        """Mean absolute difference, nats a token; NaN counts as infinite."""
+        size = float(np.abs(self.by_token).mean())
+        return size if np.isfinite(size) else float("inf")
+
+
+def probe_records(dataset: PreferenceDataset, max_tokens: int, count: int) -> np.ndarray:
+    """Choose records, spread evenly over domains, and over lengths within each.
+
+    Returns:
+        int64 indices, ascending, of at most `count` records that training can use.
+    """
+    usable = dataset.eligible(max_tokens)
+    usable = usable[np.argsort(dataset.segment_lengths[usable], kind="stable")]
+    codes = dataset.domain_codes[usable]
+    by_domain = sorted((usable[codes == code] for code in np.unique(codes)), key=len)
+    chosen: list[int] = []
+    for number, records in enumerate(by_domain):
+        share = min(len(records), (count - len(chosen)) // (len(by_domain) - number))
+        if share:
+            chosen += records[np.linspace(0, len(records) - 1, share).round().astype(int)].tolist()
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def compare(
+    args: argparse.Namespace, models: Sequence[torch.nn.Module], dataset: PreferenceDataset
+) -> list[Difference]:
+    """Score the probe records with the model as it is; all ranks call it, and all get the result.
+
+    Every data-parallel replica scores its share, in rows like those of training.
+    """
+    assert dataset.initial is not None
+    records = probe_records(dataset, args.seq_length, args.reference_probes or PROBES)
+    mine = records[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()].tolist()
+    size = args.micro_batch_size
+    groups = [mine[i : i + size] for i in range(0, len(mine), size)]
+    layout = {"pad_multiple": args.tensor_model_parallel_size, "share_prompt": args.share_prompt}
+    rows = [collate([dataset[i] for i in group], **layout) for group in groups]
+    # Interleaved stages take rows by the pipeline's size.
+    repeated = -len(rows) % args.pipeline_model_parallel_size if rows and len(models) > 1 else 0
+    hooks = should_disable_forward_pre_hook(args)
+    if hooks:  # they would gather parameters that no optimizer step has changed yet
+        disable_forward_pre_hook(models, param_sync=False)
+    for model in models:
+        model.eval()
+    outputs = score_rows(models, rows + rows[:1] * repeated, args.padded_vocab_size) if rows else []
+    for model in models:
+        model.train()
+    if hooks:
+        enable_forward_pre_hook(models)
+    found: list[Difference] = []
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        for group, output in zip(groups, outputs, strict=False):
+            found += _unpack(group, output, dataset)
+    everyone: list[list[Difference]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, found)
+    return [difference for part in everyone for difference in part]
+
+
+def _unpack(group: Sequence[int], output: Tensor, dataset: PreferenceDataset) -> list[Difference]:
+    """Split a row's log-probs into responses, each beside its initial values."""
+    initial = dataset.initial
+    assert initial is not None
+    found, counts = [], initial.token_counts[group][:, : dataset.responses]
+    pieces = iter(output.float().split(counts.flatten().tolist()))
+    for index, lengths in zip(group, counts, strict=True):
+        for response, length in enumerate(lengths.tolist()):
+            if initial.has_values:
+                expected = initial.logprobs(index, response)
+            else:
+                expected = np.array([initial.sums(index)[response] / length], np.float32)
+            found.append(Difference(index, response, next(pieces).numpy(), expected))
+    return found

@@ -1,0 +1,162 @@
+"""What a run is made of: `run.json` beside its checkpoints, compared when the run is resumed.
+
+Manifests chain from records to tokens to log-probs; this file goes on from there to checkpoints.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_infifpo import __version__, cpu
+from megatron_infifpo.checkpoint.layout import RUN_FILE, TRACKER
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.documents import read_manifest, write_manifest
+from megatron_infifpo.data.logprob_store import LogprobStore
+from megatron_infifpo.data.preference_dataset import PreferenceDataset
+from megatron_infifpo.environment import version
+from megatron_infifpo.methods import Method
+
+FORMAT, VERSION = "megatron_infifpo run", 1
+_FILES = ("preference_data", "preference_sources")
+_PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "apex")
+
+
+def identity(
+    args: argparse.Namespace,
+    method: Method,
+    train: PreferenceDataset,
+    valid: PreferenceDataset | None,
+) -> dict[str, Any]:
+    """What must stay the same from the first step of a run to its last."""
+    found: dict[str, Any] = {"method": dataclasses.asdict(method), "seed": args.seed}
+    found |= {"seq_length": args.seq_length, "data": data_identity(train)}
+    return found if valid is None else found | {"valid": data_identity(valid)}
+
+
+def data_identity(dataset: PreferenceDataset) -> dict[str, Any]:
+    """What the pairs, their tokens and their log-probs are."""
+    tokenizer = dataset.tokens.manifest["tokenizer"]
+    found: dict[str, Any] = {"records_sha256": dataset.tokens.records_sha256}
+    found |= {name: tokenizer[name] for name in ("tokenizer_sha256", "chat_template_sha256")}
+    if dataset.initial is not None:
+        found["initial"] = _logprobs(dataset.initial)
+        masks = dataset.source_mask.T
+        found["sources"] = {
+            name: _logprobs(store) | {"takes_part_in": int(mask.sum())}
+            for name, store, mask in zip(dataset.source_names, dataset.sources, masks, strict=True)
+        }
+    return found
+
+
+def _logprobs(store: LogprobStore) -> dict[str, Any]:
+    values = hashlib.sha256(store.all_sums.tobytes() + store.token_counts.tobytes())
+    return {
+        "weights_sha256": store.manifest["weights_sha256"],
+        "dtype": store.manifest["dtype"],
+        "logprobs_sha256": values.hexdigest(),
+    }
+
+
+def record_run(args: argparse.Namespace, found: dict[str, Any], pivot: Path) -> None:
+    """Compare a resumed run with what it was, and write what it is; the first rank calls it.
+
+    Args:
+        args: Megatron's arguments.
+        found: `identity` of the run.
+        pivot: the checkpoint that the run loads.
+
+    Raises:
+        UserError: a resumed run has other data, sources or method, without `--allow-changed-run`.
+    """
+    tracker = (pivot / TRACKER).read_text(encoding="utf-8").strip()
+    given = args.pretrained_checkpoint
+    resumed = not (args.finetune or tracker == "release" or (given and pivot == Path(given)))
+    before = read_run(pivot)
+    if resumed and before is not None and not args.allow_changed_run:
+        changes = differences(before["identity"], found)
+        if changes:
+            raise UserError(
+                f"the run in {pivot} cannot go on as it is started now: {'; '.join(changes)}. Give "
+                "it what it had, save a new run elsewhere, or pass --allow-changed-run"
+            )
+    if args.save is None:
+        return
+    run: dict[str, Any] = {"format": FORMAT, "version": VERSION, "identity": found, "attempts": []}
+    if resumed and before is not None:
+        run["started_from"], run["attempts"] = before["started_from"], before["attempts"]
+    else:
+        start = {"checkpoint": str(pivot.resolve()), "iteration": tracker}
+        run["started_from"] = start | ({"run": before["identity"]} if before else {})
+    run["attempts"].append(_attempt(args, tracker if resumed else "0"))
+    Path(args.save).mkdir(parents=True, exist_ok=True)
+    write_manifest(str(Path(args.save) / RUN_FILE.removesuffix(".json")), run)
+
+
+def read_run(directory: Path) -> dict[str, Any] | None:
+    """Return what `record_run` wrote there, or None.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    if not (directory / RUN_FILE).is_file():
+        return None
+    prefix = str(directory / RUN_FILE.removesuffix(".json"))
+    return read_manifest(prefix, format_name=FORMAT, version=VERSION, made_by="a training run")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
+    """Say where two identities differ, one text a value."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        name, old, new = f"{path}{key}", before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{name}.")
+        elif old != new:
+            found.append(f"{name} is {_short(new)}, but was {_short(old)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "there"
+    is_hash = isinstance(value, str) and len(value) == 64
+    return value[:12] if is_hash else "missing" if value is None else repr(value)
+
+
+def _attempt(args: argparse.Namespace, iteration: str) -> dict[str, Any]:
+    layout = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+    packages = {name: version(name) for name in _PACKAGES}
+    device = "cpu" if cpu.is_enabled() else torch.cuda.get_device_name()
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "iteration": iteration,
+        "command": [*sys.argv],
+        "files": {name: _absolute(getattr(args, name)) for name in _FILES},
+        "layout": {name: getattr(args, name) for name in layout},
+        "dtype": str(args.params_dtype).removeprefix("torch."),
+        "device": device,
+        "versions": {"megatron_infifpo": __version__, **packages},
+        "git_revision": git_revision(),
+    }
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
+
+
+def git_revision() -> str | None:
+    """Return this program's revision, with `-dirty` after changes; None where it is not known."""
+    here = str(Path(__file__).parent)
+    command = ["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,130 @@
+"""From responses to pairs: best, worst, the pivot's own best, and what is left out."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from workers import load_tool
+
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.records import read_records
+
+CHECKS = """
+def length(prompt, response):
+    return len(response)
+
+def answer(prompt, response):
+    return float(prompt.extra["answer"] in response)
+"""
+RESPONSES = {
+    "pivot": {"p0": ["aa", "aaaa"], "p1": ["b 7"], "p2": ["same", "same"], "p3": ["x", "yy"]},
+    "coder": {"p0": ["a", "aaaaaa", " "], "p1": ["c"], "p3": ["zzz"]},
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "checks.py").write_text(CHECKS)
+    paths = []
+    for model, prompts in RESPONSES.items():
+        path = tmp_path / f"{model}.jsonl"
+        lines = [
+            {"id": name, "domain": "math", "prompt": f"question {name}",
+             "model": model, "responses": texts, "extra": {"answer": "7"}}
+            for name, texts in prompts.items()
+        ]  # fmt: skip
+        path.write_text("\n".join(map(json.dumps, lines)))
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def label(files, tmp_path, monkeypatch):
+    def call(*flags: str, output: str = "pairs.jsonl"):
+        argv = ["--input", *files, "--output", str(tmp_path / output), *flags]
+        monkeypatch.setattr("sys.argv", ["label_responses.py", *argv])
+        load_tool("label_responses").main()
+        return {r.id: r.responses for r in read_records([tmp_path / output])}
+
+    return call
+
+
+def test_best_and_worst(label, tmp_path, capsys):
+    program = f"{tmp_path}/checks.py:length"
+    assert label("--program", program) == {
+        "p0": ("aaaaaa", "a"),
+        "p1": ("b 7", "c"),
+        "p3": ("zzz", "x"),
+    }
+    printed = capsys.readouterr().out
+    assert "3 pairs of 4 prompts" in printed
+    assert "left out 1: fewer than two different responses" in printed
+    found = label("--program", program, "--pivot", "pivot", output="wrpo.jsonl")
+    assert found["p0"] == ("aaaaaa", "a", "aaaa")
+    assert found["p3"] == ("zzz", "x", "yy")
+
+
+def test_a_checker_sees_the_answer(label, tmp_path, capsys):
+    found = label("--program", f"{tmp_path}/checks.py:answer")
+    assert found == {"p1": ("b 7", "c")}
+    assert "left out 2: no contrast: all scores are equal" in capsys.readouterr().out
+
+
+def test_scores_are_kept(label, tmp_path):
+    """An interrupted command goes on, with a line that was cut short."""
+    first = label("--program", f"{tmp_path}/checks.py:length")
+    cache = tmp_path / "pairs.jsonl.scores"
+    lines = cache.read_text().splitlines()
+    cache.write_text("\n".join([*lines[:2], lines[2][:20]]) + "\n")
+    (tmp_path / "pairs.jsonl").unlink()
+    (tmp_path / "checks.py").write_text(
+        CHECKS.replace("return len(response)", "assert 'question p0' not in prompt.messages[0]"
+                       "['content']; return len(response)")
+    )  # fmt: skip
+    assert label("--program", f"{tmp_path}/checks.py:length") == first
+
+
+def test_reward_model(label, tmp_path):
+    """Scores equal those of one unpadded chat at a time, with one BOS."""
+    folder = tmp_path / "reward"
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**shape, num_attention_heads=4, vocab_size=320, num_labels=1)
+    network = LlamaForSequenceClassification(config).eval()
+    network.save_pretrained(folder)
+    tiny.save_tokenizer(folder, 300)
+    found = label("--reward-model", str(folder), "--batch", "3")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scores = {}
+    for text in ("aa", "aaaa", "a", "aaaaaa"):
+        chat = [{"role": "user", "content": "question p0"}, {"role": "assistant", "content": text}]
+        ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), return_tensors="pt")
+        with torch.no_grad():
+            scores[text] = network(input_ids=ids["input_ids"]).logits.item()
+    assert found["p0"] == (max(scores, key=scores.get), min(scores, key=scores.get))
+    kept = (tmp_path / "pairs.jsonl.scores").read_text().splitlines()
+    entry = next(entry for entry in map(json.loads, kept) if entry["id"] == "p0")
+    by_text = dict(zip(entry["responses"], entry["scores"], strict=True))
+    assert by_text == pytest.approx(scores, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--program", "none.py:f"], "expected FILE.py:FUNCTION"),
+        (["--program", "CHECKS:nothing"], "has no function 'nothing'"),
+        (["--program", "CHECKS:length", "--pivot", "phi"], "expected one of coder, pivot"),
+    ],
+)
+def test_refused(label, tmp_path, flags, message):
+    flags = [flag.replace("CHECKS", f"{tmp_path}/checks.py") for flag in flags]
+    with pytest.raises(UserError, match=message):
+        label(*flags)
+
+
+def test_other_files_are_refused(label, files, tmp_path):
+    (tmp_path / "coder.jsonl").write_text('{"id": "p0", "prompt": "x"}')
+    with pytest.raises(UserError, match="coder.jsonl:1: no list of responses"):
+        label("--program", f"{tmp_path}/checks.py:length")

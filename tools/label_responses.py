@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""Score sampled responses and write preference pairs: best and worst of every prompt.
+
+    python tools/label_responses.py --input phi-4.jsonl qwen.jsonl coder.jsonl --pivot phi-4 \\
+        --reward-model models/Skywork-Reward-Gemma-2-27B-v0.2 --bf16 --output pairs.jsonl
+    python tools/label_responses.py --input ... --program checks.py:passes --output pairs.jsonl
+
+Inputs are files of tools/sample_responses.py, one a model. Scores come from a reward model (the
+paper's is the one above) or from a function of yours, `passes(prompt, response) -> number`, which
+has the data set's answer or unit tests in `prompt.extra`. A pair is the best and the worst response
+of all models, with --pivot also the pivot's own best, for WRPO. Prompts without contrast are left
+out and counted. Scores are kept in OUTPUT.scores, so that an interrupted command goes on.
+"""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_infifpo.cli import UserError, positive, run
+from megatron_infifpo.data.documents import publish
+from megatron_infifpo.data.split import to_json
+from megatron_infifpo.responses.labels import (
+    label,
+    program_scorer,
+    read_responses,
+    reward_scorer,
+)
+
+
+def main() -> None:
+    """Parse the command line, score, and write the pairs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", required=True, nargs="+", metavar="FILE")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help=".jsonl")
+    parser.add_argument("--pivot", metavar="NAME", help="of the pivot in the inputs, for WRPO")
+    scorer = parser.add_mutually_exclusive_group(required=True)
+    scorer.add_argument("--reward-model", metavar="DIR", help="a sequence classifier")
+    scorer.add_argument("--program", metavar="FILE.py:FUNCTION")
+    parser.add_argument("--bf16", action="store_true", help="the reward model in bfloat16")
+    parser.add_argument("--batch", type=positive, default=8, help="responses at once (default: 8)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model"
+    )
+    args = parser.parse_args()
+    if args.output.exists():
+        raise UserError(f"{args.output} exists: delete it or choose another name")
+    responses = read_responses(args.input)
+    if args.pivot is not None:
+        models = sorted({model for found in responses.values() for model in found.models})
+        if args.pivot not in models:
+            raise UserError(f"--pivot is {args.pivot!r}, expected one of {', '.join(models)}")
+    if args.program:
+        score = program_scorer(args.program)
+    else:
+        score = reward_scorer(
+            args.reward_model,
+            bf16=args.bf16,
+            batch=args.batch,
+            trust_remote_code=args.trust_remote_code,
+        )
+    dropped: Counter[str] = Counter()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    aside, cache = Path(f"{args.output}.partial"), Path(f"{args.output}.scores")
+    count = 0
+    with aside.open("w", encoding="utf-8") as file:
+        bar = tqdm(responses.values(), desc="label", unit="prompt")
+        for record in label(bar, score, cache, args.pivot, dropped):
+            file.write(json.dumps(to_json(record), ensure_ascii=False) + "\n")
+            count += 1
+    if not count:
+        aside.unlink()
+        raise UserError(f"no prompt gives a pair: {dict(dropped)}")
+    publish(str(args.output))
+    print(f"{args.output}: {count} pairs of {len(responses)} prompts")
+    for reason, number in dropped.most_common():
+        print(f"  left out {number}: {reason}")
+
+
+if __name__ == "__main__":
+    run(main)
