@@ -7,6 +7,7 @@ memory and needs process groups; PyTorch's needs neither, and Megatron reads the
 import json
 import math
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
@@ -173,7 +174,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = (module, name) in _OTHER_METADATA_TYPES
         # Plain records and constants of these modules, but none of their functions.
-        if module == "torch" or module.startswith("torch.distributed.checkpoint."):
+        ours = module == "torch" or module.startswith("torch.distributed.checkpoint.")
+        if ours and module in sys.modules:
             value = super().find_class(module, name)
             known = isinstance(value, torch.dtype) or value is torch.Size or is_dataclass(value)
             known = known or (isinstance(value, type) and issubclass(value, Enum))
@@ -191,6 +193,13 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
+# What unpickling damaged bytes raises, beside UnpicklingError.
+_BROKEN_PICKLE = (
+    pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
+    OverflowError, MemoryError, ImportError, RuntimeError,
+)  # fmt: skip
+
+
 class TorchDistCheckpoint:
     """The tensors of a torch_dist folder, read in slices; optimizer state is not touched."""
 
@@ -204,13 +213,16 @@ class TorchDistCheckpoint:
         self._reader = _Reader(directory)
         try:
             self._metadata = self._reader.read_metadata()
-        except (pickle.UnpicklingError, EOFError, OSError) as error:
-            raise UserError(f"cannot read {directory}/.metadata: {error}") from error
-        for info in (self._metadata.storage_data or {}).values():
-            if Path(info.relative_path).name != info.relative_path:
+            self._metadata.state_dict_metadata.items()
+            stored = (self._metadata.storage_data or {}).values()
+            paths = sorted({str(info.relative_path) for info in stored})
+        except _BROKEN_PICKLE as error:
+            raise UserError(f"cannot read {directory}/.metadata: {error!r}") from error
+        for path in paths:
+            if Path(path).name != path:
                 raise UserError(
-                    f"{directory}/.metadata names {info.relative_path!r}, expected files of that "
-                    "folder: it was not written by Megatron"
+                    f"{directory}/.metadata names {path!r}, expected files of that folder: it was "
+                    "not written by Megatron"
                 )
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
@@ -260,7 +272,7 @@ class TorchDistCheckpoint:
         try:
             if not all(self._read_directly(item, data) for item in items):
                 self._reader.read_data(dcp.LoadPlan(items), _SlicePlanner(data)).wait()
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except _BROKEN_PICKLE as error:
             raise UserError(f"cannot read {key} from {self.directory}: {error}") from error
         return data
 

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import struct
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ class Documents:
         _check_index_size(f"{prefix}.idx")
         size = os.path.getsize(f"{prefix}.bin")
         # An empty file cannot be mapped: every record of a source may be masked.
-        self._dataset = IndexedDataset(prefix, mmap=size > 0)
+        try:
+            self._dataset = IndexedDataset(prefix, mmap=size > 0)
+        except AssertionError:
+            raise UserError(f"{prefix}.idx contradicts itself: write it again") from None
         index = self._dataset.index
         if index.dtype != dtype:
             raise UserError(
@@ -87,6 +91,10 @@ class Documents:
         self._starts: np.ndarray = index.sequence_pointers[::width].copy()
         self._sizes: np.ndarray = self.lengths.sum(axis=1, dtype=np.int64)
         self._dtype, self._prefix = dtype, prefix
+        sequences = index.sequence_lengths.astype(np.int64)
+        starts = (np.cumsum(sequences) - sequences) * np.dtype(dtype).itemsize
+        if (sequences < 0).any() or not np.array_equal(starts, index.sequence_pointers):
+            raise UserError(f"{prefix}.idx has sequences out of place: write it again")
         expected = int(self._sizes.sum()) * np.dtype(dtype).itemsize
         if size != expected:
             raise UserError(
@@ -131,11 +139,29 @@ class Documents:
         return int(candidates[0]) if len(candidates) else None
 
 
+# The format's magic bytes and version, and the codes of its types.
+_INDEX_HEADER = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1)
+_DTYPE_CODES = range(1, 9)
+
+
+def read_array(path: str, again: str, *, mapped: bool = False) -> np.ndarray:
+    """Read an `.npy` file.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, MemoryError) as error:
+        raise UserError(f"cannot read {path} ({error}); {again}") from None
+    return array
+
+
 def _check_index_size(path: str) -> None:
     """Refuse an index that is no index, or truncated: Megatron's reader would crash on it."""
     with open(path, "rb") as stream:
         header = stream.read(34)
-    if len(header) < 34 or header[:9] != b"MMIDIDX\x00\x00":
+    if len(header) < 34 or header[:17] != _INDEX_HEADER or header[17] not in _DTYPE_CODES:
         raise UserError(f"{path} is not an index of Megatron's indexed format; write it again")
     sequences, borders = struct.unpack("<QQ", header[18:34])
     expected = 34 + 12 * sequences + 8 * borders
@@ -153,6 +179,42 @@ def publish(path: str) -> None:
     os.replace(f"{path}.partial", path)
 
 
+def check_fields(found: Any, schema: Any, where: str) -> None:
+    """Check the types of a JSON value.
+
+    Args:
+        found: the value.
+        schema: a type or a tuple of types; `[schema]` for a list; `{name: schema}` for an object
+            with at least these fields.
+        where: names the value in errors.
+
+    Raises:
+        UserError: another type, or a field that is missing.
+    """
+    if isinstance(schema, dict):
+        kind: Any = dict
+    elif isinstance(schema, list):
+        kind = list
+    else:
+        kind = schema
+    if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+        names = kind if isinstance(kind, tuple) else (kind,)
+        expected = " or ".join(_JSON_NAMES.get(name, name.__name__) for name in names)
+        raise UserError(f"{where} is {str(found)[:40]!r}, expected {expected}: write it again")
+    if isinstance(schema, list):
+        for number, value in enumerate(found):
+            check_fields(value, schema[0], f"{where}[{number}]")
+    elif isinstance(schema, dict):
+        for name, inside in schema.items():
+            if name not in found:
+                raise UserError(f"{where} has no {name!r}: write it again")
+            check_fields(found[name], inside, f"{where}: {name}")
+
+
+_JSON_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
+_JSON_NAMES |= {type(None): "null", bool: "true or false"}
+
+
 def write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
     """Write `PREFIX.json`, as the last file of a dataset: with it the dataset is complete."""
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
@@ -160,7 +222,9 @@ def write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
     publish(f"{prefix}.json")
 
 
-def read_manifest(prefix: str, *, format_name: str, version: int, made_by: str) -> dict[str, Any]:
+def read_manifest(
+    prefix: str, *, format_name: str, version: int, made_by: str, schema: dict[str, Any]
+) -> dict[str, Any]:
     """Read `PREFIX.json` and check what it describes.
 
     Args:
@@ -168,6 +232,7 @@ def read_manifest(prefix: str, *, format_name: str, version: int, made_by: str) 
         format_name: expected value of "format".
         version: expected value of "version".
         made_by: the command that writes such a dataset, for the errors.
+        schema: of its other fields, as `check_fields` takes it.
 
     Raises:
         UserError: no manifest, not readable, of another format or version.
@@ -180,7 +245,7 @@ def read_manifest(prefix: str, *, format_name: str, version: int, made_by: str) 
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the manifest {path} is broken ({error}); run {made_by} again") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != format_name:
@@ -193,4 +258,5 @@ def read_manifest(prefix: str, *, format_name: str, version: int, made_by: str) 
             f"the manifest {path} says version {manifest.get('version')!r}, expected {version}; "
             f"write the dataset again with this version's {made_by}"
         )
+    check_fields(manifest, schema, f"the manifest {path}")
     return manifest

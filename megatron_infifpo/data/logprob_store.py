@@ -8,18 +8,31 @@ A masked record (its text does not fit the model, say) has no tokens; a scored r
 some, since its end of turn is scored. Imported log-probs may lack the values (.bin and .idx).
 """
 
+import re
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.documents import Documents, read_manifest
-from megatron_infifpo.data.token_dataset import TokenDataset
+from megatron_infifpo.data.documents import Documents, read_array, read_manifest
+from megatron_infifpo.data.token_dataset import TOKENIZER_SCHEMA, TokenDataset
 
 FORMAT = "megatron_infifpo log-prob dataset"
 VERSION = 2
 MADE_BY = "tools/score_source.py"
+SCHEMA: dict[str, Any] = {
+    "count": int,
+    "responses": [str],
+    "values": bool,
+    "model": str,
+    "weights_sha256": (str, type(None)),
+    "tokenizer": TOKENIZER_SCHEMA,
+    "records_sha256": str,
+    "backend": str,
+    "dtype": (str, type(None)),
+    "notes": dict,
+}
 
 
 class LogprobStore:
@@ -40,7 +53,9 @@ class LogprobStore:
             UserError: a file is missing, truncated or of another format.
         """
         self.prefix = prefix = str(prefix)
-        self.manifest = read_manifest(prefix, format_name=FORMAT, version=VERSION, made_by=MADE_BY)
+        self.manifest = read_manifest(
+            prefix, format_name=FORMAT, version=VERSION, made_by=MADE_BY, schema=SCHEMA
+        )
         self.responses = tuple(self.manifest["responses"])
         self.all_sums = self._array("_sums.npy", np.float64)
         self.token_counts = np.array(self._array("_counts.npy", np.int32))
@@ -59,10 +74,7 @@ class LogprobStore:
     def _array(self, suffix: str, dtype: type[np.number]) -> np.ndarray:
         """Map one file of the summary."""
         path, shape = f"{self.prefix}{suffix}", (self.manifest["count"], len(self.responses))
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"cannot read {path} ({error}); {self._again}") from None
+        array = read_array(path, self._again, mapped=True)
         if array.dtype != dtype or array.shape != shape:
             raise UserError(
                 f"{path} holds {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} "
@@ -88,8 +100,10 @@ class LogprobStore:
 
     def note(self, index: int) -> str | None:
         """Return why a record is masked, or what was done to its text; else None."""
-        notes = self.manifest["notes"].items()
-        return next((text for text, ranges in notes if index in parse_ranges(ranges)), None)
+        for text, ranges in self.manifest["notes"].items():
+            if any(index in found for found in parse_ranges(ranges)):
+                return str(text)
+        return None
 
     @property
     def has_values(self) -> bool:
@@ -193,7 +207,13 @@ def format_ranges(indices: list[int]) -> str:
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
 
 
-def parse_ranges(text: str) -> set[int]:
-    """Read what `format_ranges` wrote."""
+def parse_ranges(text: str) -> list[range]:
+    """Read what `format_ranges` wrote.
+
+    Raises:
+        UserError: it did not write that.
+    """
+    if not isinstance(text, str) or not re.fullmatch(r"(\d{1,12}(-\d{1,12})?(,|$))*", text):
+        raise UserError(f"{str(text)[:40]!r} are no records, expected such as '0-3,7'")
     borders = [part.split("-") for part in text.split(",") if part]
-    return {i for ends in borders for i in range(int(ends[0]), int(ends[-1]) + 1)}
+    return [range(int(ends[0]), int(ends[-1]) + 1) for ends in borders]

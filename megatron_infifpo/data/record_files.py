@@ -107,6 +107,10 @@ def _iter_array(path: Path, stem: str, stream: IO[bytes]) -> Iterator[RawRecord]
         ) from None
     except UnicodeDecodeError as problem:
         raise UserError(f"{path}: not UTF-8 (byte {problem.start}), expected UTF-8 text") from None
+    except RecursionError:
+        raise UserError(
+            f"{path}: JSON is nested too deeply, expected an array of records"
+        ) from None
     for index, value in enumerate(values):
         yield RawRecord(f"{path}:record {index}", stem, index, value)
 

@@ -22,6 +22,7 @@ from megatron_infifpo.data.documents import (
     Documents,
     DocumentWriter,
     publish,
+    read_array,
     read_manifest,
     write_manifest,
 )
@@ -31,6 +32,17 @@ from megatron_infifpo.data.tokenization import ChatTokenizer
 FORMAT = "megatron_infifpo token dataset"
 VERSION = 2
 MADE_BY = "tools/prepare_preferences.py"
+TOKENIZER_SCHEMA: dict[str, Any] = dict.fromkeys(
+    ("path", "tokenizer_sha256", "chat_template_sha256", "chat_template"), (str, type(None))
+)
+SCHEMA: dict[str, Any] = {
+    "count": int,
+    "responses": [str],
+    "domains": [str],
+    "records_sha256": str,
+    "tokenizer": TOKENIZER_SCHEMA,
+    "source_files": [str],
+}
 BATCH = 256  # records tokenized at once; fast tokenizers use threads within a batch
 
 
@@ -131,7 +143,9 @@ class TokenDataset:
             UserError: a file is missing, incomplete or of another format.
         """
         self.prefix = prefix = str(prefix)
-        self.manifest = read_manifest(prefix, format_name=FORMAT, version=VERSION, made_by=MADE_BY)
+        self.manifest = read_manifest(
+            prefix, format_name=FORMAT, version=VERSION, made_by=MADE_BY, schema=SCHEMA
+        )
         self.responses = tuple(self.manifest["responses"])
         self.domains = tuple(self.manifest["domains"])
         self.records_sha256: str = self.manifest["records_sha256"]
@@ -154,12 +168,13 @@ class TokenDataset:
 
     def _read_domain_codes(self) -> np.ndarray:
         path = f"{self.prefix}_domains.npy"
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        codes = read_array(path, f"write the dataset again with {MADE_BY}")
+        if codes.dtype != np.uint16 or codes.ndim != 1 or (codes >= len(self.domains)).any():
             raise UserError(
-                f"cannot read {path} ({error}); write the dataset again with {MADE_BY}"
-            ) from None
+                f"{path} does not hold codes of {len(self.domains)} domains; write the dataset "
+                f"again with {MADE_BY}"
+            )
+        return codes
 
     def __len__(self) -> int:
         """Return the number of records."""

@@ -128,10 +128,13 @@ def check_counts(store: LogprobStore, records: Sequence[PreferenceRecord]) -> st
     if description["path"] is None:
         return "imported: its tokenizer is unknown"
     tokenizer = ChatTokenizer.reopen(description)
-    noted: set[int] = set().union(*map(parse_ranges, store.manifest["notes"].values()))
+    noted = np.zeros(len(store), bool)
+    for text in store.manifest["notes"].values():
+        for found in parse_ranges(text):
+            noted[found.start : found.stop] = True
     compared = 0
     for start, batch in _batches(records, f"tokenize for {store.prefix}"):
-        whole = [(i, r) for i, r in enumerate(batch, start) if i not in noted]
+        whole = [(i, r) for i, r in enumerate(batch, start) if not noted[i]]
         try:
             encoded = tokenizer.encode_batch([record for _, record in whole])
         except RefusedPromptError as error:

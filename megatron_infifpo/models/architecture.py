@@ -34,7 +34,7 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
         if path.is_file():
             try:
                 config = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path} is not JSON ({error}): copy the file again") from None
             if not isinstance(config, dict):
                 raise UserError(f"{path} holds {type(config).__name__}, expected a JSON object")

@@ -132,15 +132,15 @@ def reward_scorer(model: str, *, bf16: bool, batch: int, trust_remote_code: bool
         dtype=torch.bfloat16 if bf16 else torch.float32,
         trust_remote_code=trust_remote_code,
     )
-    if network.config.num_labels != 1 or not tokenizer.chat_template:
+    labels, head = network.config.num_labels, hasattr(network, "score")
+    if labels != 1 or not head or not tokenizer.chat_template:
         raise UserError(
-            f"{model} has {network.config.num_labels} labels"
-            f"{'' if tokenizer.chat_template else ' and no chat template'}: expected a reward "
+            f"{model} has {labels} labels, {'a' if head else 'no'} score of the last token, "
+            f"{'a' if tokenizer.chat_template else 'no'} chat template: expected a causal reward "
             "model, with one score and a chat template"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    network.config.pad_token_id = tokenizer.pad_token_id
     network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def scores(prompt: Prompt, texts: Sequence[str]) -> list[float]:
@@ -156,11 +156,12 @@ def reward_scorer(model: str, *, bf16: bool, batch: int, trust_remote_code: bool
                 padding_side="right",
                 return_tensors="pt",
             ).to(network.device)
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
             with torch.inference_mode():
-                logits = network(
-                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-                ).logits
-            found += logits[:, 0].float().tolist()
+                hidden = network.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+                # Not by the padding's id, as transformers looks for it: it may end a turn, too.
+                last = hidden[torch.arange(len(ids)), mask.sum(dim=1) - 1]
+                found += network.score(last)[:, 0].float().tolist()
         return found
 
     return scores

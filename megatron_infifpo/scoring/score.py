@@ -13,10 +13,9 @@ import transformers
 from megatron_infifpo import __version__, cpu
 from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.documents import read_manifest
 from megatron_infifpo.data.flags import open_tokenizer, report_skipped
 from megatron_infifpo.data.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
-from megatron_infifpo.data.logprob_store import FORMAT, MADE_BY, VERSION, LogprobStore
+from megatron_infifpo.data.logprob_store import LogprobStore
 from megatron_infifpo.data.records import (
     RESPONSES,
     canonical_bytes,
@@ -196,7 +195,7 @@ def _plan(
 
 def _check_finished(args: argparse.Namespace, plan: dict[str, Any]) -> None:
     """Accept output that this very job has written, and refuse any other."""
-    found = read_manifest(args.output, format_name=FORMAT, version=VERSION, made_by=MADE_BY)
+    found = LogprobStore(args.output).manifest
     if difference := different(plan, {name: found.get(name) for name in plan}):
         raise UserError(
             f"{args.output}.json exists and is of another job: {difference}; delete it or choose "

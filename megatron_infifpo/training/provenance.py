@@ -24,6 +24,11 @@ from megatron_infifpo.environment import version
 from megatron_infifpo.methods import Method
 
 FORMAT, VERSION = "megatron_infifpo run", 1
+SCHEMA: dict[str, Any] = {
+    "identity": {"method": dict, "seed": int, "seq_length": int, "data": dict},
+    "started_from": {"checkpoint": str},
+    "attempts": [{"iteration": str, "files": dict, "command": [str]}],
+}
 _FILES = ("preference_data", "preference_sources")
 _PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "apex")
 
@@ -108,7 +113,9 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     if not (directory / RUN_FILE).is_file():
         return None
     prefix = str(directory / RUN_FILE.removesuffix(".json"))
-    return read_manifest(prefix, format_name=FORMAT, version=VERSION, made_by="a training run")
+    return read_manifest(
+        prefix, format_name=FORMAT, version=VERSION, made_by="a training run", schema=SCHEMA
+    )
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:

@@ -41,10 +41,10 @@ def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
 
 
 def refused(hf: Path, match: str) -> None:
-    save = hf.parent / "refused"
+    save = hf.parent / "not-to-be"
     with pytest.raises(UserError, match=match):
         import_checkpoint(hf, save)
-    assert not list(hf.parent.glob("*refused*")), "nothing may be left"
+    assert not list(hf.parent.glob("*not-to-be*")), "nothing may be left"
 
 
 NAME = "model.layers.2.mlp.up_proj.weight"
@@ -166,8 +166,8 @@ def test_interruption_leaves_nothing(tmp_path, hf, monkeypatch):
 
 def exported(megatron: Path, match: str, **options: int) -> None:
     with pytest.raises(UserError, match=match):
-        export_checkpoint(megatron, megatron.parent / "refused", **options)
-    assert not list(megatron.parent.glob("*refused*"))
+        export_checkpoint(megatron, megatron.parent / "not-to-be", **options)
+    assert not list(megatron.parent.glob("*not-to-be*"))
 
 
 def test_checkpoints_that_cannot_be_exported(tmp_path, megatron):

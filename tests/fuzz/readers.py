@@ -138,8 +138,10 @@ def write_good_files(folder: Path) -> None:
             writer.add(record.id, values, note="cut" if i == 2 else None)
     (folder / "sources.yaml").write_text(
         "initial: logprobs\nsources:\n  - name: a\n    logprobs: logprobs\n"
-        "    domains: [math, code]\n    score: {model: models/a, bf16: true}\n"
+        "    domains: [code]\n    score: {model: models/a, bf16: true}\n"
     )
     import_checkpoint(folder / "hf", folder / "pivot")
-    run = {"format": FORMAT, "version": VERSION, "identity": {"seed": 1, "data": {"a": "b"}}}
-    (folder / "run.json").write_text(json.dumps(run | {"attempts": [], "started_from": {}}))
+    identity = {"seed": 1, "seq_length": 8, "method": {"beta": 0.1}, "data": {"a": "b"}}
+    attempt = {"iteration": "0", "files": {}, "command": ["train"]}
+    run = {"format": FORMAT, "version": VERSION, "identity": identity, "attempts": [attempt]}
+    (folder / "run.json").write_text(json.dumps(run | {"started_from": {"checkpoint": "x"}}))

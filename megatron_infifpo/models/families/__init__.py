@@ -24,6 +24,13 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+_LARGEST = 1 << 27
+
+
 def family(hf_config: Mapping[str, Any]) -> Family:
     """Return the family of a `config.json`.
 
@@ -31,7 +38,7 @@ def family(hf_config: Mapping[str, Any]) -> Family:
         UserError: an unknown architecture, or quantized weights.
     """
     model_type = hf_config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"config.json: model_type is {model_type!r}, expected one of "
             f"{', '.join(FAMILIES)}: docs/adding-a-model.md says how to add a family"
@@ -52,7 +59,23 @@ def megatron_args(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: an unknown architecture, or a feature that Megatron computes otherwise.
     """
-    return family(hf_config).megatron_args(hf_config)
+    kind = family(hf_config)
+    try:
+        _check_sizes(kind.text_config(hf_config))
+        return kind.megatron_args(hf_config)
+    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise UserError(
+            f"config.json has a value of another type than {hf_config['model_type']} models have "
+            f"({type(error).__name__}: {error}): copy the file again"
+        ) from error
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Refuse sizes that are no sizes, before anybody computes with them."""
+    for name in _SIZES:
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 0 < value <= _LARGEST):
+            raise UserError(f"config.json: {name} is {value!r}, expected a positive integer")
 
 
 def weight_mapping(hf_config: Mapping[str, Any]) -> WeightMapping:
