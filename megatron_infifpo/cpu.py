@@ -20,6 +20,11 @@ from torch.overrides import TorchFunctionMode
 _mode: "_CudaMeansCpu | None" = None
 
 
+def device() -> str:
+    """Where models of transformers go: "cpu" where CUDA is missing or stood in for, else "cuda"."""
+    return "cuda" if torch.cuda.is_available() and not is_enabled() else "cpu"
+
+
 def is_enabled() -> bool:
     """Whether this process trains on the CPU."""
     return _mode is not None

@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError, run
 from megatron_infifpo.data.documents import publish
 from megatron_infifpo.responses.benchmarks import BENCHMARKS, Benchmark, score_of, table
@@ -122,6 +123,7 @@ def load(folder: str, args: argparse.Namespace) -> Any:
         raise UserError("lm-evaluation-harness is missing: pip install lm-eval") from None
     options = {"pretrained": folder, "dtype": args.dtype, "batch_size": args.batch}
     options["trust_remote_code"] = args.trust_remote_code
+    options["device"] = cpu.device()
     if args.engine == "vllm":
         options["tensor_parallel_size"] = args.tensor_parallel_size
     return get_model("hf" if args.engine == "transformers" else "vllm")(**options)

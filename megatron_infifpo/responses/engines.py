@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.tokenization import ChatTokenizer
 from megatron_infifpo.responses.prompts import Prompt
@@ -48,7 +49,7 @@ def transformers_engine(model: str, chat: ChatTokenizer, how: Sampling, options:
     network: Any = AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype, trust_remote_code=options.trust_remote_code
     )
-    network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    network.to(cpu.device()).eval()
     ends = {chat.tokenizer.eos_token_id, chat.end_of_turn_ids[-1]} - {None}
     pad = chat.end_of_turn_ids[-1]
     greedy = how.temperature == 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.record_files import iter_raw
 from megatron_infifpo.data.records import PreferenceRecord
@@ -141,7 +142,7 @@ def reward_scorer(model: str, *, bf16: bool, batch: int, trust_remote_code: bool
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    network.to(cpu.device()).eval()
 
     def scores(prompt: Prompt, texts: Sequence[str]) -> list[float]:
         chats = [[*prompt.messages, {"role": "assistant", "content": text}] for text in texts]
