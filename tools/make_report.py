@@ -70,7 +70,7 @@ def summary(page: Page, found: dict[str, Any], curves: dict[str, Curve]) -> None
     """Say in a few lines what was trained and where it ended."""
     method = found["identity"]["method"]
     rows: dict[str, object] = {
-        "loss": method["objective"],
+        "objective": method["objective"],
         "reference": method["reference"] or "none",
         "beta": method["beta"],
         "started from": found["started_from"]["checkpoint"],

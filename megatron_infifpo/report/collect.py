@@ -31,6 +31,8 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     curves = {}
     for tag in events.Tags()["scalars"]:
+        if tag.endswith(" vs samples"):  # Megatron writes everything twice
+            continue
         by_step = {event.step: event for event in events.Scalars(tag)}
         last = [by_step[step] for step in sorted(by_step)]
         curves[tag] = (

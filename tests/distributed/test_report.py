@@ -46,6 +46,7 @@ def test_page(report, run):
     assert "selected sources after training" not in images
     for text in ("qwen", "phi", "max-margin, clipped", "The hardest pairs"):
         assert text in page
+    assert "vs samples" not in page
     assert "Provenance" in page and "revision" in page
 
 
