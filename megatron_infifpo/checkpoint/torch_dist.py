@@ -262,7 +262,10 @@ class TorchDistCheckpoint:
         """
         dtype = self.dtype(key)
         chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
-        items = create_read_items_for_chunk_list(key, self._tensor(key), [chunk])
+        try:
+            items = create_read_items_for_chunk_list(key, self._tensor(key), [chunk])
+        except _BROKEN_PICKLE as error:
+            raise UserError(f"{self.directory}/.metadata is broken at {key}: {error}") from error
         data = torch.empty(shape, dtype=dtype) if scratch is None else scratch.take(shape, dtype)
         if sum(math.prod(item.lengths) for item in items) != math.prod(shape):
             raise UserError(

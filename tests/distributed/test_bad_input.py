@@ -1,6 +1,9 @@
 """Bad input to training and scoring: one sentence, exit code 2, no traceback, nothing written."""
 
 import json
+import os
+import pickle
+import shutil
 
 import pytest
 import tiny
@@ -193,3 +196,23 @@ def test_bad_records(setup, ranks, tmp_path, change, expected):
     score += ["--output", str(tmp_path / "out")]
     assert "broken.jsonl:3" in refused(ranks, "tools/score_source.py", score)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("program", ["megatron_infifpo.train", "tools/score_source.py"])
+def test_a_checkpoint_cannot_run_code(setup, ranks, tmp_path, program):
+    """PyTorch would unpickle its metadata; it is refused before that."""
+    hostile, trace = tmp_path / "pivot", tmp_path / "trace"
+    shutil.copytree(setup.pivot, hostile)
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {trace}",)
+
+    (hostile / "release" / ".metadata").write_bytes(pickle.dumps(Evil()))
+    argv = setup.flags(setup.sources("own", "{name: pivot, logprobs: initial}"))
+    argv[argv.index("--pretrained-checkpoint") + 1] = str(hostile)
+    if program.startswith("tools/"):
+        argv = ["--backend", "megatron", "--model", str(hostile), "--input", str(setup.records)]
+        argv += ["--output", str(tmp_path / "out")]
+    assert "is not part of a checkpoint's metadata" in refused(ranks, program, argv)
+    assert not trace.exists()

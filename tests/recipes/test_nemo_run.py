@@ -6,7 +6,11 @@ import pytest
 from test_commands import GOLDEN
 from workers import load_tool
 
-nemo_run = pytest.importorskip("nemo_run", reason="nemo-run is not installed")
+pytest.importorskip("nemo_run", reason="nemo-run is not installed")
+
+import rich  # noqa: E402
+from nemo_run.core.frontend.console.api import CONSOLE  # noqa: E402
+
 SLURM = ["--executor", "slurm", "--nodes", "2", "--dry-run", "slurm.account=tests", "run=run"]
 
 
@@ -14,7 +18,8 @@ SLURM = ["--executor", "slurm", "--nodes", "2", "--dry-run", "slurm.account=test
 def dry_run(run_folder, monkeypatch, capsys):
     """What `tools/launch.py NAME ... --dry-run` prints, on one line a job."""
     monkeypatch.setenv("NEMORUN_HOME", str(run_folder.parent / "nemo"))
-    monkeypatch.setenv("COLUMNS", "2000")
+    for console in (CONSOLE, rich.get_console()):
+        monkeypatch.setattr(console, "_width", 2000)  # no line is broken
     monkeypatch.setattr("sys.stdin", io.StringIO())  # which nemo-run hands to its helpers
 
     def show(*words: str) -> list[str]:
