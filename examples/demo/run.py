@@ -13,7 +13,7 @@ from pathlib import Path
 
 import stages
 import table
-from job import PIPELINE, Job
+from job import PIPELINE, TOOLS, Job
 
 from megatron_infifpo.cli import run
 
@@ -55,6 +55,9 @@ def main() -> None:
     job.stage("held-out pairs before and after")
     table.check_export(job.folder / "logprobs")
     table.print_before_after(job.folder, sources["heldout"])
+
+    job.stage("one page about the run")
+    job.once("report", TOOLS / "make_report.py", trained)
     print(f"\ndone in {job.seconds():.0f} s: the fused model is in {fused}")
 
 
