@@ -93,7 +93,7 @@ def main() -> None:
     config.post_wrap_hooks.append(provider.keep_models)
     set_global_variables(args, build_tokenizer=False)
     if args.rank == 0:
-        record_run(args, identity(args, method, train, valid), pivot)
+        record_run(args, identity(args, method, train), pivot)
         carry_architecture(pivot, args.save)
     print_rank_0(f"preference optimization: {method}")
     print_rank_0(describe(args, train))

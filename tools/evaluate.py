@@ -6,9 +6,9 @@
     python tools/evaluate.py --list
 
 Needs `pip install megatron-infifpo[evaluate]`, and the benchmarks' data sets: the harness downloads
-them, or finds them in its cache. Results of a model and a benchmark are kept in OUTPUT, so that an
-interrupted command goes on, and OUTPUT/table.md is written anew each time. MBPP and HumanEval run
-code that the model writes: only with --run-code, in a sandbox of yours.
+them, or finds them in its cache. Results are kept in OUTPUT by model and benchmark, and used again
+where weights and settings are the same; OUTPUT/table.md is written anew each time. MBPP and
+HumanEval run code that the model writes: only with --run-code, in a sandbox of yours.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo import cpu
+from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
 from megatron_infifpo.cli import UserError, run
 from megatron_infifpo.data.documents import publish
 from megatron_infifpo.responses.benchmarks import BENCHMARKS, Benchmark, score_of, table
@@ -41,13 +42,17 @@ def main() -> None:
     for model, folder in models.items():
         scores[model] = {}
         loaded: Any = None
+        weights = weights_fingerprint(folder)
         for name, benchmark in chosen.items():
             path = args.output / f"{model}-{name}.json"
-            if not path.is_file():
+            settings = {"task": benchmark.task, "shots": benchmark.shots, "limit": args.limit}
+            settings |= {"weights_sha256": weights, "dtype": args.dtype, "engine": args.engine}
+            found = read(path)
+            if found.get("settings") != settings:
                 loaded = loaded or load(folder, args)
                 print(f"{model}: {name}", flush=True)
-                write(path, evaluate(loaded, benchmark, args))
-            found = json.loads(path.read_text(encoding="utf-8"))
+                found = {"settings": settings, **evaluate(loaded, benchmark, args)}
+                write(path, found)
             scores[model][name] = score_of(name, found["results"])
     text = table(scores)
     (args.output / "table.md").write_text(text + "\n", encoding="utf-8")
@@ -148,13 +153,12 @@ def evaluate(model: Any, benchmark: Benchmark, args: argparse.Namespace) -> dict
         log_samples=False,
     )
     results = {k: v for k, v in found["results"][benchmark.task].items() if k != "alias"}
-    return {
-        "task": benchmark.task,
-        "shots": benchmark.shots,
-        "limit": args.limit,
-        "results": results,
-        "lm_eval": lm_eval.__version__,
-    }
+    return {"results": results, "lm_eval": lm_eval.__version__}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what `write` wrote, or nothing."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def write(path: Path, found: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ out and counted. Scores are kept in OUTPUT.scores, so that an interrupted comman
 """
 
 import argparse
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -51,12 +52,15 @@ def main() -> None:
         raise UserError(f"{args.output} exists: delete it or choose another name")
     responses = read_responses(args.input)
     if args.pivot is not None:
-        models = sorted({model for found in responses.values() for model in found.models})
+        models = sorted({m for r in responses.values() for given in r.models for m in given})
         if args.pivot not in models:
             raise UserError(f"--pivot is {args.pivot!r}, expected one of {', '.join(models)}")
     if args.program:
         score = program_scorer(args.program)
+        code = Path(args.program.rpartition(":")[0]).read_bytes()
+        name = f"{args.program} {hashlib.sha256(code).hexdigest()}"
     else:
+        name = f"{Path(args.reward_model).resolve()} {'bfloat16' if args.bf16 else 'float32'}"
         score = reward_scorer(
             args.reward_model,
             bf16=args.bf16,
@@ -69,7 +73,7 @@ def main() -> None:
     count = 0
     with aside.open("w", encoding="utf-8") as file:
         bar = tqdm(responses.values(), desc="label", unit="prompt")
-        for record in label(bar, score, cache, args.pivot, dropped):
+        for record in label(bar, score, name, cache, args.pivot, dropped):
             file.write(json.dumps(to_json(record), ensure_ascii=False) + "\n")
             count += 1
     if not count:

@@ -109,7 +109,10 @@ def read_options(name: str, texts: list[str]) -> dict[str, Any]:
         kind = known[key].annotation
         read = value if kind is str else yaml.safe_load(value)
         if kind is float or kind == float | None:
-            read = float(value) if value not in ("", "None") else None
+            try:
+                read = float(value) if value not in ("", "None") else None
+            except ValueError:
+                raise UserError(f"{text}: expected a number") from None
         if not isinstance(read, kind):
             raise UserError(f"{text}: expected {getattr(kind, '__name__', kind)}")
         found[key] = read

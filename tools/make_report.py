@@ -110,10 +110,17 @@ def training(page: Page, curves: dict[str, Curve]) -> None:
         ("rewards", named("rewards/", "chosen", "rejected", "pivot_chosen")),
         ("log-probs", named("logps/", "chosen", "rejected", "pivot_chosen")),
     )
-    domains = sorted({tag.split("/")[1] for tag in curves if tag.startswith("domain/")})
-    if domains:
-        accuracy = {d: curves[f"domain/{d}/rewards/accuracy"] for d in domains}
-        losses = {d: curves[f"domain/{d}/loss"] for d in domains}
+
+    def by_domain(metric: str) -> dict[str, Curve]:
+        found = {t: c for t, c in curves.items() if t.startswith("domain/")}
+        return {
+            tag.removeprefix("domain/").removesuffix(f"/{metric}"): curve
+            for tag, curve in found.items()
+            if tag.endswith(f"/{metric}")
+        }
+
+    losses, accuracy = by_domain("loss"), by_domain("rewards/accuracy")
+    if losses:
         draw("by domain over steps", ("loss by domain", losses), ("accuracy by domain", accuracy))
     if named("share/"):
         page.heading(

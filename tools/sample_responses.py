@@ -15,7 +15,8 @@ import argparse
 from pathlib import Path
 
 from megatron_infifpo.cli import UserError, positive, run
-from megatron_infifpo.data.flags import add_tokenizer_flags, open_tokenizer
+from megatron_infifpo.data.flags import add_tokenizer_flags, open_tokenizer, report_skipped
+from megatron_infifpo.data.records import ON_BAD
 from megatron_infifpo.responses.engines import (
     Engine,
     Sampling,
@@ -32,20 +33,26 @@ PRESETS = {"pivot": 8, "source": 4}
 def main() -> None:
     """Parse the command line and sample."""
     args = parse()
-    prompts = read_prompts(args.input, domain=args.domain)
+    skipped: list[str] | None = [] if args.on_bad_record == "skip" else None
+    prompts = read_prompts(args.input, domain=args.domain, skipped=skipped)
+    report_skipped(skipped or [])
     if args.domains:
         prompts = [prompt for prompt in prompts if prompt.domain in args.domains]
     if not prompts:
         raise UserError(f"no prompt of {' '.join(args.input)} is left to sample for")
-    if args.output.exists():
-        raise UserError(f"{args.output} exists: delete it or choose another name")
     number, _, parts = args.part.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
         raise UserError(f"--part is {args.part}, expected I/N with I from 0 to N - 1")
+    if args.output.exists():
+        if int(parts) > 1:  # another part has joined it
+            print(f"{args.output} is complete already")
+            return
+        raise UserError(f"{args.output} exists: delete it or choose another name")
     count = args.count or PRESETS[args.preset]
     how = Sampling(count, args.temperature, args.top_p, args.max_tokens, args.seed)
     model = args.name or Path(args.model).resolve().name
-    plan = {"model": model, "engine": args.engine, **vars(how)}
+    plan = {"model": model, "engine": args.engine, "bf16": args.bf16, "batch": args.batch}
+    plan |= {"chat_template": args.chat_template, **vars(how)}
     complete = run_job(
         prompts,
         open_engine(args, how),
@@ -66,6 +73,10 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", required=True, nargs="+", metavar="FILE[=COUNT]")
+    parser.add_argument(
+        "--on-bad-record", choices=ON_BAD, default="error",
+        help="stop at the first malformed prompt, or leave such prompts out (default: error)",
+    )  # fmt: skip
     parser.add_argument("--domain", help="of prompts that do not say theirs")
     parser.add_argument("--domains", nargs="+", help="sample only for these (default: all)")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help=".jsonl")
@@ -86,6 +97,9 @@ def parse() -> argparse.Namespace:
         "--engine", choices=("transformers", "vllm", "server"), default="transformers",
         help="(default: transformers)",
     )  # fmt: skip
+    parser.add_argument(
+        "--batch", type=positive, default=8, help="prompts at once, of transformers (default: 8)"
+    )
     parser.add_argument("--bf16", action="store_true", help="weights in bfloat16, else float32")
     parser.add_argument("--tensor-parallel-size", type=positive, default=1, help="of vLLM")
     parser.add_argument("--server", metavar="URL", help="such as http://localhost:8000/v1")

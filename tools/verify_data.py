@@ -60,6 +60,8 @@ def main() -> int:
 def checks(args: argparse.Namespace) -> Iterator[Check]:
     """Run them one by one; later ones need not succeed for the earlier."""
     tokens = TokenDataset(args.data)
+    if args.weights and not args.sources:
+        raise UserError("--weights has no effect without --sources")
     weights = dict(text.partition("=")[::2] for text in args.weights)
     records: list[PreferenceRecord] = []
 
@@ -130,7 +132,9 @@ def same_run(args: argparse.Namespace) -> str:
     if found is None:
         raise UserError(f"{args.run} has no run.json: expected the --save folder of a training run")
     used = found["identity"]["data"]
-    config = read_sources(args.sources) if args.sources and "initial" in used else None
+    if "initial" in used and not args.sources:
+        raise UserError("the run has sources: give --sources, too")
+    config = read_sources(args.sources) if "initial" in used else None
     changes = differences(used, data_identity(PreferenceDataset(args.data, config)))
     if changes:
         raise UserError(f"it was made of other data: {'; '.join(changes)}")

@@ -179,7 +179,7 @@ class ChatTokenizer:
 
     def render_prompt(self, messages: Iterable[Message], record_id: str = "") -> str:
         """Return the prompt's text, up to and including the generation prompt."""
-        folded = _fold_system(messages) if self._folds_system else list(messages)
+        folded = fold_system(messages) if self._folds_system else list(messages)
         return self._render(folded, generate=True, what=f"record {record_id!r}") + self._prompt_tail
 
     def fingerprint(self) -> dict[str, str]:
@@ -286,7 +286,7 @@ def _reply(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _fold_system(messages: Iterable[Message]) -> list[Message]:
+def fold_system(messages: Iterable[Message]) -> list[Message]:
     """Put a leading system message before the first user message, for templates without one."""
     first, *rest = messages
     if first["role"] != "system" or not rest:

@@ -63,8 +63,8 @@ def infifpo_pipeline(
         alone: executor of stages that are one process.
         every_rank: executor of training and scoring.
         hf: the pivot's Hugging Face folder.
-        training: options of `infifpo`. SFT has those that are not its own or the method's, scoring
-            the layout where a source does not say another.
+        training: options of `infifpo`. SFT has those that are not its own or the method's (`flags`
+            goes to both), scoring the layout where a source does not say another.
 
     Returns:
         The experiment; call its `run()` or `dryrun()`.

@@ -28,9 +28,9 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    curves = {}
-    for tag in events.Tags()["scalars"]:
+    curves: dict[str, Curve] = {}
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    for tag in events.Reload().Tags()["scalars"] if folder.is_dir() else ():
         if tag.endswith(" vs samples"):  # Megatron writes everything twice
             continue
         by_step = {event.step: event for event in events.Scalars(tag)}

@@ -1,5 +1,7 @@
 """Engines that sample responses: vLLM where it is installed, a server, or transformers."""
 
+import http.client
+import itertools
 import json
 import time
 import urllib.error
@@ -47,7 +49,7 @@ def transformers_engine(model: str, chat: ChatTokenizer, how: Sampling, options:
 
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     network: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, trust_remote_code=options.trust_remote_code
+        model, dtype=dtype, use_safetensors=True, trust_remote_code=options.trust_remote_code
     )
     network.to(cpu.device()).eval()
     ends = {chat.tokenizer.eos_token_id, chat.end_of_turn_ids[-1]} - {None}
@@ -57,6 +59,10 @@ def transformers_engine(model: str, chat: ChatTokenizer, how: Sampling, options:
 
     def generate(prompts: Sequence[Prompt], seed: int) -> list[list[str]]:
         torch.manual_seed(seed)
+        batches = itertools.batched(prompts, options.batch)
+        return [texts for batch in batches for texts in generate_batch(batch)]
+
+    def generate_batch(prompts: Sequence[Prompt]) -> list[list[str]]:
         ids = chat.prompt_ids([(prompt.messages, prompt.id) for prompt in prompts])
         longest = max(map(len, ids))
         padded = torch.tensor([[pad] * (longest - len(i)) + i for i in ids], device=network.device)
@@ -104,7 +110,7 @@ def vllm_engine(model: str, chat: ChatTokenizer, how: Sampling, options: Any) ->
     def generate(prompts: Sequence[Prompt], seed: int) -> list[list[str]]:
         ids = chat.prompt_ids([(prompt.messages, prompt.id) for prompt in prompts])
         settings = vllm.SamplingParams(
-            n=how.count,
+            n=1 if how.temperature == 0 else how.count,  # greedy: all are the same
             temperature=how.temperature,
             top_p=how.top_p,
             max_tokens=how.max_tokens,
@@ -112,7 +118,8 @@ def vllm_engine(model: str, chat: ChatTokenizer, how: Sampling, options: Any) ->
             stop_token_ids=[chat.end_of_turn_ids[-1]],
         )
         outputs = network.generate([{"prompt_token_ids": row} for row in ids], settings)
-        return [[str(one.text) for one in output.outputs] for output in outputs]
+        texts = [[str(one.text) for one in output.outputs] for output in outputs]
+        return [found * (how.count // len(found)) for found in texts]
 
     return generate
 
@@ -146,7 +153,13 @@ def server_engine(model: str, how: Sampling, options: Any) -> Engine:
                     reason = error.read(500).decode(errors="replace")
                     raise UserError(f"{address} refuses {prompt.id!r}: {reason}") from None
                 problem: Exception = error
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (
+                OSError,
+                http.client.HTTPException,
+                LookupError,
+                ValueError,
+                TypeError,
+            ) as error:
                 problem = error
             if attempt < options.server_retries:
                 time.sleep(min(30, 2**attempt))

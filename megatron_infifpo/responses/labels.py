@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.record_files import iter_raw
-from megatron_infifpo.data.records import PreferenceRecord
+from megatron_infifpo.data.records import BadRecordError, PreferenceRecord
+from megatron_infifpo.data.tokenization import fold_system
 from megatron_infifpo.responses.prompts import Prompt, parse_prompt
 
 Scorer = Callable[[Prompt, Sequence[str]], list[float]]
@@ -26,13 +28,22 @@ class Responses:
 
     Attributes:
         prompt: the prompt.
-        texts: `[N]`, without those that are empty or were there already.
-        models: of whom each is, `[N]`.
+        texts: `[N]`, none empty, no two the same but for outer white space.
+        models: who gave each, `[N]`.
     """
 
     prompt: Prompt
     texts: list[str] = field(default_factory=list)
-    models: list[str] = field(default_factory=list)
+    models: list[set[str]] = field(default_factory=list)
+
+    def add(self, text: str, model: str) -> None:
+        """Add a response, or a model to those that gave it."""
+        known = [other.strip() for other in self.texts]
+        if text.strip() in known:
+            self.models[known.index(text.strip())].add(model)
+        elif text.strip():
+            self.texts.append(text)
+            self.models.append({model})
 
 
 def read_responses(paths: Sequence[str | Path]) -> dict[str, Responses]:
@@ -51,14 +62,15 @@ def read_responses(paths: Sequence[str | Path]) -> dict[str, Responses]:
                     f"{raw.where}: {raw.error or 'no list of responses'}, expected a line written "
                     "by tools/sample_responses.py"
                 )
-            prompt = parse_prompt(value, f"{raw.stem}-{raw.index}")
+            try:
+                prompt = parse_prompt(value, f"{raw.stem}-{raw.index}")
+            except BadRecordError as error:
+                raise UserError(f"{raw.where}: {error}") from None
             known = found.setdefault(prompt.id, Responses(prompt))
             if known.prompt.messages != prompt.messages:
                 raise UserError(f"{raw.where}: {prompt.id!r} is another prompt than before")
             for text in texts:
-                if text.strip() and text not in known.texts:
-                    known.texts.append(text)
-                    known.models.append(str(value.get("model", raw.stem)))
+                known.add(text, str(value.get("model", raw.stem)))
     return found
 
 
@@ -66,6 +78,8 @@ def choose_pair(
     responses: Responses, scores: Sequence[float], pivot: str | None
 ) -> PreferenceRecord | str:
     """Best and worst of all responses, and the pivot's own best; the first one wins ties.
+
+    The worst is another than the pivot's best, as a record asks for.
 
     Args:
         responses: N of them.
@@ -81,14 +95,19 @@ def choose_pair(
         return "a score is not a finite number"
     if max(scores) == min(scores):
         return "no contrast: all scores are equal"
-    best, worst = scores.index(max(scores)), scores.index(min(scores))
-    own = [i for i, model in enumerate(responses.models) if model == pivot]
+    own = [i for i, models in enumerate(responses.models) if pivot in models]
     if pivot is not None and not own:
         return f"no response of the pivot {pivot}"
+    own_best = max(own, key=lambda i: scores[i], default=None)
+    best = scores.index(max(scores))
+    worst = [i for i, score in enumerate(scores) if score < scores[best] and i != own_best]
+    if not worst:
+        return "no response is worse than the best but the pivot's best one"
+    worst_one = min(worst, key=lambda i: scores[i])
     prompt, texts = responses.prompt, responses.texts
-    pivot_chosen = texts[max(own, key=lambda i: scores[i])] if own else None
+    pivot_chosen = None if own_best is None else texts[own_best]
     return PreferenceRecord(
-        prompt.id, prompt.domain, prompt.messages, texts[best], texts[worst], pivot_chosen
+        prompt.id, prompt.domain, prompt.messages, texts[best], texts[worst_one], pivot_chosen
     )
 
 
@@ -131,6 +150,7 @@ def reward_scorer(model: str, *, bf16: bool, batch: int, trust_remote_code: bool
     network: Any = AutoModelForSequenceClassification.from_pretrained(
         model,
         dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_safetensors=True,
         trust_remote_code=trust_remote_code,
     )
     labels, head = network.config.num_labels, hasattr(network, "score")
@@ -144,9 +164,15 @@ def reward_scorer(model: str, *, bf16: bool, batch: int, trust_remote_code: bool
         tokenizer.pad_token = tokenizer.eos_token
     network.to(cpu.device()).eval()
 
+    def render(chat: list[dict[str, str]]) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(chat, tokenize=False))
+        except jinja2.TemplateError:  # Gemma's knows no system messages
+            return str(tokenizer.apply_chat_template(fold_system(chat), tokenize=False))
+
     def scores(prompt: Prompt, texts: Sequence[str]) -> list[float]:
         chats = [[*prompt.messages, {"role": "assistant", "content": text}] for text in texts]
-        rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+        rendered = [render(chat) for chat in chats]
         found = []
         for start in range(0, len(rendered), batch):
             # The template writes the BOS.
@@ -171,6 +197,7 @@ def reward_scorer(model: str, *, bf16: bool, batch: int, trust_remote_code: bool
 def label(
     all_responses: Iterable[Responses],
     scorer: Scorer,
+    scorer_name: str,
     cache: Path,
     pivot: str | None,
     dropped: Counter[str],
@@ -180,11 +207,12 @@ def label(
     Args:
         all_responses: by prompt.
         scorer: called for prompts whose scores are not there yet.
-        cache: JSON lines `{"id", "responses", "scores"}`.
+        scorer_name: what it is; scores of another one are not used.
+        cache: JSON lines `{"id", "scorer", "models", "responses", "scores"}`.
         pivot: see `choose_pair`.
         dropped: counts prompts that give no pair, by reason.
     """
-    known = _read_cache(cache)
+    known = _read_cache(cache, scorer_name)
     with cache.open("a", encoding="utf-8") as file:
         for responses in all_responses:
             texts, name = responses.texts, responses.prompt.id
@@ -193,7 +221,8 @@ def label(
                 scores = before["scores"]
             else:
                 scores = scorer(responses.prompt, texts) if texts else []
-                entry = {"id": name, "models": responses.models, "responses": texts}
+                models = [sorted(models) for models in responses.models]
+                entry = {"id": name, "scorer": scorer_name, "models": models, "responses": texts}
                 print(json.dumps(entry | {"scores": scores}), file=file, flush=True)
             found = choose_pair(responses, scores, pivot)
             if isinstance(found, str):
@@ -202,13 +231,14 @@ def label(
                 yield found
 
 
-def _read_cache(path: Path) -> dict[str, Any]:
+def _read_cache(path: Path, scorer_name: str) -> dict[str, Any]:
     """Read the scores that are there; the last line may have been cut short."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
-            found[entry["id"]] = entry
         except ValueError:
             continue
+        if isinstance(entry, dict) and entry.get("scorer") == scorer_name:
+            found[entry["id"]] = entry
     return found

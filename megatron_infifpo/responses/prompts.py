@@ -35,13 +35,16 @@ class Prompt:
     extra: dict[str, Any]
 
 
-def read_prompts(inputs: Sequence[str], *, domain: str | None = None) -> list[Prompt]:
+def read_prompts(
+    inputs: Sequence[str], *, domain: str | None = None, skipped: list[str] | None = None
+) -> list[Prompt]:
     """Read prompts.
 
     Args:
         inputs: files (`.jsonl`, `.json`, each also `.gz`, `.parquet`), each `FILE` or
             `FILE=COUNT`: so many of its prompts, chosen by their ids alone.
         domain: of records that do not say; default: by the data set's form.
+        skipped: receives a message for every bad record; without it the first one is an error.
 
     Returns:
         The prompts in file order.
@@ -62,7 +65,10 @@ def read_prompts(inputs: Sequence[str], *, domain: str | None = None) -> list[Pr
                 if prompt.id in seen:
                     raise BadRecordError(f"duplicate id {prompt.id!r}, first at {seen[prompt.id]}")
             except BadRecordError as error:
-                raise UserError(f"{raw.where}: {error}") from None
+                if skipped is None:
+                    raise UserError(f"{raw.where}: {error}") from None
+                skipped.append(f"{raw.where}: {error}")
+                continue
             seen[prompt.id] = raw.where
             found.append(prompt)
         prompts += choose(found, count, text) if count else found
@@ -101,10 +107,11 @@ def parse_prompt(value: Any, default_id: str, domain: str | None = None) -> Prom
     if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise BadRecordError(f"field {field!r} does not end with a user's message")
     extra = {name: value[name] for name in EXTRA if value.get(name) is not None}
+    inner = extra.pop("extra", None)
     by_form = "code" if "test" in extra else FIELDS[field]
     return Prompt(
         str(value.get("id") or value.get("question_id") or default_id),
         str(value.get("domain") or domain or by_form),
         messages,
-        extra.pop("extra", {}) | extra,
+        {**(inner if isinstance(inner, dict) else {}), **extra},
     )

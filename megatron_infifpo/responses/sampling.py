@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,13 +61,26 @@ def run_job(
             bar.update(len(shards[number]))
     if not all(path.exists() for path in paths):
         return False
-    with open(f"{output}.partial", "wb") as whole:
-        for path in paths:
-            with path.open("rb") as shard:
-                shutil.copyfileobj(shard, whole)
-    publish(str(output))
+    _join(paths, output)
     shutil.rmtree(folder, ignore_errors=True)
     return True
+
+
+def _join(paths: Sequence[Path], output: Path) -> None:
+    """Write the output; several parts may do so at once, with the same bytes."""
+    aside = Path(f"{output}.{os.getpid()}.partial")
+    try:
+        with aside.open("wb") as whole:
+            for path in paths:
+                with path.open("rb") as shard:
+                    shutil.copyfileobj(shard, whole)
+            whole.flush()
+            os.fsync(whole.fileno())
+        os.replace(aside, output)
+    except FileNotFoundError:
+        aside.unlink(missing_ok=True)
+        if not output.exists():  # else another part has joined them, and removed the shards
+            raise
 
 
 def _claim(folder: Path, plan: dict[str, Any]) -> None:
@@ -82,8 +96,9 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
                 )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.partial").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-    publish(str(path))
+    aside = Path(f"{path}.{os.getpid()}.partial")
+    aside.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)
 
 
 def _lines(

@@ -30,9 +30,9 @@ def explained(args: argparse.Namespace, step: TrainingStep) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
-        if args.save is None:
-            raise
-        cause = str(next(iter(error.failures.values()))[0]).splitlines()[-1]
+        if args.save is None or not hasattr(args, "curr_iteration"):
+            raise  # it was being read
+        cause = (str(next(iter(error.failures.values()))[0]).splitlines() or ["unknown"])[-1]
         tracker = Path(args.save) / TRACKER
         good = f"step {tracker.read_text().strip()}" if tracker.is_file() else "none"
         free = shutil.disk_usage(args.save).free / 1e9

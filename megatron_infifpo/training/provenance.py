@@ -33,16 +33,10 @@ _FILES = ("preference_data", "preference_sources")
 _PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "apex")
 
 
-def identity(
-    args: argparse.Namespace,
-    method: Method,
-    train: PreferenceDataset,
-    valid: PreferenceDataset | None,
-) -> dict[str, Any]:
+def identity(args: argparse.Namespace, method: Method, train: PreferenceDataset) -> dict[str, Any]:
     """What must stay the same from the first step of a run to its last."""
     found: dict[str, Any] = {"method": dataclasses.asdict(method), "seed": args.seed}
-    found |= {"seq_length": args.seq_length, "data": data_identity(train)}
-    return found if valid is None else found | {"valid": data_identity(valid)}
+    return found | {"seq_length": args.seq_length, "data": data_identity(train)}
 
 
 def data_identity(dataset: PreferenceDataset) -> dict[str, Any]:

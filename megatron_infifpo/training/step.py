@@ -120,8 +120,8 @@ class TrainingStep:
         counts = row["token_counts"][:, CHOSEN]
         with torch.no_grad():
             sums = segment_sums(token_logprobs, row["segment_ids"], len(counts))
-            self.check(row, sums[:, None])
             metrics = sft_metrics(row, sums, counts, self.domains) | waste_metrics(row)
+        self.check(row, sums[:, None])
         return -token_logprobs.sum(), _count(len(token_logprobs), token_logprobs), metrics
 
 

@@ -10,9 +10,16 @@ from workers import load_tool
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.records import read_records
+from megatron_infifpo.responses.labels import Responses, choose_pair
+from megatron_infifpo.responses.prompts import Prompt
 
 CHECKS = """
 def length(prompt, response):
+    return len(response)
+
+def once(prompt, response):
+    with open(__file__ + ".calls", "a") as file:
+        print(prompt.id, file=file)
     return len(response)
 
 def answer(prompt, response):
@@ -74,16 +81,37 @@ def test_a_checker_sees_the_answer(label, tmp_path, capsys):
 
 def test_scores_are_kept(label, tmp_path):
     """An interrupted command goes on, with a line that was cut short."""
-    first = label("--program", f"{tmp_path}/checks.py:length")
+    first = label("--program", f"{tmp_path}/checks.py:once")
     cache = tmp_path / "pairs.jsonl.scores"
     lines = cache.read_text().splitlines()
     cache.write_text("\n".join([*lines[:2], lines[2][:20]]) + "\n")
     (tmp_path / "pairs.jsonl").unlink()
-    (tmp_path / "checks.py").write_text(
-        CHECKS.replace("return len(response)", "assert 'question p0' not in prompt.messages[0]"
-                       "['content']; return len(response)")
-    )  # fmt: skip
-    assert label("--program", f"{tmp_path}/checks.py:length") == first
+    calls = tmp_path / "checks.py.calls"
+    calls.unlink()
+    assert label("--program", f"{tmp_path}/checks.py:once") == first
+    assert set(calls.read_text().split()) == {"p2", "p3"}
+    # Another program has other scores.
+    (tmp_path / "pairs.jsonl").unlink()
+    (tmp_path / "checks.py").write_text(CHECKS.replace("return len", "return -len"))
+    assert label("--program", f"{tmp_path}/checks.py:once")["p0"] == ("a", "aaaaaa")
+
+
+def test_the_pivot_is_worst(tmp_path):
+    """Its best response is never the rejected one, and a text may be of two models."""
+    responses = Responses(Prompt("a", "math", ({"role": "user", "content": "x"},), {}))
+    for text, model in (
+        ("good", "coder"),
+        ("bad", "pivot"),
+        ("worse", "pivot"),
+        (" bad ", "coder"),
+    ):
+        responses.add(text, model)
+    assert responses.models == [{"coder"}, {"pivot", "coder"}, {"pivot"}]
+    record = choose_pair(responses, [1.0, 0.0, 0.0], "pivot")
+    assert record.responses == ("good", "worse", "bad")
+    assert "worse than the best but the pivot's" in choose_pair(
+        Responses(responses.prompt, ["good", "bad"], [{"coder"}, {"pivot"}]), [1.0, 0.0], "pivot"
+    )
 
 
 def test_reward_model(label, tmp_path):
