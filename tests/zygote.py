@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -18,9 +19,12 @@ from pathlib import Path
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody listens on, and below those that outgoing connections get meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(11000, 20000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def run_rank(request: dict, rank: int, port: int) -> None:
