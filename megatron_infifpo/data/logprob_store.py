@@ -161,7 +161,8 @@ class LogprobStore:
                 f"{where}: its responses are {list(self.responses)}, expected "
                 f"{list(tokens.responses)}; {fix}"
             )
-        sums = np.array(self.all_sums)  # in memory for a moment, not mapped for good
+        # Read apart: pages of the mapped file would stay in memory.
+        sums = read_array(f"{self.prefix}_sums.npy", self._again)
         bad = ~(np.isfinite(sums) & (sums <= 0)).all(axis=1)
         if bad.any():
             index = int(bad.argmax())
