@@ -56,14 +56,13 @@ class Kept:
     rope: int
 
 
-# Transformer Engine's layers; Megatron's local ones on a GPU, where the norm, attention and the
-# gate are one kernel each; and on a CPU, where norms keep the normalised rows beside, and attention
-# its output once a segment and once whole.
-KEPT = {
-    "te": Kept(hidden=4, query=3, key=3, gathered=0, mlp=3, rope=0),
-    "local": Kept(hidden=4, query=3, key=3, gathered=2, mlp=3, rope=4),
-    "cpu": Kept(hidden=6, query=4, key=3, gathered=2, mlp=4, rope=4),
-}
+# Transformer Engine's layers with this program's attention, and with their own; Megatron's local ones
+# on a GPU, where the norm, attention and the gate are one kernel each; and on a CPU, where norms
+# keep the normalised rows beside, and attention its output once a segment and once whole.
+TE_KEPT = Kept(hidden=4, query=3, key=3, gathered=2, mlp=3, rope=0)
+TE_ATTENTION_KEPT = Kept(hidden=4, query=3, key=3, gathered=0, mlp=3, rope=0)
+LOCAL_KEPT = Kept(hidden=4, query=3, key=3, gathered=2, mlp=3, rope=4)
+CPU_KEPT = Kept(hidden=6, query=4, key=3, gathered=2, mlp=4, rope=4)
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ class Memory:
 class Plan:
     """A model's cost, from the Megatron arguments of its architecture."""
 
-    def __init__(self, model: Mapping[str, Any], precision: str = "bf16", layers: str = "te"):
-        """Take `megatron_args(config)`, a key of `PRECISIONS` and one of `KEPT`."""
+    def __init__(self, model: Mapping[str, Any], precision: str = "bf16", kept: Kept = TE_KEPT):
+        """Take `megatron_args(config)`, a key of `PRECISIONS`, and what a layer keeps."""
         self.hidden: int = model["hidden_size"]
         self.layers: int = model["num_layers"]
         self.ffn: int = model["ffn_hidden_size"]
@@ -95,7 +94,7 @@ class Plan:
         self.head: int = model["kv_channels"]
         self.query: int = self.head * model["num_attention_heads"]
         self.key: int = self.head * model["num_query_groups"]
-        self.kept = KEPT[layers]
+        self.kept = kept
         self.bytes = PRECISIONS[precision]
 
     @property
@@ -173,7 +172,7 @@ class Plan:
         )
 
     def activation_bytes(self, gathered: float = 0.0) -> float:
-        """Bytes that a layer keeps of one token for its backward pass, as `KEPT` says."""
+        """Bytes that a layer keeps of one token for its backward pass, as `Kept` says."""
         kept = self.kept
         attention = kept.query * self.query + (kept.key + kept.gathered * gathered) * self.key
         rows = kept.hidden * self.hidden + attention + kept.mlp * self.ffn + kept.rope * self.head

@@ -16,7 +16,15 @@ from megatron_infifpo.cli import UserError, positive, run
 from megatron_infifpo.models.architecture import read_hf_config
 from megatron_infifpo.models.families import megatron_args, tensor_parallel_sizes
 from megatron_infifpo.models.published import PUBLISHED
-from megatron_infifpo.planning import GIB, PRECISIONS, Layout, Plan, layouts
+from megatron_infifpo.planning import (
+    GIB,
+    LOCAL_KEPT,
+    PRECISIONS,
+    TE_KEPT,
+    Layout,
+    Plan,
+    layouts,
+)
 
 # Left free for the allocator, NCCL and the CUDA context.
 RESERVED = 6 * GIB
@@ -45,14 +53,14 @@ def main() -> None:
         "--share-prompt",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="as in training, on the local layers; else Transformer Engine's (default: yes)",
+        help="as in training; else a copy of the prompt for each response (default: yes)",
     )
     parser.add_argument("--prompt-tokens", type=positive, default=400, help="on average")
     parser.add_argument("--response-tokens", type=positive, default=600, help="on average")
     args = parser.parse_args()
     known = args.model in PUBLISHED and not Path(args.model).is_dir()
     model = megatron_args(PUBLISHED[args.model] if known else read_hf_config(args.model))
-    plan = Plan(model, args.precision, "local" if args.share_prompt else "te")
+    plan = Plan(model, args.precision, LOCAL_KEPT if args.precision == "fp32" else TE_KEPT)
     found = layouts(
         args.gpus,
         tensor_parallel_sizes(model),
