@@ -56,9 +56,9 @@ class Kept:
     rope: int
 
 
-# Transformer Engine's layers with this program's attention, and with their own; Megatron's local ones
-# on a GPU, where the norm, attention and the gate are one kernel each; and on a CPU, where norms
-# keep the normalised rows beside, and attention its output once a segment and once whole.
+# Transformer Engine's layers with this program's attention, and with their own; Megatron's local
+# layers on a GPU, where the norm, attention and the gate are one kernel each; and on a CPU, where
+# norms keep the normalised rows beside, and attention its output once a segment and once whole.
 TE_KEPT = Kept(hidden=4, query=3, key=3, gathered=2, mlp=3, rope=0)
 TE_ATTENTION_KEPT = Kept(hidden=4, query=3, key=3, gathered=0, mlp=3, rope=0)
 LOCAL_KEPT = Kept(hidden=4, query=3, key=3, gathered=2, mlp=3, rope=4)
