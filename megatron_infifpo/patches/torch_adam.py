@@ -1,0 +1,51 @@
+"""Resume with the distributed optimizer in float32, and with PyTorch's own Adam.
+
+In float32 the optimizer's parameters are views of the model's, which autograd guards: Megatron 0.19
+copies a checkpoint's into them without `no_grad`, and fails.
+
+It also expects Adam's step count where Transformer Engine and Apex have it, in the parameter
+groups. PyTorch's Adam has it in the state of every parameter, so loading fails in three places,
+each mended here: a fresh optimizer has no state to take the count from; the count is looked for
+among the loaded tensors, or taken from the fresh state; and all parameters are given one and the
+same count, which would then rise by the number of parameters in every step.
+"""
+
+import functools
+from typing import Any
+
+import megatron.core.optimizer.distrib_optimizer as megatron_optimizer
+import torch
+
+
+def make_resumable() -> None:
+    """Mend both; the second only where no fused Adam is installed. Idempotent."""
+    distributed: Any = megatron_optimizer.DistributedOptimizer
+    load_shards = distributed.load_parameter_state_from_dp_reshardable
+    if hasattr(load_shards, "__wrapped__"):
+        return
+    distributed.load_parameter_state_from_dp_reshardable = torch.no_grad()(load_shards)
+    if megatron_optimizer.HAVE_APEX_OR_TE:
+        return
+    sharded_state_dict = distributed.sharded_state_dict
+    set_states = distributed._set_main_param_and_optimizer_states
+    load_state_dict = distributed.load_state_dict
+
+    @functools.wraps(sharded_state_dict)
+    def with_state(self: Any, model: Any, is_loading: bool = False, **options: Any) -> Any:
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return sharded_state_dict(self, model, is_loading, **options)
+
+    @functools.wraps(set_states)
+    def without_step(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, parameter, {**tensors, "step": None})
+
+    @functools.wraps(load_state_dict)
+    def with_own_steps(self: Any, state: dict[str, Any]) -> None:
+        load_state_dict(self, state)
+        for values in self.optimizer.state.values():
+            values["step"] = values["step"].clone()
+
+    distributed.sharded_state_dict = with_state
+    distributed._set_main_param_and_optimizer_states = without_step
+    distributed.load_state_dict = with_own_steps
