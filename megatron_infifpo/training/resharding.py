@@ -1,0 +1,103 @@
+"""Whether a run can go on from the optimizer state of its checkpoint, asked before it starts.
+
+Each rank saves its parts of the distributed optimizer's flat buffers (Megatron's `dp_reshardable`).
+That costs neither memory nor traffic, and fits every data-parallel size, but parts of a buffer have
+no names. At another layout their sizes differ, which ends in a traceback once the model is built;
+between kinds of layers only the order of parameters differs, so all sizes fit, and one parameter
+would get the state of another. State saved with `--dist-ckpt-optim-fully-reshardable` consists of
+whole parameters by name, and fits every layout.
+"""
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.serialization import (
+    load_common_state_dict,
+    load_content_metadata,
+)
+
+from megatron_infifpo.checkpoint.layout import TRACKER, find_checkpoint
+from megatron_infifpo.cli import UserError
+
+DISTRIBUTED = "use_distributed_optimizer"
+# Megatron's arguments that the parts of buffers follow from, and the size of buckets.
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "transformer_impl",
+    "bf16",
+    "fp16",
+    "accumulate_allreduce_grads_in_fp32",
+    "fp8_param_gather",
+    "ddp_num_buckets",
+)
+
+
+def check_optimizer_state(args: argparse.Namespace) -> None:
+    """Refuse to resume from optimizer state that does not fit the run; reads one small object.
+
+    Args:
+        args: of the run, validated by Megatron.
+
+    Raises:
+        UserError: says what differs and what can be done.
+    """
+    resumed = args.load is not None and (Path(args.load) / TRACKER).is_file()
+    if not resumed or args.finetune or args.no_load_optim:
+        return
+    checkpoint = find_checkpoint(args.load, args.ckpt_step)
+    try:
+        state = load_common_state_dict(checkpoint)
+        saved = vars(state["args"])
+        metadata = load_content_metadata(preloaded_state_dict=state) or {}
+    except (pickle.UnpicklingError, OSError, RuntimeError, LookupError, TypeError) as error:
+        raise UserError(f"cannot read the arguments that {checkpoint} holds: {error}") from error
+    if checkpoint.name == "release" or saved.get("no_save_optim"):
+        return
+    sharding = metadata.get("distrib_optim_sharding_type")
+    found = differences(saved, vars(args), sharding)
+    if found:
+        raise UserError(
+            f"the optimizer state in {checkpoint} does not fit this run: {', '.join(found)}. "
+            "Resume as it was saved; or do so once with --dist-ckpt-optim-fully-reshardable, and "
+            "what is saved then fits every layout; or start with a fresh optimizer: --no-load-optim"
+        )
+
+
+def differences(saved: dict[str, Any], run: dict[str, Any], sharding: str | None) -> list[str]:
+    """Say which arguments the optimizer state does not allow to differ, and do.
+
+    Args:
+        saved: Megatron's arguments in the checkpoint.
+        run: those of the run.
+        sharding: how the distributed optimizer was saved, None where there was none.
+    """
+    names = (DISTRIBUTED, *(LAYOUT if sharding == "dp_reshardable" else ()))
+    found = [
+        f"{name.replace('_', ' ')} was {saved.get(name)} and is {run.get(name)}"
+        for name in names
+        if (saved.get(name) or None) != (run.get(name) or None)
+    ]
+    if sharding == "dp_reshardable":
+        before, now = (bucket_size(args) or "all" for args in (saved, run))
+        if before != now:
+            found.append(
+                f"gradients were reduced in buckets of {before} parameters, and are in ones of "
+                f"{now} (--overlap-grad-reduce, --ddp-bucket-size)"
+            )
+    return found
+
+
+def bucket_size(args: dict[str, Any]) -> int | None:
+    """Return after how many parameters Megatron begins another bucket of a buffer; None: never."""
+    if not args.get("overlap_grad_reduce"):
+        return None
+    smallest = max(40_000_000, 1_000_000 * args["data_parallel_size"])
+    return args.get("ddp_bucket_size") or smallest
