@@ -24,12 +24,13 @@ class RankError(AssertionError):
 class Ranks:
     """Runs a function on forked gloo ranks: `ranks(2, "module:function", *json_arguments)`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *command: str):
+        """Take a folder for logs and results, and what to start if not plainly the zygote."""
         self.folder = folder
         self.count = 0
         env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "zygote.py")],
+            [sys.executable, *(command or [str(ROOT / "tests" / "zygote.py")])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -1,0 +1,133 @@
+"""What forked ranks run where Transformer Engine's Python has been imported."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+from torch import Tensor
+
+Model = torch.nn.Module
+
+
+def as_on_a_gpu() -> None:
+    """Fuse what a GPU would: the CPU's own arguments leave out what is compiled for CUDA."""
+    from megatron_infifpo import cpu
+
+    needed = ("distributed_backend", "use_cpu_initialization", "num_workers")
+    overrides = {name: cpu.argument_overrides()[name] for name in needed}
+    cpu.argument_overrides = lambda: overrides
+
+
+def force_kind(name: str) -> None:
+    """Use a kind of layers, whatever the data type: only float32 shows small differences."""
+    import megatron_infifpo.models.gpt as gpt
+    from megatron_infifpo.models.layer_kind import KINDS
+
+    gpt.choose_kind = lambda args: KINDS[name]
+
+
+def build(hf: str, kind: str) -> Model:
+    """Build and fill a model in float32, to be trained."""
+    from megatron_infifpo.checkpoint.hf_weights import load_into_model
+    from megatron_infifpo.models.architecture import read_hf_config
+    from megatron_infifpo.models.families import megatron_args
+    from megatron_infifpo.models.gpt import build_model, forward_only_arguments
+    from megatron_infifpo.models.parallel import initialize_parallel
+
+    force_kind(kind)
+    args = forward_only_arguments(megatron_args(read_hf_config(hf)))
+    initialize_parallel(args)
+    (model,) = build_model(args)
+    load_into_model([model], hf)
+    return model.train().requires_grad_(True)
+
+
+def row_of(seed: int, vocab_size: int, *, shared: bool) -> dict[str, Any]:
+    """A padded row of three pairs of unequal lengths, one response of a single token."""
+    from megatron_infifpo.data.packing import collate
+    from megatron_infifpo.data.preference_dataset import PreferencePair
+
+    rng = np.random.default_rng(seed)
+
+    def ids(length: int) -> np.ndarray:
+        return rng.integers(0, vocab_size, length)
+
+    lengths = [(9, 24, 31), (30, 1, 12), (2, 17, 5)]  # prompt, chosen, rejected
+    pairs = [
+        PreferencePair(i, ids(prompt), (ids(chosen), ids(rejected)))
+        for i, (prompt, chosen, rejected) in enumerate(lengths)
+    ]
+    return collate(pairs, pad_multiple=16, share_prompt=shared)
+
+
+def results(model: Model, row: dict[str, Any], vocab_size: int) -> tuple[Tensor, dict]:
+    """Log-probs of a row, and the gradients of their weighted sum by place in a checkpoint."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    from megatron_infifpo.models.packed import run_packed
+
+    parameters = list(model.parameters())
+    logprobs = run_packed(model, row, vocab_size)
+    weights = torch.linspace(-1.0, 1.5, len(logprobs))
+    model.zero_grad()
+    (logprobs * weights).sum().backward()
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    with torch.no_grad():  # the checkpoint's view of the parameters becomes one of the gradients
+        for parameter in parameters:
+            parameter.copy_(parameter.grad)
+    gradients = {
+        (value.key, value.global_offset): value.data.detach().clone()
+        for value in nested_values(state)
+        if isinstance(value, ShardedTensor)
+    }
+    return logprobs.detach(), gradients
+
+
+def family(folder: str, name: str) -> dict[str, Any]:
+    """Compare a family's Transformer Engine layers with local ones.
+
+    Returns:
+        differences: by kind, and whether prompts are shared: the largest one of log-probs and,
+            relative to its largest entry, of any tensor's gradient, to local layers without.
+        calls: by the same, how often each emulated kernel ran.
+        parameters: names that only one of both Transformer Engine kinds has.
+        keys: by kind, names in checkpoints that local layers alone have, or lack.
+        gradients: how many tensors were compared.
+    """
+    import te_emulation
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    as_on_a_gpu()
+    hf = str(tiny.save_model(Path(folder) / name, name, seed=5))
+    vocab = 320
+    rows = {shared: row_of(3, vocab, shared=shared) for shared in (False, True)}
+    runs = [(kind, shared) for kind in ("local", "te") for shared in (False, True)]
+    found, keys, names, calls = {}, {}, {}, {}
+    for kind, shared in [*runs, ("te-attention", False)]:
+        model = build(hf, kind)
+        names[kind] = [parameter for parameter, _ in model.named_parameters()]
+        keys[kind] = {value.key for value in nested_values(model.sharded_state_dict())}
+        te_emulation.CALLS.clear()
+        found[kind, shared] = results(model, rows[shared], vocab)
+        calls[kind, shared] = dict(te_emulation.CALLS)
+    base = found["local", False]
+    return {
+        "differences": {run: _differ(base, got) for run, got in found.items()},
+        "calls": calls,
+        "parameters": set(names["te"]) ^ set(names["te-attention"]),
+        "keys": {kind: keys["local"] ^ other for kind, other in keys.items()},
+        "gradients": len(base[1]),
+    }
+
+
+def _differ(one: tuple[Tensor, dict], other: tuple[Tensor, dict]) -> tuple[float, float]:
+    assert one[1].keys() == other[1].keys()
+    relative = [
+        float((value - other[1][place]).abs().max() / value.abs().max())
+        for place, value in one[1].items()
+    ]
+    return float((one[0] - other[0]).abs().max()), max(relative)

@@ -1,0 +1,33 @@
+"""Transformer Engine's layers compute what local layers compute, in every family.
+
+Its Python is real, its kernels are emulated in float32: see te_emulation.py.
+"""
+
+import pytest
+import tiny
+
+# Nats a token, and of a tensor's largest gradient; float32 in another order of sums. Measured:
+# 7.2e-6 and 5.2e-6.
+LOGPROBS, GRADIENTS = 1.5e-5, 1e-5
+LAYERS = tiny.SHAPE["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_family(te_ranks, tmp_path, family):
+    """With our attention, prompts shared or not, and with Transformer Engine's own."""
+    (found,) = te_ranks(1, "te_workers:family", str(tmp_path), family)
+    for run, (logprobs, gradients) in found["differences"].items():
+        assert logprobs <= LOGPROBS, run
+        assert gradients <= GRADIENTS, run
+    assert found["gradients"] >= 6 * LAYERS
+    assert found["parameters"] == set()
+    assert found["keys"] == {"local": set(), "te": set(), "te-attention": set()}
+    calls = found["calls"]
+    assert calls["local", True] == {}
+    # Four products a layer, each once forward and twice backward.
+    products = {run: kernels["gemm"] for run, kernels in calls.items() if run[0] != "local"}
+    assert set(products.values()) == {12 * LAYERS}
+    for run, kernels in calls.items():
+        if run[0] != "local":  # queries and keys, both ways
+            assert kernels["rope"] == 4 * LAYERS, run
+            assert kernels.get("attention", 0) == (LAYERS if run[0] == "te-attention" else 0), run
