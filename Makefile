@@ -1,17 +1,23 @@
-# `make demo` runs the main job end to end, `make test` passes the tests. Each sets up what it needs:
-# a virtual environment in .venv, made with the first Python >= 3.12 on PATH or in pyenv.
+# `make demo` runs the main job end to end, `make test` passes the tests, `make gpu-check` proves what
+# only a GPU can. Each sets up what it needs: a virtual environment in .venv, made with the first
+# Python >= 3.12 on PATH or in pyenv.
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test gpu-check lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python -W ignore examples/demo/run.py
 
+# Tests fork ranks and run on the CPU, whatever the machine has.
+test: export CUDA_VISIBLE_DEVICES =
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+gpu-check: $(STAMP)
+	$(BIN)/python tools/gpu_check.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

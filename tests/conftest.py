@@ -1,12 +1,16 @@
 """Fixtures shared by all tests: shared data, real ranks, tiny models."""
 
 import os
-import sys
-from pathlib import Path
 
-import job_setup
-import pytest
-from launcher import Ranks
+# Tests fork ranks and run on the CPU; PyTorch must not find a GPU before that is said.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import job_setup  # noqa: E402
+import pytest  # noqa: E402
+from launcher import Ranks  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -17,7 +17,7 @@ from megatron_infifpo.cli import UserError, run
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 import stages  # noqa: E402
 import table  # noqa: E402
-from job import PIPELINE, Job  # noqa: E402
+from job import Job  # noqa: E402
 
 SUMS = ["--no-length-normalization"]
 # name -> label of the row, flags
@@ -64,7 +64,7 @@ def main() -> None:
             "--method", "infifpo", *flags, *stages.TRAIN, "--train-iters", "12", "--no-save-optim",
             "--preference-sources", job.sources("train", "pivot", sources, stages.DOMAINS),
         )  # fmt: skip
-        job.score("heldout", f"ablation-{name}", trained, *PIPELINE)
+        job.score("heldout", f"ablation-{name}", trained, *job.pipeline)
     job.stage("held-out pairs")
     finished = {"pivot": "pivot"}
     for name, (label, _, _) in rows.items():

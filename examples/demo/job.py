@@ -20,16 +20,31 @@ from megatron_infifpo.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tools"
-# Short rows keep both pipeline stages busy.
-PIPELINE = ["--backend", "megatron", "--row-tokens", "1024", "--pipeline-model-parallel-size", "2"]
-TENSOR = ["--backend", "megatron", "--tensor-model-parallel-size", "2"]
+
+
+def count_gpus() -> int:
+    """GPUs that a command sees; asked in a process of its own, so that this one holds none."""
+    code = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
+    asked = [sys.executable, "-W", "ignore", "-c", code]
+    return int(subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 class Job:
-    """A folder with everything that one pivot's fusion makes, on two ranks."""
+    """A folder with everything that one pivot's fusion makes, on two ranks or one GPU.
+
+    Attributes:
+        ranks: of training and scoring: two, which share a CPU's cores but not a GPU.
+        pipeline: flags of scoring with the layers spread over them.
+        tensor: with every layer spread.
+    """
 
     def __init__(self, folder: Path, records: dict[str, Path]):
         """Work in a folder, on the given preference files by the name of their split."""
+        self.ranks = 1 if count_gpus() == 1 else 2
+        # Short rows keep all pipeline stages busy.
+        self.pipeline = ["--backend", "megatron", "--row-tokens", "1024"]
+        self.pipeline += ["--pipeline-model-parallel-size", str(self.ranks)]
+        self.tensor = ["--backend", "megatron", "--tensor-model-parallel-size", str(self.ranks)]
         self.folder = folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.records = records
@@ -96,11 +111,12 @@ class Job:
         flags = ["--input", self.records[split], "--tokenizer", tokenizer, "--output", prefix]
         self.once(f"data-{split}", TOOLS / "prepare_preferences.py", *flags)
 
-    def score(self, split: str, name: str, model: Path, *flags: str, ranks: int = 2) -> None:
-        """Score a split under a model."""
+    def score(self, split: str, name: str, model: Path, *flags: str) -> None:
+        """Score a split under a model, on all ranks or by transformers in one process."""
         output = self.folder / "logprobs" / f"{split}-{name}"
         words = ["--model", model, "--name", name, "--input", self.records[split]]
         words += ["--output", output, *flags]
+        ranks = 0 if "transformers" in flags else self.ranks
         self.once(f"logprobs-{split}-{name}", TOOLS / "score_source.py", *words, ranks=ranks)
 
     def sources(
@@ -119,15 +135,15 @@ class Job:
         return path
 
     def train(self, name: str, split: str, start: Path, *flags: object) -> Path:
-        """Train on a split from a checkpoint, at PP 2, and return the run's folder."""
+        """Train on a split from a checkpoint, a pipeline stage a rank; return the run's folder."""
         run = self.folder / name
         self.once(
             name, "-m", "megatron_infifpo.train", *flags,
             "--preference-data", self.folder / "data" / split,
             "--pretrained-checkpoint", start, "--save", run, "--save-interval", "1000",
-            "--pipeline-model-parallel-size", "2", "--use-distributed-optimizer",
+            "--pipeline-model-parallel-size", self.ranks, "--use-distributed-optimizer",
             "--tensorboard-dir", run / "tensorboard", "--tensorboard-log-interval", "1",
-            ranks=2,
+            ranks=self.ranks,
             log=self.folder / f"{name}.log",
         )  # fmt: skip
         return run

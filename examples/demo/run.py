@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The main job, end to end, on two CPU cores: fuse two specialists into SmolLM2 by InfiFPO.
+"""The main job, end to end, on two cores or a GPU: fuse two specialists into SmolLM2 by InfiFPO.
 
 Every stage is a command that works the same at scale; finished stages are skipped on a rerun.
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import stages
 import table
-from job import PIPELINE, TOOLS, Job
+from job import TOOLS, Job
 
 from megatron_infifpo.cli import run
 
@@ -35,7 +35,7 @@ def main() -> None:
     job = Job(args.output, stages.RECORDS)
     prepared = stages.prepare(job, gemma=args.gemma)
 
-    job.stage("train by InfiFPO on two ranks, PP 2")
+    job.stage(f"train by InfiFPO at PP {job.ranks}")
     sources = {
         split: job.sources(split, "pivot", prepared.models, stages.DOMAINS) for split in job.records
     }
@@ -49,8 +49,8 @@ def main() -> None:
 
     job.stage("export: Megatron -> Hugging Face, and score the held-out pairs with transformers")
     fused = job.export(trained)
-    job.score("heldout", "fused", fused, "--backend", "transformers", ranks=0)
-    job.score("heldout", "fused-megatron", trained, *PIPELINE)
+    job.score("heldout", "fused", fused, "--backend", "transformers")
+    job.score("heldout", "fused-megatron", trained, *job.pipeline)
 
     job.stage("held-out pairs before and after")
     table.check_export(job.folder / "logprobs")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma import save_gemma
-from job import PIPELINE, TENSOR, Job
+from job import Job
 from pivot import save_pivot
 from specialists import train_all
 
@@ -36,7 +36,7 @@ def models(job: Job, *, gemma: bool) -> Prepared:
     job.stage("get the pivot, SmolLM2-135M-Instruct, and train two specialists as its sources")
     hf_pivot = save_pivot(job.folder / "pivot-hf")
     trained = train_all(job.folder / "sources-hf")
-    sources = {name: (model, TENSOR) for name, model in trained.items()}
+    sources = {name: (model, job.tensor) for name, model in trained.items()}
     if gemma:
         folder = save_gemma(job.folder / "gemma-hf")
         sources["gemma"] = (folder, ["--backend", "transformers"])
@@ -48,7 +48,7 @@ def score_sources(job: Job, prepared: Prepared, splits: tuple[str, ...]) -> None
     """Score splits under every source."""
     for split in splits:
         for name, (model, flags) in prepared.models.items():
-            job.score(split, name, model, *flags, ranks=0 if "transformers" in flags else 2)
+            job.score(split, name, model, *flags)
 
 
 def prepare(job: Job, *, gemma: bool) -> Prepared:
@@ -57,8 +57,8 @@ def prepare(job: Job, *, gemma: bool) -> Prepared:
     job.stage("tokenize the preference pairs for the pivot")
     for split in RECORDS:
         job.tokenize(split, prepared.hf_pivot)
-    job.stage("score every pair: the pivot at PP 2, the specialists at TP 2")
+    job.stage(f"score every pair: the pivot at PP {job.ranks}, the specialists at TP {job.ranks}")
     for split in RECORDS:
-        job.score(split, "pivot", prepared.pivot, *PIPELINE)
+        job.score(split, "pivot", prepared.pivot, *job.pipeline)
     score_sources(job, prepared, tuple(RECORDS))
     return prepared

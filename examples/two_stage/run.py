@@ -4,7 +4,8 @@
 The split is by prompt and deterministic; no record is in both halves. SFT takes 3 epochs, InfiFPO 1
 and starts from the SFT result, whose log-probs are therefore those of the initial pivot.
 
-Everything runs on two ranks, at PP 2 or TP 2: docs/method.md has the commands for a cluster.
+Everything runs on two ranks at PP 2 or TP 2, or on one GPU: docs/method.md has the commands for a
+cluster.
 
     python examples/two_stage/run.py                     # the demo's pivot, sources and records
     python examples/two_stage/run.py --output runs/mine --pivot pivot-hf --records all.jsonl \\
@@ -24,7 +25,7 @@ from megatron_infifpo.models.families import FAMILIES
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 import stages  # noqa: E402
 import table  # noqa: E402
-from job import PIPELINE, TENSOR, TOOLS, Job  # noqa: E402
+from job import TOOLS, Job  # noqa: E402
 
 STAGES = ("sft", "preference")
 
@@ -55,7 +56,7 @@ def main() -> None:
     if args.pivot is None:
         prepared, domains = stages.models(job, gemma=False), stages.DOMAINS
     else:
-        models, domains = read_sources(args.source)
+        models, domains = read_sources(args.source, job.tensor)
         pivot = job.import_pivot(args.pivot.resolve())
         prepared = stages.Prepared(args.pivot.resolve(), pivot, models)
 
@@ -72,7 +73,7 @@ def main() -> None:
     )
 
     job.stage("score the other half: the SFT result is the initial pivot now")
-    job.score("preference", "sft", sft, *PIPELINE)
+    job.score("preference", "sft", sft, *job.pipeline)
     stages.score_sources(job, prepared, ("preference",))
 
     job.stage("second stage: InfiFPO from the SFT result, 1 epoch")
@@ -83,13 +84,13 @@ def main() -> None:
 
     job.stage("held-out pairs")
     for name, model in (("pivot", prepared.pivot), ("sft", sft), ("infifpo", fused)):
-        job.score("heldout", name, model, *PIPELINE)
+        job.score("heldout", name, model, *job.pipeline)
     rows = {"pivot": "pivot", "after SFT": "sft", "after InfiFPO": "infifpo"}
     table.print_rows(job.folder, "heldout", rows)
     print(f"\ndone in {job.seconds():.0f} s: the fused model is in {exported}")
 
 
-def read_sources(given: list[str]) -> tuple[dict, dict[str, list[str]]]:
+def read_sources(given: list[str], tensor: list[str]) -> tuple[dict, dict[str, list[str]]]:
     """Models with the flags that score them, and domains, from NAME=DIR[:DOMAIN,...]."""
     models, domains = {}, {}
     for text in given:
@@ -102,7 +103,7 @@ def read_sources(given: list[str]) -> tuple[dict, dict[str, list[str]]]:
         if name in models or name in ("pivot", "sft", "infifpo"):
             raise UserError(f"--source {text}: the name {name} is taken, expected another")
         known = read_hf_config(folder).get("model_type") in FAMILIES
-        models[name] = (Path(folder).resolve(), TENSOR if known else ["--backend", "transformers"])
+        models[name] = (Path(folder).resolve(), tensor if known else ["--backend", "transformers"])
         if limits:
             domains[name] = limits.split(",")
     return models, domains

@@ -39,6 +39,39 @@ def forked(monkeypatch, ranks):
     monkeypatch.setattr(job.Job, "command", command)
 
 
+@pytest.mark.parametrize("gpus, ranks", [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_ranks(monkeypatch, tmp_path, gpus, ranks):
+    """Two ranks share a CPU, but not a GPU."""
+    monkeypatch.syspath_prepend(str(DEMO))
+    import job
+
+    monkeypatch.setattr(job, "count_gpus", lambda: gpus)
+    started = []
+    monkeypatch.setattr(
+        job.Job, "command", lambda self, *words, ranks=0, log=None: started.append((ranks, words))
+    )
+    demo = job.Job(tmp_path, {"train": tmp_path / "train.jsonl"})
+    demo.train("fused", "train", tmp_path / "pivot")
+    demo.score("train", "pivot", tmp_path / "pivot", *demo.pipeline)
+    demo.score("train", "coder", tmp_path / "coder", *demo.tensor)
+    demo.score("train", "gemma", tmp_path / "gemma", "--backend", "transformers")
+    assert [count for count, _ in started] == [ranks, ranks, ranks, 0]
+    sizes = [
+        str(words[words.index(f"--{kind}-model-parallel-size") + 1])
+        for (_, words), kind in zip(started, ("pipeline", "pipeline", "tensor"), strict=False)
+    ]
+    assert sizes == [str(ranks)] * 3
+
+
+def test_count_gpus(monkeypatch):
+    """A hidden GPU does not count."""
+    monkeypatch.syspath_prepend(str(DEMO))
+    import job
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert job.count_gpus() == 0
+
+
 def run(monkeypatch, example, *argv) -> None:
     monkeypatch.setattr(sys, "argv", [example.__name__, *map(str, argv)])
     example.main()
@@ -114,7 +147,6 @@ def test_ablation_grid(monkeypatch):
 
 def test_ablation_rows(forked, monkeypatch, setup, capfd):
     """Two rows on tiny models: only their flags and sources differ, and both are in the table."""
-    import job
     import stages
 
     example = load(ROOT / "examples" / "ablation" / "run.py")
@@ -122,7 +154,8 @@ def test_ablation_rows(forked, monkeypatch, setup, capfd):
     monkeypatch.setattr(stages, "RECORDS", records)
     small = "--lr 1e-3 --global-batch-size 8 --micro-batch-size 2 --seq-length 256 --log-interval 1"
     monkeypatch.setattr(stages, "TRAIN", small.split())
-    models = {name: (setup.folder / name, job.TENSOR) for name in ("qwen", "phi")}
+    tensor = ["--backend", "megatron", "--tensor-model-parallel-size", "2"]
+    models = {name: (setup.folder / name, tensor) for name in ("qwen", "phi")}
     prepared = stages.Prepared(setup.hf, setup.pivot, models)
     monkeypatch.setattr(stages, "models", lambda job, gemma: prepared)
     folder = setup.folder / "ablation"
