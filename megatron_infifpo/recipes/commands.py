@@ -165,6 +165,7 @@ def infifpo(
         arguments += ["--beta", str(beta)]
     arguments += ["--tensor-model-parallel-size", str(tensor)]
     arguments += ["--pipeline-model-parallel-size", str(pipeline), "--use-distributed-optimizer"]
+    arguments += ["--overlap-grad-reduce", "--overlap-param-gather"]
     arguments += ["--sequence-parallel"] if tensor > 1 else []
     arguments += ["--bf16"] if bf16 else []
     arguments += ["--preference-epochs", str(epochs), "--lr", str(lr)]

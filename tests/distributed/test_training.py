@@ -103,13 +103,30 @@ def test_dpo_starts_at_ln_2(setup, ranks, layout):
     )
 
 
-def test_overlapped_communication(setup, ranks, runs):
-    """Small buckets, so that the output layer's weight arrives on its own, while others compute."""
-    sources = setup.sources("both", *BOTH)
+@pytest.mark.parametrize("layout", ["dp2", "pp2", "pp2-vpp2"])
+def test_overlapped_communication(setup, ranks, runs, layout):
+    """Small buckets, so that the output layer's weight arrives on its own, while others compute.
+
+    Evaluation between steps sees weights that have arrived, too.
+    """
+    sources, (_, flags) = setup.sources("both", *BOTH), LAYOUTS[layout]
     overlap = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "5000"]
-    results = ranks(2, "workers:train", setup.flags(sources, *overlap))
+    valid = ["--preference-valid-data", str(setup.data), "--preference-valid-sources", str(sources)]
+    valid += ["--eval-interval", "1"]
+    world = 2 if layout == "dp2" else 4  # two data-parallel ranks
+    plain, overlapped = (
+        ranks(world, "workers:train", setup.flags(sources, *flags, *valid, *more))
+        for more in ([], overlap)
+    )
     expected = [step["loss"] for step in steps_of(runs["tp1"])]
-    assert [step["loss"] for step in steps_of(results)] == pytest.approx(expected, abs=1e-4)
+    assert [step["loss"] for step in steps_of(overlapped)] == pytest.approx(expected, abs=1e-4)
+    evaluations = [
+        next(r["evaluations"] for r in reversed(run) if r["evaluations"][0])
+        for run in (plain, overlapped)
+    ]
+    assert len(evaluations[0]) == len(evaluations[1]) >= 3
+    for before, after in zip(*evaluations, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], abs=1e-4)
 
 
 def test_bf16_stays_close(setup, ranks, runs):
