@@ -6,6 +6,7 @@ from typing import Any
 from megatron_infifpo.cli import UserError, positive
 from megatron_infifpo.environment import ShowEnvironment
 from megatron_infifpo.methods import Method, add_method_flags, flag
+from megatron_infifpo.models.layer_kind import KINDS
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -48,7 +49,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--share-prompt",
         action=argparse.BooleanOptionalAction,
         help="compute a pair's prompt once for all of its responses (default: yes, but not with "
-        "Transformer Engine's layers, which cannot)",
+        "--te-attention, which cannot)",
+    )
+    group.add_argument(
+        "--te-attention",
+        action="store_true",
+        help="on Transformer Engine's layers, its own attention too (cuDNN or FlashAttention) in "
+        "place of PyTorch's variable-length kernel",
     )
     group.add_argument(
         "--reference-check",
@@ -110,16 +117,16 @@ def set_share_prompt(args: argparse.Namespace, method: Method) -> None:
     Raises:
         UserError: `--share-prompt` where it cannot work or has no effect.
     """
-    local = args.transformer_impl == "local"
-    if args.share_prompt and not local:
+    able = KINDS[args.layer_kind].shares_prompts
+    if args.share_prompt and not able:
         raise UserError(
-            "--share-prompt does not work with Transformer Engine's attention: leave it out, or "
-            "pass --transformer-impl local"
+            "--share-prompt does not work with Transformer Engine's attention: leave out one of it "
+            "and --te-attention"
         )
     if args.share_prompt is not None and method.responses == 1:
         raise UserError("--share-prompt has no effect with --method sft: it sees one response")
     if args.share_prompt is None:
-        args.share_prompt = local and method.responses > 1
+        args.share_prompt = able and method.responses > 1
 
 
 def override(

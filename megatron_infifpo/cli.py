@@ -1,10 +1,11 @@
 """What every command shares: ranks started by srun, and errors of the user in one sentence."""
 
+import contextlib
 import errno
 import os
 import re
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 
 # The disk, the user's share of it, or the largest file allowed.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -45,13 +46,11 @@ def ranks_from_srun(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("MASTER_PORT", str(20000 + step % 12000))
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit: 0 on success, 2 with one sentence on `UserError`."""
-    ranks_from_srun(os.environ)
-    # PyTorch's checkpoint reader would unpickle objects of any kind.
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Run a command's code inside: end it with one sentence and exit code 2 on `UserError`."""
     try:
-        sys.exit(main() or 0)
+        yield
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         prefix = "" if rank == "0" else f"[rank {rank}] "
@@ -70,3 +69,12 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command's `main` and exit: 0 on success, else as `user_errors` says."""
+    ranks_from_srun(os.environ)
+    # PyTorch's checkpoint reader would unpickle objects of any kind.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    with user_errors():
+        sys.exit(main() or 0)

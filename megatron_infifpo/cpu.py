@@ -1,8 +1,8 @@
 """Megatron on a CPU: make its CUDA calls act on the CPU, over gloo, where there is no GPU.
 
 Megatron assumes CUDA in some forty places (`device="cuda"`, `torch.cuda.current_device()`, ...).
-With these stand-ins the code that runs in production runs unchanged on a laptop and in CI. This is
-the only file that patches anything, and it does nothing where CUDA works.
+With these stand-ins the code that runs in production runs unchanged on a laptop and in CI. Where
+CUDA works there are none.
 
 Call `enable()` before the first import of `megatron`.
 """
@@ -10,12 +10,22 @@ Call `enable()` before the first import of `megatron`.
 import collections
 import contextlib
 import ctypes
+import importlib
+import importlib.util
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_infifpo.cli import UserError
+
+# There where NVIDIA's driver is, whether or not this PyTorch can use it.
+DRIVER = Path("/dev/nvidiactl")
+# What Megatron would take its optimizer and layers from, which run on GPUs only.
+GPU_ONLY = ("transformer_engine", "apex")
 
 _mode: "_CudaMeansCpu | None" = None
 
@@ -38,6 +48,10 @@ def enable(*, announce: bool = True) -> bool:
 
     Returns:
         Whether Megatron now runs on the CPU.
+
+    Raises:
+        UserError: there is a GPU's driver, but CUDA does not work and nobody asked for the CPU; or
+            a Transformer Engine that is installed and does not import.
     """
     global _mode
     # Megatron refuses tensor parallelism without it on GPUs before Blackwell; set here because it
@@ -46,7 +60,11 @@ def enable(*, announce: bool = True) -> bool:
     if _mode is not None:
         return True
     if torch.cuda.is_available():
+        _check_transformer_engine()
         return False
+    _refuse_an_unused_gpu()
+    for package in GPU_ONLY:
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # as if not installed
     # Megatron decorates functions with torch.compile, which gains nothing here and costs minutes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _keep_freed_memory()
@@ -57,6 +75,33 @@ def enable(*, announce: bool = True) -> bool:
     if announce and os.environ.get("RANK", "0") == "0":
         print("megatron_infifpo: no CUDA device: Megatron runs on the CPU (gloo)", file=sys.stderr)
     return True
+
+
+def _refuse_an_unused_gpu() -> None:
+    """Refuse to train on the CPU by mistake, which looks like a run that does not start."""
+    if not DRIVER.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    raise UserError(
+        f"this machine has an NVIDIA driver ({DRIVER}), but PyTorch {torch.__version__}, made for "
+        f"CUDA {torch.version.cuda}, finds no GPU: is the driver older than that CUDA, or has this "
+        "job no GPU? docs/clusters.md says which PyTorch goes with which driver; to run on the CPU "
+        "set CUDA_VISIBLE_DEVICES to nothing"
+    )
+
+
+def _check_transformer_engine() -> None:
+    """Import it as Megatron will, which takes an ImportError for "not installed"."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # whatever a broken installation does
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise UserError(
+            f"Transformer Engine is installed but does not import ({type(error).__name__}: "
+            f"{reason}): install transformer-engine[pytorch] for this PyTorch and CUDA, or "
+            "uninstall it to train on Megatron's local layers"
+        ) from error
 
 
 def argument_overrides() -> dict[str, Any]:
@@ -157,11 +202,8 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_megatron() -> None:
-    import megatron.core.datasets.utils as dataset_utils
     import megatron.core.tensor_parallel.random as rng
 
     rng_module: Any = rng
     rng_module._get_cuda_rng_state = lambda *args, **kwargs: torch.cuda.get_rng_state()
     rng_module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.cuda.set_rng_state(state)
-    # The wheel has no Makefile for the helpers of its own datasets, which we do not use.
-    dataset_utils.compile_helpers = lambda: None

@@ -20,8 +20,13 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-# Logits of one chunk, per rank: large enough for full-speed matrix products.
-CHUNK_BYTES = 256 * 2**20
+# Logits of one chunk in float32, per rank: large enough for full-speed matrix products.
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+
+
+def chunk_bytes_on(device: torch.device) -> int:
+    """Bytes of a chunk of float32 logits on a device."""
+    return CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
@@ -48,8 +53,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         """
         shard, here = weight[:valid], (targets >= 0) & (targets < valid)
         targets = targets.clamp(0, max(0, valid - 1))
-        precise = torch.promote_types(hidden.dtype, torch.float32)
-        logsumexp = hidden.new_full(hidden.shape[:1], -torch.inf, dtype=precise)
+        logsumexp = hidden.new_full(hidden.shape[:1], -torch.inf, dtype=_precise(hidden.dtype))
         target_logits = torch.zeros_like(logsumexp)
         ctx.last = None
         for part, logits in _chunks(hidden, shard, chunk_bytes):
@@ -84,11 +88,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             # d log p(t) / d logit(v) = [v = t] - p(v)
             grad.scatter_add_(1, targets[part, None], (upstream[part] * here[part])[:, None])
             grad = grad.to(hidden.dtype)
-            torch.mm(grad, shard, out=grad_hidden[part])
-            if grad.dtype == accumulator.dtype:
-                accumulator[: ctx.valid].addmm_(grad.t(), hidden[part])
-            else:
-                accumulator[: ctx.valid] += grad.t() @ hidden[part]
+            grad_hidden[part] = _product(grad, shard)
+            _add_product(accumulator[: ctx.valid], grad.t(), hidden[part])
 
         rest = hidden
         if ctx.last is not None:
@@ -109,13 +110,35 @@ def _chunks(hidden: Tensor, shard: Tensor, chunk_bytes: int) -> Iterator[tuple[s
         return
     most = max(1, chunk_bytes // (4 * len(shard)))
     rows = math.ceil(len(hidden) / math.ceil(len(hidden) / most))  # equal chunks
-    product = wide = hidden.new_empty(rows, len(shard))
-    if hidden.dtype.itemsize < 4:
-        wide = hidden.new_empty(rows, len(shard), dtype=torch.float32)
+    buffer = hidden.new_empty(rows, len(shard), dtype=_precise(hidden.dtype))
     for start in range(0, len(hidden), rows):
         part = slice(start, min(start + rows, len(hidden)))
-        logits = torch.mm(hidden[part], shard.t(), out=product[: part.stop - start])
-        yield part, logits if wide is product else wide[: part.stop - start].copy_(logits)
+        yield part, _product(hidden[part], shard.t(), out=buffer[: part.stop - start])
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Matrix product in float32 at least; of halves too, which are not rounded in between."""
+    if out is None:
+        out = left.new_empty(len(left), right.shape[1], dtype=_precise(left.dtype))
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    if left.device.type == "cpu":  # which has no such kernel
+        return out.copy_(left @ right)
+    return torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a matrix product to `total`, in its data type, without a tensor in between on a GPU."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.device.type == "cpu":
+        total += left @ right
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 def _weight_gradient(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -141,7 +164,7 @@ def vocab_parallel_logprobs(
     *,
     vocab_size: int,
     group: dist.ProcessGroup,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Log-prob of each target token, differentiable with respect to `hidden` and `weight`.
 
@@ -151,7 +174,7 @@ def vocab_parallel_logprobs(
         targets: `[K]` token ids.
         vocab_size: real vocabulary; columns beyond it are padding and take no part.
         group: the tensor-parallel group.
-        chunk_bytes: logits held at once on this rank.
+        chunk_bytes: logits held at once on this rank; by default `CHUNK_BYTES` of the device.
 
     Returns:
         `[K]` in float32 (float64 for float64 input). The gradient of `hidden` is partial: sum it
@@ -159,6 +182,8 @@ def vocab_parallel_logprobs(
     """
     first = dist.get_rank(group) * weight.shape[0]
     valid = max(0, min(weight.shape[0], vocab_size - first))
+    if chunk_bytes is None:
+        chunk_bytes = chunk_bytes_on(hidden.device)
     logprobs: Tensor = _VocabParallelLogprobs.apply(
         hidden, weight, targets - first, valid, group, chunk_bytes
     )

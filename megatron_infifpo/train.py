@@ -13,11 +13,13 @@ run and resumes it.
 """
 
 import argparse
+from functools import partial
 
 from megatron_infifpo import cpu
-from megatron_infifpo.cli import run
+from megatron_infifpo.cli import run, user_errors
 
-cpu.enable()
+with user_errors():
+    cpu.enable()
 
 from megatron.core.enums import ModelType  # noqa: E402  (after the CPU stand-ins)
 from megatron.training import pretrain, print_rank_0  # noqa: E402
@@ -25,6 +27,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron.training.arguments import parse_args  # noqa: E402
 from megatron.training.global_vars import set_global_variables  # noqa: E402
 
+from megatron_infifpo import patches  # noqa: E402
 from megatron_infifpo.arguments import (  # noqa: E402
     add_training_flags,
     escape_help,
@@ -33,6 +36,7 @@ from megatron_infifpo.arguments import (  # noqa: E402
     set_share_prompt,
 )
 from megatron_infifpo.checkpoint.layout import find_checkpoint  # noqa: E402
+from megatron_infifpo.checkpoint.older import accept_older  # noqa: E402
 from megatron_infifpo.checkpoint.torch_dist import TorchDistCheckpoint  # noqa: E402
 from megatron_infifpo.methods import method_from_args  # noqa: E402
 from megatron_infifpo.models.architecture import (  # noqa: E402
@@ -41,6 +45,7 @@ from megatron_infifpo.models.architecture import (  # noqa: E402
     pivot_directory,
 )
 from megatron_infifpo.models.gpt import fixed_arguments, model_config, validate  # noqa: E402
+from megatron_infifpo.models.layer_kind import choose_kind  # noqa: E402
 from megatron_infifpo.models.parallel import one_rank_by_default  # noqa: E402
 from megatron_infifpo.training.data import (  # noqa: E402
     DatasetsProvider,
@@ -50,10 +55,11 @@ from megatron_infifpo.training.data import (  # noqa: E402
 )
 from megatron_infifpo.training.failures import explained  # noqa: E402
 from megatron_infifpo.training.provenance import identity, record_run  # noqa: E402
-from megatron_infifpo.training.reference_check import check_initial_weights  # noqa: E402
+from megatron_infifpo.training.reference_check import begin_weights_check  # noqa: E402
+from megatron_infifpo.training.resharding import check_optimizer_state  # noqa: E402
+from megatron_infifpo.training.schedule import get_training_schedule  # noqa: E402
 from megatron_infifpo.training.signals import shield_helpers  # noqa: E402
 from megatron_infifpo.training.step import TrainingStep  # noqa: E402
-from megatron_infifpo.training.torch_adam import make_resumable  # noqa: E402
 
 
 def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
@@ -79,17 +85,20 @@ def main() -> None:
     method = method_from_args(args)
     args.load = args.load or args.save
     pivot = pivot_directory(args.load, args.pretrained_checkpoint)
-    TorchDistCheckpoint(find_checkpoint(pivot))  # refused before PyTorch unpickles it
+    checkpoint = TorchDistCheckpoint(find_checkpoint(pivot))  # before PyTorch unpickles it
     apply_architecture(args, parser, pivot)
     train, valid = open_datasets(args, method)
-    fixed = fixed_arguments(half=args.bf16 or args.fp16)
-    override(args, parser, fixed | {"dist_ckpt_optim_fully_reshardable": True})
+    kind = choose_kind(args)
+    args.layer_kind = kind.name
+    override(args, parser, fixed_arguments(kind))
     set_share_prompt(args, method)
     set_schedule(args, method, train, valid)
     validate(args)
-    check_initial_weights(args, pivot, train)
+    check_optimizer_state(args)
+    check_weights = begin_weights_check(args, pivot, train)
     config = model_config(args)
-    provider = DatasetsProvider(train, valid)
+    provider = DatasetsProvider(train, valid, check_weights)
+    config.pre_wrap_hooks.append(partial(accept_older, checkpoint))
     config.post_wrap_hooks.append(provider.keep_models)
     set_global_variables(args, build_tokenizer=False)
     if args.rank == 0:
@@ -97,7 +106,7 @@ def main() -> None:
         carry_architecture(pivot, args.save)
     print_rank_0(f"preference optimization: {method}")
     print_rank_0(describe(args, train))
-    make_resumable()
+    patches.apply(get_training_schedule)
     if args.exit_signal_handler:
         shield_helpers(args.exit_signal)
     step = TrainingStep(method, args.padded_vocab_size, train, valid)

@@ -233,6 +233,10 @@ class TorchDistCheckpoint:
             if model and isinstance(value, TensorStorageMetadata):
                 yield key
 
+    def has_object(self, key: str) -> bool:
+        """Whether there is an object of this key, in any number of shards."""
+        return any(name.startswith(f"{key}/") for name in self._metadata.state_dict_metadata)
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Global shape of a tensor; `[L, ...]` for tensors of layers."""
         return tuple(self._tensor(key).size)

@@ -157,7 +157,7 @@ class _MegatronLayers:
         args["vocab_size"] = _SMALL_VOCABULARY
         if args["window_attn_skip_freq"] is not None:
             args["window_attn_skip_freq"] = [args["window_attn_skip_freq"][layer]]
-        if "extras" in args:
+        if "local_layers" in args["extras"]:
             args["extras"] = args["extras"] | {
                 "local_layers": [args["extras"]["local_layers"][layer]]
             }
@@ -166,7 +166,7 @@ class _MegatronLayers:
     def _model(self, layer: int) -> tuple[Any, Any, WeightMapping]:
         """A model of one layer, of this layer's kind; its final norm apart; its mapping."""
         args = self._one_layer(layer)
-        kind = str((args["window_attn_skip_freq"], args.get("extras")))
+        kind = str((args["window_attn_skip_freq"], args["extras"]))
         if kind not in self.models:
             tensor_parallel, bf16 = self.layout
             parsed = forward_only_arguments(args, tensor_parallel=tensor_parallel, bf16=bf16)
@@ -193,7 +193,7 @@ class _MegatronLayers:
         return model, norm
 
     def embed(self, ids: list[np.ndarray]) -> list[Tensor]:
-        scale = self.args.get("extras", {}).get("embedding_scale", 1.0)
+        scale = self.args["extras"].get("embedding_scale", 1.0)
         table = read_entry(self.checkpoint, self.mapping.entry(_EMBEDDING))
         return _rows(table, ids, scale, self.dtype)
 
@@ -205,7 +205,8 @@ class _MegatronLayers:
         length, device = len(hidden), torch.cuda.current_device()
         borders = torch.tensor([0, length], dtype=torch.int32, device=device)
         positions = torch.arange(length, device=device)
-        row = {"cu_seqlens": borders, "max_seqlen": length, "position_ids": positions}
+        row = {"cu_seqlens": borders, "max_seqlen": length, "segment_lengths": [length]}
+        row["position_ids"] = positions
         output: Tensor = model(
             None,
             None,

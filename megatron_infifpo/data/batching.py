@@ -6,15 +6,19 @@ arguments, so a run resumes exactly.
 
 import functools
 import heapq
+import itertools
 import warnings
-from typing import Self
+from collections.abc import Iterator
+from typing import Any, Self
 
 import numpy as np
+import torch
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data import Row
-from megatron_infifpo.data.packing import collate
+from megatron_infifpo.data.packing import collate, pin
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
+from megatron_infifpo.data.prefetch import prefetch
 
 Rows = list[list[int]]
 
@@ -140,14 +144,14 @@ def plan_evaluation(lengths: np.ndarray, *, step: int, steps: int, rows: int) ->
 
 
 class PreferenceLoader:
-    """Endless iterator over the rows of one data-parallel rank; the step is its only state.
+    """Endless iterator over the rows of one data-parallel rank, prepared in a thread.
 
     Attributes:
         dataset: the pairs.
         indices: the eligible records, `[N]`.
         lengths: tokens of their packed pairs, `[N]`.
         rows: rows of a step over all ranks.
-        step: the next step to plan.
+        step: the first step.
     """
 
     def __init__(
@@ -161,6 +165,7 @@ class PreferenceLoader:
         max_tokens: int,
         pad_multiple: int = 1,
         share_prompt: bool = False,
+        pin_memory: bool = False,
         seed: int = 0,
         start_step: int = 0,
     ) -> None:
@@ -175,6 +180,7 @@ class PreferenceLoader:
             max_tokens: longest response with its prompt; longer pairs are left out.
             pad_multiple: rows are padded to a multiple of this.
             share_prompt: a row holds a pair's prompt once.
+            pin_memory: rows are about to be copied to a GPU.
             seed: of the order of the pairs.
             start_step: first step, from 0; any rank at any layout continues there exactly.
 
@@ -182,15 +188,16 @@ class PreferenceLoader:
             UserError: no pair is eligible, or a step has more rows than pairs.
         """
         self.dataset = dataset
-        self.packing = {"pad_multiple": pad_multiple, "share_prompt": share_prompt}
+        self.packing: dict[str, Any] = {"pad_multiple": pad_multiple, "share_prompt": share_prompt}
+        self.pin_memory = pin_memory
         self.rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
         self.global_batch_size, self.seed, self.step = global_batch_size, seed, start_step
         self.rows = data_parallel_size * num_microbatches
         self.indices = dataset.require_eligible(max_tokens)
         self.lengths = dataset.pair_lengths(share_prompt=share_prompt)[self.indices]
-        self._pending: Rows = []
-        self._waste: dict[str, float] = {}
         self._check()
+        # A step takes all of its rows at once: the next step's are ready by then.
+        self._rows = prefetch(self._collated(), ahead=num_microbatches)
 
     def _check(self) -> None:
         if self.global_batch_size < self.rows:
@@ -219,14 +226,23 @@ class PreferenceLoader:
         return self
 
     def __next__(self) -> Row:
-        """Return the next micro-batch, collated."""
-        if not self._pending:
-            self._pending, self._waste = self._share(self._plan(self.step))
-            self.step += 1
-        positions = self._pending.pop(0)
-        pairs = [self.dataset[int(self.indices[position])] for position in positions]
-        row = collate(pairs, **self.packing)  # type: ignore[arg-type]
-        return row | {"waste": self._waste}
+        """Return the next micro-batch, collated.
+
+        Beside what `collate` makes: `ends_step`, whether it is the rank's last one of its step;
+        and waste/NAME, float32 `[2]`, shares of the step that are wasted as `[share, 1]`.
+        """
+        return next(self._rows)
+
+    def _collated(self) -> Iterator[Row]:
+        """Rows for ever, step after step."""
+        for step in itertools.count(self.step):
+            rows, waste = self._share(self._plan(step))
+            for number, positions in enumerate(rows, 1):
+                pairs = [self.dataset[int(self.indices[position])] for position in positions]
+                row = collate(pairs, **self.packing)
+                row |= {f"waste/{name}": torch.tensor([x, 1.0]) for name, x in waste.items()}
+                row["ends_step"] = number == len(rows)
+                yield pin(row) if self.pin_memory else row
 
     def _share(self, plan: Rows) -> tuple[Rows, dict[str, float]]:
         """Return this rank's rows of a step, and the shares of the step that are wasted.

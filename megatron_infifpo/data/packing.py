@@ -27,21 +27,23 @@ def collate(
 
     Args:
         pairs: B of them, all with R responses and the same sources.
-        pad_multiple: T is padded to a multiple of this (the tensor-parallel size under sequence
-            parallelism). The tail is an attention segment of its own and is never scored.
+        pad_multiple: T is padded to a multiple of this (`layer_kind.row_multiple`). The tail is an
+            attention segment of its own and is never scored.
         pad_token: token of the tail.
         share_prompt: hold a pair's prompt once, `[prompt chosen | rejected]`: the segments of the
             other responses have the prompt's keys and values beside their own.
 
     Returns:
         tokens int64 `[1, T]`; position_ids int64 `[1, T]`, in the text that a token is of;
-        cu_seqlens int32 `[S + 1]` (one more with a tail); max_seqlen int; scored_rows int64 `[K]`,
+        cu_seqlens int32 `[S + 1]` (one more with a tail), the same as a list segment_lengths `[S]`,
+        max_seqlen int; scored_rows int64 `[K]`,
         positions whose hidden state predicts a response token; target_ids int64 `[K]`, those
         tokens; segment_ids int64 `[K]`, b * R + r; token_counts int64 `[B, R]`; indices and
         domain_codes int64 `[B]`; with log-probs initial_sum_logps float32 `[B, R]`,
         source_sum_logps float32 `[B, R, M]`, source_token_counts int64 `[B, R, M]`, source_mask
         bool `[B, M]`; and with shared prompts the segments of the keys, cu_seqlens_kv int32
-        `[S + 1]`, max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in the row.
+        `[S + 1]`, key_lengths, max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in
+        the row.
     """
     counts = np.array([[len(ids) for ids in pair.response_ids] for pair in pairs], dtype=np.int64)
     segments = _Segments()
@@ -55,6 +57,7 @@ def collate(
         "position_ids": _ranges(segments.positions)[None],
         "cu_seqlens": _borders(segments.queries),
         "max_seqlen": max(segments.queries),
+        "segment_lengths": segments.queries,
         "scored_rows": _ranges(segments.scored),
         "target_ids": torch.from_numpy(targets.astype(np.int64)),
         "segment_ids": torch.from_numpy(np.repeat(np.arange(counts.size), counts.flatten())),
@@ -64,6 +67,7 @@ def collate(
     }
     if share_prompt:
         row["cu_seqlens_kv"], row["max_seqlen_kv"] = _borders(segments.keys), max(segments.keys)
+        row["key_lengths"] = segments.keys
         row["key_rows"] = _ranges(segments.key_rows)
     if pairs[0].initial_sum_logps is not None:
         for name in (
@@ -74,6 +78,11 @@ def collate(
         ):
             row[name] = torch.from_numpy(np.stack([getattr(pair, name) for pair in pairs]))
     return row
+
+
+def pin(row: Row) -> Row:
+    """Put a row into memory from which copying it to a GPU waits for nothing."""
+    return {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in row.items()}
 
 
 @dataclass

@@ -15,9 +15,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor
 
+from megatron_infifpo.models.layer_kind import FamilyLayers
+
 
 def configure(config: GPTModelConfig, extras: Mapping[str, Any]) -> None:
-    """Set what has no argument, and let built models be completed before they are wrapped."""
+    """Set what has no argument."""
     transformer = config.transformer
     transformer.gated_linear_unit = True
     transformer.activation_func = fast_gelu  # tanh-GELU; Megatron's gelu is the exact one
@@ -26,15 +28,8 @@ def configure(config: GPTModelConfig, extras: Mapping[str, Any]) -> None:
     # Read by LocalGlobalAttention, which Megatron builds with nothing but the configuration.
     transformer.local_layers = tuple(extras["local_layers"])
 
-    def complete(models: list[GPTModel]) -> list[GPTModel]:
-        for model in models:
-            _complete(model, extras)
-        return models
 
-    config.pre_wrap_hooks.append(complete)
-
-
-def _complete(model: GPTModel, extras: Mapping[str, Any]) -> None:
+def complete(model: GPTModel, extras: Mapping[str, Any]) -> None:
     """Scale embeddings, and rotate local and global layers by their own angles."""
     if model.pre_process:
 
@@ -108,3 +103,6 @@ def adapt_layer(layer: ModuleSpec, norm: Any) -> ModuleSpec:
     mlp = layer.submodules.mlp.keywords["submodules"]
     mlp.linear_fc2 = with_post_norm(mlp.linear_fc2, norm)
     return layer
+
+
+LAYERS = FamilyLayers(adapt_layer, configure, complete)

@@ -6,35 +6,28 @@ Training hands `model_config(args)` to Megatron's `pretrain`; the scorer and the
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.models import gemma
-from megatron_infifpo.models.layers import RMSNorm, block_of, local_layer_spec
+from megatron_infifpo.models.families import FAMILIES
+from megatron_infifpo.models.layer_kind import KINDS, LayerKind, choose_kind
 from megatron_infifpo.models.packed import RowRope
 
 
-def fixed_arguments(*, half: bool) -> dict[str, Any]:
-    """Megatron arguments that packed preference rows and this machine leave no choice about.
-
-    Args:
-        half: the model computes in bfloat16 or float16. Transformer Engine has no attention over
-            packed rows in float32; the local layers have, and read the same checkpoints.
-    """
+def fixed_arguments(kind: LayerKind) -> dict[str, Any]:
+    """Megatron arguments that packed rows, the layers and the device leave no choice about."""
     fixed: dict[str, Any] = {
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -43,64 +36,43 @@ def fixed_arguments(*, half: bool) -> dict[str, Any]:
         # Only a mixture of experts has a dispatcher, but the default one forbids variable lengths.
         "moe_token_dispatcher_type": "alltoall",
     }
-    if not HAVE_TE or not half:
-        fixed |= {
-            "transformer_impl": "local",
-            "no_persist_layer_norm": True,
-            "apply_rope_fusion": False,
-        }
-    # The output layer is Megatron's own even in the TE spec, and this fusion of it is Apex's.
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        fixed["gradient_accumulation_fusion"] = False
+    fixed |= kind.arguments
     if cpu.is_enabled():
-        fixed |= cpu.argument_overrides() | {"transformer_impl": "local"}
+        fixed |= cpu.argument_overrides()
     return fixed
-
-
-def _layers(extras: Mapping[str, Any] | None, config: GPTModelConfig, vp_stage: int | None = None):
-    """Layers of a stage: Transformer Engine's or the local ones, as the family has them."""
-    transformer = config.transformer
-    if transformer.transformer_impl == "local":
-        layer, norm = local_layer_spec(transformer), RMSNorm
-    else:
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=transformer.qk_layernorm)
-        norm = TENorm
-    if extras:
-        layer = gemma.adapt_layer(layer, norm)
-    return block_of(layer, norm, transformer, vp_stage)
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:
     """Megatron's model configuration for packed rows, from validated Megatron arguments.
 
+    `args.layer_kind` is a key of `KINDS`, `args.family` one of `FAMILIES`.
+
     `args.padded_vocab_size` is the vocabulary of the checkpoint; Megatron pads it to a multiple of
     `--make-vocab-size-divisible-by` times TP, and our log-prob head ignores the padding.
     """
+    kind = KINDS[args.layer_kind]
     config = gpt_config_from_args(args)
     config.should_pad_vocab = True
     config.rope_scaling_factor = args.rope_scaling_factor
-    # Pipeline stages exchange shapes, so rows are not padded to a common length.
+    # Rows have lengths of their own.
     config.transformer.variable_seq_lengths = True
-    extras = getattr(args, "extras", None)
-    if extras:
-        gemma.configure(config, extras)
-    if args.transformer_impl == "local":
-        config.pre_wrap_hooks.append(_rotate_by_row)
-    if extras or args.transformer_impl == "local":
+    config.transformer.layer_kind = kind
+    family, extras = FAMILIES[args.family].layers(), args.extras
+    family.configure(config, extras)
 
-        def layers(config: GPTModelConfig, vp_stage: int | None = None):
-            return _layers(extras, config, vp_stage)
+    def block(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+        return kind.block(family, config.transformer, vp_stage)
 
-        config.transformer_layer_spec = layers
+    def complete(models: list[GPTModel]) -> list[GPTModel]:
+        for model in models:
+            family.complete(model, extras)
+            if kind.rotates_by_row:
+                model.rotary_pos_emb = RowRope(model.rotary_pos_emb)
+        return models
+
+    config.transformer_layer_spec = block
+    config.pre_wrap_hooks.append(complete)
     return config
-
-
-def _rotate_by_row(models: list[GPTModel]) -> list[GPTModel]:
-    for model in models:
-        model.rotary_pos_emb = RowRope(model.rotary_pos_emb)
-    return models
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -130,14 +102,17 @@ def forward_only_arguments(
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     args = parser.parse_args([])
     vars(args).update(model_args)
-    vars(args).update(fixed_arguments(half=bf16))
+    args.bf16 = bf16
+    kind = choose_kind(args)
+    args.layer_kind = kind.name
+    vars(args).update(fixed_arguments(kind))
+    args.gradient_accumulation_fusion = False  # there are no gradients
     args.rank = int(os.environ.get("RANK", "0"))
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     args.tensor_model_parallel_size = tensor_parallel
     args.pipeline_model_parallel_size = pipeline_parallel
     if virtual_pipeline is not None:
         args.num_virtual_stages_per_pipeline_rank = virtual_pipeline
-    args.bf16 = bf16
     args.micro_batch_size = 1
     args.seq_length = args.max_position_embeddings
     args._is_global_batch_size_explicitly_specified = False

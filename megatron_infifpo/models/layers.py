@@ -1,23 +1,15 @@
-"""Layer specs: Transformer Engine's where it is installed, else Megatron's local one made packable.
+"""Modules of layers that packed preference rows need beyond Megatron's own.
 
-Megatron's local spec lacks two things that packed preference rows need: an RMSNorm that is legal
-under sequence parallelism, and a core attention that takes packed rows. Both are here. Checkpoint
-keys equal those of the TE spec, so checkpoints move between the two.
+A core attention that takes packed rows with shared prompts, on every kind of layers; and for
+Megatron's local ones an RMSNorm that is legal under sequence parallelism. Checkpoint keys equal
+those of Transformer Engine's layers, so checkpoints move between the two.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
@@ -46,14 +38,35 @@ class RMSNorm(torch.nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, scale, self.eps).type_as(x)
 
 
+class OutputRMSNorm(RMSNorm):
+    """The same for what no linear layer follows at once: heads, outputs of sublayers, the end.
+
+    Transformer Engine's norm has an (empty) extra state in checkpoints there, and expects one.
+    Before a linear layer its norm is a part of that layer, whose extra state the checkpoint has.
+    """
+
+    def get_extra_state(self) -> None:
+        """Return nothing, which is saved."""
+
+    def set_extra_state(self, state: None) -> None:
+        """Take nothing."""
+
+
+def _flash_takes(query: Tensor) -> bool:
+    """Whether PyTorch's variable-length flash kernel runs on heads `[T, heads, head_dim]`."""
+    half, size = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    return query.device.type != "cpu" and half and size % 8 == 0 and size <= 256
+
+
 class PackedAttention(MegatronModule):
     """Causal attention inside each segment of a packed row, without a mask over the whole row.
 
     Layers with a sliding window see the last `window + 1` tokens of their segment. The keys of a
     segment may begin with a prompt that lies elsewhere in the row.
 
-    On CUDA one variable-length flash kernel serves all segments; on the CPU, and in float32, which
-    that kernel does not take, each segment is one call of PyTorch's scaled-dot-product attention.
+    On CUDA one variable-length flash kernel serves all segments. On the CPU, and for what that
+    kernel does not take (float32, odd or large heads), each segment is one call of PyTorch's
+    scaled-dot-product attention.
     """
 
     def __init__(
@@ -109,9 +122,7 @@ class PackedAttention(MegatronModule):
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if row.key_rows is not None:
             key, value = key.index_select(0, row.key_rows), value.index_select(0, row.key_rows)
-        kernel = (
-            self._varlen if query.is_cuda and query.dtype != torch.float32 else self._by_segment
-        )
+        kernel = self._varlen if _flash_takes(query) else self._by_segment
         return kernel(query, key, value, row).flatten(1).unsqueeze(1)
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, row: RowParams) -> Tensor:
@@ -133,14 +144,21 @@ class PackedAttention(MegatronModule):
 
     def _by_segment(self, query: Tensor, key: Tensor, value: Tensor, row: RowParams) -> Tensor:
         """One call of PyTorch's attention a segment, `[T, heads, head_dim]`."""
-        parts = [query.split(row.cu_seqlens_q.diff().tolist())]
-        parts += [x.split(row.cu_seqlens_kv.diff().tolist()) for x in (key, value)]
+        gqa = query.shape[1] != key.shape[1]
+        if gqa and query.device.type != "cpu":
+            # PyTorch's memory-efficient kernel takes no grouped heads, and its plain one would hold
+            # the scores of a whole segment.
+            copies = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
+            gqa = False
+        parts = [query.split(row.query_lengths)]
+        parts += [x.split(row.key_lengths) for x in (key, value)]
         outputs = []
         for segment in zip(*parts, strict=True):
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in segment)  # [1, heads, L, head_dim]
             mask = self._mask(q.shape[2], k.shape[2], q.device)
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=gqa
             )
             outputs.append(out.squeeze(0).transpose(0, 1))
         return torch.cat(outputs)
@@ -153,25 +171,3 @@ class PackedAttention(MegatronModule):
         before = keys - queries  # tokens of the shared prompt
         mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before)
         return mask if inside else mask.triu(before - self.window)
-
-
-def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """A layer of Megatron's local modules, our norm and our attention."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(
-        normalization=config.normalization, qk_layernorm=config.qk_layernorm
-    )
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return layer
-
-
-def block_of(
-    layer: ModuleSpec, norm: Any, config: TransformerConfig, vp_stage: int | None
-) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage, and the norm after the last."""
-    count = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)

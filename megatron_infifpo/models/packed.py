@@ -7,24 +7,27 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_infifpo.data import Row
 from megatron_infifpo.logprobs import response_logprobs
+from megatron_infifpo.models.schedule import get_schedule
 
 
 @dataclass
 class RowParams(PackedSeqParams):
-    """What the local layers know of a row beside its segments.
+    """What our attention and rotary embedding know of a row beside its segments' borders.
 
     Attributes:
+        query_lengths, key_lengths: tokens of every segment; lists, so that nobody asks a GPU.
         positions: int64 `[T]`, every token's position in its text.
         key_rows: int64 `[T_kv]`, where the keys and values of the segments lie in the row, one
             segment after the other; None where they lie as the queries do.
     """
 
+    query_lengths: Sequence[int] = ()
+    key_lengths: Sequence[int] = ()
     positions: Tensor | None = None
     key_rows: Tensor | None = None
 
@@ -43,7 +46,7 @@ class RowRope(torch.nn.Module):
 
     def get_rotary_seq_len(self, *arguments: Any) -> RowParams:
         """Hand `forward` the row in place of a length."""
-        assert isinstance(arguments[-1], RowParams), "local layers need the positions of a row"
+        assert isinstance(arguments[-1], RowParams), "our layers need the positions of a row"
         return arguments[-1]
 
     def forward(self, row: RowParams, **options: Any) -> Tensor:
@@ -54,36 +57,48 @@ class RowRope(torch.nn.Module):
 
 
 def to_device(row: Row) -> Row:
-    """Move a collated row to this rank's device."""
+    """Move a collated row to this rank's device; nobody waits for it where the row is pinned."""
     device = torch.cuda.current_device()
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in row.items()}
 
 
-def packed_params(model: torch.nn.Module, row: Row) -> PackedSeqParams:
-    """Describe a row to the model's layers.
+def row_params(row: Row) -> RowParams:
+    """Describe a row to layers with our attention.
 
     Args:
-        model: a GPTModel chunk, wrapped or not.
-        row: cu_seqlens, max_seqlen and position_ids, and with shared prompts cu_seqlens_kv,
-            max_seqlen_kv and key_rows, as `packing.collate` makes them.
+        row: cu_seqlens, max_seqlen, segment_lengths and position_ids, and with shared prompts
+            cu_seqlens_kv, max_seqlen_kv, key_lengths and key_rows, as `packing.collate` makes them.
     """
+    return RowParams(
+        qkv_format="sbhd",  # not "thd": Megatron would rotate by its own positions
+        query_lengths=row["segment_lengths"],
+        key_lengths=row["key_lengths" if "key_lengths" in row else "segment_lengths"],
+        positions=row["position_ids"].flatten(),
+        key_rows=row.get("key_rows"),
+        **_borders(row),
+    )
+
+
+def te_params(row: Row) -> PackedSeqParams:
+    """Describe a row to Transformer Engine's attention, which takes no shared prompts."""
+    assert "key_rows" not in row, "Transformer Engine's attention takes no shared prompts"
+    return PackedSeqParams(qkv_format="thd", **_borders(row))
+
+
+def _borders(row: Row) -> dict[str, Any]:
     borders, longest = row["cu_seqlens"], row["max_seqlen"]
-    segments = {
+    return {
         "cu_seqlens_q": borders,
         "cu_seqlens_kv": row.get("cu_seqlens_kv", borders),
         "max_seqlen_q": longest,
         "max_seqlen_kv": row.get("max_seqlen_kv", longest),
     }
-    if get_model_config(model).transformer_impl != "local":
-        assert "key_rows" not in row, "Transformer Engine's attention takes no shared prompts"
-        return PackedSeqParams(qkv_format="thd", **segments)
-    # Not "thd": Megatron would rotate by its own positions.
-    return RowParams(
-        qkv_format="sbhd",
-        positions=row["position_ids"].flatten(),
-        key_rows=row.get("key_rows"),
-        **segments,
-    )
+
+
+def packed_params(model: torch.nn.Module, row: Row) -> PackedSeqParams:
+    """Describe a row to the layers of a GPTModel chunk, wrapped or not."""
+    params: PackedSeqParams = get_model_config(model).layer_kind.params(row)
+    return params
 
 
 def run_packed(model: torch.nn.Module, row: Row, vocab_size: int) -> Tensor:
@@ -136,19 +151,19 @@ def score_rows(
 
     iterators = [iter(rows) for _ in models]
     with torch.no_grad():
-        results: list[Tensor] = get_forward_backward_func()(
+        results: list[Tensor] = get_schedule()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(models) > 1 else iterators[0],
             model=list(models),
             num_microbatches=len(rows),
-            seq_length=1,  # rows have lengths of their own, which the stages exchange
+            seq_length=1,  # rows have lengths of their own
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
         )
-    return results
+    return [logprobs.cpu() for logprobs in results]  # here, so that rows do not wait for each other
 
 
 def _collect(logprobs: Tensor, non_loss_data: bool = True) -> Tensor:
     """Hand a row's log-probs through Megatron's schedule as they are."""
-    return logprobs.cpu()
+    return logprobs

@@ -14,6 +14,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 
 from megatron_infifpo.checkpoint.hf_weights import load_into_model  # noqa: E402
 from megatron_infifpo.checkpoint.layout import find_checkpoint  # noqa: E402
+from megatron_infifpo.checkpoint.older import accept_older  # noqa: E402
 from megatron_infifpo.checkpoint.torch_dist import TorchDistCheckpoint  # noqa: E402
 from megatron_infifpo.data import Row  # noqa: E402
 from megatron_infifpo.models.architecture import read_hf_config  # noqa: E402
@@ -23,6 +24,7 @@ from megatron_infifpo.models.families import (  # noqa: E402
     megatron_args,
 )
 from megatron_infifpo.models.gpt import build_model, forward_only_arguments  # noqa: E402
+from megatron_infifpo.models.layer_kind import KINDS, row_multiple  # noqa: E402
 from megatron_infifpo.models.packed import score_rows  # noqa: E402
 from megatron_infifpo.models.parallel import initialize_parallel  # noqa: E402
 
@@ -30,7 +32,8 @@ from megatron_infifpo.models.parallel import initialize_parallel  # noqa: E402
 def load_megatron_checkpoint(models: list[GPTModel], directory: str | Path) -> None:
     """Fill built model chunks from a torch_dist checkpoint, whatever layout saved it."""
     path = str(find_checkpoint(directory))
-    TorchDistCheckpoint(Path(path))  # refused before PyTorch unpickles it
+    checkpoint = TorchDistCheckpoint(Path(path))  # refused before PyTorch unpickles it
+    accept_older(checkpoint, models)
     for model in models:
         # Nested, since the checkpoint's common state arrives beside the weights.
         state = dist_checkpointing.load({"model": model.sharded_state_dict()}, path)
@@ -76,8 +79,8 @@ class MegatronBackend:
         else:
             load_megatron_checkpoint(self.models, directory)
         self.vocab_size: int = args.padded_vocab_size
-        self.pad_multiple = tensor_parallel
-        self.shares_prompts = args.transformer_impl == "local"
+        self.pad_multiple = row_multiple(args)
+        self.shares_prompts = KINDS[args.layer_kind].shares_prompts
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
         self.is_writer = (

@@ -3,8 +3,7 @@
 Everything here is planned from the shard alone, never from the ranks that score it.
 """
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -182,12 +181,3 @@ def plan_rows(lengths: np.ndarray, token_budget: int) -> list[list[int]]:
         rows[-1].append(index)
         used += length
     return rows
-
-
-def prefetch[T](items: Iterator[T]) -> Iterator[T]:
-    """Yield the items, computing the next one in a thread while the caller is busy with this."""
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, items, None)
-        while (item := following.result()) is not None:
-            following = pool.submit(next, items, None)
-            yield item

@@ -16,6 +16,7 @@ from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.flags import open_tokenizer, report_skipped
 from megatron_infifpo.data.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_infifpo.data.logprob_store import LogprobStore
+from megatron_infifpo.data.prefetch import prefetch
 from megatron_infifpo.data.records import (
     RESPONSES,
     canonical_bytes,
@@ -25,7 +26,7 @@ from megatron_infifpo.data.tokenization import ChatTokenizer
 from megatron_infifpo.models.architecture import read_hf_config
 from megatron_infifpo.scoring.merge import merge
 from megatron_infifpo.scoring.ranks import Progress, on_first_rank, rank
-from megatron_infifpo.scoring.rows import Limits, ShardRows, prefetch, prepare_shard
+from megatron_infifpo.scoring.rows import Limits, ShardRows, prepare_shard
 from megatron_infifpo.scoring.shards import ShardFolder, different, read_shards
 
 

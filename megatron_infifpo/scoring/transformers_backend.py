@@ -1,5 +1,6 @@
 """Score with Hugging Face transformers: any causal LM."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data import Row
-from megatron_infifpo.logprobs import CHUNK_BYTES
+from megatron_infifpo.logprobs import chunk_bytes_on
 from megatron_infifpo.models.parallel import WAIT
 
 LOGITS_BYTES = 2**30
@@ -105,7 +106,8 @@ class TransformersBackend:
 
     @torch.no_grad()
     def _score_row(self, row: Row) -> Tensor:
-        borders, scored = row["cu_seqlens"].tolist(), row["scored_rows"]
+        scored = row["scored_rows"]
+        borders = [0, *itertools.accumulate(row["segment_lengths"])]
         segments = []
         for start, end in zip(borders[:-1], borders[1:], strict=True):
             places = ((scored >= start) & (scored < end)).nonzero().squeeze(1)
@@ -167,7 +169,7 @@ class Segment(NamedTuple):
 
 def gather_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """Float32 log-softmax of `[k, V]` at the targets `[k]`, with float32 copies of few rows."""
-    rows = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
+    rows = max(1, chunk_bytes_on(logits.device) // (4 * logits.shape[1]))
     parts = []
     for part, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
         precise = part.float()

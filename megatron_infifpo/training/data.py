@@ -1,12 +1,14 @@
 """Data of a training run: open it, derive the schedule from it, hand loaders to Megatron."""
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args
 
+from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.batching import (
     EvaluationLoader,
@@ -17,6 +19,7 @@ from megatron_infifpo.data.batching import (
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.data.sources import read_sources
 from megatron_infifpo.methods import Method, flag
+from megatron_infifpo.models.layer_kind import row_multiple
 from megatron_infifpo.training.reference_check import check_initial_logprobs
 
 
@@ -165,9 +168,14 @@ class DatasetsProvider:
 
     is_distributed = True
 
-    def __init__(self, train: PreferenceDataset, valid: PreferenceDataset | None):
-        """Take the training pairs and the held-out ones, if there are any."""
-        self.train, self.valid = train, valid
+    def __init__(
+        self,
+        train: PreferenceDataset,
+        valid: PreferenceDataset | None,
+        check_weights: Callable[[], None],
+    ):
+        """Take the training pairs, the held-out ones, and `begin_weights_check`'s end."""
+        self.train, self.valid, self.check_weights = train, valid, check_weights
         self.unchecked: list[torch.nn.Module] = []
 
     def keep_models(self, models: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -181,6 +189,7 @@ class DatasetsProvider:
         """Return this data-parallel rank's loaders."""
         args = get_args()
         if self.unchecked:
+            self.check_weights()
             check_initial_logprobs(args, self.unchecked, self.train)
             self.unchecked = []
         layout = {
@@ -189,8 +198,9 @@ class DatasetsProvider:
             "data_parallel_size": mpu.get_data_parallel_world_size(),
             "num_microbatches": get_num_microbatches(),
             "max_tokens": args.seq_length,
-            "pad_multiple": mpu.get_tensor_model_parallel_world_size(),
+            "pad_multiple": row_multiple(args),
             "share_prompt": args.share_prompt,
+            "pin_memory": not cpu.is_enabled(),
         }
         step, rest = divmod(args.consumed_train_samples, args.global_batch_size)
         if rest:

@@ -89,11 +89,7 @@ def sft_metrics(
 
 def waste_metrics(row: Row) -> dict[str, Tensor]:
     """Shares of the step that are spent on padding and on waiting for the busiest rank."""
-    device = row["tokens"].device
-    return {
-        f"waste/{name}": torch.tensor([share, 1.0], device=device)
-        for name, share in row["waste"].items()
-    }
+    return {name: values for name, values in row.items() if name.startswith("waste/")}
 
 
 def _total(values: Tensor, counts: Tensor) -> Tensor:

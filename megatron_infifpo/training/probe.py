@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_infifpo.data.packing import collate
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
+from megatron_infifpo.models.layer_kind import row_multiple
 from megatron_infifpo.models.packed import score_rows
 
 PROBES = 64
@@ -86,7 +87,7 @@ def compare(
     mine = records[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()].tolist()
     size = args.micro_batch_size
     groups = [mine[i : i + size] for i in range(0, len(mine), size)]
-    layout = {"pad_multiple": args.tensor_model_parallel_size, "share_prompt": args.share_prompt}
+    layout = {"pad_multiple": row_multiple(args), "share_prompt": args.share_prompt}
     rows = [collate([dataset[i] for i in group], **layout) for group in groups]
     # Interleaved stages take rows by the pipeline's size.
     repeated = -len(rows) % args.pipeline_model_parallel_size if rows and len(models) > 1 else 0

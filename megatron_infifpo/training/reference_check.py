@@ -2,7 +2,8 @@
 
 import argparse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,40 +24,47 @@ SHOWN = 3  # worst responses of a failed check
 AROUND = 4  # tokens shown at each end of a response
 
 
-def check_initial_weights(
+def begin_weights_check(
     args: argparse.Namespace, pivot: Path, dataset: PreferenceDataset
-) -> None:
+) -> Callable[[], None]:
     """Compare the weights that a fresh run starts from with those that scored as initial pivot.
 
-    Reads the checkpoint once, on rank 0. A resumed run has moved away from them and is not checked.
+    Rank 0 reads the checkpoint once, in a thread: the other ranks wait for it to join them. A
+    resumed run has moved away from those weights and is not checked.
 
     Args:
         args: validated arguments.
         pivot: the checkpoint that the run loads.
         dataset: the training pairs with their log-probs.
 
-    Raises:
-        UserError: other weights, unless `--reference-check` is warn or off.
+    Returns:
+        What waits for the result, and raises UserError if the weights are others, unless
+        `--reference-check` is warn or off.
     """
     initial = dataset.initial
     if args.reference_check == "off" or args.rank != 0 or initial is None:
-        return
+        return lambda: None
     given = args.pretrained_checkpoint
     starts_here = given is not None and pivot == Path(given)
     converted = (pivot / TRACKER).read_text(encoding="utf-8").strip() == "release"
-    if not (starts_here or converted or args.finetune):
-        return
     expected = initial.manifest["weights_sha256"]
-    if expected is None:
-        return  # imported: the pivot itself must tell, on the probe records
-    found = weights_fingerprint(pivot)
-    if found != expected:
-        _complain(
-            args,
-            f"the log-probs in {initial.prefix} are of other weights ({expected[:12]}) than "
-            f"{pivot} ({found[:12]}), so they are not the initial pivot's: score the pairs with "
-            f"--model {pivot}, or pass --reference-check off if you want another reference",
-        )
+    # Of imported log-probs it is not known: the pivot itself must tell, on the probe records.
+    if not (starts_here or converted or args.finetune) or expected is None:
+        return lambda: None
+    reading = ThreadPoolExecutor(1).submit(weights_fingerprint, pivot)
+
+    def check() -> None:
+        found = reading.result()
+        if found != expected:
+            _complain(
+                args,
+                f"the log-probs in {initial.prefix} are of other weights ({expected[:12]}) than "
+                f"{pivot} ({found[:12]}), so they are not the initial pivot's: score the pairs "
+                f"with --model {pivot}, or pass --reference-check off if you want another "
+                "reference",
+            )
+
+    return check
 
 
 def check_initial_logprobs(

@@ -46,6 +46,7 @@ class TrainingStep:
         self.vocab_size = vocab_size
         self.train, self.valid = train, valid
         self.recent: tuple[int, list[Tensor]] = (-1, [])
+        self.unchecked: list[tuple[Tensor, Tensor]] = []
         self.source_names = train.source_names + (("initial",) if method.initial_as_source else ())
         self.domains = train.domains
         self.loss = self.sft_loss if method.objective == "sft" else self.preference_loss
@@ -56,7 +57,8 @@ class TrainingStep:
         """Return the stage's output and the function that turns the last stage's into the loss."""
         row = next(data_iterator)
         self.remember(row)
-        row = to_device(row)
+        # Records are named in messages only, and not on the device.
+        row = to_device(row) | {"indices": row["indices"]}
         return run_packed(model, row, self.vocab_size), partial(self.loss, row)
 
     def remember(self, row: Row) -> None:
@@ -93,11 +95,14 @@ class TrainingStep:
         metrics |= waste_metrics(row)
         if self.method.alpha is not None:
             alpha = self.method.loss_options(done)["alpha"]
-            metrics["alpha"] = losses.new_tensor([alpha * len(losses), len(losses)])
+            metrics["alpha"] = losses.new_full((2,), float(len(losses)))
+            metrics["alpha"][0] *= alpha
         return losses.sum(), _count(len(losses), losses), metrics
 
     def check(self, row: Row, sums: Tensor) -> None:
         """Refuse log-probs that no optimizer should see: sums `[B, R]`.
+
+        Looked at once a step, in its last row, since each look waits for the GPU.
 
         Raises:
             UserError: NaN or infinite; names the records.
@@ -105,9 +110,15 @@ class TrainingStep:
         if not get_args().check_for_nan_in_loss_and_grad:
             return
         bad = ~torch.isfinite(sums.detach()).all(dim=1)
-        if bad.any():
+        self.unchecked.append((row["indices"], bad))
+        if not row["ends_step"]:
+            return
+        indices, flags = (torch.cat(parts) for parts in zip(*self.unchecked, strict=True))
+        self.unchecked = []
+        found = indices[flags.cpu()].tolist()
+        if found:
             data = self.train if torch.is_grad_enabled() or self.valid is None else self.valid
-            ids = [data.tokens.ids(i) for i in row["indices"][bad].tolist()]
+            ids = [data.tokens.ids(i) for i in found]
             raise UserError(
                 f"the pivot's log-probs of the records {', '.join(map(repr, ids))} in "
                 f"{data.tokens.prefix} are NaN or infinite at step {get_args().curr_iteration}: "
@@ -126,4 +137,4 @@ class TrainingStep:
 
 
 def _count(number: int, like: Tensor) -> Tensor:
-    return torch.tensor(number, dtype=torch.int, device=like.device)
+    return like.new_full((), number, dtype=torch.int)

@@ -348,7 +348,9 @@ def test_no_rank_gets_all_the_longest_rows(dataset):
             rows = [[next(one) for _ in range(micro)] for one in loaders]
             loads = [sum(row["tokens"].numel() for row in share) for share in rows]
             used = sum(int(dataset.pair_lengths()[r["indices"]].sum()) for s in rows for r in s)
-            waste = rows[0][0]["waste"]
-            assert waste["imbalance"] == pytest.approx(1 - sum(loads) / (ranks * max(loads)))
-            assert waste["padding"] == pytest.approx(1 - used / sum(loads))
-            assert all(row["waste"] == waste for share in rows for row in share)
+            imbalance = 1 - sum(loads) / (ranks * max(loads))
+            waste = {"imbalance": imbalance, "padding": 1 - used / sum(loads)}
+            for row in (row for share in rows for row in share):
+                found = {name: row[f"waste/{name}"].tolist() for name in waste}
+                assert found == {name: pytest.approx([x, 1.0]) for name, x in waste.items()}
+            assert [row["ends_step"] for row in rows[0]] == [False] * (micro - 1) + [True]

@@ -24,6 +24,7 @@ def make_row(ids: list[list[int]]) -> dict[str, torch.Tensor]:
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
         "cu_seqlens": torch.cat([torch.zeros(1), ends]).int(),
         "max_seqlen": int(lengths.max()),
+        "segment_lengths": lengths.tolist(),
         "scored_rows": scored,
         "target_ids": tokens[scored + 1],
     }

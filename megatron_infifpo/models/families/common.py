@@ -15,6 +15,12 @@ LLAMA3_ROPE = {
 }
 
 
+def _gpt_layers() -> Any:
+    from megatron_infifpo.models.layer_kind import FamilyLayers
+
+    return FamilyLayers()
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture: its configuration and its tensors.
@@ -25,12 +31,15 @@ class Family:
         text_config: the part of `config.json` that describes the language model, complete.
         hf_name: from a name in the Hugging Face files to the one in `rows`; None for a tensor that
             is no part of the language model.
+        layers: where its layers differ from GPT layers, a `layer_kind.FamilyLayers`. Called when a
+            model is built: conversion and planning do not load Megatron's modules.
     """
 
     megatron_args: Callable[[Mapping[str, Any]], dict[str, Any]]
     rows: tuple[Row, ...]
     text_config: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     hf_name: Callable[[str], str | None] = str
+    layers: Callable[[], Any] = _gpt_layers
 
 
 def required(config: Mapping[str, Any], field: str) -> Any:
@@ -199,4 +208,7 @@ def dense_args(config: Mapping[str, Any], activations: Sequence[str] = ("silu", 
         "vocab_size": vocab,
         "make_vocab_size_divisible_by": 128,
         "tokenizer_type": "NullTokenizer",
+        "family": config["model_type"],
+        # What the family's layers read beyond Megatron's arguments.
+        "extras": {},
     }

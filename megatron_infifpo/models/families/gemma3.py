@@ -75,7 +75,6 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "rotary_percent": 1.0,
         "use_rope_scaling": False,
         "rope_scaling_factor": 8.0,
-        "apply_rope_fusion": False,
         "extras": {
             "softmax_scale": config["query_pre_attn_scalar"] ** -0.5,
             "embedding_scale": math.sqrt(config["hidden_size"]),
@@ -137,4 +136,11 @@ ROWS = (
     _norm("mlp.linear_fc2.post_layernorm.weight", "post_feedforward_layernorm"),
 )
 
-FAMILY = Family(megatron_args, ROWS, text_config, hf_name)
+
+def _layers() -> Any:
+    from megatron_infifpo.models.gemma import LAYERS
+
+    return LAYERS
+
+
+FAMILY = Family(megatron_args, ROWS, text_config, hf_name, _layers)
