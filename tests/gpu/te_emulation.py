@@ -1,8 +1,8 @@
 """Transformer Engine on a CPU: its real Python, of which only the compiled part is stood in for.
 
 The wheel `transformer-engine` holds Python alone. `load` imports it from a folder with a module in
-place of the compiled `transformer_engine_torch`: its matrix product, RMSNorm and rotary embedding
-are plain PyTorch, and everything else that is called raises. TE's own attention, which chooses
+place of the compiled `transformer_engine_torch`: its matrix product, RMSNorm, rotary embedding and
+Adam are plain PyTorch, and everything else that is called raises. TE's own attention, which chooses
 between several libraries, is replaced as a whole by what those document; every call is bound to its
 real signature. One tensor-parallel rank only.
 
@@ -19,10 +19,10 @@ from types import ModuleType
 from typing import Any
 
 import reference_kernels as kernels
+import te_optimizer_kernels
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
 
 CALLS: collections.Counter[str] = collections.Counter()
 """How often each emulated kernel ran."""
@@ -96,7 +96,7 @@ def generic_gemm(
         result = result.view(*b.shape[:-1], -1)
     bias_grad = rows.sum(dim=0) if grad and bias is not None else None
     if out is not None:
-        # Into Megatron's gradient buffer, in its own type.
+        CALLS["gemm into a buffer"] += 1  # Megatron's gradients, in their own type
         out.add_(result) if accumulate else out.copy_(result)
         return out, bias_grad, None, None
     assert not accumulate
@@ -192,7 +192,7 @@ def _replace_attention(te: ModuleType) -> None:
 def _replace_extension() -> None:
     extension = _Extension("transformer_engine_torch")
     extension.__path__ = []
-    for kernel in (generic_gemm, rmsnorm_fwd, rmsnorm_bwd):
+    for kernel in (generic_gemm, rmsnorm_fwd, rmsnorm_bwd, *te_optimizer_kernels.KERNELS):
         setattr(extension, kernel.__name__, kernel)
     extension.fused_rope_forward, extension.fused_rope_backward = _rope(1.0), _rope(-1.0)
     extension.get_cudnn_version = lambda: 92000

@@ -62,29 +62,32 @@ def row_of(seed: int, vocab_size: int, *, shared: bool) -> dict[str, Any]:
     return collate(pairs, pad_multiple=16, share_prompt=shared)
 
 
-def results(model: Model, row: dict[str, Any], vocab_size: int) -> tuple[Tensor, dict]:
-    """Log-probs of a row, and the gradients of their weighted sum by place in a checkpoint."""
+def by_place(model: Model) -> dict[tuple, Tensor]:
+    """A model's parameters, copied, by where a checkpoint has them: key and offsets."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    from megatron_infifpo.models.packed import run_packed
-
-    parameters = list(model.parameters())
-    logprobs = run_packed(model, row, vocab_size)
-    weights = torch.linspace(-1.0, 1.5, len(logprobs))
-    model.zero_grad()
-    (logprobs * weights).sum().backward()
     state = model.sharded_state_dict()
     apply_factories(state)
-    with torch.no_grad():  # the checkpoint's view of the parameters becomes one of the gradients
-        for parameter in parameters:
-            parameter.copy_(parameter.grad)
-    gradients = {
+    return {
         (value.key, value.global_offset): value.data.detach().clone()
         for value in nested_values(state)
         if isinstance(value, ShardedTensor)
     }
-    return logprobs.detach(), gradients
+
+
+def results(model: Model, row: dict[str, Any], vocab_size: int) -> tuple[Tensor, dict]:
+    """Log-probs of a row, and the gradients of their weighted sum by place in a checkpoint."""
+    from megatron_infifpo.models.packed import run_packed
+
+    logprobs = run_packed(model, row, vocab_size)
+    weights = torch.linspace(-1.0, 1.5, len(logprobs))
+    model.zero_grad()
+    (logprobs * weights).sum().backward()
+    with torch.no_grad():  # places are of parameters: let these be their gradients
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+    return logprobs.detach(), by_place(model)
 
 
 def family(folder: str, name: str) -> dict[str, Any]:
@@ -124,6 +127,52 @@ def family(folder: str, name: str) -> dict[str, Any]:
     }
 
 
+def reload(folder: str, name: str) -> dict[str, list]:
+    """Load checkpoints of every origin into every kind of layers.
+
+    Origins: imported, saved by a kind, and saved by local layers before their norms had an extra
+    state.
+
+    Returns:
+        By origin and kind, the places whose weights differ in any bit, or that were not loaded.
+    """
+    import workers
+    from megatron.core import dist_checkpointing
+
+    from megatron_infifpo.checkpoint.layout import find_checkpoint
+    from megatron_infifpo.checkpoint.older import accept_older
+    from megatron_infifpo.checkpoint.torch_dist import TorchDistCheckpoint
+
+    root = Path(folder)
+    hf = str(tiny.save_model(root / "hf", name, seed=6))
+    workers.run_tool("convert_checkpoint", ["import", "--hf", hf, "--save", f"{root}/imported"])
+    origins = {"imported": find_checkpoint(root / "imported")}
+    kinds = ("local", "te")
+    for origin in (*kinds, "old local"):
+        state = build(hf, origin.split()[-1]).sharded_state_dict()
+        if origin == "old local":
+            state = {k: v for k, v in state.items() if not k.endswith("norm._extra_state")}
+        origins[origin] = root / origin
+        origins[origin].mkdir()
+        dist_checkpointing.save({"model": state}, str(origins[origin]))
+    expected, different = by_place(build(hf, "local")), {}
+    for origin, checkpoint in origins.items():
+        for kind in kinds:
+            model = build(hf, kind)
+            for parameter in model.parameters():
+                parameter.data.fill_(torch.nan)
+            accept_older(TorchDistCheckpoint(checkpoint), [model])
+            state = {"model": model.sharded_state_dict()}
+            model.load_state_dict(dist_checkpointing.load(state, str(checkpoint))["model"])
+            got = by_place(model)
+            different[f"{origin} to {kind}"] = sorted(
+                str(place)
+                for place in expected.keys() | got.keys()
+                if not torch.equal(expected[place], got[place])
+            )
+    return different
+
+
 def _differ(one: tuple[Tensor, dict], other: tuple[Tensor, dict]) -> tuple[float, float]:
     assert one[1].keys() == other[1].keys()
     relative = [
@@ -131,3 +180,59 @@ def _differ(one: tuple[Tensor, dict], other: tuple[Tensor, dict]) -> tuple[float
         for place, value in one[1].items()
     ]
     return float((one[0] - other[0]).abs().max()), max(relative)
+
+
+def make_job(folder: str, name: str) -> None:
+    """A tiny pivot of a family, imported, and pairs with log-probs of nobody, to train on."""
+    import workers
+    from transformers import AutoTokenizer
+
+    from megatron_infifpo.bench import write_pairs
+    from megatron_infifpo.data.records import iter_records
+    from megatron_infifpo.data.tokenization import ChatTokenizer
+
+    job = Path(folder)
+    hf = tiny.save_model(job / "hf", name, seed=1)
+    workers.run_tool("convert_checkpoint", ["import", "--hf", str(hf), "--save", f"{job}/pivot"])
+    records = list(iter_records([str(tiny.write_records(job / "records.jsonl", 20))]))
+    tokenizer = ChatTokenizer(AutoTokenizer.from_pretrained(hf))
+    write_pairs(records, tokenizer, job, sources=2)
+
+
+def flags(folder: str, *more: str) -> list[str]:
+    """Command line of a training run of `make_job`'s pairs: eight a step, in four rows."""
+    return [
+        "--method", "infifpo", "--preference-data", f"{folder}/pairs",
+        "--preference-sources", f"{folder}/sources.yaml", "--reference-check", "off",
+        "--pretrained-checkpoint", f"{folder}/pivot", "--global-batch-size", "8",
+        "--micro-batch-size", "2", "--lr", "1e-3", "--lr-decay-style", "constant",
+        "--log-interval", "1", *more,
+    ]  # fmt: skip
+
+
+def train(argv: list[str], kind: str | None, old: bool = False) -> dict[str, Any]:
+    """Train as a GPU would, with this kind of layers; by default as the program chooses.
+
+    Args:
+        argv: the command line.
+        kind: of layers, or None.
+        old: save what local layers saved before their norms had an extra state.
+
+    Returns:
+        What `workers.train` does, and the calls of emulated kernels.
+    """
+    import te_emulation
+    import workers
+    from megatron.training import get_args
+
+    import megatron_infifpo.train as program
+    from megatron_infifpo.models.layer_kind import KINDS
+    from megatron_infifpo.models.layers import OutputRMSNorm
+
+    as_on_a_gpu()
+    if kind is not None:
+        program.choose_kind = lambda args: KINDS[kind]
+    if old:
+        del OutputRMSNorm.get_extra_state
+    record = workers.train(argv)
+    return record | {"calls": dict(te_emulation.CALLS), "kind": get_args().layer_kind}

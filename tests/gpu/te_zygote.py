@@ -3,6 +3,7 @@
 Usage: te_zygote.py FOLDER, where `fetch_te.sh` has put that version's Python.
 """
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ if __name__ == "__main__":
     import te_emulation
 
     te_emulation.load(Path(sys.argv[1]))
-    import megatron_infifpo.train  # noqa: F401  (readies Megatron for the CPU)
-    import te_workers  # noqa: F401  (and with it every model of transformers, before the forks)
-
+    importlib.import_module("megatron_infifpo.train")  # readies Megatron for the CPU
+    importlib.import_module("te_workers")  # and with it models of transformers, before the forks
     runpy.run_path(str(TESTS / "zygote.py"), run_name="__main__")

@@ -1,4 +1,4 @@
-"""Transformer Engine's layers compute what local layers compute, in every family.
+"""Transformer Engine's layers compute what local layers compute, and load what those have saved.
 
 Its Python is real, its kernels are emulated in float32: see te_emulation.py.
 """
@@ -9,6 +9,7 @@ import tiny
 # Nats a token, and of a tensor's largest gradient; float32 in another order of sums. Measured:
 # 7.2e-6 and 5.2e-6.
 LOGPROBS, GRADIENTS = 1.5e-5, 1e-5
+KINDS = ("local", "te")
 LAYERS = tiny.SHAPE["num_hidden_layers"]
 
 
@@ -31,3 +32,11 @@ def test_family(te_ranks, tmp_path, family):
         if run[0] != "local":  # queries and keys, both ways
             assert kernels["rope"] == 4 * LAYERS, run
             assert kernels.get("attention", 0) == (LAYERS if run[0] == "te-attention" else 0), run
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_loading(te_ranks, tmp_path, family):
+    """Norms of heads, norms after layers: each has an extra state that some kinds expect."""
+    (different,) = te_ranks(1, "te_workers:reload", str(tmp_path), family)
+    origins = ("imported", "local", "te", "old local")
+    assert different == {f"{origin} to {kind}": [] for origin in origins for kind in KINDS}

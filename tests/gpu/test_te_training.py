@@ -1,0 +1,124 @@
+"""Training on Transformer Engine's layers, optimizer and fused gradients; runs that change layers.
+
+Its Python is real, its kernels are emulated: see te_emulation.py.
+"""
+
+from pathlib import Path
+
+import pytest
+import te_workers
+from launcher import RankError
+
+KINDS = ("local", "te", "te-attention")
+LAYERS, STEPS, ROWS = 4, 4, 4  # rows a step
+HALF = ["--exit-interval", "2"]
+WHOLE_STATE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+
+
+@pytest.fixture(scope="module")
+def job(newest_te_ranks, tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("te-job"))
+    newest_te_ranks(1, "te_workers:make_job", folder, "qwen3")  # with norms of heads
+    return folder
+
+
+def run(ranks, job: str, kind: str | None, *more: str, old: bool = False) -> dict:
+    argv = te_workers.flags(job, "--train-iters", str(STEPS), *more)
+    (record,) = ranks(1, "te_workers:train", argv, kind, old)
+    return record
+
+
+def losses(record: dict) -> list[float]:
+    return [step["loss"] for step in record["steps"]]
+
+
+@pytest.fixture(scope="module")
+def straight(newest_te_ranks, job) -> dict[str, dict]:
+    """Four steps in float32 without a stop, by kind of layers."""
+    return {kind: run(newest_te_ranks, job, kind) for kind in KINDS}
+
+
+def test_kinds_train_alike(straight):
+    expected = straight["local"]
+    assert losses(expected)[-1] < losses(expected)[0]
+    for kind in ("te", "te-attention"):
+        assert losses(straight[kind]) == pytest.approx(losses(expected), abs=1e-4), kind
+        assert straight[kind]["norms"] == pytest.approx(expected["norms"], rel=1e-4), kind
+
+
+def test_gradients_are_added_in_the_product(straight):
+    """Without Apex: Transformer Engine needs none, and Megatron's output layer is not called."""
+    assert "gemm into a buffer" not in straight["local"]["calls"]
+    for kind in ("te", "te-attention"):
+        assert straight[kind]["calls"]["gemm into a buffer"] == 4 * LAYERS * STEPS * ROWS
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        (["--bf16"], "te"),
+        (["--bf16", "--te-attention"], "te-attention"),
+        (["--bf16", "--transformer-impl", "local"], "local"),
+        ([], "local"),
+    ],
+)
+def test_choice_of_layers(newest_te_ranks, job, straight, flags, kind):
+    """What a user's flags choose, and bfloat16 stays close to float32."""
+    record = run(newest_te_ranks, job, None, *flags, *HALF)
+    assert record["kind"] == kind
+    assert losses(record) == pytest.approx(losses(straight["local"])[:2], rel=0.1)
+
+
+def saving(tmp_path: Path) -> list[str]:
+    return ["--save", str(tmp_path / "run"), "--save-interval", "2"]
+
+
+def assert_goes_on(resumed: dict, straight: dict) -> None:
+    assert losses(resumed) == pytest.approx(losses(straight["local"])[2:], abs=1e-4)
+    assert resumed["norms"] == pytest.approx(straight["local"]["norms"][2:], rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [[], WHOLE_STATE], ids=["plain", "distributed"])
+@pytest.mark.parametrize(
+    ("first", "second"), [("local", "te"), ("te", "local"), ("te", "te-attention")]
+)
+def test_resuming_on_other_layers(
+    newest_te_ranks, job, straight, tmp_path, first, second, optimizer
+):
+    """Weights and Transformer Engine's Adam go on where they stopped."""
+    more = [*saving(tmp_path), *optimizer]
+    run(newest_te_ranks, job, first, *more, *HALF)
+    assert_goes_on(run(newest_te_ranks, job, second, *more), straight)
+
+
+def test_parts_of_buffers_do_not_fit_other_layers(newest_te_ranks, job, tmp_path):
+    """Each kind orders parameters in its own way, and parts of buffers have no names."""
+    more = [*saving(tmp_path), "--use-distributed-optimizer"]
+    run(newest_te_ranks, job, "local", *more, *HALF)
+    with pytest.raises(RankError, match="transformer impl was local and is transformer_engine"):
+        run(newest_te_ranks, job, "te", *more)
+
+
+@pytest.mark.parametrize("kind", ["local", "te"])
+def test_resuming_an_old_run(newest_te_ranks, job, straight, tmp_path, kind):
+    """Local layers once saved no extra state of the norms that Transformer Engine has one for."""
+    more = saving(tmp_path)
+    run(newest_te_ranks, job, "local", *more, *HALF, old=True)
+    assert_goes_on(run(newest_te_ranks, job, kind, *more), straight)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
+@pytest.mark.parametrize("fused_first", [False, True], ids=["to fused", "to PyTorch's"])
+def test_resuming_with_another_adam(
+    newest_te_ranks, ranks, job, straight, tmp_path, fused_first, whole
+):
+    """A cluster may have Transformer Engine where the one before had none, or lose it."""
+    more = [*saving(tmp_path), *(WHOLE_STATE if whole else WHOLE_STATE[:1])]
+    without = te_workers.flags(job, *more, "--train-iters", str(STEPS))
+    if fused_first:
+        run(newest_te_ranks, job, "local", *more, *HALF)
+        (resumed,) = ranks(1, "workers:train", without)
+    else:
+        ranks(1, "workers:train", [*without, *HALF])
+        resumed = run(newest_te_ranks, job, "local", *more)
+    assert_goes_on(resumed, straight)

@@ -1,0 +1,129 @@
+"""Packed attention's CUDA kernel, by what PyTorch documents of it, against the CPU's path."""
+
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import reference_kernels
+import torch
+import torch.nn.attention.varlen as varlen
+
+import megatron_infifpo.models.layers as layers
+from megatron_infifpo.data.packing import collate
+from megatron_infifpo.data.preference_dataset import PreferencePair
+from megatron_infifpo.models.packed import row_params
+
+HEADS, GROUPS, SIZE = 4, 2, 16
+SIGNATURE = inspect.signature(varlen.varlen_attn)
+
+
+def flash(*args, **kwargs) -> torch.Tensor:
+    """The kernel in float64, with what it asks of its arguments; also where the CPU is too kind."""
+    call = SIGNATURE.bind(*args, **kwargs)
+    call.apply_defaults()
+    call = SimpleNamespace(**call.arguments)
+    tensors = (call.query, call.key, call.value)
+    for border, rows, longest in (
+        (call.cu_seq_q, len(call.query), call.max_q),
+        (call.cu_seq_k, len(call.key), call.max_k),
+    ):
+        assert border.dtype == torch.int32 and border.is_contiguous()
+        assert border[0] == 0 and border[-1] == rows
+        assert type(longest) is int and longest == int(border.diff().max())
+    assert call.cu_seq_q.shape == call.cu_seq_k.shape
+    assert all(x.stride(-1) == 1 for x in tensors) and len({x.dtype for x in tensors}) == 1
+    assert call.query.shape[-1] % 8 == 0 and call.query.shape[-1] <= 256
+    assert call.enable_gqa or call.query.shape[1] == call.key.shape[1]
+    assert call.return_aux is None and call.seqused_k is None and call.block_table is None
+    return reference_kernels.varlen_attention(
+        *tensors, call.cu_seq_q, call.cu_seq_k, scale=call.scale, window=call.window_size
+    )
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch) -> list[None]:
+    """Put the kernel's stand-in in its place; grows with every call."""
+    calls: list[None] = []
+
+    def counted(*args, **kwargs):
+        calls.append(None)
+        return flash(*args, **kwargs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", counted)
+    return calls
+
+
+def attention(window: int | None, scale: float | None) -> layers.PackedAttention:
+    config = SimpleNamespace(
+        attention_dropout=0.0,
+        window_size=None if window is None else (window, 0),
+        window_attn_skip_freq=None,
+    )
+    return layers.PackedAttention(config, 1, None, "self", softmax_scale=scale)
+
+
+def random_row(rng: np.random.Generator, shared: bool) -> dict:
+    """Pairs of responses and prompts of 1 to 11 tokens, perhaps with a tail of padding."""
+
+    def ids(most: int) -> np.ndarray:
+        return rng.integers(0, 50, rng.integers(1, most))
+
+    responses = int(rng.integers(2, 4))
+    pairs = [
+        PreferencePair(i, ids(12), tuple(ids(9) for _ in range(responses)))
+        for i in range(rng.integers(1, 4))
+    ]
+    return collate(pairs, pad_multiple=int(rng.choice([1, 4, 8])), share_prompt=shared)
+
+
+def outputs(module, row: dict, seed: int, groups: int = GROUPS) -> list[torch.Tensor]:
+    """Output and gradients of queries, keys and values."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = row["tokens"].shape[1]
+    # As Megatron hands them over: views of the joint projection, strided.
+    joint = torch.randn(
+        tokens, 1, HEADS + 2 * groups, SIZE, generator=generator, dtype=torch.float64
+    ).requires_grad_()
+    query, key, value = joint.split([HEADS, groups, groups], dim=2)
+    out = module(query, key, value, packed_seq_params=row_params(row))
+    weights = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    return [out, *torch.autograd.grad((out * weights).sum(), joint)]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("window", [None, 0, 3, 9])
+def test_kernel(kernel_calls, monkeypatch, window, shared, groups):
+    rng = np.random.default_rng([groups, shared, window or 50])
+    worst = 0.0
+    for trial in range(8):
+        row = random_row(rng, shared)
+        module = attention(window, [None, 0.3][trial % 2])
+        monkeypatch.setattr(layers, "_flash_takes", lambda query: False)
+        expected = outputs(module, row, trial, groups)
+        assert len(kernel_calls) == trial
+        monkeypatch.setattr(layers, "_flash_takes", lambda query: True)
+        got = outputs(module, row, trial, groups)
+        assert len(kernel_calls) == trial + 1
+        differences = [(a - b).abs().max() for a, b in zip(expected, got, strict=True)]
+        worst = max(worst, float(max(differences)))
+    assert worst < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "kernel"),
+    [
+        (torch.bfloat16, 64, True),
+        (torch.float16, 256, True),
+        (torch.bfloat16, 72, True),
+        (torch.float32, 64, False),  # the kernel takes halves only
+        (torch.float64, 64, False),
+        (torch.bfloat16, 60, False),
+        (torch.bfloat16, 264, False),
+    ],
+)
+def test_what_the_kernel_takes(dtype, size, kernel):
+    """On a GPU, for which `meta` stands; on a CPU it takes nothing."""
+    assert layers._flash_takes(torch.empty(3, 2, size, dtype=dtype, device="meta")) == kernel
+    assert not layers._flash_takes(torch.empty(3, 2, size, dtype=dtype))
