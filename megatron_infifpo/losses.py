@@ -75,7 +75,7 @@ def exo_pair(
 ) -> Tensor:
     """Reverse KL to the smoothed label over the two responses (EXO, arXiv 2402.00856, eq. 16)."""
     margin = beta * _gap(policy - reference)
-    smoothing = margin.new_tensor(label_smoothing)
+    smoothing = margin.new_full((), label_smoothing)
     log_win, log_lose = F.logsigmoid(margin), F.logsigmoid(-margin)
     win = torch.sigmoid(margin) * (log_win - torch.log1p(-smoothing))
     return win + torch.sigmoid(-margin) * (log_lose - smoothing.log())

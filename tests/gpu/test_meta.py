@@ -1,0 +1,182 @@
+"""From hidden states to the loss on `meta`, which stands for CUDA: nothing is on the CPU.
+
+A tensor there that has no data cannot be waited for either: `.item()`, `.cpu()`, a boolean mask as
+an index, all raise.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from device_rules import CudaRules, NoConstants
+
+import megatron_infifpo.training.step as training_step
+from megatron_infifpo.data.packing import collate
+from megatron_infifpo.data.preference_dataset import PreferencePair
+from megatron_infifpo.logprobs import response_logprobs, vocab_parallel_logprobs
+from megatron_infifpo.losses import LOSSES, loss_options
+from megatron_infifpo.methods import METHODS, Method, resolve
+from megatron_infifpo.models.layers import PackedAttention
+from megatron_infifpo.models.packed import row_params
+from megatron_infifpo.reference import FUSIONS, MARGIN_ANCHORS, MARGIN_SPACES, SELECTIONS
+
+META = torch.device("meta")
+HALVES = (torch.bfloat16, torch.float16)
+# An out= of a wrong shape is only warned of.
+pytestmark = pytest.mark.filterwarnings("error:An output with one or more elements was resized")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with CudaRules(), NoConstants():
+        yield
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype, device=META).requires_grad_(grad)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("chunks", [1, 5])
+@pytest.mark.parametrize("main", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_head(dtype, main, chunks, tied):
+    """K scored tokens in chunks; the gradient of the weight in Megatron's buffer or apart."""
+    scored, size, vocab = 30, 16, 100
+    hidden = random(scored, size, dtype=dtype, grad=True)
+    weight = torch.nn.Parameter(random(vocab + 28, size, dtype=dtype))
+    weight.zero_out_wgrad = tied
+    if main is not None:
+        weight.main_grad = torch.zeros_like(weight, dtype=main)
+    targets = torch.zeros(scored, dtype=torch.int64, device=META)
+    logprobs = vocab_parallel_logprobs(
+        hidden, weight, targets, vocab_size=vocab, group=dist.group.WORLD,
+        chunk_bytes=4 * vocab * scored // chunks,
+    )  # fmt: skip
+    assert logprobs.is_meta and logprobs.dtype == torch.float32
+    logprobs.sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == dtype
+    assert getattr(weight, "grad_added_to_main_grad", False) == (main == torch.float32)
+
+
+def test_output_processor():
+    """Hidden states of a row to log-probs of its scored tokens, as Megatron's model calls it."""
+    hidden = random(40, 1, 16, dtype=torch.bfloat16, grad=True)
+    layer = torch.nn.Linear(16, 100, bias=False, device=META, dtype=torch.bfloat16)
+    layer.tp_group = dist.group.WORLD
+    indices = torch.zeros(12, dtype=torch.int64, device=META)
+    context = {"scored_rows": indices, "target_ids": indices, "vocab_size": 90}
+    config = SimpleNamespace(sequence_parallel=False)
+    logprobs = response_logprobs(
+        hidden_states=hidden, output_layer=layer, output_weight=None, config=config, context=context
+    )
+    logprobs.sum().backward()
+    assert hidden.grad.is_meta
+
+
+def row_of(responses: int, *, shared: bool = False, sources: int = 3) -> dict:
+    """A collated row of four pairs on the device, indices aside, as training hands it on."""
+    rng = np.random.default_rng(0)
+    pairs = [
+        PreferencePair(
+            i,
+            rng.integers(0, 90, 4),
+            tuple(rng.integers(0, 90, 3 + r) for r in range(responses)),
+            i % 2,
+            np.zeros(responses, np.float32),
+            np.zeros((responses, sources), np.float32),
+            np.ones((responses, sources), np.int64),
+            np.ones(sources, bool),
+        )
+        for i in range(4)
+    ]
+    row = collate(pairs, pad_multiple=16, share_prompt=shared)
+    on_device = {k: v.to(META) if torch.is_tensor(v) else v for k, v in row.items()}
+    waste = {name: torch.empty(2, device=META) for name in ("waste/padding", "waste/imbalance")}
+    return on_device | waste | {"indices": row["indices"], "ends_step": False}
+
+
+@pytest.fixture
+def loss_of(monkeypatch):
+    """Sum of a method's losses over a row, with all that training computes beside it."""
+    args = SimpleNamespace(
+        check_for_nan_in_loss_and_grad=True, curr_iteration=3, consumed_train_samples=24,
+        train_samples=None, train_iters=10, global_batch_size=8,
+    )  # fmt: skip
+    monkeypatch.setattr(training_step, "get_args", lambda: args)
+
+    def compute(method: Method) -> None:
+        data = SimpleNamespace(source_names=("a", "b", "c"), domains=("code", "math"))
+        step = training_step.TrainingStep(method, 90, data, None)
+        with torch.utils._python_dispatch._disable_current_modes():  # collating is the host's
+            row = row_of(method.responses)
+        logprobs = random(row["target_ids"].numel(), grad=True)
+        loss, count, metrics = step.loss(row, logprobs)
+        loss.backward()
+        assert logprobs.grad.is_meta and loss.is_meta and loss.dtype == torch.float32
+        assert count.is_meta and count.dtype == torch.int32
+        assert "loss" in metrics and "waste/padding" in metrics
+        for name, values in metrics.items():
+            assert values.is_meta and values.dtype == torch.float32 and values.shape == (2,), name
+
+    return compute
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods(loss_of, name):
+    """Sums, references, losses, metrics and the search for NaN of every preset."""
+    loss_of(resolve(name))
+
+
+@pytest.mark.parametrize("objective", LOSSES)
+def test_losses(loss_of, objective):
+    options = {"label_smoothing": 0.1} if loss_options(objective).get("label_smoothing") else {}
+    loss_of(resolve("infifpo-wrpo" if objective == "wrpo" else "infifpo", objective=objective,
+                    sft_weight=0.5, **options))  # fmt: skip
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("anchor", MARGIN_ANCHORS)
+@pytest.mark.parametrize("space", MARGIN_SPACES)
+def test_margins(loss_of, space, anchor, selection):
+    options = {"margin_space": space, "margin_anchor": anchor, "selection": selection}
+    loss_of(resolve("infifpo", initial_as_source=anchor == "current", **options))
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("clip", [False, True])
+def test_fusions(loss_of, fusion, clip):
+    loss_of(resolve("infifpo", fusion=fusion, clip=clip))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.bfloat16, 64), (torch.float16, 128), (torch.float32, 64), (torch.bfloat16, 20)],
+)
+def test_attention(dtype, size, window, shared):
+    """The real flash operator, and what takes the place of it: one call a segment, no waits."""
+    config = SimpleNamespace(
+        attention_dropout=0.0,
+        window_size=None if window is None else (window, 0),
+        window_attn_skip_freq=None,
+    )
+    module = PackedAttention(config, 1, None, "self")
+    with torch.utils._python_dispatch._disable_current_modes():
+        row = row_of(2, shared=shared)
+    joint = random(row["tokens"].numel(), 1, 8, size, dtype=dtype, grad=True)
+    query, key, value = joint.split([4, 2, 2], dim=2)
+    out = module(query, key, value, packed_seq_params=row_params(row))
+    assert out.is_meta and out.dtype == dtype and out.shape == (len(joint), 1, 4 * size)
+    out.sum().backward()
+    assert joint.grad.is_meta
