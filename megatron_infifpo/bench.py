@@ -1,5 +1,6 @@
 """What the benchmarks in tools/ share: every run is a process of its own, runs alternate."""
 
+import contextlib
 import json
 import os
 import resource
@@ -65,7 +66,7 @@ def alternate(
 
 
 class Timer:
-    """Seconds of each step, and the rate of large products around it."""
+    """Seconds and peak memory of each step, and the rate of large products around it."""
 
     def __init__(self, bf16: bool) -> None:
         """Take the data type of the products."""
@@ -74,18 +75,24 @@ class Timer:
         self.factor = torch.ones(size, size, dtype=dtype, device="cuda" if on_gpu() else "cpu")
         self.seconds: list[float] = []
         self.peaks: list[float] = []
+        self.held: list[float] = []
+        self.kept = 0.0
 
     def __enter__(self) -> None:
         """Measure the machine, then start the clock."""
         self.peaks.append(self.rate())
+        self._forget_peak()
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
         """Stop the clock, then measure the machine."""
         if on_gpu():
             torch.cuda.synchronize()
+            self.kept = torch.cuda.memory_allocated() / 2**20 - self._own_mib()
         self.seconds.append(time.perf_counter() - self.start)
+        self.held.append(peak_mib() - self._own_mib())
         self.peaks.append(self.rate())
+        self._forget_peak()
 
     def rate(self) -> float:
         """FLOP/s of large products, for about a second."""
@@ -97,10 +104,26 @@ class Timer:
             torch.cuda.synchronize()
         return count * 2 * len(self.factor) ** 3 / (time.perf_counter() - start)
 
+    def _forget_peak(self) -> None:
+        if on_gpu():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _own_mib(self) -> float:
+        """What the factor of the products takes of the GPU."""
+        return self.factor.nbytes / 2**20 if on_gpu() else 0.0
+
     def result(self) -> dict[str, float]:
-        """Medians of all steps but the first, and this process's peak memory."""
+        """Medians of all steps but the first, and their peak memory.
+
+        Returns:
+            seconds and peak (FLOP/s of large products); mib: the most that a step held; kept_mib:
+            what is left between steps, on a GPU; later_mib: the most held since the last step.
+        """
         seconds, peak = statistics.median(self.seconds[1:]), statistics.median(self.peaks[2:])
-        return {"seconds": seconds, "peak": peak, "mib": peak_mib()}
+        memory = {"mib": max(self.held[1:]), "kept_mib": self.kept}
+        later = peak_mib() - self._own_mib()
+        return {"seconds": seconds, "peak": peak, "later_mib": later, **memory}
 
 
 def write_pairs(
@@ -124,32 +147,59 @@ def write_pairs(
     return data
 
 
+def recorded_training(
+    argv: Sequence[str], timer: contextlib.AbstractContextManager[None] | None = None
+) -> dict[str, list[float]]:
+    """Run `python -m megatron_infifpo.train ARGV` in this process, once in its life.
+
+    Args:
+        argv: flags.
+        timer: entered around every step of Megatron's loop.
+
+    Returns:
+        losses (on the last pipeline stage, else NaN) and norms of the gradient, by step.
+    """
+    import megatron_infifpo.train as program  # first: it readies Megatron for the CPU
+    import megatron.training.training as loop  # isort: skip
+
+    record: dict[str, list[float]] = {"losses": [], "norms": []}
+    original = loop.train_step
+
+    def train_step(*arguments: Any, **options: Any) -> Any:
+        with timer or contextlib.nullcontext():
+            result = original(*arguments, **options)
+        record["losses"].append(float(result[0].get("loss", torch.nan)))
+        record["norms"].append(float(result[5]))
+        return result
+
+    loop.train_step = train_step
+    sys.argv = ["train", *argv]
+    try:
+        program.main()
+    except SystemExit as stop:  # Megatron's --exit-interval
+        if stop.code:
+            raise
+    return record
+
+
+def training_flags(folder: Path, steps: int) -> list[str]:
+    """Flags of DPO from `folder/pivot`, on what `write_pairs` wrote there."""
+    return [
+        "--method", "dpo", "--beta", "0.1", "--preference-data", str(folder / "pairs"),
+        "--preference-sources", str(folder / "sources.yaml"), "--reference-check", "off",
+        "--pretrained-checkpoint", str(folder / "pivot"), "--train-iters", str(steps),
+        "--lr-decay-style", "constant",
+    ]  # fmt: skip
+
+
 def training_steps(folder: Path, timer: Timer, steps: int, *flags: str) -> list[float]:
     """Train from `folder/pivot` on what `write_pairs` wrote there; time Megatron's steps.
 
     Returns:
         The loss of each step, on the last pipeline stage.
     """
-    import megatron_infifpo.train as program  # first: it readies Megatron for the CPU
-    import megatron.training.training as loop  # isort: skip
-
-    losses, original = [], loop.train_step
-
-    def train_step(*arguments: Any, **options: Any) -> Any:
-        with timer:
-            result = original(*arguments, **options)
-        losses.append(float(result[0].get("loss", torch.nan)))
-        return result
-
-    loop.train_step = train_step
-    sys.argv = [
-        "train", "--method", "dpo", "--beta", "0.1", "--preference-data", str(folder / "pairs"),
-        "--preference-sources", str(folder / "sources.yaml"), "--reference-check", "off",
-        "--pretrained-checkpoint", str(folder / "pivot"), "--train-iters", str(steps),
-        "--lr", "1e-6", "--lr-decay-style", "constant", *flags,
-    ]  # fmt: skip
-    program.main()
-    return losses
+    argv = [*training_flags(folder, steps), "--lr", "1e-6", *flags]
+    return recorded_training(argv, timer)["losses"]
 
 
 def table(found: dict[str, list[dict[str, Any]]], peer: str, columns: dict[str, str]) -> None:
