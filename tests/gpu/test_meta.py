@@ -45,6 +45,28 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) 
     return torch.randn(*shape, dtype=dtype, device=META).requires_grad_(grad)
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda x: x.index_select(0, torch.tensor([1])),
+        lambda x: x @ torch.ones(4, 2),
+        lambda x: x @ x.t().bfloat16(),
+        lambda x: x + torch.ones(4),
+        lambda x: x.new_tensor([1.0]),
+        lambda x: torch.addmm(x.bfloat16(), x, x, out=x),
+        lambda x: torch.mm(x, x, out_dtype=torch.bfloat16),
+        lambda x: torch.mm(x, x, out=torch.empty(3, 4, device=META)),
+        lambda x: x[x > 0],
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+    ],
+)
+def test_rules(mistake):
+    """What the tests below would not survive."""
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError, UserWarning)):
+        mistake(random(4, 4))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("chunks", [1, 5])
 @pytest.mark.parametrize("main", [None, torch.float32, torch.bfloat16])
@@ -149,7 +171,7 @@ def test_losses(loss_of, objective):
 @pytest.mark.parametrize("space", MARGIN_SPACES)
 def test_margins(loss_of, space, anchor, selection):
     options = {"margin_space": space, "margin_anchor": anchor, "selection": selection}
-    loss_of(resolve("infifpo", initial_as_source=anchor == "current", **options))
+    loss_of(resolve("fpo", initial_as_source=anchor == "current", **options))
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
