@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_infifpo.logprobs import CHUNK_BYTES
+from megatron_infifpo.planning_saves import BY_RANK, Saving
 
 GIB = 2**30
 
@@ -23,15 +24,25 @@ class Layout:
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of a parameter, of its gradient and of its optimizer state, as Megatron keeps them."""
+    """Bytes of a parameter, of its gradient and of its optimizer state, as Megatron keeps them.
+
+    Attributes:
+        quantized: bytes of what linear layers multiply with in place of a parameter, beside it.
+    """
 
     weight: int
     gradient: int
     optimizer: int
+    quantized: int = 0
 
 
-# bfloat16 has float32 gradients, and a float32 copy beside Adam's two moments.
-PRECISIONS = {"bf16": Precision(2, 4, 12), "fp32": Precision(4, 4, 8)}
+# bfloat16 has float32 gradients, and a float32 copy beside Adam's two moments. FP8 is bfloat16 with
+# quantized weights, by rows and by columns; what layers keep is less, but counted as bfloat16.
+PRECISIONS = {
+    "bf16": Precision(2, 4, 12),
+    "fp8": Precision(2, 4, 12, quantized=2),
+    "fp32": Precision(4, 4, 8),
+}
 
 
 @dataclass(frozen=True)
@@ -67,18 +78,26 @@ CPU_KEPT = Kept(hidden=6, query=4, key=3, gathered=2, mlp=4, rope=4)
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank."""
+    """Bytes on the fullest rank.
+
+    Attributes:
+        update: what the optimizer's step adds for a moment.
+        save: what a save adds for a moment.
+    """
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
     head: float
+    update: float
+    save: float
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+        """Most at once: activations are gone when the optimizer steps, and when a save begins."""
+        lasting = self.weights + self.gradients + self.optimizer
+        return lasting + max(self.activations + self.head, self.update, self.save)
 
 
 class Plan:
@@ -113,7 +132,12 @@ class Plan:
         """All parameters."""
         return self.layers * self.layer_parameters + (1 + self.untied) * self.table_parameters
 
-    def memory(
+    def memory(self, layout: Layout, row_tokens: int, micro_batches: int, **options: Any) -> Memory:
+        """Memory of the fullest rank, with the distributed optimizer; arguments of `stages`."""
+        ranks = self.stages(layout, row_tokens, micro_batches, **options)
+        return max(ranks, key=lambda memory: memory.total)
+
+    def stages(
         self,
         layout: Layout,
         row_tokens: int,
@@ -121,8 +145,10 @@ class Plan:
         *,
         gathered: float = 0.0,
         recompute: bool = False,
-    ) -> Memory:
-        """Memory of the fullest rank, with the distributed optimizer.
+        fused_adam: bool = True,
+        saving: Saving = BY_RANK,
+    ) -> list[Memory]:
+        """Memory of a rank of each pipeline stage, with the distributed optimizer.
 
         Args:
             layout: sequence parallelism is taken as on where tensor is above 1.
@@ -130,46 +156,63 @@ class Plan:
             micro_batches: of a step on a rank.
             gathered: keys that attention sees for a token of a row, with shared prompts.
             recompute: Megatron's `--recompute-granularity full`.
+            fused_adam: Transformer Engine's or Apex's, else PyTorch's.
+            saving: how checkpoints are saved.
         """
-        return max(
-            (
-                self._stage(layout, stage, row_tokens, micro_batches, gathered, recompute)
-                for stage in range(layout.pipeline)
-            ),
-            key=lambda memory: memory.total,
-        )
-
-    def _stage(
-        self,
-        layout: Layout,
-        stage: int,
-        row_tokens: int,
-        micro_batches: int,
-        gathered: float,
-        recompute: bool,
-    ) -> Memory:
-        first, last = stage == 0, stage == layout.pipeline - 1
         layers = self.layers / layout.pipeline
-        tables = first + last if self.untied or layout.pipeline > 1 else 1
-        parameters = layers * self.layer_parameters + tables * self.table_parameters
-        parameters /= layout.tensor
-        in_flight = min(micro_batches, layout.pipeline - stage)
         token = self.activation_bytes(gathered)
         kept = self.hidden * self.bytes.weight if recompute else token
-        rows = layers * kept * in_flight + (token if recompute else 0)
-        # A chunk of logits in float32, and in bfloat16 too; autograd's stand-in for the weight's
-        # gradient, and in bfloat16 the product that is added to the buffer.
-        half = self.bytes.weight == 2
-        table = self.table_parameters / layout.tensor * self.bytes.weight
-        end = row_tokens * self.end_bytes() / layout.tensor
-        head = (1 + half) * (CHUNK_BYTES + table) + end if last else 0
-        return Memory(
-            weights=parameters * self.bytes.weight,
-            gradients=parameters * self.bytes.gradient,
-            optimizer=parameters * self.bytes.optimizer / layout.data,
-            activations=row_tokens * rows / layout.tensor,
-            head=head,
-        )
+        quantized = layers * self.layer_parameters / layout.tensor * self.bytes.quantized
+        found = []
+        for stage in range(layout.pipeline):
+            parameters = self._parameters_of(layout, stage)
+            in_flight = min(micro_batches, layout.pipeline - stage)
+            rows = layers * kept * in_flight + (token if recompute else 0)
+            memory = Memory(
+                weights=parameters * self.bytes.weight + quantized,
+                gradients=parameters * self.bytes.gradient,
+                optimizer=parameters * self.bytes.optimizer / layout.data,
+                activations=row_tokens * rows / layout.tensor,
+                head=self._head(layout, row_tokens) if stage == layout.pipeline - 1 else 0.0,
+                # PyTorch's Adam takes the roots of all second moments before it uses them.
+                update=0.0 if fused_adam else 4.0 * parameters / layout.data,
+                save=saving.gpu(parameters, layout.data),
+            )
+            found.append(memory)
+        return found
+
+    def host_memory(self, layout: Layout, saving: Saving, gpus_per_node: int) -> float:
+        """Bytes of host memory that a save takes on the fullest node.
+
+        Megatron counts ranks along tensor, data and pipeline parallelism, in this order.
+        """
+        tensor, data = layout.tensor, layout.data
+        nodes: dict[int, float] = {}
+        for rank in range(tensor * data * layout.pipeline):
+            parameters = self._parameters_of(layout, rank // (tensor * data))
+            first = rank // tensor % data == 0
+            host = saving.host(parameters, data, self.bytes.weight, first=first)
+            node = rank // gpus_per_node
+            nodes[node] = nodes.get(node, 0.0) + host
+        return max(nodes.values())
+
+    def _parameters_of(self, layout: Layout, stage: int) -> float:
+        """Parameters of a rank of a pipeline stage."""
+        first, last = stage == 0, stage == layout.pipeline - 1
+        tables = first + last if self.untied or layout.pipeline > 1 else 1
+        layers = self.layers / layout.pipeline * self.layer_parameters
+        return (layers + tables * self.table_parameters) / layout.tensor
+
+    def _head(self, layout: Layout, row_tokens: int) -> float:
+        """Bytes that the last stage needs for log-probs, on a GPU.
+
+        A chunk of float32 logits, and in bfloat16 its gradient for two products; autograd's
+        stand-in for the weight's gradient; what the last norm and the head keep of the row.
+        """
+        table = self.table_parameters / layout.tensor
+        logits = 4.0 * row_tokens * self.vocabulary / layout.tensor
+        chunk = min(logits, CHUNK_BYTES["cuda"]) * (1 + (self.bytes.weight == 2) / 2)
+        return chunk + table * self.bytes.weight + row_tokens * self.end_bytes() / layout.tensor
 
     def activation_bytes(self, gathered: float = 0.0) -> float:
         """Bytes that a layer keeps of one token for its backward pass, as `Kept` says."""

@@ -4,7 +4,8 @@ import pytest
 
 from megatron_infifpo.models.families import megatron_args, tensor_parallel_sizes
 from megatron_infifpo.models.published import PUBLISHED
-from megatron_infifpo.planning import Layout, Plan, layouts
+from megatron_infifpo.planning import TE_KEPT, Layout, Plan, layouts
+from megatron_infifpo.planning_saves import BY_NAME, BY_RANK, SPARING
 
 SIZES = {"phi-4": 14_659_507_200, "mistral-small-24b": 23_572_403_200}
 
@@ -21,7 +22,7 @@ def test_every_rank_holds_its_share():
     plan = Plan(model)
     for layout in layouts(16, tensor_parallel_sizes(model), 40, 8, 128):
         assert layout.tensor * layout.pipeline * layout.data == 16
-        stages = [plan._stage(layout, s, 1000, 8, 0.0, False) for s in range(layout.pipeline)]
+        stages = plan.stages(layout, 1000, 8)
         weights = layout.tensor * sum(stage.weights for stage in stages)
         assert weights == pytest.approx(2 * plan.parameters)
         optimizer = layout.tensor * layout.data * sum(stage.optimizer for stage in stages)
@@ -49,6 +50,54 @@ def test_legal_layouts():
     found = layouts(40, sizes, 40, 8, 128)
     assert found and all(x.tensor in (1, 2) and 128 % x.data == 0 for x in found)
     assert {x.tensor for x in layouts(5, sizes, 40, 8, 128)} == {1, 5}
+
+
+def test_saves():
+    """Phi-4, 14.66 billion parameters, on two nodes of eight GPUs; in billions of bytes."""
+    plan = Plan(megatron_args(PUBLISHED["phi-4"]))
+    quarter, half = Layout(2, 2, 4), Layout(2, 1, 8)
+
+    def host(layout, saving):
+        return plan.host_memory(layout, saving, 8) / 1e9
+
+    def gpu(layout, saving):
+        return plan.memory(layout, 8192, 16, saving=saving).save / 1e9
+
+    for layout in (quarter, half):
+        # Every parameter, its float32 copy and two moments are written once.
+        assert host(layout, BY_RANK) == pytest.approx(14 * 14.66 / 2, rel=1e-3)
+        assert gpu(layout, BY_RANK) == gpu(layout, SPARING) == 0
+    # All that is gathered, on each of eight ranks; while it is, 12 bytes a parameter more, and the
+    # rank's own share.
+    assert host(quarter, BY_NAME) == pytest.approx(8 * (24 + 12 / 4) * 14.66 / 4, rel=1e-3)
+    assert host(half, BY_NAME) == pytest.approx(8 * (24 + 12 / 8) * 14.66 / 2, rel=1e-3)
+    assert gpu(quarter, BY_NAME) == pytest.approx(18.3, abs=0.1)
+    assert gpu(half, BY_NAME) == pytest.approx(33.0, abs=0.1)
+    # Two ranks of eight gather; the others send.
+    sparing = 2 * (24 + 12 / 4) + 6 * 12 / 4
+    assert host(quarter, SPARING) == pytest.approx(sparing * 14.66 / 4, rel=1e-3)
+
+
+def test_moments_of_a_run():
+    """The update and a save come after the activations are gone."""
+    plan = Plan(megatron_args(PUBLISHED["phi-4"]))
+    layout = Layout(2, 2, 4)
+    fused, plain = (plan.memory(layout, 64, 1, fused_adam=fused) for fused in (True, False))
+    assert fused.update == 0 and plain.update == pytest.approx(plain.optimizer / 3)
+    state = plain.weights + plain.gradients + plain.optimizer
+    assert plain.total == state + plain.update, "a short row's activations are less"
+    long = plan.memory(layout, 8192, 16, fused_adam=False)
+    assert long.total == state + long.activations + long.head
+    saved = plan.memory(layout, 8192, 16, saving=BY_NAME, recompute=True)
+    assert saved.total == state + saved.save
+
+
+def test_fp8():
+    """Two bytes a parameter of linear layers more, and none of the tables."""
+    model = megatron_args(PUBLISHED["phi-4"])
+    plans = [Plan(model, precision, TE_KEPT) for precision in ("bf16", "fp8")]
+    weights = [plan.memory(Layout(1, 1, 1), 8192, 1).weights for plan in plans]
+    assert weights[1] - weights[0] == 2 * plans[0].layers * plans[0].layer_parameters
 
 
 def test_operations():

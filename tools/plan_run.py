@@ -3,6 +3,9 @@
 
     python tools/plan_run.py --model phi-4 --gpus 16 --gpu-memory 80
 
+GiB is the most at once: of a step, of the optimizer's update, or of a save. `host` is the memory of
+a node, beside its GPUs, that a save takes.
+
 Hours are for the paper's run by default: three epochs of SFT on 75,000 responses and one of
 preference optimization on 75,000 pairs. They follow from floating-point operations and --mfu, the
 share of a GPU's peak that training reaches. To measure yours, divide the operations by the seconds
@@ -20,14 +23,18 @@ from megatron_infifpo.planning import (
     GIB,
     LOCAL_KEPT,
     PRECISIONS,
+    TE_ATTENTION_KEPT,
     TE_KEPT,
     Layout,
     Plan,
     layouts,
 )
+from megatron_infifpo.planning_saves import BY_NAME, BY_RANK, SPARING
 
 # Left free for the allocator, NCCL and the CUDA context.
 RESERVED = 6 * GIB
+LAYERS = {"te": TE_KEPT, "te-attention": TE_ATTENTION_KEPT, "local": LOCAL_KEPT}
+SAVINGS = {"by-rank": BY_RANK, "by-name": BY_NAME, "by-name-sparing": SPARING}
 
 
 def main() -> None:
@@ -44,6 +51,22 @@ def main() -> None:
     parser.add_argument("--gpu-tflops", type=float, default=989.0, help="(default: 989, H100 bf16)")
     parser.add_argument("--mfu", type=float, default=0.35, help="(default: 0.35)")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16")
+    parser.add_argument(
+        "--layers",
+        choices=list(LAYERS),
+        help="Transformer Engine's with this program's attention, or its own, or Megatron's local "
+        "ones (default: te; local in float32)",
+    )
+    parser.add_argument(
+        "--torch-adam", action="store_true", help="no Transformer Engine and no apex is installed"
+    )
+    parser.add_argument(
+        "--optimizer-state",
+        choices=list(SAVINGS),
+        default="by-rank",
+        help="as it is saved: by-name is training's --dist-ckpt-optim-fully-reshardable, sparing "
+        "--distrib-optim-fully-reshardable-mem-efficient (default: by-rank, as in training)",
+    )
     parser.add_argument("--row-tokens", type=positive, default=8192, help="of a micro-batch")
     parser.add_argument("--global-batch-size", type=positive, default=128, help="(default: 128)")
     parser.add_argument("--pairs", type=positive, default=75_000, help="(default: 75000)")
@@ -60,7 +83,12 @@ def main() -> None:
     args = parser.parse_args()
     known = args.model in PUBLISHED and not Path(args.model).is_dir()
     model = megatron_args(PUBLISHED[args.model] if known else read_hf_config(args.model))
-    plan = Plan(model, args.precision, LOCAL_KEPT if args.precision == "fp32" else TE_KEPT)
+    args.layers = args.layers or ("local" if args.precision == "fp32" else "te")
+    if args.layers == "te-attention" and args.share_prompt:
+        raise UserError("--layers te-attention cannot share prompts: pass --no-share-prompt")
+    if args.precision == "fp8" and args.layers == "local":
+        raise UserError("--precision fp8 needs Transformer Engine's layers, not --layers local")
+    plan = Plan(model, args.precision, LAYERS[args.layers])
     found = layouts(
         args.gpus,
         tensor_parallel_sizes(model),
@@ -76,7 +104,7 @@ def main() -> None:
     )
     print(
         f"{'TP':>3}{'PP':>4}{'DP':>4}  recompute{'weights':>9}{'grads':>8}{'optim.':>8}"
-        f"{'activ.':>8}{'head':>6}{'GiB':>7}{'hours':>8}"
+        f"{'activ.':>8}{'head':>6}{'GiB':>7}{'host':>7}{'hours':>8}"
     )
     lines = [line for layout in found for line in describe(plan, layout, args)]
     for fits, _, text in sorted(lines, key=lambda line: (not line[0], line[1])):
@@ -96,9 +124,19 @@ def describe(plan: Plan, layout: Layout, args: argparse.Namespace) -> list[tuple
     tokens = sft * text + args.pairs * pair
     scored = (sft + 2 * args.pairs) * args.response_tokens
     gathered = 2 * text / pair if args.share_prompt else 0.0
+    saving = SAVINGS[args.optimizer_state]
+    host = plan.host_memory(layout, saving, min(args.gpus, args.gpus_per_node))
     lines = []
     for recompute in (False, True):
-        memory = plan.memory(layout, args.row_tokens, rows, gathered=gathered, recompute=recompute)
+        memory = plan.memory(
+            layout,
+            args.row_tokens,
+            rows,
+            gathered=gathered,
+            recompute=recompute,
+            fused_adam=not args.torch_adam,
+            saving=saving,
+        )
         work = plan.operations(tokens, scored, text, recompute=recompute)
         hours = work * bubble / (args.gpus * args.gpu_tflops * 1e12 * args.mfu) / 3600
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
@@ -106,7 +144,7 @@ def describe(plan: Plan, layout: Layout, args: argparse.Namespace) -> list[tuple
             f"{layout.tensor:>3}{layout.pipeline:>4}{layout.data:>4}"
             f"{'full' if recompute else 'none':>11}"
             + "".join(f"{x / GIB:>{9 if i == 0 else 8}.1f}" for i, x in enumerate(parts))
-            + f"{memory.head / GIB:>6.1f}{memory.total / GIB:>7.1f}{hours:>8.1f}"
+            + f"{memory.head / GIB:>6.1f}{memory.total / GIB:>7.1f}{host / GIB:>7.0f}{hours:>8.1f}"
         )
         fits = memory.total + RESERVED <= args.gpu_memory * GIB
         lines.append((fits, (hours, layout.tensor * layout.pipeline, layout.tensor), line))

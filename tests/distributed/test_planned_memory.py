@@ -1,4 +1,4 @@
-"""What layers keep for the backward pass, counted on paper and in real steps."""
+"""What layers keep for the backward pass and what a save needs, on paper and in real runs."""
 
 import pytest
 from test_training import BOTH, LAYOUTS
@@ -6,6 +6,7 @@ from test_training import BOTH, LAYOUTS
 from megatron_infifpo.models.architecture import read_hf_config
 from megatron_infifpo.models.families import megatron_args
 from megatron_infifpo.planning import CPU_KEPT, Plan
+from megatron_infifpo.planning_saves import BY_NAME, BY_RANK, SAVED, SPARING
 
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
 RECOMPUTE += ["--recompute-num-layers", "1"]
@@ -35,3 +36,35 @@ def test_recomputed(setup, ranks):
     plan = Plan(megatron_args(read_hf_config(setup.hf)), "fp32", CPU_KEPT)
     planned = found["tokens"] * (plan.layers * plan.hidden * 4 + plan.end_bytes())
     assert found["kept"] == pytest.approx(planned, rel=0.15)
+
+
+SAVINGS = {
+    "by-rank": (BY_RANK, []),
+    "by-name": (BY_NAME, ["--dist-ckpt-optim-fully-reshardable"]),
+    "sparing": (
+        SPARING,
+        ["--dist-ckpt-optim-fully-reshardable", "--distrib-optim-fully-reshardable-mem-efficient"],
+    ),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", SAVINGS)
+def test_saved(setup, ranks, tmp_path, name, precision):
+    """What two data-parallel ranks gather, and what each then writes."""
+    saving, flags = SAVINGS[name]
+    more = ["--bf16"] if precision == "bf16" else []
+    argv = setup.flags(setup.sources("both", *BOTH), "--save", str(tmp_path / "run"), *flags, *more)
+    results = ranks(2, "save_workers:save_bytes", argv)
+    weight = 2 if precision == "bf16" else 4
+    written = 0.0
+    for rank, found in enumerate(results):
+        parameters = found["parameters"]
+        planned = saving.gathered_bytes(parameters, 2, first=rank == 0)
+        # Gloo may hold on to one value a moment longer.
+        assert 0.98 * planned <= found["gathered"] <= 1.02 * planned + 4 * parameters, (rank, found)
+        planned = saving.written_bytes(parameters, 2, weight, first=rank == 0)
+        # Whole parameters are dealt to ranks, and few are here.
+        assert found["written"] == pytest.approx(planned, rel=0.3), (rank, found)
+        written += found["written"]
+    assert written == pytest.approx((SAVED + weight) * parameters, rel=0.02)
