@@ -43,6 +43,27 @@ class NoConstants(TorchFunctionMode):
         return result
 
 
+class CudaMeansMeta(TorchFunctionMode):
+    """Put on `meta` what is meant for CUDA."""
+
+    def __enter__(self) -> "CudaMeansMeta":
+        self.device = torch.cuda.current_device
+        torch.cuda.current_device = lambda: torch.device("meta")
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.cuda.current_device = self.device
+        super().__exit__(*error)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
 def _tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 

@@ -235,7 +235,8 @@ def load(folder: Path) -> ModuleType:
             return prepare(self, *args, **kwargs)
 
     TransformerEngineBaseModule.prepare_forward = prepare_forward
-    utils._empty_tensor = torch.Tensor  # it is moved to CUDA in backward passes
+    # It calls `.cuda()` in backward passes, where nothing turns that into another device.
+    utils._empty_tensor = lambda: torch.empty(0, device=torch.cuda.current_device())
     torch.cuda.is_current_stream_capturing = lambda: False
     _replace_attention(te)
     return te

@@ -28,8 +28,8 @@ def force_kind(name: str) -> None:
     gpt.choose_kind = lambda args: KINDS[name]
 
 
-def build(hf: str, kind: str) -> Model:
-    """Build and fill a model in float32, to be trained."""
+def build(hf: str, kind: str, bf16: bool = False) -> Model:
+    """Build and fill a model, to be trained."""
     from megatron_infifpo.checkpoint.hf_weights import load_into_model
     from megatron_infifpo.models.architecture import read_hf_config
     from megatron_infifpo.models.families import megatron_args
@@ -37,7 +37,7 @@ def build(hf: str, kind: str) -> Model:
     from megatron_infifpo.models.parallel import initialize_parallel
 
     force_kind(kind)
-    args = forward_only_arguments(megatron_args(read_hf_config(hf)))
+    args = forward_only_arguments(megatron_args(read_hf_config(hf)), bf16=bf16)
     initialize_parallel(args)
     (model,) = build_model(args)
     load_into_model([model], hf)
@@ -236,3 +236,31 @@ def train(argv: list[str], kind: str | None, old: bool = False) -> dict[str, Any
         del OutputRMSNorm.get_extra_state
     record = workers.train(argv)
     return record | {"calls": dict(te_emulation.CALLS), "kind": get_args().layer_kind}
+
+
+def on_meta(folder: str, name: str) -> dict[str, tuple]:
+    """Run whole models forward and backward on `meta`, by CUDA's rules and without a wait.
+
+    Returns:
+        By kind of layers and data type, the device and type of log-probs, and those of gradients.
+    """
+    from device_rules import CudaMeansMeta, CudaRules, NoConstants
+    from transformer_engine.pytorch.ops import RMSNorm
+
+    from megatron_infifpo.models.packed import run_packed, to_device
+
+    as_on_a_gpu()
+    RMSNorm.pre_first_fuser_forward = lambda self: None  # it would leave `meta` for CUDA
+    hf, found = str(tiny.save_model(Path(folder) / "hf", name, seed=7)), {}
+    for kind, bf16 in (("local", True), ("local", False), ("te", True)):
+        model = build(hf, kind, bf16=bf16)
+        with CudaMeansMeta():
+            model.to("meta")
+            first, second = (to_device(row_of(3, 320, shared=shared)) for shared in (False, True))
+            run_packed(model, first, 320)  # constants of the model go to the device once
+            with CudaRules(), NoConstants():
+                logprobs = run_packed(model, second, 320)
+                logprobs.sum().backward()
+        gradients = {(p.grad.device.type, str(p.grad.dtype)) for p in model.parameters()}
+        found[f"{kind} {'bf16' if bf16 else 'fp32'}"] = (logprobs.device.type, gradients)
+    return found

@@ -40,3 +40,11 @@ def test_loading(te_ranks, tmp_path, family):
     (different,) = te_ranks(1, "te_workers:reload", str(tmp_path), family)
     origins = ("imported", "local", "te", "old local")
     assert different == {f"{origin} to {kind}": [] for origin in origins for kind in KINDS}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_on_meta(newest_te_ranks, tmp_path, family):
+    """Whole models, shared prompts included, never touch the host: `meta` stands for CUDA."""
+    (found,) = newest_te_ranks(1, "te_workers:on_meta", str(tmp_path), family)
+    types = {"local bf16": "bfloat16", "local fp32": "float32", "te bf16": "bfloat16"}
+    assert found == {run: ("meta", {("meta", f"torch.{kind}")}) for run, kind in types.items()}
