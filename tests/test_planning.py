@@ -1,6 +1,8 @@
 """Costs on paper: parameters of the published models, memory by layout, operations."""
 
 import pytest
+import torch
+from save_workers import LiveBytes
 
 from megatron_infifpo.models.families import megatron_args, tensor_parallel_sizes
 from megatron_infifpo.models.published import PUBLISHED
@@ -90,6 +92,17 @@ def test_moments_of_a_run():
     assert long.total == state + long.activations + long.head
     saved = plan.memory(layout, 8192, 16, saving=BY_NAME, recompute=True)
     assert saved.total == state + saved.save
+
+
+def test_the_update_of_pytorch():
+    """What AdamW's kernels over lists, which it takes on a GPU, hold at once."""
+    weight = torch.nn.Parameter(torch.zeros(1000))
+    weight.grad = torch.ones(1000)
+    adam = torch.optim.AdamW([weight], foreach=True)
+    adam.step()
+    with LiveBytes() as live:
+        adam.step()
+    assert live.peak == pytest.approx(4 * 1000, rel=0.1)
 
 
 def test_fp8():
