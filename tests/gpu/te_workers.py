@@ -264,3 +264,18 @@ def on_meta(folder: str, name: str) -> dict[str, tuple]:
         gradients = {(p.grad.device.type, str(p.grad.dtype)) for p in model.parameters()}
         found[f"{kind} {'bf16' if bf16 else 'fp32'}"] = (logprobs.device.type, gradients)
     return found
+
+
+def count_waits(argv: list[str], kind: str | None) -> dict[str, dict[str, int]]:
+    """Train, and count waits for the host by place: in steps, and in writing the log line."""
+    import collections
+
+    import megatron.training.training as loop
+    import waits
+
+    found: dict[str, collections.Counter[str]] = {}
+    for name in ("train_step", "training_log"):
+        found[name] = collections.Counter()
+        setattr(loop, name, waits.counted(found[name], getattr(loop, name)))
+    train(argv, kind)
+    return {name: dict(counts) for name, counts in found.items()}
