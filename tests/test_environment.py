@@ -1,10 +1,13 @@
 """`--environment` says what a run would use, whatever is installed."""
 
 import pytest
-from workers import load_tool  # noqa: F401  (makes the CPU stand-ins)
 
-from megatron_infifpo import environment
-from megatron_infifpo.models import layer_kind
+from megatron_infifpo import cpu
+
+cpu.enable(announce=False)
+
+from megatron_infifpo import environment  # noqa: E402
+from megatron_infifpo.models import layer_kind  # noqa: E402
 
 
 def test_report_of_this_machine():
