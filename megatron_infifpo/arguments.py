@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_infifpo.cli import UserError, positive
 from megatron_infifpo.environment import ShowEnvironment
+from megatron_infifpo.megatron_flags import unsupported
 from megatron_infifpo.methods import Method, add_method_flags, flag
 from megatron_infifpo.models.layer_kind import KINDS
 
@@ -74,7 +75,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         type=float,
         metavar="NATS",
         help="mean absolute difference of a response's log-probs, a token, that the check allows "
-        "(default: 0.002 in float32, 0.04 in float16, 0.25 in bfloat16)",
+        "(default: 0.002 in float32, 0.04 in float16, 0.25 in bfloat16, 1.0 with FP8)",
     )
     group.add_argument(
         "--allow-changed-run",
@@ -89,26 +90,19 @@ def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     return parser
 
 
-# Megatron's features that change what a rank holds of a row or of the output layer's weight.
-_UNSUPPORTED = {
-    "context_parallel_size": "context parallelism would cut the packed pairs",
-    "use_megatron_fsdp": "the log-prob head reads the whole shard of the output layer",
-    "use_torch_fsdp2": "the log-prob head reads the whole shard of the output layer",
-    "num_experts": "no converted model is a mixture of experts",
-    "rampup_batch_size": "the step of a pair would depend on the ramp",
-    "sft": "it expects other data; use --method sft",
-}
-
-
 def refuse_unsupported(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse Megatron's features that packed preference pairs do not work with.
+    """Refuse what does not work of Megatron's flags; the first check of a run.
+
+    Args:
+        args: as parsed.
+        parser: Megatron's with ours.
 
     Raises:
-        UserError: names the flag and the reason.
+        UserError: names every such flag and the reason.
     """
-    for name, reason in _UNSUPPORTED.items():
-        if getattr(args, name, None) != parser.get_default(name):
-            raise UserError(f"{flag(name)} is not supported: {reason}; leave it out")
+    sentences = unsupported(args, parser)
+    if sentences:
+        raise UserError("\n       ".join(sentences))
 
 
 def set_share_prompt(args: argparse.Namespace, method: Method) -> None:

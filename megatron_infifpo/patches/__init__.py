@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatron_infifpo.patches import output_layer, startup, torch_adam, training_loop
+from megatron_infifpo.patches import adam, output_layer, startup, training_loop
 
 
 def apply(get_schedule: Callable[..., Callable[..., list[Any]]]) -> None:
@@ -15,5 +15,5 @@ def apply(get_schedule: Callable[..., Callable[..., list[Any]]]) -> None:
     startup.skip_helpers()
     startup.skip_warm_up()
     output_layer.allow_fused_gradients()
-    torch_adam.make_resumable()
+    adam.make_resumable()
     training_loop.use_schedule(get_schedule)

@@ -57,7 +57,7 @@ def preference_metrics(
         for index, name in enumerate(source_names):
             pairs[f"share/{name}"] = reference.weights[..., index].mean(dim=1)
     ones = torch.ones_like(losses, dtype=torch.float32)
-    metrics = {name: _total(values, ones) for name, values in pairs.items()}
+    metrics = _averages(pairs, ones)
     if reference.clipped is not None:
         metrics |= _clip_rates(row["source_mask"], reference.clipped, source_names)
     by_domain = {n: v for n, v in pairs.items() if n in _BY_DOMAIN or n.startswith("share/")}
@@ -80,11 +80,10 @@ def sft_metrics(
         logps/chosen, the mean over responses of their mean log-prob.
     """
     counts = token_counts.float()
-    metrics = {
-        "loss": _total(-sum_logps, counts),
-        "logps/chosen": _total(sum_logps / counts, torch.ones_like(counts)),
-    }
-    return metrics | _by_domain({"loss": -sum_logps}, counts, row["domain_codes"], domains)
+    losses = {"loss": -sum_logps}
+    metrics = _averages(losses, counts)
+    metrics |= _averages({"logps/chosen": sum_logps / counts}, torch.ones_like(counts))
+    return metrics | _by_domain(losses, counts, row["domain_codes"], domains)
 
 
 def waste_metrics(row: Row) -> dict[str, Tensor]:
@@ -92,18 +91,20 @@ def waste_metrics(row: Row) -> dict[str, Tensor]:
     return {name: values for name, values in row.items() if name.startswith("waste/")}
 
 
-def _total(values: Tensor, counts: Tensor) -> Tensor:
-    return torch.stack([values.float().sum(), counts.sum()])
+def _averages(values: dict[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
+    """`[sum, count]` of each of the values `[B]`, in a few operations for all of them."""
+    sums = torch.stack([column.float() for column in values.values()]).sum(dim=-1)
+    pairs = torch.stack([sums, counts.sum().expand_as(sums)], dim=-1)
+    return dict(zip(values, pairs.unbind(), strict=True))
 
 
 def _clip_rates(mask: Tensor, clipped: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Share of values that clipping changed, over all sources and for each; masked ones aside."""
     # The initial pivot as a source comes last, is never clipped, and is not in the mask.
     changed = clipped.sum(dim=(0, 1)).float()[: mask.shape[1]]
-    values = mask.sum(dim=0).float() * clipped.shape[1]
-    rates = zip(names, changed, values, strict=False)
-    by_source = {f"clip-rate/{name}": _total(part, whole) for name, part, whole in rates}
-    return {"clip-rate": _total(changed, values), **by_source}
+    rates = torch.stack([changed, mask.sum(dim=0).float() * clipped.shape[1]], dim=-1)
+    by_source = zip(names, rates.unbind(), strict=False)
+    return {"clip-rate": rates.sum(dim=0), **{f"clip-rate/{name}": x for name, x in by_source}}
 
 
 def _by_domain(
@@ -112,9 +113,9 @@ def _by_domain(
     """`[sum, count]` of each of the values `[B]` in every domain, where there are several."""
     if len(domains) < 2:
         return {}
-    metrics = {}
+    metrics: dict[str, Tensor] = {}
     for code, domain in enumerate(domains):
         inside = (codes == code).float()
-        for name, column in values.items():
-            metrics[f"domain/{domain}/{name}"] = _total(column.float() * inside, counts * inside)
+        part = {f"domain/{domain}/{name}": column * inside for name, column in values.items()}
+        metrics |= _averages(part, counts * inside)
     return metrics

@@ -110,6 +110,6 @@ def test_llama_biases_are_refused():
 def test_every_argument_is_one_of_megatrons(ranks):
     """A misspelt argument would be ignored: norm_epsilon, say, is layernorm_epsilon."""
     known = ranks(1, "checkpoint.conversion_workers:megatron_argument_names")[0]
-    # extras is ours: what Gemma 3 has and Megatron has no argument for.
+    # Two are ours: the family, and what it has and Megatron has no argument for.
     for config in (LLAMA31, {"model_type": "gemma3_text"}):
-        assert megatron_args(config).keys() <= {*known, "extras"}
+        assert megatron_args(config).keys() <= {*known, "family", "extras"}

@@ -1,13 +1,18 @@
-"""Resume with the distributed optimizer in float32, and with PyTorch's own Adam.
+"""Resume with the distributed optimizer in float32, with PyTorch's own Adam, and with another one.
 
 In float32 the optimizer's parameters are views of the model's, which autograd guards: Megatron 0.19
 copies a checkpoint's into them without `no_grad`, and fails.
 
-It also expects Adam's step count where Transformer Engine and Apex have it, in the parameter
+A fused Adam that goes on from PyTorch's gets its parameter groups from the checkpoint, where there
+are none of its own options, and a count that is no integer.
+
+Megatron also expects Adam's step count where Transformer Engine and Apex have it, in the parameter
 groups. PyTorch's Adam has it in the state of every parameter, so loading fails in three places,
 each mended here: a fresh optimizer has no state to take the count from; the count is looked for
 among the loaded tensors, or taken from the fresh state; and all parameters are given one and the
 same count, which would then rise by the number of parameters in every step.
+
+Needless once Megatron's own tests resume with PyTorch's Adam, and from one Adam with another.
 """
 
 import functools
@@ -18,14 +23,36 @@ import torch
 
 
 def make_resumable() -> None:
-    """Mend both; the second only where no fused Adam is installed. Idempotent."""
+    """Mend what concerns the Adam that is installed. Idempotent."""
     distributed: Any = megatron_optimizer.DistributedOptimizer
     load_shards = distributed.load_parameter_state_from_dp_reshardable
     if hasattr(load_shards, "__wrapped__"):
         return
     distributed.load_parameter_state_from_dp_reshardable = torch.no_grad()(load_shards)
     if megatron_optimizer.HAVE_APEX_OR_TE:
-        return
+        _complete_groups(distributed)
+    else:
+        _keep_own_steps(distributed)
+
+
+def _complete_groups(distributed: Any) -> None:
+    """Give a fused Adam's groups what another Adam's lack."""
+    load_state_dict = distributed.load_state_dict
+
+    @functools.wraps(load_state_dict)
+    def with_defaults(self: Any, state: dict[str, Any]) -> None:
+        for group in state["optimizer"]["param_groups"]:
+            for name, value in self.optimizer.defaults.items():
+                group.setdefault(name, value)
+            if "step" in group:
+                group["step"] = int(group["step"])
+        load_state_dict(self, state)
+
+    distributed.load_state_dict = with_defaults
+
+
+def _keep_own_steps(distributed: Any) -> None:
+    """Let PyTorch's Adam have its counts where it looks for them."""
     sharded_state_dict = distributed.sharded_state_dict
     set_states = distributed._set_main_param_and_optimizer_states
     load_state_dict = distributed.load_state_dict
