@@ -1,0 +1,92 @@
+"""Ask of given arguments which of Megatron's flags cannot be, and why."""
+
+import argparse
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+from megatron_infifpo import cpu
+from megatron_infifpo.megatron_flags.conditions import CHOICES, CONFLICTS, NEEDS
+from megatron_infifpo.megatron_flags.group import DEVICE, GPU, REFUSED
+from megatron_infifpo.megatron_flags.model import MODEL
+from megatron_infifpo.megatron_flags.running import RUNNING
+
+GROUPS = MODEL | RUNNING
+_NEW = "it is not in the table of Megatron's flags (megatron_infifpo/megatron_flags)"
+_ON_CPU = "it is for GPUs, and this run is on a CPU"
+
+
+def flags(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
+    """Yield title of the group and action of every flag of Megatron's, in the order of `--help`."""
+    for group in parser._action_groups:
+        if group.title in GROUPS:
+            for action in group._group_actions:
+                yield group.title, action
+
+
+def spelling(parser: argparse.ArgumentParser, name: str, value: Any) -> str:
+    """Return the option that sets an argument to a value, as it is on the command line."""
+    actions = [action for action in parser._actions if action.dest == name]
+    for action in actions:
+        if action.nargs != 0 or action.const == value:
+            return action.option_strings[0]
+    # --feature and --no-feature
+    return actions[0].option_strings[0 if value else -1]
+
+
+def unsupported(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """Say in a sentence each which flags, or values, or combinations of flags do not work.
+
+    Args:
+        args: as parsed: nothing is set or validated yet.
+        parser: Megatron's, with flags of ours or without.
+    """
+    if getattr(args, "yaml_cfg", None) is not None:  # of other arguments than the parser's
+        return [f"--yaml-cfg {refusal('experimental', 'yaml_cfg', args.yaml_cfg)}"]
+    # Not `parser.get_default`, which skips a None where two flags share a name.
+    defaults = {action.dest: action.default for action in reversed(parser._actions)}
+    working: dict[str, str] = {}  # name -> spelling
+    sentences: dict[str, str] = {}
+    for title, action in flags(parser):
+        name, value = action.dest, getattr(args, action.dest, None)
+        if value == defaults[name]:
+            continue
+        option = spelling(parser, name, value)
+        why = refusal(title, name, value)
+        if why is None:
+            working[name] = option
+        else:
+            sentences[name] = f"{option} {why}"
+    found = list(sentences.values())
+    for need in NEEDS:
+        useless = [working[name] for name in need.names.split() if name in working]
+        if useless and not need.holds(args):
+            verb, it = ("has", "it") if len(useless) == 1 else ("have", "them")
+            options = " and ".join(useless)
+            found.append(f"{options} {verb} no effect without {need.what}: leave {it} out")
+    return found + [conflict.message for conflict in CONFLICTS if conflict.holds(args)]
+
+
+def refusal(group: str, name: str, value: Any) -> str | None:
+    """Why a flag that was given is refused, as what follows it in a sentence; None if it is not.
+
+    Args:
+        group: title of its group, a key of `GROUPS`.
+        name: of the argument.
+        value: what it was given, not its default.
+    """
+    if cpu.is_enabled() and name in cpu.argument_overrides():
+        return None  # the program sets it, and refuses another value
+    kind, why = GROUPS[group].classify(name) or (REFUSED, _NEW)
+    if kind == GPU and cpu.is_enabled():
+        kind, why = REFUSED, _ON_CPU
+    if kind in (REFUSED, DEVICE):
+        return f"is not supported: {why}; leave it out"
+    if name in CHOICES:
+        allowed, why = CHOICES[name]
+        values = value if isinstance(value, list) else [value]
+        names = [each.name if isinstance(each, Enum) else str(each) for each in values]
+        bad = [each for each in names if each not in allowed.split()]
+        if bad:
+            return f"{' '.join(bad)} is not supported: {why}; expected {allowed.replace(' ', ', ')}"
+    return None
