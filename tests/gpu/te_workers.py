@@ -44,7 +44,7 @@ def build(hf: str, kind: str, bf16: bool = False) -> Model:
     return model.train().requires_grad_(True)
 
 
-def row_of(seed: int, vocab_size: int, *, shared: bool) -> dict[str, Any]:
+def row_of(seed: int, vocab_size: int, *, shared: bool, multiple: int = 16) -> dict[str, Any]:
     """A padded row of three pairs of unequal lengths, one response of a single token."""
     from megatron_infifpo.data.packing import collate
     from megatron_infifpo.data.preference_dataset import PreferencePair
@@ -54,12 +54,12 @@ def row_of(seed: int, vocab_size: int, *, shared: bool) -> dict[str, Any]:
     def ids(length: int) -> np.ndarray:
         return rng.integers(0, vocab_size, length)
 
-    lengths = [(9, 24, 31), (30, 1, 12), (2, 17, 5)]  # prompt, chosen, rejected
+    lengths = [(9, 24, 31 + seed), (30, 1, 12), (2, 17, 5)]  # prompt, chosen, rejected
     pairs = [
         PreferencePair(i, ids(prompt), (ids(chosen), ids(rejected)))
         for i, (prompt, chosen, rejected) in enumerate(lengths)
     ]
-    return collate(pairs, pad_multiple=16, share_prompt=shared)
+    return collate(pairs, pad_multiple=multiple, share_prompt=shared)
 
 
 def by_place(model: Model) -> dict[tuple, Tensor]:
@@ -279,3 +279,33 @@ def count_waits(argv: list[str], kind: str | None) -> dict[str, dict[str, int]]:
         setattr(loop, name, waits.counted(found[name], getattr(loop, name)))
     train(argv, kind)
     return {name: dict(counts) for name, counts in found.items()}
+
+
+def fp8_rows(recipe: str, tensor_parallel: int) -> dict[str, bool]:
+    """Ask Transformer Engine whether it multiplies our rows in FP8, forward and backward."""
+    from types import SimpleNamespace
+
+    from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
+    from transformer_engine.pytorch.utils import assert_dim_for_fp8_exec
+
+    from megatron_infifpo.models.layer_kind import row_multiple
+
+    args = SimpleNamespace(
+        fp8="hybrid", fp8_recipe=recipe, tensor_model_parallel_size=tensor_parallel
+    )
+    found = {}
+    for name, multiple in (("padded", row_multiple(args)), ("not padded", 1)):
+        rows = [row_of(seed, 320, shared=False, multiple=multiple) for seed in range(3)]
+        taken = []
+        for tokens in (row["tokens"].numel() // tensor_parallel for row in rows):
+            # Gradients of weights sum over tokens: there they are the last dimension.
+            for tensor in (torch.empty(tokens, 1, 64), torch.empty(64, tokens)):
+                try:
+                    assert_dim_for_fp8_exec(tensor)
+                except ValueError:
+                    taken.append(False)
+                else:
+                    scales = MXFP8Quantizer.is_quantizable(None, tensor)
+                    taken.append(recipe != "mxfp8" or scales)
+        found[name] = all(taken)
+    return found

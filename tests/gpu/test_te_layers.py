@@ -48,3 +48,11 @@ def test_on_meta(newest_te_ranks, tmp_path, family):
     (found,) = newest_te_ranks(1, "te_workers:on_meta", str(tmp_path), family)
     types = {"local bf16": "bfloat16", "local fp32": "float32", "te bf16": "bfloat16"}
     assert found == {run: ("meta", {("meta", f"torch.{kind}")}) for run, kind in types.items()}
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_fp8_takes_rows(te_ranks, recipe, tensor_parallel):
+    """By Transformer Engine's own checks, on a rank's share of a row."""
+    (found,) = te_ranks(1, "te_workers:fp8_rows", recipe, tensor_parallel)
+    assert found == {"padded": True, "not padded": False}
