@@ -59,12 +59,10 @@ def enable(*, announce: bool = True) -> bool:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if _mode is not None:
         return True
+    before_megatron()
     if torch.cuda.is_available():
-        _check_transformer_engine()
         return False
     _refuse_an_unused_gpu()
-    for package in GPU_ONLY:
-        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # as if not installed
     # Megatron decorates functions with torch.compile, which gains nothing here and costs minutes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _keep_freed_memory()
@@ -75,6 +73,22 @@ def enable(*, announce: bool = True) -> bool:
     if announce and os.environ.get("RANK", "0") == "0":
         print("megatron_infifpo: no CUDA device: Megatron runs on the CPU (gloo)", file=sys.stderr)
     return True
+
+
+def before_megatron() -> None:
+    """Make Megatron importable; idempotent, and enough for who does not run a model.
+
+    Megatron imports Transformer Engine and Apex where they are, and bears no other failure than
+    ImportError. Where there is no GPU they are hidden from it.
+
+    Raises:
+        UserError: Transformer Engine is installed on a machine with a GPU, and does not import.
+    """
+    if _mode is None and torch.cuda.is_available():
+        _check_transformer_engine()
+    else:
+        for package in GPU_ONLY:
+            sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # as if not installed
 
 
 def _refuse_an_unused_gpu() -> None:

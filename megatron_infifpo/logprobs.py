@@ -14,10 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from torch import Tensor
 
 # Logits of one chunk in float32, per rank: large enough for full-speed matrix products.
@@ -212,6 +208,8 @@ def response_logprobs(
     Returns:
         `[K]` float32.
     """
+    from megatron.core.tensor_parallel import mappings  # here: the rest needs no Megatron
+
     group = output_layer.tp_group
     # The weight is read without calling the layer, so what Megatron hangs on that call runs here:
     # under --overlap-param-gather it waits until the weight has arrived.
@@ -220,12 +218,12 @@ def response_logprobs(
     weight = output_layer.weight if output_weight is None else output_weight
     rows = context["scored_rows"]
     if config.sequence_parallel:
-        full = gather_from_sequence_parallel_region(hidden_states, group=group)
+        full = mappings.gather_from_sequence_parallel_region(hidden_states, group=group)
         hidden = full.squeeze(1).index_select(0, rows)
     else:
         # Select first: the backward all-reduce then carries K rows instead of T.
         selected = hidden_states.squeeze(1).index_select(0, rows)
-        hidden = copy_to_tensor_model_parallel_region(selected, group=group)
+        hidden = mappings.copy_to_tensor_model_parallel_region(selected, group=group)
     return vocab_parallel_logprobs(
         hidden, weight, context["target_ids"], vocab_size=context["vocab_size"], group=group
     )

@@ -14,9 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo import cpu
+from megatron_infifpo.cli import UserError, user_errors
+
+with user_errors():
+    cpu.before_megatron()
+
+from megatron.core.datasets.indexed_dataset import (  # noqa: E402
+    IndexedDataset,
+    IndexedDatasetBuilder,
+)
 
 
 class DocumentWriter:
