@@ -79,6 +79,12 @@ def serve(request: dict) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
+if __name__ == "__mp_main__":  # in Megatron's process that writes checkpoints for a rank
+    from megatron_infifpo import cpu
+
+    cpu.enable(announce=False)
+
+
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print must not mix with the answers

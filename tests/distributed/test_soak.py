@@ -27,7 +27,10 @@ def losses_of(path) -> dict[int, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("saving", [[], ["--async-save", "--async-strategy", "mcore"]])
+ASYNC = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+
+
+@pytest.mark.parametrize("saving", [[], ASYNC], ids=["at once", "async"])
 def test_killed_again_and_again(setup, ranks, tmp_path, saving):
     sources = setup.sources("both", *BOTH)
     flags = [
