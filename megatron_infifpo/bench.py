@@ -10,17 +10,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.logprob_writer import LogprobWriter
-from megatron_infifpo.data.records import PreferenceRecord, records_fingerprint
-from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
-from megatron_infifpo.data.tokenization import ChatTokenizer
+
+if TYPE_CHECKING:  # who only measures does without Megatron
+    from megatron_infifpo.data.records import PreferenceRecord
+    from megatron_infifpo.data.token_dataset import TokenDataset
+    from megatron_infifpo.data.tokenization import ChatTokenizer
 
 
 def on_gpu() -> bool:
@@ -127,9 +128,16 @@ class Timer:
 
 
 def write_pairs(
-    records: Sequence[PreferenceRecord], tokenizer: ChatTokenizer, folder: Path, sources: int = 0
-) -> TokenDataset:
+    records: "Sequence[PreferenceRecord]",
+    tokenizer: "ChatTokenizer",
+    folder: Path,
+    sources: int = 0,
+) -> "TokenDataset":
     """Write records and log-probs of nobody for `training_steps`, by so many sources."""
+    from megatron_infifpo.data.logprob_writer import LogprobWriter
+    from megatron_infifpo.data.records import records_fingerprint
+    from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
+
     write_token_dataset(records, tokenizer, folder / "pairs")
     data = TokenDataset(folder / "pairs")
     manifest: dict[str, Any] = dict.fromkeys(("model", "weights_sha256", "backend", "dtype"), "-")

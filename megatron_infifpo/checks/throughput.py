@@ -221,6 +221,7 @@ class Shape:
             self.figure("peak memory beside the plan", found["mib"] / planned, "ratio")
             if "--save" in self.flags():
                 self.figure("peak memory of a save", found["later_mib"], "MiB")
+                self.figure("that beside the plan", found["later_mib"] / planned, "ratio")
             else:
                 reason = f"a checkpoint of {14 * self.plan.parameters / GIB:.0f} GiB"
                 self.record.skip(f"{self.name}: peak memory of a save", reason)

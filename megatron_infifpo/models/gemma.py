@@ -32,10 +32,11 @@ def configure(config: GPTModelConfig, extras: Mapping[str, Any]) -> None:
 def complete(model: GPTModel, extras: Mapping[str, Any]) -> None:
     """Scale embeddings, and rotate local and global layers by their own angles."""
     if model.pre_process:
+        # Rounded to the weights' dtype first, as transformers does.
+        factor = torch.tensor(extras["embedding_scale"], dtype=model.config.params_dtype).item()
 
         def scale(_: torch.nn.Module, __: Any, embedded: Tensor) -> Tensor:
-            # Rounded to the weights' dtype first, as transformers does.
-            return embedded * torch.tensor(extras["embedding_scale"], dtype=embedded.dtype).item()
+            return embedded * factor
 
         model.embedding.register_forward_hook(scale)
     model.rotary_pos_emb = LocalGlobalRope(model, extras)

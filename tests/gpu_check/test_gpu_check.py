@@ -1,0 +1,52 @@
+"""The whole command on a CPU, as continuous integration runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = ("environment", "attention", "families", "training", "waits", "head", "layouts")
+
+
+def gpu_check(*flags: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/gpu_check.py", *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_quick_on_a_cpu(tmp_path):
+    done = gpu_check(
+        "--device", "cpu", "--quick", "--timeout", 900, "--json", tmp_path / "report.json"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    passed = {c["group"] for c in report["checks"] if c["status"] == "passed"}
+    assert passed == {*GROUPS, "throughput"}
+    assert not [c for c in report["checks"] if c["status"] == "failed"]
+    values = {c["name"]: c["value"] for c in report["checks"]}
+    # On a CPU a resumed run is the same to the bit, and stages change nothing.
+    assert values["PyTorch's Adam, fp32: resumed, losses"] == 0.0
+    assert values["fp32: PP2, losses"] == 0.0
+    assert values["llama: host waits of a step's forward and backward passes"] <= 1.0
+    assert report["machine"]["packages"]["torch"] == torch.__version__.split("+")[0]
+    for name in (*GROUPS, "throughput"):
+        assert f"] {name}: " in done.stderr, "a line of progress a group"
+    assert "passed" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = gpu_check("--json", tmp_path / "report.json")
+    assert done.returncode == 2
+    assert "error: CUDA cannot be used" in done.stderr and "docs/clusters.md" in done.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["exit_code"] == 2
+
+
+def test_a_report_that_could_not_be_written_is_refused_first(tmp_path):
+    done = gpu_check("--json", tmp_path / "missing" / "report.json")
+    assert done.returncode == 2 and "there is no folder" in done.stderr
