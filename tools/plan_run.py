@@ -37,8 +37,8 @@ LAYERS = {"te": TE_KEPT, "te-attention": TE_ATTENTION_KEPT, "local": LOCAL_KEPT}
 SAVINGS = {"by-rank": BY_RANK, "by-name": BY_NAME, "by-name-sparing": SPARING}
 
 
-def main() -> None:
-    """Parse the command line and print one line a layout."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,7 +80,12 @@ def main() -> None:
     )
     parser.add_argument("--prompt-tokens", type=positive, default=400, help="on average")
     parser.add_argument("--response-tokens", type=positive, default=600, help="on average")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Parse the command line and print one line a layout."""
+    args = make_parser().parse_args()
     known = args.model in PUBLISHED and not Path(args.model).is_dir()
     model = megatron_args(PUBLISHED[args.model] if known else read_hf_config(args.model))
     args.layers = args.layers or ("local" if args.precision == "fp32" else "te")
