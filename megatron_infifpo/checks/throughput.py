@@ -21,7 +21,7 @@ from megatron_infifpo.peers.step import (
     measure_step,
     model_operations,
 )
-from megatron_infifpo.planning import GIB, Layout, Plan
+from megatron_infifpo.planning import GIB, Layout, Memory, Plan
 
 # Dense bfloat16 products, TFLOP/s, as NVIDIA states them; the first pattern that is found.
 PEAKS = (
@@ -120,12 +120,18 @@ class Shape:
         kept = default_kind(bf16=True).kept
         return Plan(megatron_args(config), "bf16", kept)
 
-    def planned_bytes(self, plan: Plan) -> float:
-        """What the planner counts for a step."""
+    def planned(self, plan: Plan) -> Memory:
+        """What the planner counts for a step, and for a save."""
+        from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+
         work = self.work
-        gathered = 2 * work.text * work.at_once / work.row
-        steps = work.pairs // work.at_once
-        return plan.memory(Layout(1, 1, 1), work.row, steps, gathered=gathered).total
+        return plan.memory(
+            Layout(1, 1, 1),
+            work.row,
+            work.pairs // work.at_once,
+            gathered=2 * work.text * work.at_once / work.row,
+            fused_adam=HAVE_APEX_OR_TE,
+        )
 
     def fitting_layers(self) -> int:
         """As many layers as fit the GPU, in this program and in its peers."""
@@ -137,7 +143,7 @@ class Shape:
             tokens = 2 * self.work.at_once * self.work.text
             kept = PEER_KEPT * layers * plan.activation_bytes() * tokens
             peers = PEER_BYTES * plan.parameters + kept if installed(TRL) else 0.0
-            if max(self.planned_bytes(plan), peers) <= room:
+            if max(self.planned(plan).total, peers) <= room:
                 return layers
         return 0
 
@@ -217,11 +223,13 @@ class Shape:
         self.figure("large products", found["peak"] / 1e12, "TFLOP/s")
         self.figure("peak memory", found["mib"], "MiB")
         if self.options.cuda:
-            planned = self.planned_bytes(self.plan) / 2**20
-            self.figure("peak memory beside the plan", found["mib"] / planned, "ratio")
+            planned, mib = self.planned(self.plan), 2**20
+            self.figure("peak beside the plan's", found["mib"] * mib / planned.total, "ratio")
             if "--save" in self.flags():
+                lasting = planned.weights + planned.gradients + planned.optimizer
+                ratio = found["later_mib"] * mib / (lasting + planned.save)
                 self.figure("peak memory of a save", found["later_mib"], "MiB")
-                self.figure("that beside the plan", found["later_mib"] / planned, "ratio")
+                self.figure("a save's peak beside the plan's", ratio, "ratio")
             else:
                 reason = f"a checkpoint of {14 * self.plan.parameters / GIB:.0f} GiB"
                 self.record.skip(f"{self.name}: peak memory of a save", reason)

@@ -32,7 +32,7 @@ def test_quick_on_a_cpu(tmp_path):
     # On a CPU a resumed run is the same to the bit, and stages change nothing.
     assert values["PyTorch's Adam, fp32: resumed, losses"] == 0.0
     assert values["fp32: PP2, losses"] == 0.0
-    assert values["llama: host waits of a step's forward and backward passes"] <= 1.0
+    assert values["llama: host waits of a step's forward and backward passes"] <= 3.0
     assert report["machine"]["packages"]["torch"] == torch.__version__.split("+")[0]
     for name in (*GROUPS, "throughput"):
         assert f"] {name}: " in done.stderr, "a line of progress a group"
