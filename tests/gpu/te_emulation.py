@@ -189,6 +189,30 @@ def _replace_attention(te: ModuleType) -> None:
     te.DotProductAttention.forward = forward
 
 
+def _dummy_gradient(shape: list[int], dtype: torch.dtype, zero: bool = False) -> Tensor:
+    """What goes to autograd where the gradient is in Megatron's buffer: of no use to anybody."""
+    value = 0.0 if zero else torch.nan
+    return torch.full(shape, value, dtype=dtype, device=torch.cuda.current_device())
+
+
+def _replace_cuda() -> None:
+    """Replace what asks for CUDA where the CPU stand-ins are not heard, as in backward passes."""
+    from transformer_engine.pytorch import utils
+    from transformer_engine.pytorch.module import base, layernorm_linear, linear
+
+    prepare = base.TransformerEngineBaseModule.prepare_forward
+
+    def prepare_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        with _SaysCuda():
+            return prepare(self, *args, **kwargs)
+
+    base.TransformerEngineBaseModule.prepare_forward = prepare_forward
+    for module in (base, linear, layernorm_linear):
+        module.get_dummy_wgrad = _dummy_gradient
+    utils._empty_tensor = lambda: torch.empty(0, device=torch.cuda.current_device())
+    torch.cuda.is_current_stream_capturing = lambda: False
+
+
 def _replace_extension() -> None:
     extension = _Extension("transformer_engine_torch")
     extension.__path__ = []
@@ -225,18 +249,7 @@ def load(folder: Path) -> ModuleType:
     transformer_engine.common.load_framework_extension = lambda framework: None
     spec.loader.exec_module(package)
     import transformer_engine.pytorch as te
-    from transformer_engine.pytorch import utils
-    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
-    prepare = TransformerEngineBaseModule.prepare_forward
-
-    def prepare_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        with _SaysCuda():
-            return prepare(self, *args, **kwargs)
-
-    TransformerEngineBaseModule.prepare_forward = prepare_forward
-    # It calls `.cuda()` in backward passes, where nothing turns that into another device.
-    utils._empty_tensor = lambda: torch.empty(0, device=torch.cuda.current_device())
-    torch.cuda.is_current_stream_capturing = lambda: False
+    _replace_cuda()
     _replace_attention(te)
     return te

@@ -309,3 +309,21 @@ def fp8_rows(recipe: str, tensor_parallel: int) -> dict[str, bool]:
                     taken.append(recipe != "mxfp8" or scales)
         found[name] = all(taken)
     return found
+
+
+def score(checkpoint: str, kind: str | None) -> tuple[str, Tensor]:
+    """Log-probs of a row by the scorer's backend: float32 on a kind of layers, else as it is.
+
+    Returns:
+        The kind of layers, and the log-probs.
+    """
+    from megatron.core.utils import get_model_config
+
+    from megatron_infifpo.scoring.megatron_backend import MegatronBackend
+
+    as_on_a_gpu()
+    if kind is not None:
+        force_kind(kind)
+    backend = MegatronBackend(checkpoint, bf16=kind is None)
+    (logprobs,) = backend([row_of(3, 300, shared=False)])
+    return get_model_config(backend.models[0]).layer_kind.name, logprobs

@@ -42,7 +42,10 @@ def test_loading(te_ranks, tmp_path, family):
     assert different == {f"{origin} to {kind}": [] for origin in origins for kind in KINDS}
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    ["llama-tied", "qwen2", "phi3-partial", "qwen2-window", "qwen3", "mistral-window", "gemma3"],
+)
 def test_on_meta(newest_te_ranks, tmp_path, family):
     """Whole models, shared prompts included, never touch the host: `meta` stands for CUDA."""
     (found,) = newest_te_ranks(1, "te_workers:on_meta", str(tmp_path), family)

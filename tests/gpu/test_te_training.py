@@ -69,6 +69,27 @@ def test_choice_of_layers(newest_te_ranks, job, straight, flags, kind):
     assert losses(record) == pytest.approx(losses(straight["local"])[:2], rel=0.1)
 
 
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_recomputation(newest_te_ranks, job, straight, granularity):
+    """Layers, or attention alone, run again in the backward pass, with the same row."""
+    flags = ["--recompute-granularity", granularity]
+    if granularity == "full":
+        flags += ["--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    record = run(newest_te_ranks, job, "te", *flags, *HALF)
+    assert losses(record) == pytest.approx(losses(straight["local"])[:2], abs=1e-4)
+
+
+def test_scoring(newest_te_ranks, job):
+    """The scorer's backend, too; in bfloat16 it takes Transformer Engine's layers by itself."""
+    scores = {}
+    for kind in (*KINDS, None):
+        ((name, scores[kind]),) = newest_te_ranks(1, "te_workers:score", f"{job}/pivot", kind)
+        assert name == (kind or "te")
+    for kind in ("te", "te-attention"):
+        assert (scores[kind] - scores["local"]).abs().max() < 1e-4, kind
+    assert (scores[None] - scores["local"]).abs().mean() < 0.1
+
+
 def saving(tmp_path: Path) -> list[str]:
     return ["--save", str(tmp_path / "run"), "--save-interval", "2"]
 
