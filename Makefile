@@ -5,6 +5,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TE := $(VENV)/te/.fetched
 
 .PHONY: demo test gpu-check lint format clean
 
@@ -13,7 +14,7 @@ demo: $(STAMP)
 
 # Tests fork ranks and run on the CPU, whatever the machine has.
 test: export CUDA_VISIBLE_DEVICES =
-test: $(STAMP) lint
+test: $(STAMP) $(TE) lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 gpu-check: $(STAMP)
@@ -33,6 +34,11 @@ $(STAMP): requirements.txt setup.py
 	$(BIN)/python -m pip install --no-deps -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $(STAMP)
+
+# Transformer Engine's Python at two versions, which tests run on the CPU; out of Python's sight.
+$(TE): tests/gpu/fetch_te.sh | $(STAMP)
+	bash tests/gpu/fetch_te.sh $(VENV)
+	touch $@
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
