@@ -31,6 +31,10 @@ from megatron_infifpo.models.layers import OutputRMSNorm, PackedAttention, RMSNo
 from megatron_infifpo.models.packed import row_params, te_params
 from megatron_infifpo.planning import LOCAL_KEPT, TE_ATTENTION_KEPT, TE_KEPT, Kept
 
+# Tokens that FP8 products of Transformer Engine take a multiple of where values are scaled in
+# blocks; else 16, for their backward pass.
+FP8_TOKENS = {"mxfp8": 32, "blockwise": 128}
+
 
 @dataclass(frozen=True)
 class LayerKind:
@@ -55,11 +59,6 @@ class LayerKind:
     rotates_by_row: bool
     shares_prompts: bool
     kept: Kept
-
-    @property
-    def is_te(self) -> bool:
-        """Whether linear layers are Transformer Engine's, which FP8 needs."""
-        return self.arguments["transformer_impl"] == "transformer_engine"
 
     def block(
         self, family: "FamilyLayers", config: TransformerConfig, vp_stage: int | None
@@ -189,10 +188,7 @@ def choose_kind(args: argparse.Namespace) -> LayerKind:
 def row_multiple(args: argparse.Namespace) -> int:
     """Return what a row's tokens are padded to a multiple of, by layout and precision.
 
-    Under sequence parallelism a rank holds its share of them. FP8 products of Transformer Engine
-    take multiples of 16 tokens in the backward pass, and of 32 where values are scaled in blocks.
+    Under sequence parallelism a rank holds its share of them.
     """
-    products = 1
-    if args.fp8:
-        products = 32 if args.fp8_recipe == "mxfp8" else 16
+    products = FP8_TOKENS.get(args.fp8_recipe, 16) if args.fp8 else 1
     return products * int(args.tensor_model_parallel_size)
