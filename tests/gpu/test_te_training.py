@@ -12,7 +12,8 @@ from launcher import RankError
 KINDS = ("local", "te", "te-attention")
 LAYERS, STEPS, ROWS = 4, 4, 4  # rows a step
 HALF = ["--exit-interval", "2"]
-WHOLE_STATE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+PARTS = ["--use-distributed-optimizer"]  # each rank saves its parts of flat buffers
+WHOLE = [*PARTS, "--dist-ckpt-optim-fully-reshardable"]
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +100,15 @@ def assert_goes_on(resumed: dict, straight: dict) -> None:
     assert resumed["norms"] == pytest.approx(straight["local"]["norms"][2:], rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", [[], WHOLE_STATE], ids=["plain", "distributed"])
 @pytest.mark.parametrize(
-    ("first", "second"), [("local", "te"), ("te", "local"), ("te", "te-attention")]
+    ("first", "second", "optimizer"),
+    [
+        ("local", "te", []),
+        ("te", "local", []),
+        ("local", "te", WHOLE),
+        ("te", "local", WHOLE),
+        ("te", "te-attention", PARTS),  # the same modules in the same order
+    ],
 )
 def test_resuming_on_other_layers(
     newest_te_ranks, job, straight, tmp_path, first, second, optimizer
@@ -114,7 +121,7 @@ def test_resuming_on_other_layers(
 
 def test_parts_of_buffers_do_not_fit_other_layers(newest_te_ranks, job, tmp_path):
     """Each kind orders parameters in its own way, and parts of buffers have no names."""
-    more = [*saving(tmp_path), "--use-distributed-optimizer"]
+    more = [*saving(tmp_path), *PARTS]
     run(newest_te_ranks, job, "local", *more, *HALF)
     with pytest.raises(RankError, match="transformer impl was local and is transformer_engine"):
         run(newest_te_ranks, job, "te", *more)
@@ -128,13 +135,13 @@ def test_resuming_an_old_run(newest_te_ranks, job, straight, tmp_path, kind):
     assert_goes_on(run(newest_te_ranks, job, kind, *more), straight)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
+@pytest.mark.parametrize("state", [PARTS, WHOLE], ids=["parts", "whole"])
 @pytest.mark.parametrize("fused_first", [False, True], ids=["to fused", "to PyTorch's"])
 def test_resuming_with_another_adam(
-    newest_te_ranks, ranks, job, straight, tmp_path, fused_first, whole
+    newest_te_ranks, ranks, job, straight, tmp_path, fused_first, state
 ):
     """A cluster may have Transformer Engine where the one before had none, or lose it."""
-    more = [*saving(tmp_path), *(WHOLE_STATE if whole else WHOLE_STATE[:1])]
+    more = [*saving(tmp_path), *state]
     without = te_workers.flags(job, *more, "--train-iters", str(STEPS))
     if fused_first:
         run(newest_te_ranks, job, "local", *more, *HALF)
