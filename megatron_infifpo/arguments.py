@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_infifpo.cli import UserError, positive
 from megatron_infifpo.environment import ShowEnvironment
-from megatron_infifpo.megatron_flags import unsupported
+from megatron_infifpo.megatron_flags.check import unsupported
 from megatron_infifpo.methods import Method, add_method_flags, flag
 from megatron_infifpo.models.layer_kind import KINDS
 

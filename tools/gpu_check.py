@@ -3,7 +3,7 @@
 
     python tools/gpu_check.py --json gpu-check.json
 
-Eight groups of checks run, each in a process of its own with a time limit, so that one failure or
+Nine groups of checks run, each in a process of its own with a time limit, so that one failure or
 hang does not hide the rest; those that measure run alone. --device cpu runs every part that can run
 without a GPU. Exit code 0: all passed; 1: something failed; 2: CUDA cannot be used. See
 docs/gpu-check.md.

@@ -1,6 +1,7 @@
 """What must be true beside the class of a flag: values that work, flags that go together."""
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from megatron_infifpo import cpu
 from megatron_infifpo.megatron_flags.group import INFERENCE, OPTIMIZER
+
+HAVE_NVML = importlib.util.find_spec("pynvml") is not None
 
 Test = Callable[[argparse.Namespace], bool]
 
@@ -186,6 +189,7 @@ NEEDS: tuple[Need, ...] = (
         lambda args: args.use_precision_aware_optimizer,
     ),
     Need("use_precision_aware_optimizer", "Transformer Engine installed", lambda args: HAVE_TE),
+    Need("log_device_memory_used log_energy", "nvidia-ml-py installed", lambda args: HAVE_NVML),
 )
 
 CONFLICTS: tuple[Conflict, ...] = (

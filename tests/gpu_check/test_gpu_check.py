@@ -10,7 +10,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS = ("environment", "attention", "families", "training", "waits", "head", "layouts")
+GROUPS = (
+    "environment", "attention", "families", "training", "flags", "waits", "head", "layouts",
+)  # fmt: skip
 
 
 def gpu_check(*flags: object) -> subprocess.CompletedProcess:
