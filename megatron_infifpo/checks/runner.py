@@ -46,7 +46,7 @@ GROUPS = (
     _group("flags", 300),
     _group("waits", 240),
     _group("head", 180, alone=True),
-    _group("layouts", 600, alone=True),
+    _group("layouts", 900, alone=True),
     _group("throughput", 600, alone=True),
 )
 # Groups that run at once: a CPU has few cores, and their processes share a GPU easily.

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_infifpo.checks import processes
+from megatron_infifpo.checks.records import read_checks
+
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = (
     "environment", "attention", "families", "training", "flags", "waits", "head", "layouts",
@@ -52,3 +55,18 @@ def test_without_a_gpu_it_says_so(tmp_path):
 def test_a_report_that_could_not_be_written_is_refused_first(tmp_path):
     done = gpu_check("--json", tmp_path / "missing" / "report.json")
     assert done.returncode == 2 and "there is no folder" in done.stderr
+
+
+def test_families_on_transformer_engine(tmp_path):
+    """The kinds of layers that only a GPU has, with emulated kernels."""
+    folders = Path(os.environ.get("INFIFPO_TE", ROOT / ".venv" / "te"))
+    versions = sorted(folder for folder in folders.glob("2.*") if folder.is_dir())
+    if not versions:
+        pytest.skip(f"no Transformer Engine in {folders}: run tests/gpu/fetch_te.sh .venv")
+    argument = [str(versions[-1]), str(tmp_path / "models"), str(tmp_path / "checks.jsonl")]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    processes.run("with_te:families", argument, tmp_path / "run", seconds=600, environment=hidden)
+    checks = read_checks(tmp_path / "checks.jsonl")
+    assert len(checks) == 2 * 4 * 2  # families, kinds of layers, log-probs and gradients
+    assert {check.status for check in checks} == {"passed"}
+    assert any(check.name == "gemma3, te-attention bf16: gradients" for check in checks)

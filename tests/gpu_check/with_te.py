@@ -1,0 +1,25 @@
+"""The families group where Transformer Engine's Python is: its kernels are emulated on the CPU."""
+
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def families(argument: list[str]) -> None:
+    """Run the group: `[folder of Transformer Engine, folder, file of checks]`."""
+    te, folder, path = argument
+    sys.path[:0] = [str(TESTS / "gpu"), str(TESTS)]
+    import te_emulation
+
+    te_emulation.load(Path(te))
+    import te_workers
+
+    import megatron_infifpo.train  # noqa: F401  (readies Megatron for the CPU)
+
+    te_workers.as_on_a_gpu()
+    from megatron_infifpo.checks import families as group
+    from megatron_infifpo.checks.records import Options, Recorder
+
+    group.QUICK = ("qwen2-tied", "gemma3")
+    group.check(Options("cpu", True, 1, ("tiny",), folder, 600.0), Recorder("families", path))
