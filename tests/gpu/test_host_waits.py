@@ -7,9 +7,10 @@ once a step, most of it Megatron's: see `STEP`.
 import collections
 
 import pytest
-import te_workers
+import te_jobs
 import torch
-import waits
+
+from megatron_infifpo.checks.host_waits import counted
 
 STEPS = 2
 # Most a step, of any number of rows. A constant: Python numbers, copied to the device.
@@ -52,7 +53,7 @@ def test_counter():
     exec(compile(MISTAKES, "/site-packages/megatron/made_up.py", "exec"), made)
     counts: collections.Counter[str] = collections.Counter()
     for name in ("wait", "constant"):
-        waits.counted(counts, made[name])(torch.ones(3))
+        counted(counts, made[name])(torch.ones(3))
     assert counts == {"wait made_up.wait": 6, "constant made_up.constant": 2}
 
 
@@ -63,7 +64,7 @@ def jobs(newest_te_ranks, tmp_path_factory):
     def get(family: str) -> str:
         if family not in made:
             made[family] = str(tmp_path_factory.mktemp(f"waits-{family}"))
-            newest_te_ranks(1, "te_workers:make_job", made[family], family)
+            newest_te_ranks(1, "te_jobs:make_job", made[family], family)
         return made[family]
 
     return get
@@ -72,8 +73,8 @@ def jobs(newest_te_ranks, tmp_path_factory):
 def waits_of(ranks, job: str, kind: str, pairs: int) -> tuple[dict[str, int], dict[str, int]]:
     """Waits of two steps of eight pairs, so many a row, and those of their log lines."""
     flags = ["--bf16", "--use-distributed-optimizer", "--train-iters", str(STEPS)]
-    argv = te_workers.flags(job, *flags, "--micro-batch-size", str(pairs))
-    (found,) = ranks(1, "te_workers:count_waits", argv, kind)
+    argv = te_jobs.flags(job, *flags, "--micro-batch-size", str(pairs))
+    (found,) = ranks(1, "te_jobs:count_waits", argv, kind)
     return found["train_step"], found["training_log"]
 
 

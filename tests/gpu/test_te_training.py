@@ -6,7 +6,7 @@ Its Python is real, its kernels are emulated: see te_emulation.py.
 from pathlib import Path
 
 import pytest
-import te_workers
+import te_jobs
 from launcher import RankError
 
 KINDS = ("local", "te", "te-attention")
@@ -19,13 +19,13 @@ WHOLE = [*PARTS, "--dist-ckpt-optim-fully-reshardable"]
 @pytest.fixture(scope="module")
 def job(newest_te_ranks, tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("te-job"))
-    newest_te_ranks(1, "te_workers:make_job", folder, "qwen3")  # with norms of heads
+    newest_te_ranks(1, "te_jobs:make_job", folder, "qwen3")  # with norms of heads
     return folder
 
 
 def run(ranks, job: str, kind: str | None, *more: str, old: bool = False) -> dict:
-    argv = te_workers.flags(job, "--train-iters", str(STEPS), *more)
-    (record,) = ranks(1, "te_workers:train", argv, kind, old)
+    argv = te_jobs.flags(job, "--train-iters", str(STEPS), *more)
+    (record,) = ranks(1, "te_jobs:train", argv, kind, old)
     return record
 
 
@@ -142,7 +142,7 @@ def test_resuming_with_another_adam(
 ):
     """A cluster may have Transformer Engine where the one before had none, or lose it."""
     more = [*saving(tmp_path), *state]
-    without = te_workers.flags(job, *more, "--train-iters", str(STEPS))
+    without = te_jobs.flags(job, *more, "--train-iters", str(STEPS))
     if fused_first:
         run(newest_te_ranks, job, "local", *more, *HALF)
         (resumed,) = ranks(1, "workers:train", without)
