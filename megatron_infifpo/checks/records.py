@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PASSED, FAILED, SKIPPED, MEASURED = "passed", "failed", "skipped", "measured"
+MISSED = "missed"  # a figure that was promised: nothing is wrong, and it is said
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Check:
     Attributes:
         group, name: what was checked.
         status: passed; failed; skipped, for the reason in `note`; or measured: a figure without a
-            limit.
+            limit; missed: a figure that was promised, and is not reached.
         value: the error or the figure; None where it only had to work.
         limit: the largest value that passes, or the smallest with `at_least`.
         unit: of both.
@@ -144,12 +145,22 @@ class Recorder:
             note=result.note,
         )
 
-    def result(self, name: str, result: Result, *, unit: str = "", at_least: bool = False) -> None:
+    def result(
+        self,
+        name: str,
+        result: Result,
+        *,
+        unit: str = "",
+        at_least: bool = False,
+        otherwise: str = FAILED,
+    ) -> None:
         """Record what another check has found beside its own value; nothing if it failed before."""
         if result.value is None:
             return
         fields = {"value": result.value, "limit": result.limit, "note": result.note}
-        self.add(name, judge(result, at_least), unit=unit, at_least=at_least, **fields)
+        status = judge(result, at_least)
+        status = otherwise if status == FAILED else status
+        self.add(name, status, unit=unit, at_least=at_least, **fields)
 
     def figure(self, name: str, value: float, unit: str, note: str = "") -> None:
         """Record a number that no limit applies to."""

@@ -11,7 +11,7 @@ import torch
 
 from megatron_infifpo.bench import write_pairs
 from megatron_infifpo.checks import processes
-from megatron_infifpo.checks.records import Options, Recorder, Result
+from megatron_infifpo.checks.records import MISSED, Options, Recorder, Result
 from megatron_infifpo.checks.shapes import SHAPES, make_pairs, save_shape
 from megatron_infifpo.peers.step import (
     LIGER,
@@ -206,10 +206,12 @@ class Shape:
         self.record.figure(f"{self.name}: {name}", value, unit, note)
 
     def limited(self, name: str, value: float, limit: float, unit: str, at_least: bool) -> None:
-        """Record a figure that an H100 has a limit for, with the 7B shape."""
+        """Record a figure that is promised for an H100, with the 7B shape."""
         judged = self.shape == "7b" and "H100" in self.gpu
         result = Result(value, limit if judged else None)
-        self.record.result(f"{self.name}: {name}", result, unit=unit, at_least=at_least)
+        self.record.result(
+            f"{self.name}: {name}", result, unit=unit, at_least=at_least, otherwise=MISSED
+        )
 
     def ours(self) -> None:
         """Record what our steps reach, and their memory beside the planner's."""
@@ -247,14 +249,15 @@ class Shape:
         if not self.options.cuda:
             return
         self.figure(f"{peer}'s peak memory", other["mib"], "MiB")
-        self.figure(f"memory beside {peer}", ours["mib"] / other["mib"], "ratio")
+        if peer == TRL:
+            memory = ours["mib"] / other["mib"]
+            self.limited(f"memory beside {peer}", memory, SMALLER, "ratio", at_least=False)
+        else:
+            self.figure(f"memory beside {peer}", ours["mib"] / other["mib"], "ratio")
         # On one GPU nothing of the optimizer is sharded: it outweighs all that a method can save.
         beyond = [max(1.0, found["mib"] - found["kept_mib"]) for found in (ours, other)]
         name = f"memory beyond weights, gradients and optimizer beside {peer}"
-        if peer == TRL:
-            self.limited(name, beyond[0] / beyond[1], SMALLER, "ratio", at_least=False)
-        else:
-            self.figure(name, beyond[0] / beyond[1], "ratio")
+        self.figure(name, beyond[0] / beyond[1], "ratio")
 
 
 def peak_rate(gpu: str) -> float | None:

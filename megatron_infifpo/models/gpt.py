@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import os
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,7 +81,9 @@ def validate(args: argparse.Namespace) -> None:
     try:
         validate_args(args)
     except (AssertionError, ValueError) as error:
-        raise UserError(f"Megatron refuses these flags: {error}") from error
+        # Some of its assertions say nothing: then the condition does.
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise UserError(f"Megatron refuses these flags: {reason}") from error
 
 
 def forward_only_arguments(
