@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_infifpo.cli import UserError, positive
 from megatron_infifpo.environment import ShowEnvironment
-from megatron_infifpo.megatron_flags.check import unsupported
+from megatron_infifpo.megatron_flags.check import refuse_yaml, unsupported
 from megatron_infifpo.methods import Method, add_method_flags, flag
 from megatron_infifpo.models.layer_kind import KINDS
 
@@ -87,6 +87,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         action=ShowEnvironment,
         help="print what is installed and what each part would use, and exit",
     )
+    refuse_yaml(parser)
     return parser
 
 

@@ -89,6 +89,7 @@ def another_value(action: argparse.Action) -> list[str] | None:
 
 def each_alone(gpu: bool) -> dict[str, tuple[str, list[str]]]:
     """Give every flag alone another value: option -> name and what the check says."""
+    from megatron_infifpo.cli import UserError
     from megatron_infifpo.megatron_flags.check import flags, unsupported
     from megatron_infifpo.megatron_flags.conditions import CHOICES
 
@@ -105,7 +106,11 @@ def each_alone(gpu: bool) -> dict[str, tuple[str, list[str]]]:
             option = action.option_strings[0]
             if isinstance(action, argparse.BooleanOptionalAction) and action.default:
                 option = action.option_strings[-1]
-            args = made.parse_args([option, *(words or [])])
+            try:
+                args = made.parse_args([option, *(words or [])])
+            except UserError as error:
+                found[option] = action.dest, [str(error)]
+                continue
             if getattr(args, action.dest) != action.default:
                 found[option] = action.dest, unsupported(args, made)
     return found
@@ -164,15 +169,6 @@ def page() -> str:
     from megatron_infifpo.megatron_flags import page
 
     return page.page()
-
-
-def from_yaml(path: str) -> list[str]:
-    """What the check says of arguments that Megatron reads from a YAML file."""
-    from megatron.training.yaml_arguments import load_yaml
-
-    from megatron_infifpo.megatron_flags.check import unsupported
-
-    return unsupported(load_yaml(path), parser())
 
 
 def observe(argv: list[str], event: str = "") -> dict[str, Any]:

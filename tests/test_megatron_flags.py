@@ -63,8 +63,6 @@ def test_each_flag_alone(table, ranks, gpu):
         refused = [sentence for sentence in sentences if "not supported" in sentence]
         if expected is None:
             assert not refused, option
-        elif name == "yaml_cfg":
-            assert refused[0].startswith("--yaml-cfg is not supported")
         else:
             assert refused == [f"{option} is not supported: {expected}; leave it out"], option
     all_flags = set(table["classes"])
@@ -153,14 +151,6 @@ def test_all_refusals_at_once(ranks):
     argv = ["--spec", "x", "--tokenizer-type", "NullTokenizer", "--lr", "1e-3", "--sft"]
     said = ranks(1, "flag_workers:say", [argv])[0][0]
     assert [sentence.split()[0] for sentence in said] == ["--tokenizer-type", "--spec", "--sft"]
-
-
-def test_arguments_from_yaml(ranks, tmp_path):
-    """Megatron puts the file's values in the place of all arguments."""
-    (tmp_path / "run.yaml").write_text("micro_batch_size: 1\n")
-    said = ranks(1, "flag_workers:from_yaml", str(tmp_path / "run.yaml"))[0]
-    expected = "--yaml-cfg is not supported: Megatron would ignore the command line; leave it out"
-    assert said == [expected]
 
 
 def test_working_flags_are_seen_to_work(table):

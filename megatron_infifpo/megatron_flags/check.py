@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any
 
 from megatron_infifpo import cpu
+from megatron_infifpo.cli import UserError
 from megatron_infifpo.megatron_flags.conditions import CHOICES, CONFLICTS, NEEDS
 from megatron_infifpo.megatron_flags.group import DEVICE, GPU, REFUSED
 from megatron_infifpo.megatron_flags.model import MODEL
@@ -14,6 +15,19 @@ from megatron_infifpo.megatron_flags.running import RUNNING
 GROUPS = MODEL | RUNNING
 _NEW = "it is not in the table of Megatron's flags (megatron_infifpo/megatron_flags)"
 _ON_CPU = "it is for GPUs, and this run is on a CPU"
+
+
+class _RefuseYaml(argparse.Action):
+    """Stops parsing: with this flag Megatron would put other arguments in the place of all."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        """Raise UserError."""
+        raise UserError(f"--yaml-cfg {refusal('experimental', 'yaml_cfg', values)}")
+
+
+def refuse_yaml(parser: argparse.ArgumentParser) -> None:
+    """Refuse `--yaml-cfg` where it is read, as long as there are arguments to check."""
+    parser._option_string_actions["--yaml-cfg"] = _RefuseYaml(["--yaml-cfg"], "yaml_cfg")
 
 
 def flags(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
@@ -41,8 +55,6 @@ def unsupported(args: argparse.Namespace, parser: argparse.ArgumentParser) -> li
         args: as parsed: nothing is set or validated yet.
         parser: Megatron's, with flags of ours or without.
     """
-    if getattr(args, "yaml_cfg", None) is not None:  # of other arguments than the parser's
-        return [f"--yaml-cfg {refusal('experimental', 'yaml_cfg', args.yaml_cfg)}"]
     # Not `parser.get_default`, which skips a None where two flags share a name.
     defaults = {action.dest: action.default for action in reversed(parser._actions)}
     working: dict[str, str] = {}  # name -> spelling
