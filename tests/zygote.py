@@ -10,21 +10,12 @@ import importlib
 import json
 import os
 import pickle
-import random
 import signal
-import socket
 import sys
 import traceback
 from pathlib import Path
 
-
-def free_port() -> int:
-    """A port that nobody listens on, and below those that outgoing connections get meanwhile."""
-    while True:
-        port = random.SystemRandom().randrange(11000, 20000)
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            return port
+from megatron_infifpo.checks.processes import free_port
 
 
 def run_rank(request: dict, rank: int, port: int) -> None:
