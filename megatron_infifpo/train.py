@@ -44,7 +44,12 @@ from megatron_infifpo.models.architecture import (  # noqa: E402
     carry_architecture,
     pivot_directory,
 )
-from megatron_infifpo.models.gpt import fixed_arguments, model_config, validate  # noqa: E402
+from megatron_infifpo.models.gpt import (  # noqa: E402
+    fixed_arguments,
+    model_config,
+    refusals,
+    validate,
+)
 from megatron_infifpo.models.layer_kind import choose_kind  # noqa: E402
 from megatron_infifpo.models.parallel import one_rank_by_default  # noqa: E402
 from megatron_infifpo.training.data import (  # noqa: E402
@@ -96,7 +101,8 @@ def main() -> None:
     validate(args)
     check_optimizer_state(args)
     check_weights = begin_weights_check(args, pivot, train)
-    config = model_config(args)
+    with refusals():
+        config = model_config(args)
     provider = DatasetsProvider(train, valid, check_weights)
     config.pre_wrap_hooks.append(partial(accept_older, checkpoint))
     config.post_wrap_hooks.append(provider.keep_models)
@@ -110,8 +116,9 @@ def main() -> None:
     if args.exit_signal_handler:
         shield_helpers(args.exit_signal)
     step = TrainingStep(method, args.padded_vocab_size, train, valid)
-    with explained(args, step):
+    with refusals():
         container = pretrain_cfg_container_from_args(args, config)
+    with explained(args, step):
         pretrain(container, provider, ModelType.encoder_or_decoder, step)
 
 

@@ -9,7 +9,7 @@ import contextlib
 import io
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -76,14 +76,23 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
     return config
 
 
-def validate(args: argparse.Namespace) -> None:
-    """Let Megatron check and complete its arguments; what it refuses is the user's to mend."""
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Let Megatron check flags inside; what it refuses is the user's to mend."""
     try:
-        validate_args(args)
+        yield
+    except UserError:  # of ours
+        raise
     except (AssertionError, ValueError) as error:
         # Some of its assertions say nothing: then the condition does.
         reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise UserError(f"Megatron refuses these flags: {reason}") from error
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Let Megatron check and complete its arguments."""
+    with refusals():
+        validate_args(args)
 
 
 def forward_only_arguments(
