@@ -5,6 +5,9 @@ Megatron's local ones an RMSNorm that is legal under sequence parallelism. Check
 those of Transformer Engine's layers, so checkpoints move between the two.
 """
 
+import functools
+import inspect
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -14,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from megatron_infifpo.cli import UserError
 from megatron_infifpo.models.packed import RowParams
 
 
@@ -56,6 +60,17 @@ def _flash_takes(query: Tensor) -> bool:
     """Whether PyTorch's variable-length flash kernel runs on heads `[T, heads, head_dim]`."""
     half, size = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
     return query.device.type != "cpu" and half and size % 8 == 0 and size <= 256
+
+
+@functools.cache
+def _check_flash_kernel() -> None:
+    """Raise UserError if PyTorch's variable-length flash kernel is one without grouped heads."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        raise UserError(
+            f"PyTorch {torch.__version__}'s varlen_attn has no enable_gqa: expected torch >= 2.12"
+        )
 
 
 class PackedAttention(MegatronModule):
@@ -129,6 +144,7 @@ class PackedAttention(MegatronModule):
         """One flash kernel for all segments, `[T, heads, head_dim]`."""
         from torch.nn.attention.varlen import varlen_attn
 
+        _check_flash_kernel()
         return varlen_attn(  # type: ignore[return-value]  # one tensor without return_aux
             query,
             key,

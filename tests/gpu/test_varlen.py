@@ -1,5 +1,6 @@
 """Packed attention's CUDA kernel, by what PyTorch documents of it, against the CPU's path."""
 
+import functools
 import inspect
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.attention.varlen as varlen
 
 import megatron_infifpo.models.layers as layers
+from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.packing import collate
 from megatron_infifpo.data.preference_dataset import PreferencePair
 from megatron_infifpo.models.packed import row_params
@@ -46,6 +48,7 @@ def kernel_calls(monkeypatch) -> list[None]:
     """Put the kernel's stand-in in its place; grows with every call."""
     calls: list[None] = []
 
+    @functools.wraps(varlen.varlen_attn)
     def counted(*args, **kwargs):
         calls.append(None)
         return flash(*args, **kwargs)
@@ -127,3 +130,17 @@ def test_what_the_kernel_takes(dtype, size, kernel):
     """On a GPU, for which `meta` stands; on a CPU it takes nothing."""
     assert layers._flash_takes(torch.empty(3, 2, size, dtype=dtype, device="meta")) == kernel
     assert not layers._flash_takes(torch.empty(3, 2, size, dtype=dtype))
+
+
+def test_an_older_pytorch_is_refused(monkeypatch):
+    """2.11 has the kernel without grouped heads, which would end in a TypeError."""
+
+    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None):
+        raise AssertionError("not called")
+
+    monkeypatch.setattr(varlen, "varlen_attn", older)
+    layers._check_flash_kernel.cache_clear()
+    with pytest.raises(UserError, match="no enable_gqa: expected torch >= 2.12"):
+        layers._check_flash_kernel()
+    monkeypatch.undo()
+    layers._check_flash_kernel()
