@@ -10,6 +10,7 @@ whole parameters by name, and fits every layout.
 
 import argparse
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,21 @@ LAYOUT = (
     "fp8_param_gather",
     "ddp_num_buckets",
 )
+# What Megatron finds groups of parameters by, and what it derives the schedule from.
+GROUPS = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
+SCHEDULE = (
+    "train_iters",
+    "train_samples",
+    "lr_decay_style",
+    "lr_decay_iters",
+    "lr_decay_samples",
+    "lr_warmup_fraction",
+    "lr_warmup_iters",
+    "lr_warmup_samples",
+    "start_weight_decay",
+    "end_weight_decay",
+    "weight_decay_incr_style",
+)
 
 
 def check_optimizer_state(args: argparse.Namespace) -> None:
@@ -59,8 +75,19 @@ def check_optimizer_state(args: argparse.Namespace) -> None:
         metadata = load_content_metadata(preloaded_state_dict=state) or {}
     except (pickle.UnpicklingError, OSError, RuntimeError, LookupError, TypeError) as error:
         raise UserError(f"cannot read the arguments that {checkpoint} holds: {error}") from error
-    if checkpoint.name == "release" or saved.get("no_save_optim"):
+    if checkpoint.name == "release":
         return
+    if saved.get("no_save_optim"):
+        raise UserError(
+            f"{checkpoint} was saved with --no-save-optim and has no optimizer state: pass "
+            "--no-load-optim to start with a fresh optimizer"
+        )
+    if args.no_save_optim:
+        raise UserError(
+            "--no-save-optim does not go with a resumed optimizer, which Megatron describes as it "
+            "would save it: leave it out, or pass --no-load-optim too"
+        )
+    check_schedule(saved, vars(args))
     sharding = metadata.get("distrib_optim_sharding_type")
     found = differences(saved, vars(args), sharding)
     if found:
@@ -69,6 +96,44 @@ def check_optimizer_state(args: argparse.Namespace) -> None:
             "Resume as it was saved; or do so once with --dist-ckpt-optim-fully-reshardable, and "
             "what is saved then fits every layout; or start with a fresh optimizer: --no-load-optim"
         )
+
+
+def check_schedule(saved: dict[str, Any], run: dict[str, Any]) -> None:
+    """Refuse a learning rate, or a schedule, that Megatron does not resume with.
+
+    Raises:
+        UserError: says what was changed, and which flag follows the change.
+    """
+    if found := changed(GROUPS, saved, run):
+        raise UserError(
+            f"{', '.join(found)}: Megatron finds the optimizer's state by these; resume as it was, "
+            "or start with a fresh optimizer: --no-load-optim --override-opt_param-scheduler"
+        )
+    told = run["override_opt_param_scheduler"] or run["use_checkpoint_opt_param_scheduler"]
+    saved, run = with_decay(saved), with_decay(run)
+    if not told and (found := changed(SCHEDULE, saved, run)):
+        raise UserError(
+            f"{', '.join(found)}: pass --override-opt_param-scheduler to go on by the new "
+            "schedule, or --use-checkpoint-opt_param-scheduler to go on by the old one"
+        )
+
+
+def with_decay(args: dict[str, Any]) -> dict[str, Any]:
+    """Complete arguments as Megatron does once it trains: the rate decays until the end."""
+    iters, samples = args.get("lr_decay_iters"), args.get("lr_decay_samples")
+    return args | {
+        "lr_decay_iters": iters or args.get("train_iters"),
+        "lr_decay_samples": samples or args.get("train_samples"),
+    }
+
+
+def changed(names: Sequence[str], saved: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    """Say which of these arguments differ; None, False and 0 are the same."""
+    return [
+        f"{name.replace('_', ' ')} was {saved.get(name)} and is {run.get(name)}"
+        for name in names
+        if (saved.get(name) or None) != (run.get(name) or None)
+    ]
 
 
 def differences(saved: dict[str, Any], run: dict[str, Any], sharding: str | None) -> list[str]:
@@ -80,11 +145,7 @@ def differences(saved: dict[str, Any], run: dict[str, Any], sharding: str | None
         sharding: how the distributed optimizer was saved, None where there was none.
     """
     names = (DISTRIBUTED, *(LAYOUT if sharding == "dp_reshardable" else ()))
-    found = [
-        f"{name.replace('_', ' ')} was {saved.get(name)} and is {run.get(name)}"
-        for name in names
-        if (saved.get(name) or None) != (run.get(name) or None)
-    ]
+    found = changed(names, saved, run)
     if sharding == "dp_reshardable":
         before, now = (bucket_size(args) or "all" for args in (saved, run))
         if before != now:
