@@ -17,8 +17,9 @@ test: export CUDA_VISIBLE_DEVICES =
 test: $(STAMP) $(TE) lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-gpu-check: $(STAMP)
-	$(BIN)/python tools/gpu_check.py
+# In the environment that trains here: .venv if there is one, else Python as it is.
+gpu-check:
+	$(or $(wildcard $(BIN)/python),python) tools/gpu_check.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # Logits of one chunk in float32, per rank: large enough for full-speed matrix products.
-CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 
 
 def chunk_bytes_on(device: torch.device) -> int:

@@ -133,7 +133,7 @@ def gpu_runs() -> list[list[str]]:
     from megatron_infifpo.megatron_flags.gpu_runs import GPU_RUNS
 
     on_gpu()
-    conditions.HAVE_TE = conditions.HAVE_NVML = True
+    conditions.HAVE_TE = conditions.HAVE_NVML = conditions.HAVE_FLASH = True
     made = parser()
     return [unsupported(made.parse_args(["--bf16", *run.flags]), made) for run in GPU_RUNS]
 

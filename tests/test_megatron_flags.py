@@ -7,7 +7,7 @@ from launcher import ROOT
 
 from megatron_infifpo.checks import flags
 from megatron_infifpo.checks.records import Options
-from megatron_infifpo.megatron_flags.gpu_runs import GPU_RUNS, NVML, TE
+from megatron_infifpo.megatron_flags.gpu_runs import FLASH, GPU_RUNS, NVML, TE
 
 WORKS, GPU, CHECKPOINT, FIXED = "works", "gpu", "checkpoint", "fixed"
 DEVICE, REFUSED = "device", "refused"
@@ -182,13 +182,13 @@ def test_flags_for_gpus_are_run_on_gpus(table, ranks):
 def test_runs_of_a_machine():
     """What a machine lacks is left out, for a reason."""
     cuda = Options("cuda", False, 1, (), "", 60.0)
-    runs, skipped = flags.choose(cuda, packages={TE, NVML}, fp8=True)
+    runs, skipped = flags.choose(cuda, packages={TE, NVML, FLASH}, fp8=True)
     assert tuple(runs) == GPU_RUNS and not skipped
-    runs, skipped = flags.choose(cuda, packages={TE, NVML}, fp8=False)
+    runs, skipped = flags.choose(cuda, packages={TE, NVML, FLASH}, fp8=False)
     assert [run.fp8 for run in GPU_RUNS].count(True) == len(skipped) == len(GPU_RUNS) - len(runs)
     runs, skipped = flags.choose(cuda, packages={NVML}, fp8=True)
     assert {run.package for run in runs} == {None, NVML}
-    assert set(skipped.values()) == {f"{TE} is not installed"}
+    assert set(skipped.values()) == {f"{name} is not installed" for name in (TE, FLASH)}
 
 
 def test_page(ranks):

@@ -22,7 +22,7 @@ from megatron_infifpo.checks.training import (
     difference,
     run_once,
 )
-from megatron_infifpo.megatron_flags.gpu_runs import GPU_RUNS, NCCL, NVML, TE, GpuRun
+from megatron_infifpo.megatron_flags.gpu_runs import FLASH, GPU_RUNS, NCCL, NVML, TE, GpuRun
 
 PLAIN = "bf16"
 ON_A_CPU = GpuRun("recomputed parts", ("--recompute-activations",))
@@ -55,7 +55,7 @@ def choose(
 
 def check(options: Options, record: Recorder) -> None:
     """Run what this machine can, all at once, and compare losses and norms of gradients."""
-    packages = {name for name in (TE, NVML) if importlib.util.find_spec(name) is not None}
+    packages = {name for name in (TE, NVML, FLASH) if importlib.util.find_spec(name) is not None}
     fp8 = options.cuda and torch.cuda.get_device_capability() >= FP8_CAPABILITY
     chosen, skipped = choose(options, packages=packages, fp8=fp8)
     for name, reason in skipped.items():

@@ -15,7 +15,7 @@ TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 VPP = "--num-virtual-stages-per-pipeline-rank"
 # Of a loss, and of a gradient's norm.
 FP32, BF16 = (1e-4, 1e-4), (5e-3, 0.03)
-HANGS = 90.0  # seconds after which GPUs are taken to wait for each other
+HANGS = 180.0  # seconds after which GPUs are taken to wait for each other
 TAKE = 2  # ranks of a CPU with --quick; else `MORE`
 MORE = 4
 

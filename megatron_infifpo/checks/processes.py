@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 TAIL = 40  # lines of a log that a report keeps
+RANK_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "SLURM_STEP_NUM_TASKS",
+)  # fmt: skip
 
 
 class ProcessFailure(Exception):
@@ -59,6 +63,8 @@ def run(
     try:
         for rank in range(ranks):
             variables = dict(os.environ) | dict(environment or {})
+            for name in RANK_VARIABLES:  # of a job that this one runs in: its port is one for all
+                variables.pop(name, None)
             if ranks > 1:
                 variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
                 variables |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}

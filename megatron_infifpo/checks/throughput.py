@@ -39,9 +39,9 @@ MFU, FASTER, SMALLER = 0.40, 2.5, 0.6
 LOSS = 0.05  # by how much first losses may differ, in bfloat16
 OURS = "shared prompt"
 FREE = 0.85  # of the free memory, to be filled by what is counted on paper
-# Peers keep float32 weights, gradients and two moments, and cast under autocast; what a layer of
-# transformers keeps of a token is about twice what one of this program does.
-PEER_BYTES, PEER_KEPT = 16, 2.0
+# Peers keep float32 weights, gradients and two moments, and weights cast to bfloat16; what a layer
+# of transformers keeps of a token is about twice what one of this program does.
+PEER_BYTES, PEER_KEPT = 18, 2.0
 LARGEST_SAVE = 12 * GIB
 
 
@@ -142,7 +142,9 @@ class Shape:
             plan = self.make_plan(layers)
             tokens = 2 * self.work.at_once * self.work.text
             kept = PEER_KEPT * layers * plan.activation_bytes() * tokens
-            peers = PEER_BYTES * plan.parameters + kept if installed(TRL) else 0.0
+            logits = 6.0 * tokens * plan.vocabulary  # in bfloat16, then in float32
+            states = PEER_BYTES * plan.parameters
+            peers = states + kept + logits if installed(TRL) else 0.0
             if max(self.planned(plan).total, peers) <= room:
                 return layers
         return 0

@@ -129,7 +129,7 @@ def check(options: Options, record: Recorder) -> None:
     folder = Path(options.folder)
     prepare(folder, "llama", **CALM)
     found: dict[str, dict[str, Any]] = {}
-    with ThreadPoolExecutor(8 if options.cuda else 2) as pool:
+    with ThreadPoolExecutor(4 if options.cuda else 2) as pool:
         for wave in plan.waves:
             futures = {
                 run.name: pool.submit(run_once, run, folder, options.seconds / 3)

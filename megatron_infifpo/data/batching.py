@@ -189,7 +189,8 @@ class PreferenceLoader:
         """
         self.dataset = dataset
         self.packing: dict[str, Any] = {"pad_multiple": pad_multiple, "share_prompt": share_prompt}
-        self.pin_memory = pin_memory
+        # Rows are pinned in a thread, which has a current device of its own.
+        self.device = torch.cuda.current_device() if pin_memory else None
         self.rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
         self.global_batch_size, self.seed, self.step = global_batch_size, seed, start_step
         self.rows = data_parallel_size * num_microbatches
@@ -235,6 +236,8 @@ class PreferenceLoader:
 
     def _collated(self) -> Iterator[Row]:
         """Rows for ever, step after step."""
+        if self.device is not None:
+            torch.cuda.set_device(self.device)
         for step in itertools.count(self.step):
             rows, waste = self._share(self._plan(step))
             for number, positions in enumerate(rows, 1):
@@ -242,7 +245,7 @@ class PreferenceLoader:
                 row = collate(pairs, **self.packing)
                 row |= {f"waste/{name}": torch.tensor([x, 1.0]) for name, x in waste.items()}
                 row["ends_step"] = number == len(rows)
-                yield pin(row) if self.pin_memory else row
+                yield row if self.device is None else pin(row)
 
     def _share(self, plan: Rows) -> tuple[Rows, dict[str, float]]:
         """Return this rank's rows of a step, and the shares of the step that are wasted.

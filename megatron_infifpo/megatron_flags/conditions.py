@@ -10,6 +10,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron_infifpo import cpu
 from megatron_infifpo.megatron_flags.group import INFERENCE, OPTIMIZER
 
+HAVE_FLASH = importlib.util.find_spec("flash_attn") is not None
 HAVE_NVML = importlib.util.find_spec("pynvml") is not None
 
 Test = Callable[[argparse.Namespace], bool]
@@ -189,6 +190,7 @@ NEEDS: tuple[Need, ...] = (
         lambda args: args.use_precision_aware_optimizer,
     ),
     Need("use_precision_aware_optimizer", "Transformer Engine installed", lambda args: HAVE_TE),
+    Need("flash_attention_version", "the package flash-attn", lambda args: HAVE_FLASH),
     Need("log_device_memory_used log_energy", "nvidia-ml-py installed", lambda args: HAVE_NVML),
 )
 

@@ -5,7 +5,7 @@ tools/gpu_check.py starts them, and compares their losses with those of the same
 
 from dataclasses import dataclass
 
-TE, NVML = "transformer_engine", "pynvml"
+TE, NVML, FLASH = "transformer_engine", "pynvml", "flash_attn"
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,13 @@ GPU_RUNS: tuple[GpuRun, ...] = (
     ),
     GpuRun(
         "attention of Transformer Engine",
-        ("--te-attention", "--attention-backend", "flash", "--flash-attention-version", "2"),
+        ("--te-attention", "--attention-backend", "fused"),
         package=TE,
+    ),
+    GpuRun(
+        "FlashAttention of Transformer Engine",
+        ("--te-attention", "--attention-backend", "flash", "--flash-attention-version", "2"),
+        package=FLASH,
     ),
     GpuRun(
         "FP8 scaled by past values",

@@ -57,6 +57,8 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
     config.rope_scaling_factor = args.rope_scaling_factor
     # Rows have lengths of their own.
     config.transformer.variable_seq_lengths = True
+    # It works around a mistake of PyTorch older than ours, with a wait for the GPU every time.
+    config.transformer.batch_p2p_sync = False
     config.transformer.layer_kind = kind
     family, extras = FAMILIES[args.family].layers(), args.extras
     family.configure(config, extras)

@@ -92,6 +92,8 @@ def measure_step(name: str, job: StepJob, *flags: str) -> dict[str, float]:
 
 def _our_steps(job: StepJob, *flags: str) -> dict[str, float]:
     """Steps of Megatron's own loop over our rows."""
+    import megatron_infifpo.train  # noqa: F401  (it sets what must be set before CUDA starts)
+
     timer = Timer(job.bf16)
     losses = training_steps(
         Path(job.folder), timer, job.steps + 1,
