@@ -41,7 +41,6 @@ from megatron_infifpo.checkpoint.torch_dist import TorchDistCheckpoint  # noqa: 
 from megatron_infifpo.methods import method_from_args  # noqa: E402
 from megatron_infifpo.models.architecture import (  # noqa: E402
     apply_architecture,
-    carry_architecture,
     pivot_directory,
 )
 from megatron_infifpo.models.gpt import (  # noqa: E402
@@ -59,7 +58,7 @@ from megatron_infifpo.training.data import (  # noqa: E402
     set_schedule,
 )
 from megatron_infifpo.training.failures import explained  # noqa: E402
-from megatron_infifpo.training.provenance import identity, record_run  # noqa: E402
+from megatron_infifpo.training.provenance import describe_run, identity, record_run  # noqa: E402
 from megatron_infifpo.training.reference_check import begin_weights_check  # noqa: E402
 from megatron_infifpo.training.resharding import check_optimizer_state  # noqa: E402
 from megatron_infifpo.training.schedule import get_training_schedule  # noqa: E402
@@ -103,13 +102,12 @@ def main() -> None:
     check_weights = begin_weights_check(args, pivot, train)
     with refusals():
         config = model_config(args)
-    provider = DatasetsProvider(train, valid, check_weights)
+    now = describe_run(args, identity(args, method, train), pivot) if args.rank == 0 else None
+    record = partial(record_run, args.save, now, pivot)
+    provider = DatasetsProvider(train, valid, check_weights, record)
     config.pre_wrap_hooks.append(partial(accept_older, checkpoint))
     config.post_wrap_hooks.append(provider.keep_models)
     set_global_variables(args, build_tokenizer=False)
-    if args.rank == 0:
-        record_run(args, identity(args, method, train), pivot)
-        carry_architecture(pivot, args.save)
     print_rank_0(f"preference optimization: {method}")
     print_rank_0(describe(args, train))
     patches.apply(get_training_schedule)

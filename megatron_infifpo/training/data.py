@@ -173,9 +173,11 @@ class DatasetsProvider:
         train: PreferenceDataset,
         valid: PreferenceDataset | None,
         check_weights: Callable[[], None],
+        on_accepted: Callable[[], None],
     ):
-        """Take the training pairs, the held-out ones, and `begin_weights_check`'s end."""
-        self.train, self.valid, self.check_weights = train, valid, check_weights
+        """Take the data, `begin_weights_check`'s end, and what to do once all checks passed."""
+        self.train, self.valid = train, valid
+        self.check_weights, self.on_accepted = check_weights, on_accepted
         self.unchecked: list[torch.nn.Module] = []
 
     def keep_models(self, models: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -192,6 +194,7 @@ class DatasetsProvider:
             self.check_weights()
             check_initial_logprobs(args, self.unchecked, self.train)
             self.unchecked = []
+            self.on_accepted()
         layout = {
             "global_batch_size": args.global_batch_size,
             "data_parallel_rank": mpu.get_data_parallel_rank(),

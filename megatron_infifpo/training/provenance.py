@@ -22,6 +22,7 @@ from megatron_infifpo.data.logprob_store import LogprobStore
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.environment import version
 from megatron_infifpo.methods import Method
+from megatron_infifpo.models.architecture import carry_architecture
 
 FORMAT, VERSION = "megatron_infifpo run", 1
 SCHEMA: dict[str, Any] = {
@@ -63,13 +64,16 @@ def _logprobs(store: LogprobStore) -> dict[str, Any]:
     }
 
 
-def record_run(args: argparse.Namespace, found: dict[str, Any], pivot: Path) -> None:
-    """Compare a resumed run with what it was, and write what it is; the first rank calls it.
+def describe_run(args: argparse.Namespace, found: dict[str, Any], pivot: Path) -> dict[str, Any]:
+    """Compare a resumed run with what it was, and say what it is; the first rank calls it.
 
     Args:
         args: Megatron's arguments.
         found: `identity` of the run.
         pivot: the checkpoint that the run loads.
+
+    Returns:
+        What `record_run` writes.
 
     Raises:
         UserError: a resumed run has other data, sources or method, without `--allow-changed-run`.
@@ -85,8 +89,6 @@ def record_run(args: argparse.Namespace, found: dict[str, Any], pivot: Path) -> 
                 f"the run in {pivot} cannot go on as it is started now: {'; '.join(changes)}. Give "
                 "it what it had, save a new run elsewhere, or pass --allow-changed-run"
             )
-    if args.save is None:
-        return
     run: dict[str, Any] = {"format": FORMAT, "version": VERSION, "identity": found, "attempts": []}
     if resumed and before is not None:
         run["started_from"], run["attempts"] = before["started_from"], before["attempts"]
@@ -94,8 +96,22 @@ def record_run(args: argparse.Namespace, found: dict[str, Any], pivot: Path) -> 
         start = {"checkpoint": str(pivot.resolve()), "iteration": tracker}
         run["started_from"] = start | ({"run": before["identity"]} if before else {})
     run["attempts"].append(_attempt(args, tracker if resumed else "0"))
-    Path(args.save).mkdir(parents=True, exist_ok=True)
-    write_manifest(str(Path(args.save) / RUN_FILE.removesuffix(".json")), run)
+    return run
+
+
+def record_run(save: str | None, run: dict[str, Any] | None, pivot: Path) -> None:
+    """Write what a run is, and its pivot's architecture, beside its checkpoints.
+
+    Args:
+        save: their folder, None where nothing is saved.
+        run: from `describe_run`, None on all ranks but the first.
+        pivot: the checkpoint that the run loads.
+    """
+    if save is None or run is None:
+        return
+    Path(save).mkdir(parents=True, exist_ok=True)
+    write_manifest(str(Path(save) / RUN_FILE.removesuffix(".json")), run)
+    carry_architecture(pivot, save)
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 Transformer Engine's are bound to its real ones where te_workers.py runs it.
 """
 
+import ast
 import importlib
 import inspect
 
@@ -14,7 +15,7 @@ from torch.nn.attention import varlen
 MEGATRON = {
     "megatron.core.datasets.utils:compile_helpers": [],
     "megatron.training.initialize:_warmup_jit_function": ["tp_size"],
-    "megatron.training.training:get_forward_backward_func": [
+    "megatron.core.pipeline_parallel.schedules:get_forward_backward_func": [
         "pp_size",
         "vp_size",
         "schedule_pg_collection",
@@ -49,10 +50,21 @@ MEGATRON = {
 def test_megatron(name):
     """A replacement of a function that has another name by now would do nothing."""
     module, path = name.split(":")
-    function = importlib.import_module(module)
+    # Its source, since another test of this process may have replaced the function.
+    found: ast.AST = ast.parse(inspect.getsource(importlib.import_module(module)))
     for part in path.split("."):
-        function = getattr(function, part)
-    assert list(inspect.signature(function).parameters) == MEGATRON[name]
+        found = next(x for x in found.body if getattr(x, "name", None) == part)
+    parameters = found.args
+    names = [x.arg for x in (*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs)]
+    names += [x.arg for x in (parameters.vararg, parameters.kwarg) if x is not None]
+    assert names == MEGATRON[name]
+
+
+def test_where_the_schedule_is_taken_from():
+    """Which patches/training_loop.py replaces."""
+    assert hasattr(
+        importlib.import_module("megatron.training.training"), "get_forward_backward_func"
+    )
 
 
 def test_megatrons_flag_of_apex():
