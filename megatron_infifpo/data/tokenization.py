@@ -43,10 +43,12 @@ class TokenizedRecord:
         prompt_ids: int32 `[P]`, ends with the generation prompt; never scored.
         response_ids: int32 `[L_r]` for each response in `RESPONSES` order; each ends with the end
             of the turn, which is scored and counted like every other token.
+        scored: bool `[L_r]` for each response, which of its tokens are scored; None: all are.
     """
 
     prompt_ids: np.ndarray
     response_ids: tuple[np.ndarray, ...]
+    scored: tuple[np.ndarray, ...] | None = None
 
 
 class ChatTokenizer:
