@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron_infifpo.bench import Timer, alternate, on_gpu, table, training_steps, write_pairs
 from megatron_infifpo.cli import positive, run
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.records import PreferenceRecord
+from megatron_infifpo.data.records import PreferenceRecord, reply
 from megatron_infifpo.data.tokenization import ChatTokenizer
 
 
@@ -115,7 +115,9 @@ def prepare_data(case: Case, tokenizer: ChatTokenizer, folder: Path) -> None:
         return " ".join(words.choice(("red", "green", "blue", "grey")) for _ in range(case.words))
 
     records = [
-        PreferenceRecord(str(i), "any", ({"role": "user", "content": text()},), text(), text())
+        PreferenceRecord(
+            str(i), "any", ({"role": "user", "content": text()},), reply(text()), reply(text())
+        )
         for i in range(case.pairs)
     ]
     write_pairs(records, tokenizer, folder, case.sources)

@@ -57,7 +57,7 @@ def save_shape(folder: Path, shape: str, layers: int, device: str) -> None:
 
 def make_pairs(count: int, prompt: int, response: int) -> "list[PreferenceRecord]":
     """Pairs of random letters whose prompts and responses have exactly so many tokens."""
-    from megatron_infifpo.data.records import PreferenceRecord
+    from megatron_infifpo.data.records import PreferenceRecord, reply
 
     rng = random.Random(0)
 
@@ -69,8 +69,8 @@ def make_pairs(count: int, prompt: int, response: int) -> "list[PreferenceRecord
             str(i),
             "any",
             ({"role": "user", "content": text(prompt - AROUND_PROMPT)},),
-            text(response - AROUND_RESPONSE),
-            text(response - AROUND_RESPONSE),
+            reply(text(response - AROUND_RESPONSE)),
+            reply(text(response - AROUND_RESPONSE)),
         )
         for i in range(count)
     ]

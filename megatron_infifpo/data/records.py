@@ -7,7 +7,7 @@ Accepted forms (docs/file-formats.md has an example of each): explicit prompt, T
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +20,54 @@ RESPONSES = ("chosen", "rejected", "pivot_chosen")
 ON_BAD = ("error", "skip")
 ROLES = {r: r for r in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
 
-Message = dict[str, str]
-"""`{"role": "system" | "user" | "assistant", "content": text}`."""
+Message = dict[str, Any]
+"""`{"role": "system" | "developer" | "user" | "assistant" | "tool", "content": text}`, and where it
+has them `reasoning_content`, `tool_calls`, `name`, `tool_call_id`."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRecord:
     """One prompt with a preferred and a rejected response.
 
+    A reply is one assistant message, or several that end with one (assistant, tool, assistant).
+
     Attributes:
         id: unique over all files that are read together.
         domain: such as "math"; sources can be limited to some domains.
-        prompt: messages; the last one is the user's.
-        chosen: text of the preferred response.
-        rejected: text of the other response.
-        pivot_chosen: text of the pivot's own best response (WRPO), if there is one.
+        prompt: messages; the last one is the user's or a tool's.
+        chosen: messages of the preferred response.
+        rejected: messages of the other response.
+        pivot_chosen: messages of the pivot's own best response (WRPO), if there is one.
+        tools: JSON schemas of the functions that the conversation may call.
+        template_options: variables for the chat template, such as `enable_thinking`.
     """
 
     id: str
     domain: str
     prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
-    pivot_chosen: str | None = None
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    pivot_chosen: tuple[Message, ...] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    template_options: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def responses(self) -> tuple[str, ...]:
-        """The response texts in `RESPONSES` order, 2 or 3 of them."""
+    def responses(self) -> tuple[tuple[Message, ...], ...]:
+        """The responses in `RESPONSES` order, 2 or 3 of them."""
         pair = (self.chosen, self.rejected)
         return pair if self.pivot_chosen is None else (*pair, self.pivot_chosen)
+
+
+def reply(text: str) -> tuple[Message, ...]:
+    """Return the reply that is just this text."""
+    return ({"role": "assistant", "content": text},)
+
+
+def plain_text(messages: tuple[Message, ...]) -> str | None:
+    """Return the text of a reply that is just text; None if it is more than that."""
+    if len(messages) == 1 and len(messages[0]) == 2 and messages[0]["role"] == "assistant":
+        return messages[0]["content"]
+    return None
 
 
 class BadRecordError(Exception):
@@ -120,10 +139,24 @@ def iter_records(
 
 
 def canonical_bytes(record: PreferenceRecord) -> bytes:
-    """Serialise a record for hashing; equal exactly where id, domain, prompt and responses are."""
-    prompt = [[m["role"], m["content"]] for m in record.prompt]
-    fields = [record.id, record.domain, prompt, *record.responses]
+    """Serialise a record for hashing; equal exactly where all its content is.
+
+    Plain replies are strings and tools are there only where a record has some, so that records of
+    text alone have the bytes that they have always had.
+    """
+    fields: list[Any] = [record.id, record.domain, [listed(m) for m in record.prompt]]
+    for messages in record.responses:
+        text = plain_text(messages)
+        fields.append([listed(m) for m in messages] if text is None else text)
+    if record.tools or record.template_options:
+        fields.append({"tools": record.tools, "options": record.template_options})
     return json.dumps(fields, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+
+
+def listed(message: Message) -> list[Any]:
+    """Return [role, content] and, of a message that has more, the rest: one form for hashes."""
+    rest = {name: message[name] for name in sorted(message) if name not in ("role", "content")}
+    return [message["role"], message["content"], *([rest] if rest else [])]
 
 
 def records_fingerprint(records: Iterable[PreferenceRecord]) -> str:
@@ -166,9 +199,9 @@ def _parse(value: Any, *, default_id: str) -> PreferenceRecord:
         id=_label(value, "id", default_id),
         domain=_label(value, "domain", "general"),
         prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        pivot_chosen=pivot_chosen,
+        chosen=reply(chosen),
+        rejected=reply(rejected),
+        pivot_chosen=None if pivot_chosen is None else reply(pivot_chosen),
     )
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any
 
-from megatron_infifpo.data.records import RESPONSES, PreferenceRecord
+from megatron_infifpo.data.records import RESPONSES, PreferenceRecord, listed, plain_text
 
 
 def is_sft(record: PreferenceRecord, *, share: float = 0.5, seed: int = 0) -> bool:
@@ -18,7 +18,9 @@ def is_sft(record: PreferenceRecord, *, share: float = 0.5, seed: int = 0) -> bo
         share: expected share of prompts in the SFT part, in (0, 1).
         seed: another seed gives another split.
     """
-    prompt = [[message["role"], message["content"].strip()] for message in record.prompt]
+    prompt = [
+        listed({**message, "content": message["content"].strip()}) for message in record.prompt
+    ]
     text = json.dumps([seed, prompt], ensure_ascii=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8]) < share * 2**64
@@ -26,5 +28,13 @@ def is_sft(record: PreferenceRecord, *, share: float = 0.5, seed: int = 0) -> bo
 
 def to_json(record: PreferenceRecord) -> dict[str, Any]:
     """Return the record in the form that `records.read_records` reads back as the same record."""
-    fields = {"id": record.id, "domain": record.domain, "prompt": list(record.prompt)}
-    return fields | dict(zip(RESPONSES, record.responses, strict=False))
+    fields: dict[str, Any] = {"id": record.id, "domain": record.domain}
+    if record.tools:
+        fields["tools"] = list(record.tools)
+    if record.template_options:
+        fields["chat_template_kwargs"] = record.template_options
+    fields["prompt"] = list(record.prompt)
+    for name, messages in zip(RESPONSES, record.responses, strict=False):
+        text = plain_text(messages)
+        fields[name] = list(messages) if text is None else text
+    return fields

@@ -157,7 +157,11 @@ class ChatTokenizer:
     def encode_batch(self, records: Sequence[PreferenceRecord]) -> list[TokenizedRecord]:
         """Tokenize records; fast tokenizers use several threads here."""
         prompt_ids = self.prompt_ids([(record.prompt, record.id) for record in records])
-        texts = [self._response_text(text) for record in records for text in record.responses]
+        texts = [
+            self._response_text("".join(message["content"] for message in response))
+            for record in records
+            for response in record.responses
+        ]
         response_ids = iter(self._text_ids(texts))
         return [
             TokenizedRecord(

@@ -14,7 +14,7 @@ import torch
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.record_files import iter_raw
-from megatron_infifpo.data.records import BadRecordError, PreferenceRecord
+from megatron_infifpo.data.records import BadRecordError, PreferenceRecord, reply
 from megatron_infifpo.data.tokenization import fold_system
 from megatron_infifpo.responses.prompts import Prompt, parse_prompt
 
@@ -105,9 +105,14 @@ def choose_pair(
         return "no response is worse than the best but the pivot's best one"
     worst_one = min(worst, key=lambda i: scores[i])
     prompt, texts = responses.prompt, responses.texts
-    pivot_chosen = None if own_best is None else texts[own_best]
+    pivot_chosen = None if own_best is None else reply(texts[own_best])
     return PreferenceRecord(
-        prompt.id, prompt.domain, prompt.messages, texts[best], texts[worst_one], pivot_chosen
+        prompt.id,
+        prompt.domain,
+        prompt.messages,
+        reply(texts[best]),
+        reply(texts[worst_one]),
+        pivot_chosen,
     )
 
 

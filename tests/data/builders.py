@@ -10,7 +10,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_infifpo.data.logprob_writer import LogprobWriter
-from megatron_infifpo.data.records import RESPONSES, PreferenceRecord, records_fingerprint
+from megatron_infifpo.data.records import RESPONSES, PreferenceRecord, records_fingerprint, reply
 from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
 from megatron_infifpo.data.tokenization import ChatTokenizer
 
@@ -40,9 +40,9 @@ def record(number: int, *, domain: str = "general", pivot: bool = False) -> Pref
         id=f"r-{number}",
         domain=domain,
         prompt=({"role": "user", "content": "why? " * (1 + number % 3)},),
-        chosen="yes " * (1 + number % 5) + str(number),
-        rejected="no " * (1 + number % 4) + str(number),
-        pivot_chosen=f"maybe {number}" if pivot else None,
+        chosen=reply("yes " * (1 + number % 5) + str(number)),
+        rejected=reply("no " * (1 + number % 4) + str(number)),
+        pivot_chosen=reply(f"maybe {number}") if pivot else None,
     )
 
 

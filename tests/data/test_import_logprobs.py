@@ -146,7 +146,12 @@ def vllm(ids, rng):
 def scored(tmp_path):
     """Records, a tokenizer, and what vLLM says of each response, as lists and as objects."""
     rows = [
-        {"id": r.id, "prompt": list(r.prompt), "chosen": r.chosen, "rejected": r.rejected}
+        {
+            "id": r.id,
+            "prompt": list(r.prompt),
+            "chosen": list(r.chosen),
+            "rejected": list(r.rejected),
+        }
         for r in RECORDS
     ]
     write_jsonl(tmp_path / "r.jsonl", *rows)

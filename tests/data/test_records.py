@@ -10,7 +10,7 @@ import pytest
 from builders import record, write_jsonl
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.records import PreferenceRecord, read_records, records_fingerprint
+from megatron_infifpo.data.records import PreferenceRecord, read_records, records_fingerprint, reply
 
 GOOD = {"id": "a", "domain": "math", "prompt": "1+1?", "chosen": "2", "rejected": "3"}
 USER = {"role": "user", "content": "1+1?"}
@@ -36,7 +36,7 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_reads_to_the_same_record(tmp_path, form):
     path = write_jsonl(tmp_path / "train.jsonl", FORMS[form])
-    expected = PreferenceRecord("train-0", "general", (USER,), "2", "3", None)
+    expected = PreferenceRecord("train-0", "general", (USER,), reply("2"), reply("3"))
     assert read_records(path) == [expected]
 
 

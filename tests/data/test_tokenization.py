@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.flags import PLAIN_TEMPLATE
-from megatron_infifpo.data.records import PreferenceRecord, read_records
+from megatron_infifpo.data.records import PreferenceRecord, read_records, reply
 from megatron_infifpo.data.tokenization import ChatTokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -41,7 +41,8 @@ REAL = {
 
 
 def pair(chosen="Yes.", rejected="No.", prompt=(USER,), pivot=None):
-    return PreferenceRecord("x", "general", tuple(prompt), chosen, rejected, pivot)
+    third = None if pivot is None else reply(pivot)
+    return PreferenceRecord("x", "general", tuple(prompt), reply(chosen), reply(rejected), third)
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +126,8 @@ def test_real_pairs(real, shared_data, name):
         )
         if REAL[name][2]:
             assert prompt.count(hf.bos_token_id) == 1 and prompt[0] == hf.bos_token_id
-        for text, ids in zip(source.responses, found.response_ids, strict=True):
-            full = hf.apply_chat_template(
-                [*source.prompt, {"role": "assistant", "content": text}], tokenize=False
-            )
+        for messages, ids in zip(source.responses, found.response_ids, strict=True):
+            full = hf.apply_chat_template([*source.prompt, *messages], tokenize=False)
             joined = [*prompt, *ids.tolist()]
             tail = "\n" if name == "qwen2.5" else ""  # after the end of turn: nothing predicts it
             assert hf.decode(joined) + tail == full

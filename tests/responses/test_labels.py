@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 from workers import load_tool
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.records import read_records
+from megatron_infifpo.data.records import plain_text, read_records, reply
 from megatron_infifpo.responses.labels import Responses, choose_pair
 from megatron_infifpo.responses.prompts import Prompt
 
@@ -53,7 +53,8 @@ def label(files, tmp_path, monkeypatch):
         argv = ["--input", *files, "--output", str(tmp_path / output), *flags]
         monkeypatch.setattr("sys.argv", ["label_responses.py", *argv])
         load_tool("label_responses").main()
-        return {r.id: r.responses for r in read_records([tmp_path / output])}
+        found = read_records([tmp_path / output])
+        return {r.id: tuple(map(plain_text, r.responses)) for r in found}
 
     return call
 
@@ -108,7 +109,7 @@ def test_the_pivot_is_worst(tmp_path):
         responses.add(text, model)
     assert responses.models == [{"coder"}, {"pivot", "coder"}, {"pivot"}]
     record = choose_pair(responses, [1.0, 0.0, 0.0], "pivot")
-    assert record.responses == ("good", "worse", "bad")
+    assert record.responses == (reply("good"), reply("worse"), reply("bad"))
     assert "worse than the best but the pivot's" in choose_pair(
         Responses(responses.prompt, ["good", "bad"], [{"coder"}, {"pivot"}]), [1.0, 0.0], "pivot"
     )
