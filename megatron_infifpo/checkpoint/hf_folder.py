@@ -1,7 +1,7 @@
 """The weights of a Hugging Face folder: which files, which names, and whether they fit."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,12 @@ class HfWeights:
             )
         return DTYPES[kind]
 
+    def content(self, name: str) -> tuple[str, Tensor]:
+        """Dtype and bytes of a tensor of any dtype: torch's name of it, or the format's."""
+        file, inside = self._files[name]
+        kind = file.dtypes[inside]
+        return str(DTYPES.get(kind, kind)), file.read_bytes(inside)
+
     def load(self, name: str, scratch: Scratch | None = None) -> Tensor:
         """Return a tensor, in memory of its own or in the scratch memory."""
         file, inside = self._files[name]
@@ -128,12 +134,12 @@ def check_weights(weights: HfWeights, mapping: WeightMapping) -> torch.dtype:
     found = set(weights.names())
     if missing := sorted(shapes.keys() - found):
         raise UserError(
-            f"{where}: tensor {_some(missing)} is missing: config.json asks for it, "
+            f"{where}: tensor {some(missing)} is missing: config.json asks for it, "
             "so the folder is incomplete or of another model"
         )
     if surplus := sorted(found - shapes.keys() - _tied_head(weights, mapping)):
         raise UserError(
-            f"{where}: tensor {_some(surplus)} is unknown: config.json describes a model without "
+            f"{where}: tensor {some(surplus)} is unknown: config.json describes a model without "
             "it, so converting would lose weights"
         )
     for name, shape in shapes.items():
@@ -163,5 +169,6 @@ def _tied_head(weights: HfWeights, mapping: WeightMapping) -> set[str]:
     return {head}
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Name the first of some tensors, and say how many there are."""
     return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"

@@ -21,9 +21,10 @@ from megatron_infifpo.cli import UserError
 # The format's names of the dtypes that weights may have.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Bytes of other elements, to check headers; weights of these are refused when they are read.
-_OTHER_BYTES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
-_OTHER_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
+# Bits of other elements, to check headers. Tensors of these are only ever read as bytes.
+_OTHER_BITS = {"C64": 64, "F64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16}
+_OTHER_BITS |= {"U16": 16, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+_OTHER_BITS |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8)
 _MAX_HEADER = 100_000_000  # as the safetensors library has it
 
 
@@ -40,6 +41,7 @@ class SafetensorsFile:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._begins: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -61,17 +63,17 @@ class SafetensorsFile:
                 continue
             try:
                 dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-                item = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_BYTES[dtype]
+                bits = 8 * DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_BITS[dtype]
                 numbers = [*shape, begin, end]
             except (KeyError, TypeError, ValueError):
                 raise ValueError(f"tensor {name} has the entry {str(entry)[:80]}") from None
             if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
                 raise ValueError(f"tensor {name} has the entry {str(entry)[:80]}")
-            if end - begin != math.prod(shape) * item:
+            if 8 * (end - begin) != math.prod(shape) * bits:
                 raise ValueError(f"tensor {name} of shape {shape} has {end - begin} bytes")
             spans.append((begin, end, name))
             self.shapes[name], self.dtypes[name] = tuple(shape), dtype
-            self._begins[name] = start + begin
+            self._begins[name], self._sizes[name] = start + begin, end - begin
         position = 0
         for begin, end, name in sorted(spans):
             if begin != position:
@@ -79,6 +81,12 @@ class SafetensorsFile:
             position = end
         if start + position != size:
             raise ValueError(f"it has {size} bytes, its header says {start + position}")
+
+    def read_bytes(self, name: str) -> Tensor:
+        """Return the bytes of a tensor of any dtype, uint8 `[nbytes]`."""
+        content = torch.empty(self._sizes[name], dtype=torch.uint8)
+        read_into(self.path, self._begins[name], content)
+        return content
 
     def read(self, name: str, scratch: "Scratch | None" = None) -> Tensor:
         """Return a tensor, in memory of its own or in the scratch memory."""

@@ -29,13 +29,25 @@ _OWN_STAGES = (
 
 
 def read_hf_config(directory: str | Path) -> dict[str, Any]:
-    """Read `config.json` of a Hugging Face folder, or of one carried in a converted checkpoint."""
+    """Read `config.json` of a Hugging Face folder, or of one carried in a converted checkpoint.
+
+    Raises:
+        UserError: there is none, it cannot be read, or the folder is an adapter's.
+    """
+    if (Path(directory) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} has an adapter_config.json: an adapter beside weights would be left out. "
+            "Merge it into its base model first (peft: model.merge_and_unload()), or remove the "
+            "file if the weights in the folder are merged already"
+        )
     for path in (Path(directory) / "config.json", Path(directory) / HF_FOLDER / "config.json"):
         if path.is_file():
             try:
                 config = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} is not JSON ({error}): copy the file again") from None
+            except (OSError, ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path} is not JSON that can be read ({error}): copy the file again"
+                ) from None
             if not isinstance(config, dict):
                 raise UserError(f"{path} holds {type(config).__name__}, expected a JSON object")
             return config
