@@ -214,14 +214,14 @@ def test_other_refusals_name_the_record():
         ChatTokenizer(byte_tokenizer("{{ messages[0]['content'] }}"))
 
 
-def test_end_of_turn_falls_back_to_the_end_of_text():
+def test_a_template_without_an_end_of_turn():
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     chat = ChatTokenizer(byte_tokenizer(template))
-    assert chat.end_of_turn == "</s>"
-    # This template ignores the generation prompt: the header is found in front of the reply.
+    assert (chat.end_of_turn, chat.end_of_turn_ids) == ("", [])
+    # This template takes no notice of the generation prompt: the reply's header is learnt.
     assert chat.render_prompt((USER,)).endswith("HTML?\nassistant: ")
-    with pytest.raises(UserError, match="no eos_token"):
-        ChatTokenizer(byte_tokenizer(template, eos_token=None))
+    found = chat.encode(pair())
+    assert chat.tokenizer.decode(found.response_ids[0].tolist()) == "Yes."
 
 
 def test_text_before_the_reply_belongs_to_the_prompt_and_blanks_to_the_reply():
@@ -230,7 +230,8 @@ def test_text_before_the_reply_belongs_to_the_prompt_and_blanks_to_the_reply():
         "{% if m.role == 'assistant' %}[no thoughts]{% endif %}{{ m.content }}",
     )
     chat = ChatTokenizer(byte_tokenizer(thinking))
-    assert chat.render_prompt((USER,)).endswith("assistant\n[no thoughts]")
+    assert chat.render_prompt((USER,)).endswith("assistant\n")
+    assert chat.render(pair()).prompt.endswith("assistant\n[no thoughts]")
     llama = "{% for m in messages %}{% if m.role == 'user' %}<s>[{{ m.content }}]{% else %}"
     llama += " {{ m.content }} </s>{% endif %}{% endfor %}"
     chat = ChatTokenizer(byte_tokenizer(llama))
