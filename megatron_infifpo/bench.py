@@ -136,7 +136,8 @@ def write_pairs(
     """Write records and log-probs of nobody for `training_steps`, by so many sources."""
     from megatron_infifpo.data.logprob_writer import LogprobWriter
     from megatron_infifpo.data.records import records_fingerprint
-    from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
+    from megatron_infifpo.data.token_dataset import TokenDataset
+    from megatron_infifpo.data.token_writer import write_token_dataset
 
     write_token_dataset(records, tokenizer, folder / "pairs")
     data = TokenDataset(folder / "pairs")
@@ -147,9 +148,7 @@ def write_pairs(
     for value, name in enumerate(["initial", *names], 2):
         with LogprobWriter(folder / name, responses=data.responses, manifest=manifest) as writer:
             for i, record in enumerate(records):
-                writer.add(
-                    record.id, [np.full(len(x), -float(value)) for x in data.response_ids(i)]
-                )
+                writer.add(record.id, [np.full(n, -float(value)) for n in data.scored_lengths[i]])
     listed = [{"name": name, "logprobs": name} for name in names]
     (folder / "sources.yaml").write_text(json.dumps({"initial": "initial", "sources": listed}))
     return data

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_infifpo.cli import UserError, run
+from megatron_infifpo.data.encoding import scored_marks
 from megatron_infifpo.data.logprob_store import LogprobStore
 from megatron_infifpo.data.packing import collate
 from megatron_infifpo.data.preference_dataset import PreferenceDataset, PreferencePair
@@ -65,6 +66,11 @@ def main() -> None:
     )
     pair = dataset[index]
     print(f"record {args.id!r}, index {index}, domain {dataset.tokens.domain(index)}")
+    if dataset.tokens.masked_records[index]:
+        print(f"masked: {dataset.tokens.note(index)}; training leaves this pair out")
+        return
+    for remark in dataset.tokens.remarks(index):
+        print(f"remark: {remark}")
     print_tokens(pair, dataset.tokens.responses[: method.responses], tokenizer)
     if dataset.initial is not None:
         print_models(dataset, pair)
@@ -82,11 +88,21 @@ def print_tokens(pair: PreferencePair, names: tuple[str, ...], tokenizer: ChatTo
 
     print(f"\nprompt, {len(pair.prompt_ids)} tokens, not scored:")
     print(hf.decode(pair.prompt_ids.tolist()))
-    for name, response in zip(names, pair.response_ids, strict=True):
-        print(f"\n{name}, {len(response)} tokens, end of turn included:")
+    marks = scored_marks(pair.response_ids, pair.scored)
+    for name, response, mark in zip(names, pair.response_ids, marks, strict=True):
+        print(f"\n{name}, {len(response)} tokens, {int(mark.sum())} of them scored:")
         print(hf.decode(response.tolist()))
+        for number, part in enumerate(unscored_parts(response, mark), 1):
+            print(f"  not scored, {number}: {hf.decode(part.tolist())!r}")
         print(f"  border: ... {ids(pair.prompt_ids[-EDGE:])}  |  {ids(response[:EDGE])} ...")
         print(f"  end:    ... {ids(response[-EDGE:])}")
+
+
+def unscored_parts(ids: np.ndarray, mark: np.ndarray) -> list[np.ndarray]:
+    """Return the runs of tokens that are not scored."""
+    borders = np.flatnonzero(np.diff(mark)) + 1
+    parts = zip(np.split(ids, borders), np.split(mark, borders), strict=True)
+    return [part for part, scored in parts if not scored.all()]
 
 
 def models(dataset: PreferenceDataset) -> list[tuple[str, LogprobStore]]:
@@ -131,7 +147,7 @@ def origin(manifest: dict[str, Any]) -> str:
 
 
 def print_scored_tokens(dataset: PreferenceDataset, index: int, trust_remote_code: bool) -> None:
-    """Print the prompt that each model was shown, and every scored token with its log-prob."""
+    """Print each model's prompt and response tokens: `[not scored]`, or with the log-prob."""
     files, record_id = dataset.tokens.manifest["source_files"], dataset.tokens.ids(index)
     records = iter_records(files, on_bad="skip")
     record = next((r for r in records if r.id == record_id), None)
@@ -152,10 +168,20 @@ def print_scored_tokens(dataset: PreferenceDataset, index: int, trust_remote_cod
             continue
         tokens, decode = chat.encode(record), chat.tokenizer.decode
         print(decode(tokens.prompt_ids.tolist()))
-        for r, (response, ids) in enumerate(zip(store.responses, tokens.response_ids, strict=True)):
-            values = store.logprobs(index, r)
-            shown = zip(ids.tolist()[: len(values)], values.tolist(), strict=True)  # or cut
-            print(f"{response}: " + " ".join(f"{decode([i])!r} {v:.3f}" for i, v in shown))
+        marks = scored_marks(tokens.response_ids, tokens.scored)
+        for r, (response, mark) in enumerate(zip(store.responses, marks, strict=True)):
+            values = iter(store.logprobs(index, r).tolist())
+            shown = []
+            for token, scored in zip(tokens.response_ids[r].tolist(), mark.tolist(), strict=True):
+                value = next(values, None) if scored else None
+                if scored and value is None:
+                    break  # it was cut
+                shown.append(
+                    f"[{decode([token])!r}]"
+                    if value is None
+                    else f"{decode([token])!r} {value:.3f}"
+                )
+            print(f"{response}: " + " ".join(shown))
 
 
 def print_reference(dataset: PreferenceDataset, pair: PreferencePair, method: Method) -> None:

@@ -231,7 +231,13 @@ def write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(
-    prefix: str, *, format_name: str, version: int, made_by: str, schema: dict[str, Any]
+    prefix: str,
+    *,
+    format_name: str,
+    version: int,
+    made_by: str,
+    schema: dict[str, Any],
+    older: str = "",
 ) -> dict[str, Any]:
     """Read `PREFIX.json` and check what it describes.
 
@@ -241,6 +247,7 @@ def read_manifest(
         version: expected value of "version".
         made_by: the command that writes such a dataset, for the errors.
         schema: of its other fields, as `check_fields` takes it.
+        older: what is wrong with earlier versions.
 
     Raises:
         UserError: no manifest, not readable, of another format or version.
@@ -264,7 +271,7 @@ def read_manifest(
     if manifest.get("version") != version:
         raise UserError(
             f"the manifest {path} says version {manifest.get('version')!r}, expected {version}; "
-            f"write the dataset again with this version's {made_by}"
+            f"write the dataset again with this version's {made_by}{older and f' ({older})'}"
         )
     check_fields(manifest, schema, f"the manifest {path}")
     return manifest

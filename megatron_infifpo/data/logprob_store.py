@@ -1,14 +1,13 @@
-"""One model's log-prob dataset: a float32 for every response token of every record.
+"""One model's log-prob dataset: a float32 for every scored response token of every record.
 
     PREFIX_sums.npy, PREFIX_counts.npy   [N, R]: all that training reads
     PREFIX.bin, PREFIX.idx   float32, one document a record: chosen, rejected[, pivot_chosen]
     PREFIX.json              the manifest, written last: whose log-probs these are, and of what
 
-A masked record (its text does not fit the model, say) has no tokens; a scored response always has
-some, since its end of turn is scored. Imported log-probs may lack the values (.bin and .idx).
+A masked record (its text does not fit the model, say) has no tokens; a response of any other has
+some. Imported log-probs may lack the values (.bin and .idx).
 """
 
-import re
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +15,11 @@ import numpy as np
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.documents import Documents, read_array, read_manifest
-from megatron_infifpo.data.token_dataset import TOKENIZER_SCHEMA, TokenDataset
+from megatron_infifpo.data.notes import find_notes
+from megatron_infifpo.data.token_dataset import OLDER, TOKENIZER_SCHEMA, TokenDataset
 
 FORMAT = "megatron_infifpo log-prob dataset"
-VERSION = 2
+VERSION = 3
 MADE_BY = "tools/score_source.py"
 SCHEMA: dict[str, Any] = {
     "count": int,
@@ -32,7 +32,12 @@ SCHEMA: dict[str, Any] = {
     "backend": str,
     "dtype": (str, type(None)),
     "notes": dict,
+    "note_counts": dict,
+    "remarks": dict,
+    "remark_counts": dict,
 }
+# Of two descriptions of a tokenizer: where it lies, and whether a template was given by hand.
+_MAY_DIFFER = ("path", "chat_template")
 
 
 class LogprobStore:
@@ -42,7 +47,7 @@ class LogprobStore:
         manifest: the content of `PREFIX.json`.
         responses: names of the R responses.
         all_sums: float64 `[N, R]`, sums of the responses' log-probs, 0 where masked; mapped.
-        token_counts: int32 `[N, R]` in the model's own tokens, 0 where masked.
+        token_counts: int32 `[N, R]`, scored tokens in the model's own, 0 where masked.
         masked_records: bool `[N]`.
     """
 
@@ -54,7 +59,12 @@ class LogprobStore:
         """
         self.prefix = prefix = str(prefix)
         self.manifest = read_manifest(
-            prefix, format_name=FORMAT, version=VERSION, made_by=MADE_BY, schema=SCHEMA
+            prefix,
+            format_name=FORMAT,
+            version=VERSION,
+            made_by=MADE_BY,
+            schema=SCHEMA,
+            older=OLDER,
         )
         self.responses = tuple(self.manifest["responses"])
         self.all_sums = self._array("_sums.npy", np.float64)
@@ -91,7 +101,7 @@ class LogprobStore:
         return np.array(self.all_sums[index])
 
     def counts(self, index: int) -> np.ndarray:
-        """Return the number of tokens of each response, int32 `[R]`; 0 where masked."""
+        """Return the number of scored tokens of each response, int32 `[R]`; 0 where masked."""
         return self.token_counts[index]
 
     def masked(self, index: int) -> bool:
@@ -100,18 +110,19 @@ class LogprobStore:
 
     def note(self, index: int) -> str | None:
         """Return why a record is masked, or what was done to its text; else None."""
-        for text, ranges in self.manifest["notes"].items():
-            if any(index in found for found in parse_ranges(ranges)):
-                return str(text)
-        return None
+        return next(iter(find_notes(self.manifest["notes"], index)), None)
+
+    def remarks(self, index: int) -> list[str]:
+        """Return what the model's template does to a record that one would not think."""
+        return find_notes(self.manifest["remarks"], index)
 
     @property
     def has_values(self) -> bool:
-        """Whether there is a log-prob for every token, and not their sums only."""
+        """Whether there is a log-prob for every scored token, and not their sums only."""
         return self.manifest["values"]
 
     def logprobs(self, index: int, response: int) -> np.ndarray:
-        """Return one response's log-probs, float32 `[L_r]`; empty where masked.
+        """Return the log-probs of one response's scored tokens, float32; empty where masked.
 
         Raises:
             UserError: the dataset holds sums only, or its values are broken.
@@ -177,44 +188,28 @@ class LogprobStore:
 
     def _check_same_tokens(self, tokens: TokenDataset, where: str) -> None:
         """Check that a response has the same tokens here and there."""
-        for name in ("tokenizer_sha256", "chat_template_sha256"):
+        for name, expected in tokens.manifest["tokenizer"].items():
             # None: imported without a word about the tokenizer; the lengths must speak.
-            found, expected = self.manifest["tokenizer"][name], tokens.manifest["tokenizer"][name]
-            if found not in (None, expected):
+            found = self.manifest["tokenizer"].get(name)
+            if name not in _MAY_DIFFER and found is not None and found != expected:
                 raise UserError(
-                    f"{where}: its {name} is {found[:12]}, expected {expected[:12]}: the initial "
-                    f"pivot must have the tokenizer and the chat template of {tokens.prefix}"
+                    f"{where}: its {name} is {_short(found)}, expected {_short(expected)}: the "
+                    f"initial pivot must have the tokenizer and the chat template of "
+                    f"{tokens.prefix}, used in the same way"
                 )
-        wrong = (self.token_counts != tokens.response_lengths).any(axis=1) & ~self.masked_records
+        both = ~(self.masked_records | tokens.masked_records)
+        wrong = (self.token_counts != tokens.scored_lengths).any(axis=1) & both
         if wrong.any():
             index = int(wrong.argmax())
             raise UserError(
                 f"{where}: the lengths of the responses of record {tokens.ids(index)!r} are "
-                f"{self.token_counts[index].tolist()} tokens, expected "
-                f"{tokens.response_lengths[index].tolist()} ({int(wrong.sum())} such records): the "
+                f"{self.token_counts[index].tolist()} scored tokens, expected "
+                f"{tokens.scored_lengths[index].tolist()} ({int(wrong.sum())} such records): the "
                 "initial pivot's log-probs must be of the tokens that training sees, whole; score "
                 f"the pivot with {MADE_BY}"
             )
 
 
-def format_ranges(indices: list[int]) -> str:
-    """Write ascending indices as text: [0, 1, 2, 7] is "0-2,7"."""
-    ranges: list[list[int]] = []
-    for index in indices:
-        if ranges and ranges[-1][1] == index - 1:
-            ranges[-1][1] = index
-        else:
-            ranges.append([index, index])
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
-
-
-def parse_ranges(text: str) -> list[range]:
-    """Read what `format_ranges` wrote.
-
-    Raises:
-        UserError: it did not write that.
-    """
-    if not isinstance(text, str) or not re.fullmatch(r"(\d{1,12}(-\d{1,12})?(,|$))*", text):
-        raise UserError(f"{str(text)[:40]!r} are no records, expected such as '0-3,7'")
-    borders = [part.split("-") for part in text.split(",") if part]
-    return [range(int(ends[0]), int(ends[-1]) + 1) for ends in borders]
+def _short(value: Any) -> str:
+    """Show a value of a manifest; of a hash its first characters."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)

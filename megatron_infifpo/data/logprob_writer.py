@@ -10,7 +10,8 @@ import numpy as np
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.documents import DocumentWriter, publish, write_manifest
-from megatron_infifpo.data.logprob_store import FORMAT, VERSION, format_ranges
+from megatron_infifpo.data.logprob_store import FORMAT, VERSION
+from megatron_infifpo.data.notes import Notes
 
 REQUIRED = (
     "model",
@@ -47,7 +48,8 @@ class LogprobWriter:
             prefix: of the files to write; an older dataset of this name is replaced.
             responses: names of the R responses, a head of `records.RESPONSES`.
             manifest: whose log-probs these are; holds at least the fields of `REQUIRED`.
-            values: whether there is a log-prob for every token (`add`), or sums only (`add_sums`).
+            values: whether there is a log-prob for every scored token (`add`), or sums only
+                (`add_sums`).
 
         Raises:
             ValueError: a field of the manifest is missing.
@@ -60,21 +62,27 @@ class LogprobWriter:
         self._documents = DocumentWriter(self.prefix, np.float32) if values else None
         # Arrays of C numbers: a million records must not become millions of Python objects.
         self._sums, self._counts = array("d"), array("i")
-        self._notes: dict[str, list[int]] = {}
+        self.notes, self._remarks = Notes(), Notes()
 
     def __len__(self) -> int:
         """Return the number of records so far."""
         return len(self._sums) // len(self.responses)
 
     def add(
-        self, record_id: str, logprobs: Sequence[np.ndarray], *, note: str | None = None
+        self,
+        record_id: str,
+        logprobs: Sequence[np.ndarray],
+        *,
+        note: str | None = None,
+        remarks: Sequence[str] = (),
     ) -> None:
         """Append one record.
 
         Args:
             record_id: for errors.
-            logprobs: R arrays `[L_r]`.
+            logprobs: R arrays, of the scored tokens of each response.
             note: what was done to the record's text, if anything was.
+            remarks: `TokenizedRecord.notes`.
 
         Raises:
             UserError: a value is NaN, infinite or above 0.
@@ -91,6 +99,8 @@ class LogprobWriter:
         arrays = [np.minimum(values, 0.0) for values in arrays]
         assert self._documents is not None, "this dataset holds sums only"
         self._documents.add(arrays)
+        for remark in remarks:
+            self._remarks.add(len(self), remark)
         sums = [float(values.sum(dtype=np.float64)) for values in arrays]
         self._append(sums, [len(values) for values in arrays], note)
 
@@ -120,7 +130,7 @@ class LogprobWriter:
 
     def _append(self, sums: Sequence[float], counts: Sequence[int], note: str | None) -> None:
         if note:
-            self._notes.setdefault(note, []).append(len(self))
+            self.notes.add(len(self), note)
         self._sums.extend(sums)
         self._counts.extend(counts)
 
@@ -168,7 +178,8 @@ class LogprobWriter:
             "count": len(self),
             "responses": self.responses,
             "values": self._documents is not None,
-            "notes": {text: format_ranges(indices) for text, indices in self._notes.items()},
+            **self.notes.fields("note"),
+            **self._remarks.fields("remark"),
         }
         write_manifest(self.prefix, manifest)
         return manifest

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron_infifpo.data import Row
+from megatron_infifpo.data.encoding import scored_marks
 from megatron_infifpo.data.preference_dataset import PreferencePair
 
 
@@ -37,15 +38,17 @@ def collate(
         tokens int64 `[1, T]`; position_ids int64 `[1, T]`, in the text that a token is of;
         cu_seqlens int32 `[S + 1]` (one more with a tail), the same as a list segment_lengths `[S]`,
         max_seqlen int; scored_rows int64 `[K]`,
-        positions whose hidden state predicts a response token; target_ids int64 `[K]`, those
-        tokens; segment_ids int64 `[K]`, b * R + r; token_counts int64 `[B, R]`; indices and
+        positions whose hidden state predicts a scored token; target_ids int64 `[K]`, those tokens;
+        segment_ids int64 `[K]`, b * R + r; token_counts int64 `[B, R]`, scored ones; indices and
         domain_codes int64 `[B]`; with log-probs initial_sum_logps float32 `[B, R]`,
         source_sum_logps float32 `[B, R, M]`, source_token_counts int64 `[B, R, M]`, source_mask
         bool `[B, M]`; and with shared prompts the segments of the keys, cu_seqlens_kv int32
         `[S + 1]`, key_lengths, max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in
         the row.
     """
-    counts = np.array([[len(ids) for ids in pair.response_ids] for pair in pairs], dtype=np.int64)
+    marks = [mark for pair in pairs for mark in scored_marks(pair.response_ids, pair.scored)]
+    counts = np.array([mark.sum() for mark in marks], dtype=np.int64)
+    scored = np.concatenate(marks)
     segments = _Segments()
     for pair in pairs:
         segments.add(pair, share_prompt)
@@ -58,10 +61,10 @@ def collate(
         "cu_seqlens": _borders(segments.queries),
         "max_seqlen": max(segments.queries),
         "segment_lengths": segments.queries,
-        "scored_rows": _ranges(segments.scored),
-        "target_ids": torch.from_numpy(targets.astype(np.int64)),
-        "segment_ids": torch.from_numpy(np.repeat(np.arange(counts.size), counts.flatten())),
-        "token_counts": torch.from_numpy(counts),
+        "scored_rows": _ranges(segments.predicting)[torch.from_numpy(scored)],
+        "target_ids": torch.from_numpy(targets[scored].astype(np.int64)),
+        "segment_ids": torch.from_numpy(np.repeat(np.arange(counts.size), counts)),
+        "token_counts": torch.from_numpy(counts.reshape(len(pairs), -1)),
         "indices": torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
         "domain_codes": torch.tensor([pair.domain_code for pair in pairs], dtype=torch.int64),
     }
@@ -95,7 +98,7 @@ class _Segments:
         keys: tokens of each segment's keys.
         positions: in the text, by segment.
         key_rows: where the keys lie in the row.
-        scored: positions that predict a response token.
+        predicting: positions that predict a response token, scored or not.
     """
 
     tokens: list[np.ndarray] = field(default_factory=list)
@@ -103,7 +106,7 @@ class _Segments:
     keys: list[int] = field(default_factory=list)
     positions: list[tuple[int, int]] = field(default_factory=list)
     key_rows: list[tuple[int, int]] = field(default_factory=list)
-    scored: list[tuple[int, int]] = field(default_factory=list)
+    predicting: list[tuple[int, int]] = field(default_factory=list)
     total: int = 0
 
     def add(self, pair: PreferencePair, share_prompt: bool) -> None:
@@ -119,7 +122,7 @@ class _Segments:
             own = self.total - len(ids)
             self.key_rows += [(begin, prompt), (own, len(ids))]
             # Hidden row t predicts token t + 1, and the prompt's last one the first of a response.
-            self.scored += [(begin + prompt - 1, 1), (own, len(ids) - 1)]
+            self.predicting += [(begin + prompt - 1, 1), (own, len(ids) - 1)]
 
     def pad(self, tokens: np.ndarray) -> None:
         """Append a tail that is never scored."""

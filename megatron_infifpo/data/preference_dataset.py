@@ -7,6 +7,7 @@ import numpy as np
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.logprob_store import LogprobStore
+from megatron_infifpo.data.notes import counted
 from megatron_infifpo.data.records import RESPONSES
 from megatron_infifpo.data.sources import SourcesConfig, check_domains
 from megatron_infifpo.data.token_dataset import TokenDataset
@@ -17,7 +18,7 @@ class PreferencePair:
     """One record, ready to be packed. R responses (1 for SFT, 3 for WRPO, else 2), M sources.
 
     The log-prob fields are None where no sources were given. The initial pivot's token counts are
-    the lengths of `response_ids`.
+    the scored tokens of `response_ids`.
 
     Attributes:
         index: of the record in the token dataset.
@@ -28,6 +29,7 @@ class PreferencePair:
         source_sum_logps: float32 `[R, M]`, 0 where masked.
         source_token_counts: int64 `[R, M]`, 1 where masked, so that a mean is always defined.
         source_mask: bool `[M]`, true where the source takes part.
+        scored: R arrays of bool, which tokens of `response_ids` are scored; None: all of them.
     """
 
     index: int
@@ -38,6 +40,7 @@ class PreferencePair:
     source_sum_logps: np.ndarray | None = None
     source_token_counts: np.ndarray | None = None
     source_mask: np.ndarray | None = None
+    scored: tuple[np.ndarray, ...] | None = None
 
 
 class PreferenceDataset:
@@ -52,7 +55,8 @@ class PreferenceDataset:
         domain_codes: int64 `[N]`, of the records.
         source_mask: bool `[N, M]`, which source takes part in which record; with sources only.
         responses: how many responses of a record are used, R.
-        segment_lengths: int64 `[N]`, tokens of the longest response with its prompt.
+        segment_lengths: int64 `[N]`, tokens of the longest response with its prompt; 0 where the
+            record is masked.
     """
 
     def __init__(
@@ -128,10 +132,13 @@ class PreferenceDataset:
 
     def __getitem__(self, index: int) -> PreferencePair:
         """Return one pair; its arrays are its own and writable."""
-        prompt_ids, *response_ids = self.tokens.sequences(index)
-        used = slice(self.responses)
+        tokens, used = self.tokens.record(index), slice(self.responses)
         pair = PreferencePair(
-            int(index), prompt_ids, tuple(response_ids[used]), int(self.domain_codes[index])
+            int(index),
+            tokens.prompt_ids,
+            tokens.response_ids[used],
+            int(self.domain_codes[index]),
+            scored=tokens.scored and tokens.scored[used],
         )
         if self.initial is None:
             return pair
@@ -159,13 +166,28 @@ class PreferenceDataset:
             max_tokens: longest response with its prompt.
 
         Returns:
-            int64 indices, ascending, of the records whose segments all fit and that the initial
-            pivot has log-probs for (without it there is nothing to clip against).
+            int64 indices, ascending, of the records that have tokens, whose segments all fit, and
+            that the initial pivot has log-probs for (without it there is nothing to clip against).
         """
-        keep = self.segment_lengths <= max_tokens
+        return np.flatnonzero(~np.logical_or.reduce([*self._obstacles(max_tokens).values()]))
+
+    def left_out(self, max_tokens: int) -> dict[str, int]:
+        """Return how many records `eligible` leaves out, by the first reason that holds."""
+        counts, before = {}, np.zeros(len(self), dtype=bool)
+        for reason, holds in self._obstacles(max_tokens).items():
+            counts[reason] = int((holds & ~before).sum())
+            before |= holds
+        return {reason: count for reason, count in counts.items() if count}
+
+    def _obstacles(self, max_tokens: int) -> dict[str, np.ndarray]:
+        """Return bool `[N]` by reason: the records that it keeps from being trained on."""
+        found = {
+            "the chat template refuses them": self.tokens.masked_records,
+            f"longer than --seq-length {max_tokens}": self.segment_lengths > max_tokens,
+        }
         if self.initial is not None:
-            keep &= ~self.initial.masked_records
-        return np.flatnonzero(keep)
+            found["without log-probs of the initial pivot"] = self.initial.masked_records
+        return found
 
     def require_eligible(self, max_tokens: int) -> np.ndarray:
         """Return `eligible(max_tokens)`.
@@ -175,9 +197,11 @@ class PreferenceDataset:
         """
         indices = self.eligible(max_tokens)
         if not len(indices):
+            shortest = int(self.segment_lengths[~self.tokens.masked_records].min())
             raise UserError(
-                f"none of the {len(self)} pairs of {self.tokens.prefix} is left: the shortest "
-                f"needs {int(self.segment_lengths.min())} tokens and --seq-length is {max_tokens}, "
-                "or the initial pivot has no log-probs for them; raise --seq-length"
+                f"none of the {len(self)} pairs of {self.tokens.prefix} is left "
+                f"({counted(self.left_out(max_tokens))}): the shortest needs {shortest} tokens and "
+                f"--seq-length is {max_tokens}; raise it, or score the initial pivot with a longer "
+                "--context-length"
             )
         return indices

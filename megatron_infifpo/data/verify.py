@@ -11,14 +11,16 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.logprob_store import LogprobStore, parse_ranges
+from megatron_infifpo.data.encoding import encode_or_refuse, scored_marks
+from megatron_infifpo.data.logprob_store import LogprobStore
+from megatron_infifpo.data.notes import noted
 from megatron_infifpo.data.records import (
     PreferenceRecord,
     iter_records,
     records_fingerprint,
 )
 from megatron_infifpo.data.token_dataset import TokenDataset
-from megatron_infifpo.data.tokenization import ChatTokenizer, RefusedPromptError
+from megatron_infifpo.data.tokenization import ChatTokenizer, TokenizedRecord
 
 BATCH = 256
 _ROUNDING = 1e-6  # of a float64 sum of float32 values, relative
@@ -66,26 +68,38 @@ def read_source_records(tokens: TokenDataset, files: Sequence[str]) -> list[Pref
 
 
 def check_tokens(tokens: TokenDataset, records: Sequence[PreferenceRecord]) -> str:
-    """Tokenize every record again and compare ids, domain and record id.
+    """Tokenize every record again and compare ids, what is scored, domain and record id.
 
     Raises:
         UserError: something differs; names the record.
     """
     tokenizer = ChatTokenizer.reopen(tokens.manifest["tokenizer"])
     for start, batch in _batches(records, f"tokenize for {tokens.prefix}"):
-        for index, (record, encoded) in enumerate(
-            zip(batch, tokenizer.encode_batch(batch), strict=True), start
+        for index, (record, again) in enumerate(
+            zip(batch, encode_or_refuse(batch, tokenizer), strict=True), start
         ):
-            stored = tokens.sequences(index)
-            again = [encoded.prompt_ids, *encoded.response_ids]
-            same = all(np.array_equal(a, b) for a, b in zip(stored, again, strict=True))
             named = (tokens.ids(index), tokens.domain(index)) == (record.id, record.domain)
-            if not same or not named:
+            if not named or not _same(tokens, index, again):
                 raise UserError(
                     f"record {record.id!r} (index {index}) has other tokens, id or domain in "
                     f"{tokens.prefix} than its text gives: prepare it again"
                 )
-    return f"{len(records)} records, tokenized again"
+    masked = int(tokens.masked_records.sum())
+    return f"{len(records)} records, tokenized again" + (f", {masked} masked" if masked else "")
+
+
+def _same(tokens: TokenDataset, index: int, again: TokenizedRecord | str) -> bool:
+    """Whether a stored record is what its text gives: tokens and marks, or a refusal."""
+    if isinstance(again, str):
+        return bool(tokens.masked_records[index])
+    stored = tokens.record(index)
+    return all(np.array_equal(a, b) for a, b in zip(_arrays(stored), _arrays(again), strict=True))
+
+
+def _arrays(tokens: TokenizedRecord) -> list[np.ndarray]:
+    """Return prompt ids, each response's ids, and which of them are scored."""
+    marks = scored_marks(tokens.response_ids, tokens.scored)
+    return [tokens.prompt_ids, *tokens.response_ids, *marks]
 
 
 def check_logprobs(store: LogprobStore, tokens: TokenDataset, *, initial: bool = False) -> str:
@@ -128,19 +142,16 @@ def check_counts(store: LogprobStore, records: Sequence[PreferenceRecord]) -> st
     if description["path"] is None:
         return "imported: its tokenizer is unknown"
     tokenizer = ChatTokenizer.reopen(description)
-    noted = np.zeros(len(store), bool)
-    for text in store.manifest["notes"].values():
-        for found in parse_ranges(text):
-            noted[found.start : found.stop] = True
+    known = ~noted(store.manifest["notes"], len(store), f"{store.prefix}.json")
     compared = 0
     for start, batch in _batches(records, f"tokenize for {store.prefix}"):
-        whole = [(i, r) for i, r in enumerate(batch, start) if not noted[i]]
-        try:
-            encoded = tokenizer.encode_batch([record for _, record in whole])
-        except RefusedPromptError as error:
-            raise UserError(f"{store.prefix} scored a prompt, but {error}") from None
+        whole = [(i, r) for i, r in enumerate(batch, start) if known[i]]
+        encoded = encode_or_refuse([record for _, record in whole], tokenizer)
         for (index, record), again in zip(whole, encoded, strict=True):
-            expected = [len(ids) for ids in again.response_ids]
+            if isinstance(again, str):
+                raise UserError(f"{store.prefix} has scored record {record.id!r}, but {again}")
+            marks = scored_marks(again.response_ids, again.scored)
+            expected = [int(mark.sum()) for mark in marks]
             if store.counts(index).tolist() != expected:
                 raise UserError(
                     f"record {record.id!r}: {store.prefix} has log-probs of "

@@ -188,6 +188,6 @@ def model_operations(job: StepJob, *, shared: bool) -> float:
         copies = 1 if shared else len(responses)
         tokens += copies * prompt + responses.sum()
         attended += copies * prompt**2 + (responses * (2 * prompt + responses)).sum()
-    scored = data.response_lengths.sum()
+    scored = data.scored_lengths.sum()
     layers = plan.operations(tokens, 0.0, attended / tokens)
     return float(layers + 6.0 * plan.table_parameters * scored)

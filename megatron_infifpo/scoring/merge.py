@@ -8,9 +8,10 @@ from tqdm import tqdm
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.logprob_store import MADE_BY, LogprobStore
 from megatron_infifpo.data.logprob_writer import LogprobWriter
+from megatron_infifpo.data.notes import counted
 from megatron_infifpo.data.records import PreferenceRecord
 from megatron_infifpo.data.tokenization import ChatTokenizer
-from megatron_infifpo.scoring.rows import MASKED, Limits
+from megatron_infifpo.scoring.rows import Limits
 from megatron_infifpo.scoring.shards import ShardFolder, read_shards
 from megatron_infifpo.scoring.summary import print_summary
 
@@ -36,12 +37,12 @@ def merge(
         for number, records in read_shards(
             args.input, args.shard_records, shards, on_bad=args.on_bad_record
         ):
-            for record, code, values in folder.read(number, records):
+            for record, (note, remarks), values in folder.read(number, records):
                 domains.append(record.domain)
-                if code in MASKED:
-                    writer.mask(record.id, limits.note(code) or "")
+                if not any(map(len, values)):
+                    writer.mask(record.id, note or "")
                     continue
-                writer.add(record.id, values, note=limits.note(code))
+                writer.add(record.id, values, note=note, remarks=remarks)
                 if writer.fields["example"] is None:
                     writer.fields["example"] = _example(record, tokenizer, limits)
             bar.update(len(records))
@@ -52,7 +53,7 @@ def merge(
             )
         if writer.fields["example"] is None:
             raise UserError(
-                f"no record can be scored: every one is {limits.note(code)}; choose another "
+                f"no record can be scored: {counted(writer.notes.counts())}; choose another "
                 "--context-length, or another source"
             )
     store = LogprobStore(args.output)
@@ -63,10 +64,13 @@ def merge(
 
 def _example(record: PreferenceRecord, tokenizer: ChatTokenizer, limits: Limits) -> dict[str, str]:
     """Decode what was scored of a record, for people to check."""
-    tokens, decode = limits.apply(tokenizer.encode(record))[1], tokenizer.tokenizer.decode
+    tokens, decode = limits.apply(tokenizer.encode(record))[0], tokenizer.tokenizer.decode
     assert tokens is not None, f"record {record.id!r} was scored"
-    return {
+    example = {
         "id": record.id,
         "prompt": decode(tokens.prompt_ids.tolist()),
         "chosen": decode(tokens.response_ids[0].tolist()),
     }
+    if tokens.scored is not None:
+        example["chosen_not_scored"] = decode(tokens.response_ids[0][~tokens.scored[0]].tolist())
+    return example

@@ -11,18 +11,11 @@ from torch import Tensor
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data import Row
+from megatron_infifpo.data.encoding import encode_or_refuse
 from megatron_infifpo.data.packing import collate
 from megatron_infifpo.data.preference_dataset import PreferencePair
 from megatron_infifpo.data.records import PreferenceRecord
-from megatron_infifpo.data.tokenization import (
-    ChatTokenizer,
-    RefusedPromptError,
-    TokenizedRecord,
-)
-
-# What became of a record.
-SCORED, TOO_LONG, CUT, OTHER_DOMAIN, REFUSED = range(5)
-MASKED = (TOO_LONG, OTHER_DOMAIN, REFUSED)
+from megatron_infifpo.data.tokenization import ChatTokenizer, TokenizedRecord
 
 
 @dataclass(frozen=True)
@@ -39,31 +32,26 @@ class Limits:
     cut: bool = False
     domains: Sequence[str] | None = None
 
-    def note(self, code: int) -> str | None:
-        """Say in words what became of a record."""
-        if code == TOO_LONG:
-            return f"longer than the context of {self.context_length} tokens"
-        if code == CUT:
-            return f"responses cut to the context of {self.context_length} tokens"
-        if code == OTHER_DOMAIN:
-            return f"outside the domains {', '.join(self.domains or ())}"
-        if code == REFUSED:
-            return "the chat template refuses its prompt"
-        return None
+    def other_domain(self, record: PreferenceRecord) -> str | None:
+        """Say why the record's domain is not scored; None if it is."""
+        if self.domains is None or record.domain in self.domains:
+            return None
+        return f"outside the domains {', '.join(self.domains)}"
 
-    def take(self, record: PreferenceRecord) -> bool:
-        """Whether the record's domain is scored."""
-        return self.domains is None or record.domain in self.domains
-
-    def apply(self, tokens: TokenizedRecord) -> tuple[int, TokenizedRecord | None]:
-        """Return what becomes of a record, and what of it is scored, if anything."""
+    def apply(self, tokens: TokenizedRecord) -> tuple[TokenizedRecord | None, str | None]:
+        """Return what of a record is scored, if anything, and what became of it, if anything."""
         room = self.context_length - len(tokens.prompt_ids)
         if max(len(ids) for ids in tokens.response_ids) <= room:
-            return SCORED, tokens
+            return tokens, None
+        too_long = f"longer than the context of {self.context_length} tokens"
         if not self.cut or room < 1:
-            return TOO_LONG, None
+            return None, too_long
+        scored = tokens.scored and tuple(mark[:room] for mark in tokens.scored)
+        if scored and not all(mark.any() for mark in scored):
+            return None, too_long  # what is scored lies behind what is left
         ids = tuple(ids[:room] for ids in tokens.response_ids)
-        return CUT, TokenizedRecord(tokens.prompt_ids, ids)
+        cut = f"responses cut to the context of {self.context_length} tokens"
+        return TokenizedRecord(tokens.prompt_ids, ids, scored), cut
 
 
 @dataclass
@@ -73,14 +61,16 @@ class ShardRows:
     Attributes:
         number: of the shard.
         records: what it is made of, `[N]`.
-        notes: what became of each, `[N]`.
+        notes: why each is masked or cut, `[N]`; None where all of it is scored.
+        remarks: `TokenizedRecord.notes` of each, `[N]`.
         plan: the records of each row; masked ones are in none.
         rows: the packed rows.
     """
 
     number: int
     records: Sequence[PreferenceRecord]
-    notes: np.ndarray
+    notes: list[str | None]
+    remarks: list[tuple[str, ...]]
     plan: list[list[int]]
     rows: list[Row]
 
@@ -112,39 +102,29 @@ def prepare_shard(
     Raises:
         UserError: the tokenizer makes ids that the model does not have.
     """
-    taken = [i for i, record in enumerate(records) if limits.take(record)]
-    notes, lengths = np.full(len(records), OTHER_DOMAIN, np.int8), np.zeros(len(records), np.int64)
+    notes = [limits.other_domain(record) for record in records]
+    taken = [i for i, note in enumerate(notes) if note is None]
+    remarks: list[tuple[str, ...]] = [()] * len(records)
+    lengths = np.zeros(len(records), np.int64)
     pairs: dict[int, PreferencePair] = {}
-    for i, whole in zip(taken, _encode([records[i] for i in taken], tokenizer), strict=True):
-        if whole is None:
-            notes[i] = REFUSED
+    encoded = encode_or_refuse([records[i] for i in taken], tokenizer)
+    for i, whole in zip(taken, encoded, strict=True):
+        if isinstance(whole, str):
+            notes[i] = whole
             continue
         _check_ids(records[i], whole, tokenizer, vocab_size)
-        notes[i], tokens = limits.apply(whole)
+        tokens, notes[i] = limits.apply(whole)
         if tokens is not None:
-            pairs[i] = PreferencePair(i, tokens.prompt_ids, tokens.response_ids)
-            copies = 1 if share_prompt else len(tokens.response_ids)
-            lengths[i] = copies * len(tokens.prompt_ids) + sum(map(len, tokens.response_ids))
+            ids, remarks[i] = tokens.response_ids, whole.notes
+            pairs[i] = PreferencePair(i, tokens.prompt_ids, ids, scored=tokens.scored)
+            copies = 1 if share_prompt else len(ids)
+            lengths[i] = copies * len(tokens.prompt_ids) + sum(map(len, ids))
     plan = plan_rows(lengths, row_tokens)
     rows = [
         collate([pairs[i] for i in row], pad_multiple=pad_multiple, share_prompt=share_prompt)
         for row in plan
     ]
-    return ShardRows(number, records, notes, plan, rows)
-
-
-def _encode(
-    records: Sequence[PreferenceRecord], tokenizer: ChatTokenizer
-) -> list[TokenizedRecord | None]:
-    """Tokenize; None for a record whose prompt the chat template refuses."""
-    if not records:
-        return []
-    try:
-        return [*tokenizer.encode_batch(records)]
-    except RefusedPromptError:
-        if len(records) == 1:
-            return [None]
-        return [tokens for record in records for tokens in _encode([record], tokenizer)]
+    return ShardRows(number, records, notes, remarks, plan, rows)
 
 
 def _check_ids(

@@ -19,6 +19,8 @@ from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.records import PreferenceRecord, iter_records, records_fingerprint
 
 PLAN = "plan.json"
+Said = tuple[str | None, Sequence[str]]
+"""A record's note (why it is masked or cut) and remarks (`TokenizedRecord.notes`)."""
 
 
 def read_shards(
@@ -86,10 +88,10 @@ class ShardFolder:
         self,
         shard: int,
         records: Sequence[PreferenceRecord],
-        notes: np.ndarray,
+        said: Sequence[Said],
         logprobs: Sequence[Sequence[np.ndarray]],
     ) -> None:
-        """Write a shard: its records' notes `[N]` and their log-probs by response."""
+        """Write a shard: what is said of its records `[N]`, and their log-probs by response."""
         responses = [values for record in logprobs for values in record]
         aside = self.folder / f".{shard:06d}.npz.partial"
         try:
@@ -97,7 +99,7 @@ class ShardFolder:
                 np.savez(
                     file,
                     records_sha256=np.array(records_fingerprint(records)),
-                    notes=notes,
+                    said=np.array(json.dumps(said)),
                     lengths=np.array([len(values) for values in responses], dtype=np.int64),
                     values=np.concatenate([np.zeros(0, np.float32), *responses]),
                 )
@@ -115,8 +117,8 @@ class ShardFolder:
 
     def read(
         self, shard: int, records: Sequence[PreferenceRecord]
-    ) -> Iterator[tuple[PreferenceRecord, int, list[np.ndarray]]]:
-        """Yield the records of a shard, each with its note and one array a response.
+    ) -> Iterator[tuple[PreferenceRecord, Said, list[np.ndarray]]]:
+        """Yield the records of a shard, each with what is said of it and one array a response.
 
         Raises:
             UserError: the shard is missing, damaged or of other records.
@@ -124,7 +126,11 @@ class ShardFolder:
         path, width = self.path(shard), len(records[0].responses)
         try:
             with np.load(path, allow_pickle=False) as file:
-                notes, lengths, values = file["notes"], file["lengths"], file["values"]
+                said, lengths, values = (
+                    json.loads(str(file["said"])),
+                    file["lengths"],
+                    file["values"],
+                )
                 identity = str(file["records_sha256"])
         except FileNotFoundError:
             raise UserError(
@@ -134,15 +140,15 @@ class ShardFolder:
             raise UserError(
                 f"{path} is damaged ({error}): delete it and run this command again"
             ) from None
-        fits = len(notes) == len(records) and len(lengths) == width * len(records)
+        fits = len(said) == len(records) and len(lengths) == width * len(records)
         if not fits or lengths.sum() != len(values) or identity != records_fingerprint(records):
             raise UserError(
                 f"{path} is not of the {len(records)} records of shard {shard}: the input has "
                 "changed while it was scored; delete the folder and score again"
             )
         pieces = iter(np.split(values, np.cumsum(lengths)[:-1]))
-        for record, note in zip(records, notes.tolist(), strict=True):
-            yield record, note, [next(pieces) for _ in range(width)]
+        for record, (note, remarks) in zip(records, said, strict=True):
+            yield record, (note, remarks), [next(pieces) for _ in range(width)]
 
     def remove(self) -> None:
         """Delete the folder once its shards are merged."""

@@ -23,6 +23,9 @@ def print_summary(store: LogprobStore, domains: Sequence[str]) -> None:
     for code, name in enumerate(names):
         print(_line(name, store, codes == code))
     print(_line("all", store, codes >= 0))
+    for kind in ("note", "remark"):
+        for text, count in store.manifest[f"{kind}_counts"].items():
+            print(f"{kind} on {count} records: {text}")
 
 
 def _line(title: str, store: LogprobStore, inside: np.ndarray) -> str:

@@ -16,6 +16,7 @@ from megatron_infifpo.data.batching import (
     evaluation_steps,
     fitting_micro_batch_size,
 )
+from megatron_infifpo.data.notes import counted
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.data.sources import read_sources
 from megatron_infifpo.methods import Method, flag
@@ -150,12 +151,13 @@ def _set_micro_batch(
 def describe(args: argparse.Namespace, train: PreferenceDataset) -> str:
     """Say how much is about to be trained on."""
     usable = len(train.eligible(args.seq_length))
+    reasons = counted(train.left_out(args.seq_length))
+    left_out = f" ({reasons})" if reasons else ""
     steps = args.train_iters or args.train_samples // args.global_batch_size
     epochs = steps * args.global_batch_size / usable
     return (
-        f"pairs: {usable} used, {len(train) - usable} left out (longer than --seq-length "
-        f"{args.seq_length}, or without log-probs of the initial pivot); {steps} steps "
-        f"of {args.global_batch_size} are {epochs:.2f} epochs, in micro-batches of "
+        f"pairs: {usable} used, {len(train) - usable} left out{left_out}; {steps} steps of "
+        f"{args.global_batch_size} are {epochs:.2f} epochs, in micro-batches of "
         f"{args.micro_batch_size}"
     )
 

@@ -42,9 +42,11 @@ def identity(args: argparse.Namespace, method: Method, train: PreferenceDataset)
 
 def data_identity(dataset: PreferenceDataset) -> dict[str, Any]:
     """What the pairs, their tokens and their log-probs are."""
-    tokenizer = dataset.tokens.manifest["tokenizer"]
-    found: dict[str, Any] = {"records_sha256": dataset.tokens.records_sha256}
-    found |= {name: tokenizer[name] for name in ("tokenizer_sha256", "chat_template_sha256")}
+    manifest = dataset.tokens.manifest
+    found: dict[str, Any] = {name: manifest[name] for name in ("records_sha256", "tokens_sha256")}
+    found |= {
+        name: manifest["tokenizer"][name] for name in ("tokenizer_sha256", "chat_template_sha256")
+    }
     if dataset.initial is not None:
         found["initial"] = _logprobs(dataset.initial)
         masks = dataset.source_mask.T

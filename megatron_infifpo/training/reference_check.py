@@ -13,6 +13,7 @@ from megatron.training import print_rank_0
 from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
 from megatron_infifpo.checkpoint.layout import TRACKER
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.encoding import scored_marks
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.data.records import RESPONSES
 from megatron_infifpo.losses import CHOSEN, REJECTED
@@ -144,7 +145,9 @@ def failure(
     ]
     for difference in bad[:SHOWN]:
         record = dataset.tokens.ids(difference.index)
-        ids = dataset.tokens.response_ids(difference.index)[difference.response]
+        pair = dataset[difference.index]
+        marks = scored_marks(pair.response_ids, pair.scored)[difference.response]
+        ids = pair.response_ids[difference.response][marks]
         name = RESPONSES[difference.response]
         lines.append(f"  record {record!r}, {name}, {difference.size:.3g} nats a token")
         if len(difference.initial) != len(ids):

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_infifpo.data.logprob_writer import LogprobWriter
 from megatron_infifpo.data.records import RESPONSES, PreferenceRecord, records_fingerprint, reply
-from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
+from megatron_infifpo.data.token_dataset import TokenDataset
+from megatron_infifpo.data.token_writer import write_token_dataset
 from megatron_infifpo.data.tokenization import ChatTokenizer
 
 CHATML = (

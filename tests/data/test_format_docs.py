@@ -6,7 +6,8 @@ from pathlib import Path
 from builders import byte_tokenizer, write_jsonl, write_scores
 
 from megatron_infifpo.data.records import read_records
-from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
+from megatron_infifpo.data.token_dataset import TokenDataset
+from megatron_infifpo.data.token_writer import write_token_dataset
 from megatron_infifpo.data.tokenization import ChatTokenizer
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "file-formats.md"

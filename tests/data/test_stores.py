@@ -6,10 +6,12 @@ import pytest
 from builders import byte_tokenizer, manifest_fields, record, write_scores, write_tokens
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.logprob_store import LogprobStore, format_ranges, parse_ranges
+from megatron_infifpo.data.logprob_store import LogprobStore
 from megatron_infifpo.data.logprob_writer import LogprobWriter
+from megatron_infifpo.data.notes import format_ranges, parse_ranges
 from megatron_infifpo.data.records import records_fingerprint
-from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
+from megatron_infifpo.data.token_dataset import TokenDataset
+from megatron_infifpo.data.token_writer import write_token_dataset
 from megatron_infifpo.data.tokenization import ChatTokenizer
 
 RECORDS = [record(i, domain=("math", "code", "ça")[i % 3]) for i in range(7)]
@@ -25,13 +27,7 @@ def test_tokens_read_back(tokens):
     assert len(tokens) == 7 and tokens.responses == ("chosen", "rejected")
     assert tokens.domains == ("math", "code", "ça")
     assert tokens.records_sha256 == records_fingerprint(RECORDS)
-    assert tokens.manifest["tokenizer"] == {
-        "path": "",
-        **chat.fingerprint(),
-        "chat_template": None,
-        "end_of_turn": "<|im_end|>",
-        "system_message": "by the template",
-    }
+    assert tokens.manifest["tokenizer"] == chat.describe()
     for i, wanted in enumerate(RECORDS):
         assert tokens.ids(i) == wanted.id and tokens.domain(i) == wanted.domain
         assert tokens.find(wanted.id) == i
@@ -90,7 +86,10 @@ DAMAGE = {
     "no manifest": (lambda p: p("json").unlink(), "manifest .* is missing"),
     "broken manifest": (lambda p: cut(p("json"), 9), "manifest .* is broken"),
     "other format": (lambda p: edit(p("json"), format="x"), "says format 'x', expected"),
-    "other version": (lambda p: edit(p("json"), version=9), "says version 9, expected 2"),
+    "other version": (
+        lambda p: edit(p("json"), version=9),
+        "says version 9, expected 3.* prefix that the chat template never",
+    ),
     "other count": (
         lambda p: edit(p("json"), count=9),
         r"holds 7 records, expected 9|holds float64 \[7, 2\], expected float64 \[9, 2\]",
@@ -289,7 +288,7 @@ def test_scores_must_fit_the_tokens(tmp_path, tokens):
         check(f"{name} unknown", tokenizer=described | {name: None})
     longer = lengths.copy()
     longer[3, 1] += 1
-    message = rf"lengths .* record 'r-3' are .*{longer[3, 1]}\] tokens, .*\(1 such records\)"
+    message = rf"lengths .* record 'r-3' are .*{longer[3, 1]}\] scored tokens, .*\(1 such records\)"
     with pytest.raises(UserError, match=message):
         check("longer", lengths=longer)
     three = np.pad(lengths, ((0, 0), (0, 1)), constant_values=1)

@@ -18,7 +18,8 @@ from megatron_infifpo.data.logprob_store import LogprobStore
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.data.records import iter_records, read_records
 from megatron_infifpo.data.sources import check_domains, read_sources
-from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
+from megatron_infifpo.data.token_dataset import TokenDataset
+from megatron_infifpo.data.token_writer import write_token_dataset
 from megatron_infifpo.data.tokenization import ChatTokenizer
 from megatron_infifpo.models.architecture import read_hf_config
 from megatron_infifpo.models.families import megatron_args, weight_mapping
