@@ -1,7 +1,9 @@
 """What every command shares: ranks started by srun, and errors of the user in one sentence."""
 
+import argparse
 import contextlib
 import errno
+import math
 import os
 import re
 import sys
@@ -9,6 +11,11 @@ from collections.abc import Callable, Iterator, MutableMapping
 
 # The disk, the user's share of it, or the largest file allowed.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a path of the user's can be, beside absent: only a person can mend it.
+UNUSABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
+_MOST = 10**9  # of a number on the command line
 
 
 class UserError(ValueError):
@@ -21,29 +28,80 @@ class UserError(ValueError):
 
 def positive(text: str) -> int:
     """Read a flag's value that must be a whole number above 0."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    return whole(1)(text)
+
+
+def whole(least: int, most: int = _MOST) -> Callable[[str], int]:
+    """Make a reader of a flag's value: a whole number, `least` to `most`."""
+
+    def read(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if least <= int(text) <= most:
+                return int(text)
+        above = f" of at least {least}" if most == _MOST else f", {least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number{above}")
+
+    return read
+
+
+def real(least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """Make a reader of a flag's value: a finite number, `least` (or above it) to `most`."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            number = float(text)
+            if math.isfinite(number) and least <= number <= most and (number > least or not above):
+                return number
+        low = f" above {least:g}" if above else f" of at least {least:g}"
+        high = "" if math.isinf(most) else f", {most:g} at most"
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number{low}{high}")
+
+    return read
 
 
 def ranks_from_srun(environment: MutableMapping[str, str]) -> None:
     """Say in torchrun's variables which rank this is, where srun started it.
 
     Only srun's own tasks have the count of a step: a batch script, which has the rest of SLURM's
-    variables, runs what it starts itself alone. The first rank is on the node that srun ran on.
+    variables, runs what it starts itself alone. The first rank is on the step's first node, which
+    is not where srun runs if that is a login node.
     """
     if "WORLD_SIZE" in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    here = environment.get("SLURM_STEP_TASKS_PER_NODE", environment["WORLD_SIZE"])
-    environment["LOCAL_WORLD_SIZE"] = re.split(r"\D", here)[0]  # "8(x2)": eight on both nodes
-    environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "localhost"))
-    # A port of the job's own, below those that systems give to outgoing connections.
-    step = int(environment["SLURM_JOB_ID"]) * 16 + int(environment["SLURM_STEP_ID"])
-    environment.setdefault("MASTER_PORT", str(20000 + step % 12000))
+    tasks = _tasks_of_nodes(environment.get("SLURM_STEP_TASKS_PER_NODE", environment["WORLD_SIZE"]))
+    node = min(int(environment.get("SLURM_NODEID", "0")), len(tasks) - 1)
+    environment["LOCAL_WORLD_SIZE"] = str(tasks[node])
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    first = _first_node(nodes) if nodes else environment.get("SLURM_LAUNCH_NODE_IPADDR")
+    environment.setdefault("MASTER_ADDR", first or "localhost")
+    port = _port(int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"]))
+    environment.setdefault("MASTER_PORT", str(port))
+
+
+def _tasks_of_nodes(text: str) -> list[int]:
+    """Tasks of each node, from SLURM's `8,4(x2)`: 8 on the first, 4 on each of the next two."""
+    found: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        found += [int(count)] * int(times or 1)
+    return found
+
+
+def _first_node(nodes: str) -> str:
+    """First host of SLURM's `node[03-05,7],login1`: node03. Names may have several brackets."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first)
+
+
+def _port(job: int, step: int) -> int:
+    """A port of the step's own, below those that systems give to outgoing connections.
+
+    The number of ports is prime, so the same step of two jobs has the same one only if their ids
+    are a multiple of that apart; the factor keeps other steps of jobs nearby away.
+    """
+    return 12000 + (job * 10294 + step) % 20759
 
 
 @contextlib.contextmanager
@@ -57,6 +115,11 @@ def user_errors() -> Iterator[None]:
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
+        if error.errno in UNUSABLE and error.filename is not None:
+            print(
+                f"error: cannot use {error.filename}: {error.strerror}", file=sys.stderr, flush=True
+            )
+            sys.exit(2)
         if error.errno not in FULL:
             raise
         where = f" while writing {error.filename}" if error.filename else ""

@@ -7,7 +7,8 @@
     python tools/launch.py pipeline --executor slurm --nodes 2 slurm.account=research
 
 NAME is a stage, `baselines` (preference training by every other method), or `pipeline` (all stages,
-each after those that it needs). Options are NAME=VALUE; `show` explains them. `--executor here`
+each after those that it needs). Options are NAME=VALUE; `show` explains them. Several flags are one
+value: 'flags=--seed 7 --lr 1e-6', with quotes inside as the shell has them. `--executor here`
 becomes the command itself, on this rank: sbatch scripts start their stages so, under srun. The
 others are nemo-run's (`pip install megatron-infifpo[recipes]`): local, slurm, and a site's own,
 whose options are written EXECUTOR.NAME=VALUE.
@@ -15,14 +16,13 @@ whose options are written EXECUTOR.NAME=VALUE.
 
 import argparse
 import inspect
+import math
 import os
 import sys
 from typing import Any
 
-import yaml
-
 from megatron_infifpo.cli import UserError, positive, run
-from megatron_infifpo.recipes.commands import BASELINES, STAGES, Job
+from megatron_infifpo.recipes.commands import BASELINES, STAGES, Job, split_words
 
 SEVERAL = {
     "baselines": "Train by every other method: " + ", ".join(BASELINES) + ".",
@@ -37,12 +37,18 @@ def main() -> int:
     )
     parser.add_argument("name", help="list, show, a stage, baselines, or pipeline")
     parser.add_argument("options", nargs="*", metavar="NAME=VALUE", help="of the stage")
+    parser.add_argument(
+        "--options",
+        metavar="WORDS",
+        dest="words",
+        help="several NAME=VALUE in one string, quoted as for a shell",
+    )
     parser.add_argument("--executor", default="here", help="(default: here)")
     parser.add_argument("--nodes", type=positive, default=1, help="(default: 1)")
     parser.add_argument("--ranks", type=positive, default=8, help="of a node (default: 8)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be started")
     parser.add_argument("--detach", action="store_true", help="submit, and do not wait for the end")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(spread(sys.argv[1:]))
     if args.name == "list":
         for name in (*STAGES, *SEVERAL):
             print(f"{name:<12}{SEVERAL.get(name) or summary(name)}")
@@ -61,6 +67,23 @@ def main() -> int:
         return 0
     site = [option for option in args.options if option not in given]
     return launch(args, options, site)
+
+
+def spread(words: list[str]) -> list[str]:
+    """Put the words of every --options=WORDS in its place: what is given twice, counts last.
+
+    Raises:
+        UserError: a quote that is not closed.
+    """
+    found: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, text = word.partition("=")
+        if name == "--options":
+            found += split_words(text if equals else next(rest, ""), name)
+        else:
+            found.append(word)
+    return found
 
 
 def choices() -> str:
@@ -106,17 +129,42 @@ def read_options(name: str, texts: list[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or key not in known:
             raise UserError(f"{text}: expected NAME=VALUE, NAME one of {', '.join(known)}")
-        kind = known[key].annotation
-        read = value if kind is str else yaml.safe_load(value)
-        if kind is float or kind == float | None:
-            try:
-                read = float(value) if value not in ("", "None") else None
-            except ValueError:
-                raise UserError(f"{text}: expected a number") from None
-        if not isinstance(read, kind):
-            raise UserError(f"{text}: expected {getattr(kind, '__name__', kind)}")
-        found[key] = read
+        found[key] = read_value(
+            text, value, known[key].annotation, least=0 if key == "index" else 1
+        )
     return found
+
+
+def read_value(text: str, value: str, kind: Any, *, least: int = 1) -> Any:
+    """Read VALUE of the option NAME=VALUE.
+
+    Args:
+        text: the option, for messages.
+        value: what it is given.
+        kind: annotation of the parameter.
+        least: the smallest whole number that makes sense.
+
+    Raises:
+        UserError: it is not of that kind.
+    """
+    if kind in (str, str | None):
+        return value
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise UserError(f"{text}: expected true or false")
+        return value.lower() == "true"
+    if kind in (float | None, int | None) and value in ("", "None"):
+        return None
+    whole = kind in (int, int | None)
+    try:
+        number = int(value) if whole else float(value)
+    except ValueError:
+        number = -math.inf
+    if whole and number < least:
+        raise UserError(f"{text}: expected a whole number of at least {least}")
+    if not (whole or 0 < number < math.inf):  # NaN is neither
+        raise UserError(f"{text}: expected a number above 0")
+    return number
 
 
 def start_here(job: Job, *, dry_run: bool) -> None:
@@ -125,6 +173,27 @@ def start_here(job: Job, *, dry_run: bool) -> None:
         print(job, flush=True)
     if not dry_run:
         os.execv(sys.executable, [sys.executable, *job.arguments])
+
+
+def read_site_options(name: str, texts: list[str]) -> dict[str, Any]:
+    """Read EXECUTOR.NAME=VALUE; numbers where the executor's parameter is one.
+
+    Raises:
+        UserError: of another executor, or not a number.
+    """
+    from megatron_infifpo.recipes.executors import EXECUTORS
+
+    known = inspect.signature(EXECUTORS[name]).parameters if name in EXECUTORS else {}
+    found: dict[str, Any] = {}
+    for text in texts:
+        path, equals, value = text.partition("=")
+        prefix, _, key = path.partition(".")
+        if prefix != name or not equals:
+            raise UserError(f"{text}: expected {name}.NAME=VALUE")
+        digits = int(value) if value.isdigit() else value  # where nobody says what it is
+        kind = known[key].annotation if key in known else None
+        found[key] = read_value(text, value, kind, least=0) if kind else digits
+    return found
 
 
 def launch(args: argparse.Namespace, options: dict[str, Any], site: list[str]) -> int:
@@ -143,13 +212,7 @@ def launch(args: argparse.Namespace, options: dict[str, Any], site: list[str]) -
             f"--executor {args.executor} needs nemo-run ({error}): "
             "pip install 'megatron-infifpo[recipes]'"
         ) from None
-    chosen = {}
-    for text in site:
-        key, equals, value = text.partition("=")
-        prefix, _, key = key.partition(".")
-        if prefix != args.executor or not equals:
-            raise UserError(f"{text}: expected {args.executor}.NAME=VALUE")
-        chosen[key] = yaml.safe_load(value) if value.isdigit() else value
+    chosen = read_site_options(args.executor, site)
     every_rank = executor(args.executor, args.nodes, args.ranks, **chosen)
     alone = executor(args.executor, 1, 1, **chosen)
     if args.name == "pipeline":
@@ -159,7 +222,10 @@ def launch(args: argparse.Namespace, options: dict[str, Any], site: list[str]) -
             made, where = tasks.baselines(**options), every_rank
         else:
             job = STAGES[args.name](**options)
-            made, where = {job.name: tasks.task(job)}, every_rank if job.every_rank else alone
+            made, where = (
+                {tasks.title(job): tasks.task(job)},
+                every_rank if job.every_rank else alone,
+            )
         experiment = nemo_run.Experiment(args.name)
         with experiment:
             for name, task in made.items():

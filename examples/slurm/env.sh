@@ -1,5 +1,9 @@
 # Values of your site and of your run: the only file to change. Every job sources it, from the
 # repository's root; what is already set in the environment wins.
+# LAYOUT, SFT, TRAIN and SCORE hold NAME=VALUE words. A value with spaces, such as several flags, is
+# quoted inside the string, or the whole is an array:
+#   TRAIN='micro_batch_tokens=4096 flags="--recompute-granularity full --recompute-method uniform"'
+#   TRAIN=(micro_batch_tokens=4096 flags="--recompute-granularity full --recompute-method uniform")
 
 # Whom to charge and where to run; sbatch reads these itself. Leave out what your cluster defaults.
 #export SBATCH_ACCOUNT=research SBATCH_PARTITION=h100 SBATCH_QOS=normal

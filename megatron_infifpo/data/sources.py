@@ -8,9 +8,14 @@ sources:
     logprobs: logprobs/coder
     domains: [code]
     score: {model: models/qwen-coder, tensor-model-parallel-size: 8}
+
+`score` has flags: `true` is a flag alone, a list several values, a mapping one value in JSON, as in
+`chat-template-options: {enable_thinking: false}`.
 """
 
 import difflib
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +24,14 @@ from typing import Any
 import yaml
 
 from megatron_infifpo.cli import UserError
+
+# What recipes say of a source themselves, and where from.
+_GIVEN = {
+    "name": "the source's name",
+    "domains": "the source's domains",
+    "input": "the run's preference records",
+    "output": "the source's logprobs",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +42,14 @@ class Source:
         name: unique, for metrics and reports.
         logprobs: prefix of its log-prob dataset.
         domains: the domains that it takes part in; None means all.
-        score: flags of tools/score_source.py that recipes score it with; training ignores them.
+        score: flags of tools/score_source.py that recipes score it with, without their dashes:
+            a text, a number, a bool, a list or a mapping each; training ignores them.
     """
 
     name: str
     logprobs: str
     domains: tuple[str, ...] | None = None
-    score: dict[str, str] = field(default_factory=dict)
+    score: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +131,43 @@ def _source(item: Any, where: str, path: Path) -> Source:
                 f"{where}: domains is {domains!r}, expected a list of names; leave it out for all"
             )
         domains = tuple(domains)
-    scalar = str | int | float
-    if not isinstance(score, dict) or not all(isinstance(v, scalar) for v in score.values()):
-        raise UserError(f"{where}: score is {score!r}, expected flags of tools/score_source.py")
-    flags = {str(key): str(value) for key, value in score.items()}
+    flags = _flags(score, f"{where}: score")
     return Source(name, _prefix(item["logprobs"], f"{where}: logprobs", path), domains, flags)
+
+
+def _flags(score: Any, where: str) -> dict[str, Any]:
+    """Check the flags that a source is scored with."""
+    if not isinstance(score, dict):
+        raise UserError(f"{where} is {score!r}, expected flags of tools/score_source.py")
+    for flag, value in score.items():
+        if not isinstance(flag, str) or not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
+            raise UserError(
+                f"{where} has the key {flag!r}, expected a flag of tools/score_source.py without "
+                "its dashes, such as tensor-model-parallel-size"
+            )
+        if flag in _GIVEN:
+            raise UserError(
+                f"{where} has {flag}, which every run gives itself: {_GIVEN[flag]}; leave it out"
+            )
+        one = isinstance(value, str | int | float)
+        several = isinstance(value, list) and value and all(_is_word(v) for v in value)
+        if not (one or several or isinstance(value, dict)):
+            raise UserError(
+                f"{where}: {flag} is {value!r}, expected a text, a number, true or false, a list "
+                "of those, or a mapping (a date: in quotes)"
+            )
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}: {flag} is {value!r}, which JSON cannot hold ({error}): put dates in "
+                "quotes, and give finite numbers"
+            ) from None
+    return dict(score)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def _prefix(value: Any, where: str, path: Path) -> str:

@@ -12,9 +12,11 @@ Defaults are the paper's run: Phi-4, on two nodes of eight GPUs.
 """
 
 import functools
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.sources import read_sources
@@ -41,6 +43,34 @@ class Job:
     def __str__(self) -> str:
         """As a shell takes it."""
         return shlex.join(("python", *self.arguments))
+
+
+def split_words(text: str, name: str) -> list[str]:
+    """Split what a value holds into words, as a shell does.
+
+    Raises:
+        UserError: a quote is not closed; `name` says where.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(
+            f"{name}={text}: {error}, expected words as a shell reads them: quote what has spaces, "
+            "and close every quote"
+        ) from None
+
+
+def flag_words(name: str, value: Any) -> list[str]:
+    """The words of a flag on a command line: true alone, lists as several, mappings as JSON."""
+    if value is False:
+        return []
+    if value is True:
+        return [f"--{name}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+    # A word that begins like a flag is none after an equals sign.
+    return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
 
 
 def convert(run: str = RUN, hf: str = PIVOT, dtype: str = "bf16") -> Job:
@@ -93,8 +123,9 @@ def score(
         UserError: there is no such source, or it does not say what model it is.
     """
     config = read_sources(f"{run}/sources.yaml")
-    options = {"backend": "megatron", "tensor-model-parallel-size": str(tensor)}
-    options["pipeline-model-parallel-size"] = str(pipeline)
+    options: dict[str, Any] = {"bf16": bf16, "backend": "megatron"}
+    layout = {"tensor-model-parallel-size": tensor, "pipeline-model-parallel-size": pipeline}
+    options |= layout
     domains: tuple[str, ...] = ()
     if index == 0:
         name, output = "initial", config.initial
@@ -103,6 +134,8 @@ def score(
         source = config.sources[index - 1]
         name, output, domains = source.name, source.logprobs, source.domains or ()
         options |= source.score
+        if options["backend"] != "megatron":  # and has no layout, where the source says none
+            options = {k: v for k, v in options.items() if k not in layout or k in source.score}
         if "model" not in source.score:
             raise UserError(
                 f"{config.path}: source {name!r} does not say which model it is, expected for "
@@ -113,13 +146,13 @@ def score(
             f"{config.path} has {len(config.sources)} sources, but index is {index}: expected 0 "
             "(the initial pivot) to their number"
         )
-    arguments = ["tools/score_source.py", *(["--bf16"] if bf16 else [])]
+    arguments = ["tools/score_source.py"]
     for option, value in options.items():
-        arguments += [f"--{option}", value]
+        arguments += flag_words(option, value)
     arguments += ["--name", name, "--input", f"{run}/data/preference.jsonl", "--output", output]
     if domains:
         arguments += ["--domains", *domains]
-    return Job(f"score-{name}", (*arguments, *shlex.split(flags)), every_rank=True)
+    return Job(f"score-{name}", (*arguments, *split_words(flags, "flags")), every_rank=True)
 
 
 def infifpo(
@@ -177,7 +210,7 @@ def infifpo(
     arguments += ["--save-interval", str(save_interval), "--log-interval", "1"]
     arguments += ["--tensorboard-dir", f"{save}/tensorboard"]
     # Megatron saves and exits at SIGTERM, which is how clusters preempt.
-    arguments += ["--exit-signal-handler", *shlex.split(flags)]
+    arguments += ["--exit-signal-handler", *split_words(flags, "flags")]
     return Job(method, tuple(arguments), every_rank=True)
 
 

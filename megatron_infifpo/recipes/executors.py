@@ -6,6 +6,7 @@ command line gives it as `NAME.KEY=VALUE`.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -67,6 +68,8 @@ def slurm(
     if not account:
         raise UserError("nemo-run needs a SLURM account: give slurm.account=NAME or SBATCH_ACCOUNT")
     asked = ranks if gpus is None else gpus
+    here = shlex.quote(os.getcwd())
+    lines = [f"source {here}/examples/slurm/srun.sh", *([setup] if setup else [])]
     return run.SlurmExecutor(
         account=account,
         partition=partition,
@@ -76,14 +79,15 @@ def slurm(
         gpus_per_node=asked or None,
         exclusive=True if asked else None,
         mem="0" if asked else None,
-        container_image=container,
-        container_mounts=[mount for mount in mounts.split(",") if mount],
-        setup_lines=setup,
+        # nemo-run quotes none of these for the shell that reads them.
+        container_image=container and shlex.quote(container),
+        container_mounts=[shlex.quote(mount) for mount in mounts.split(",") if mount],
+        setup_lines="\n".join(lines),
         retries=retries,
         # The job runs where it is submitted from: same files, same paths, nothing copied.
         tunnel=run.LocalTunnel(job_dir=""),
         packager=run.Packager(),
-        srun_args=["--wait=60", f"--chdir={os.getcwd()}"],
+        srun_args=["--wait=60", f"--chdir={here}"],
         poll_estimated_start_time=False,
     )
 

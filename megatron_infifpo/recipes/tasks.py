@@ -11,6 +11,8 @@ In a program of your own:
 """
 
 import functools
+import re
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +23,28 @@ from megatron_infifpo.recipes import commands
 from megatron_infifpo.recipes.commands import BASELINES, Job
 
 
+class Words(run.Script):
+    """A script that gets its words as they are, spaces and quotes in them too.
+
+    nemo-run joins them for a shell without quoting them, except on this machine.
+    """
+
+    def to_command(self, *arguments: Any, is_local: bool = False, **options: Any) -> list[str]:
+        """The command's words, quoted where a shell reads them."""
+        words = super().to_command(*arguments, is_local=is_local, **options)
+        return words if is_local else [shlex.quote(word) for word in words]
+
+
 def task(job: Job) -> run.Script:
     """Make a job a nemo-run task."""
     module = job.arguments[0] == "-m"
     path, *arguments = job.arguments[module:]
-    return run.Script(path=path, args=arguments, m=module, entrypoint="python")
+    return Words(path=path, args=arguments, m=module, entrypoint="python")
+
+
+def title(job: Job) -> str:
+    """A job's name as nemo-run can have it: it becomes a folder, and a word of a shell."""
+    return re.sub(r"[^\w.-]+", "-", job.name)
 
 
 def _recipe(stage: Callable[..., Job]) -> Callable[..., run.Script]:
@@ -77,7 +96,7 @@ def infifpo_pipeline(
             made[job.name] = experiment.add(
                 task(job),
                 executor=(every_rank if job.every_rank else alone).clone(),
-                name=job.name,
+                name=title(job),
                 dependencies=[made[name] for name in after],
             )
     return experiment

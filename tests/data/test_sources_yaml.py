@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from megatron_infifpo.cli import UserError
@@ -26,6 +28,12 @@ def test_prefixes_are_relative_to_the_file(tmp_path):
     )
 
 
+def test_flags_keep_their_kinds(tmp_path):
+    flags = {"model": "m", "n": 8, "x": True, "many": ["a", 1], "options": {"thinking": False}}
+    line = f"initial: p\nsources: [{{name: a, logprobs: b, score: {json.dumps(flags)}}}]"
+    assert read_sources(write(tmp_path, line)).sources[0].score == flags
+
+
 def test_sources_may_be_absent(tmp_path):
     assert read_sources(write(tmp_path, "initial: p")).sources == ()
 
@@ -44,6 +52,13 @@ BAD = {
     "initial: p\nsources: [{name: a, logprobs: b, domains: []}]": r"domains is \[\]",
     "initial: p\nsources: [{name: a, logprobs: b}, {name: a, logprobs: c}]": "'a' is used twice",
     "initial: p\nsources: [{name: a, logprobs: b, domains: [cod]}]": "did you mean 'code'",
+    "initial: p\nsources: [{name: a, logprobs: b, score: [x]}]": "expected flags of",
+    "initial: p\nsources: [{name: a, logprobs: b, score: {--model: x}}]": "without its dashes",
+    "initial: p\nsources: [{name: a, logprobs: b, score: {output: x}}]": "the source's logprobs",
+    "initial: p\nsources: [{name: a, logprobs: b, score: {model: }}]": "model is None",
+    "initial: p\nsources: [{name: a, logprobs: b, score: {stop: []}}]": r"stop is \[\], expected",
+    "initial: p\nsources: [{name: a, logprobs: b, score: {x: .nan}}]": "finite numbers",
+    "initial: p\nsources: [{name: a, logprobs: b, score: {x: {d: 2026-07-01}}}]": "dates in quotes",
 }
 
 

@@ -3,6 +3,7 @@
 import shlex
 
 import pytest
+from launcher import ROOT
 
 from megatron_infifpo.cli import UserError, ranks_from_srun
 from megatron_infifpo.recipes.commands import STAGES
@@ -71,13 +72,65 @@ def test_training_flags_exist(run_folder, stage, options, monkeypatch):
     [
         ("score", "index=6", "has 5 sources, but index is 6"),
         ("infifpo", "betta=1", "betta=1: expected NAME=VALUE, NAME one of run, method, beta"),
-        ("infifpo", "epochs=two", "epochs=two: expected int"),
-        ("infifpo", "bf16=3", "bf16=3: expected bool"),
+        ("infifpo", "epochs=two", "epochs=two: expected a whole number of at least 1"),
+        ("infifpo", "tensor=true", "tensor=true: expected a whole number"),
+        ("infifpo", "epochs=0", "epochs=0: expected a whole number of at least 1"),
+        ("score", "index=-1", "index=-1: expected a whole number of at least 0"),
+        ("infifpo", "lr=nan", "lr=nan: expected a number above 0"),
+        ("infifpo", "lr=0", "lr=0: expected a number above 0"),
+        ("infifpo", "beta=[", "beta=.: expected a number above 0"),
+        ("infifpo", "bf16=3", "bf16=3: expected true or false"),
     ],
 )
 def test_refused(run_folder, stage, options, message):
     with pytest.raises(UserError, match=message):
         parse(stage, options)
+
+
+def test_several_flags_and_an_open_quote(run_folder):
+    from workers import load_tool
+
+    tool = load_tool("launch")
+    words = tool.spread(["train", "--options=tensor=1 'flags=--a \"b c\" --d'", "tensor=2"])
+    assert words == ["train", "tensor=1", 'flags=--a "b c" --d', "tensor=2"]
+    assert tool.spread(["--options", "a=1 b=2"]) == ["a=1", "b=2"]
+    read = tool.read_options("sft", ["run=run", *words[1:]])
+    assert read["tensor"] == 2 and STAGES["sft"](**read).arguments[-3:] == ("--a", "b c", "--d")
+    for stage in ("sft", "score"):
+        with pytest.raises(UserError, match='flags=--a "b: No closing quotation, expected words'):
+            STAGES[stage](run="run", flags='--a "b')
+    with pytest.raises(UserError, match="--options=a 'b: No closing quotation"):
+        tool.spread(["--options=a 'b"])
+
+
+def test_the_options_of_jobs(run_folder):
+    """What job.sh makes of strings and of arrays, read as launch.py reads it."""
+    import subprocess
+
+    from workers import load_tool
+
+    values = """A='x=1 flags="--a b"'; B=(y=2 flags="--c 'd e'" z=); C=; """
+    job = (ROOT / "examples" / "slurm" / "job.sh").read_text()
+    function = job[job.index("options() {") : job.index("# Run a stage on")]
+    printed = subprocess.check_output(
+        ["bash", "-c", f"{function}{values} options A B C"], text=True
+    )
+    found = load_tool("launch").spread([f"--options={printed}"])
+    assert found == ["x=1", "flags=--a b", "y=2", "flags=--c 'd e'", "z="]
+
+
+def test_flags_of_a_source(run_folder):
+    (run_folder / "sources.yaml").write_text(
+        "initial: i\nsources: [{name: a, logprobs: a, score: {model: m, backend: transformers, "
+        "bf16: false, over-context: cut, trust-remote-code: true, context-length: 512, "
+        "stop: [x, 3], chat-template-options: {enable_thinking: false, date: '26 Jul'}}}]"
+    )
+    flags = parse("score", "index=1").arguments[1:]
+    assert flags[:-6] == (
+        "--backend", "transformers", "--model", "m", "--over-context", "cut", "--trust-remote-code",
+        "--context-length", "512", "--stop", "x", "3",
+        "--chat-template-options", '{"enable_thinking": false, "date": "26 Jul"}',
+    )  # fmt: skip
 
 
 def test_shown_as_a_shell_takes_it(run_folder):
@@ -88,16 +141,51 @@ def test_shown_as_a_shell_takes_it(run_folder):
 STEP = {
     "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16", "SLURM_JOB_ID": "7",
     "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
-    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node[03-05,7]", "SLURM_NODEID": "1",
 }  # fmt: skip
 
 
-def test_ranks_from_srun():
-    environment = dict(STEP)
+def ranks(**changes: str) -> dict[str, str]:
+    """What a rank of a step gets beside what SLURM says."""
+    environment = STEP | changes
+    given = dict(environment)
     ranks_from_srun(environment)
+    return {k: v for k, v in environment.items() if given.get(k) != v}
+
+
+def test_ranks_from_srun():
     expected = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
-    expected |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": str(20000 + 7 * 16)}
-    assert environment == STEP | expected
+    found = ranks()
+    assert 12000 <= int(found.pop("MASTER_PORT")) < 32768, "below what systems give away"
+    assert found == expected | {"MASTER_ADDR": "node03"}, "srun may run on a login node"
+    assert "MASTER_ADDR" not in ranks(MASTER_ADDR="ib0"), "the user's own"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node7", "node7"), ("a-1.site,b-2", "a-1.site"), ("n[08-10],m1", "n08"),
+        ("gpu-[12,3-4]-ib", "gpu-12-ib"), ("rack[1-2]n[05,7],x", "rack1n05"),
+    ],
+)  # fmt: skip
+def test_the_first_node(nodes, first):
+    assert ranks(SLURM_STEP_NODELIST=nodes)["MASTER_ADDR"] == first
+
+
+def test_nodes_with_different_numbers_of_tasks():
+    found = [
+        ranks(SLURM_STEP_TASKS_PER_NODE="8,4(x2),1", SLURM_NODEID=str(node))["LOCAL_WORLD_SIZE"]
+        for node in range(4)
+    ]
+    assert found == ["8", "4", "4", "1"]
+
+
+def test_jobs_have_ports_of_their_own():
+    def port(job: int, step: int = 0) -> str:
+        return ranks(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step))["MASTER_PORT"]
+
+    assert len({port(40_000 + job) for job in range(4000)}) == 4000
+    assert len({port(40_000 + job, step) for job in range(100) for step in range(16)}) == 1600
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ pytest.importorskip("nemo_run", reason="nemo-run is not installed")
 import rich  # noqa: E402
 from nemo_run.core.frontend.console.api import CONSOLE  # noqa: E402
 
+from megatron_infifpo.recipes import commands, tasks  # noqa: E402
+
 SLURM = ["--executor", "slurm", "--nodes", "2", "--dry-run", "slurm.account=tests", "run=run"]
 
 
@@ -59,3 +61,18 @@ def test_pipeline(dry_run):
 def test_local(dry_run):
     lines = dry_run("sft", "--executor", "local", "--ranks", "2", "--dry-run", "run=run")
     assert any("torchrun" in line for line in lines), lines
+
+
+def test_words_with_spaces(dry_run, run_folder):
+    """A shell reads them under SLURM, and none here."""
+    run_folder.rename("my run")
+    words = ("export", "run=my run", "method=it's", "--dry-run")
+    expected = "--load 'my run/it'\"'\"'s' --save 'my run/it'\"'\"'s-hf'"
+    mounts = ("slurm.account=tests", "slurm.container=an image", "slurm.mounts=/a b,/c")
+    (line,) = (
+        line for line in dry_run(*words, "--executor", "slurm", *mounts) if "srun --" in line
+    )
+    assert line.endswith(expected)
+    assert "--container-image 'an image'" in line and "'/a b',/c," in line
+    job = commands.export("my run", "it's")
+    assert tasks.task(job).to_command(is_local=True) == list(job.arguments)
