@@ -54,7 +54,7 @@ def weights_fingerprint(directory: str | Path) -> str:
     config = read_hf_config(directory)
     is_hf = (Path(directory) / "config.json").is_file()
     tensors = _hf_tensors(directory, config) if is_hf else _megatron_tensors(directory)
-    digests = {name: _digest(name, *rest) for name, *rest in tensors}
+    digests = {tensor[0]: _digest(*tensor) for tensor in tensors}
     whole = hashlib.sha256(b"".join(digests[name] for name in sorted(digests)))
     whole.update(json.dumps(_computation(config), sort_keys=True, default=str).encode())
     if is_hf and config.get("auto_map") and config.get("model_type") not in FAMILIES:

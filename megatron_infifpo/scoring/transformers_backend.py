@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data import Row
 from megatron_infifpo.logprobs import chunk_bytes_on
+from megatron_infifpo.models.batch_rule import BatchRule
+from megatron_infifpo.models.hf_model import check_folder, load_causal_lm
 from megatron_infifpo.models.parallel import WAIT
 
 LOGITS_BYTES = 2**30
@@ -46,7 +46,8 @@ class TransformersBackend:
         """Load the model.
 
         Raises:
-            UserError: pipeline parallelism, or tensor parallelism over some of the ranks only.
+            UserError: pipeline parallelism, tensor parallelism over some of the ranks only, or a
+                model that is not whole.
         """
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         if pipeline_parallel != 1:
@@ -56,6 +57,7 @@ class TransformersBackend:
                 f"--backend transformers shards a model over all ranks or none: "
                 f"--tensor-model-parallel-size is {tensor_parallel}, expected 1 or {world}"
             )
+        check_folder(directory)  # by each rank, before any waits for another
         sharded = tensor_parallel > 1
         cuda = torch.cuda.is_available() and not cpu.is_enabled()
         self.device = torch.device("cpu")
@@ -66,26 +68,14 @@ class TransformersBackend:
             # Data-parallel ranks only wait for each other and exchange small objects.
             backend = "nccl" if cuda and sharded else "gloo"
             dist.init_process_group(backend, timeout=WAIT)
-        if not (Path(directory) / "config.json").is_file():
-            raise UserError(
-                f"{directory} has no config.json, expected a Hugging Face folder; a Megatron "
-                "checkpoint needs --backend megatron"
-            )
         placement = {"tp_plan": "auto"} if sharded else {"device_map": {"": self.device}}
-        try:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=torch.bfloat16 if bf16 else torch.float32,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                **placement,
-            ).eval()
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = (str(error).strip().splitlines() or [repr(error)])[0]
-            raise UserError(
-                f"transformers cannot load {directory} ({reason}), expected a causal LM with "
-                "config.json and safetensors"
-            ) from error
+        self.model = load_causal_lm(
+            directory,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+            trust_remote_code=trust_remote_code,
+            **placement,
+        )
+        self.rule = BatchRule(self.model)
         config = self.model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
         self.data_parallel_rank, self.data_parallel_size = (0, 1) if sharded else (rank, world)
@@ -122,13 +112,17 @@ class TransformersBackend:
         return logprobs
 
     def _batches(self, segments: list["Segment"]) -> Iterator[list["Segment"]]:
-        """Group segments of like length, so that little is padding, as their logits allow."""
+        """Group segments of like length, so that little is padding, as their logits allow.
+
+        Segments whose numbers would depend on each other are in different batches.
+        """
         limit = max(1, LOGITS_BYTES // (4 * self.vocab_size))
         batch: list[Segment] = []
         for segment in sorted(segments, key=lambda s: -len(s.tokens)):
             if batch:
-                short = len(segment.tokens) < LIKE * len(batch[0].tokens)
-                if short or sum(len(s.rows) for s in [*batch, segment]) > limit:
+                length, longest = len(segment.tokens), len(batch[0].tokens)
+                alike = length >= LIKE * longest and self.rule.key(length) == self.rule.key(longest)
+                if not alike or sum(len(s.rows) for s in [*batch, segment]) > limit:
                     yield batch
                     batch = []
             batch.append(segment)
@@ -150,6 +144,7 @@ class TransformersBackend:
 
         # Logits of the scored rows only, with whatever the model does to its logits (soft caps,
         # scales). Before the head's own hooks, which may belong to tensor parallelism.
+        self.rule.reset()
         head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(keep_scored, prepend=True)
         try:
