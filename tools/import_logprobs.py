@@ -30,9 +30,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("published", help="the dataset format of the InfiFPO paper")
-    command.add_argument(
-        "--input", required=True, nargs="+", metavar="FILE", help="preference records, in order"
-    )
+    add_record_flags(command)
     command.add_argument(
         "--names", nargs="+", default=[], metavar="NAME", help="of the sources (default: source1 …)"
     )
@@ -59,7 +57,7 @@ def main() -> None:
 
     args = parser.parse_args()
     if args.command == "published":
-        import_published(args.input, args.names, args.output)
+        import_published(args.input, args.names, args.output, on_bad=args.on_bad_record)
         return
     if args.tokenizer is None and (args.chat_template or args.trust_remote_code):
         raise UserError(

@@ -14,12 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_infifpo.cli import UserError, run
-from megatron_infifpo.data.flags import (
-    add_record_flags,
-    add_tokenizer_flags,
-    open_tokenizer,
-    report_skipped,
-)
+from megatron_infifpo.data.flags import add_record_flags, add_tokenizer_flags, open_tokenizer
+from megatron_infifpo.data.read_report import ReadReport
 from megatron_infifpo.data.records import iter_records
 from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
 
@@ -39,8 +35,8 @@ def main() -> None:
     add_tokenizer_flags(parser)
     args = parser.parse_args()
     tokenizer = open_tokenizer(args.tokenizer, args)
-    skipped: list[str] = []
-    records = iter_records(args.input, on_bad=args.on_bad_record, skipped=skipped)
+    report = ReadReport()
+    records = iter_records(args.input, on_bad=args.on_bad_record, report=report)
     try:
         write_token_dataset(
             tqdm(records, desc="tokenize", unit=" records"),
@@ -49,9 +45,9 @@ def main() -> None:
             source_files=args.input,
         )
     except UserError:
-        report_skipped(skipped)  # it may be why nothing is left
+        report.show()  # it may be why nothing is left
         raise
-    report_skipped(skipped)
+    report.show()
     print_summary(TokenDataset(args.output))
 
 

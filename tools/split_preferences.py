@@ -16,6 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_infifpo.cli import UserError, run
+from megatron_infifpo.data.flags import add_record_flags
+from megatron_infifpo.data.read_report import ReadReport
 from megatron_infifpo.data.records import iter_records
 from megatron_infifpo.data.split import is_sft, to_json
 
@@ -25,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", required=True, nargs="+", metavar="FILE", help="the records")
+    add_record_flags(parser)
     parser.add_argument("--sft", required=True, type=Path, metavar="FILE", help=".jsonl to write")
     parser.add_argument(
         "--preference", required=True, type=Path, metavar="FILE", help=".jsonl to write"
@@ -47,15 +49,17 @@ def main() -> None:
             raise UserError(f"{path} exists: delete it or choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
     partial = [path.with_name(path.name + ".partial") for path in outputs]
-    counts = [0, 0]
+    counts, report = [0, 0], ReadReport()
+    records = iter_records(args.input, on_bad=args.on_bad_record, report=report)
     with contextlib.ExitStack() as stack:
         for path in partial:
             stack.callback(path.unlink, missing_ok=True)
         files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in partial]
-        for record in tqdm(iter_records(args.input), desc="split", unit=" records"):
+        for record in tqdm(records, desc="split", unit=" records"):
             part = is_sft(record, share=args.share, seed=args.seed)
             files[part].write(json.dumps(to_json(record), ensure_ascii=False) + "\n")
             counts[part] += 1
+        report.show()
         if not all(counts):
             raise UserError(
                 f"one part of {' '.join(args.input)} is empty ({counts[1]} records for SFT, "

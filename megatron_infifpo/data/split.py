@@ -36,5 +36,7 @@ def to_json(record: PreferenceRecord) -> dict[str, Any]:
     fields["prompt"] = list(record.prompt)
     for name, messages in zip(RESPONSES, record.responses, strict=False):
         text = plain_text(messages)
-        fields[name] = list(messages) if text is None else text
+        # A text that opens like these may be read as messages.
+        as_text = text is not None and not text.lstrip().startswith(("[", "{", "Human:"))
+        fields[name] = text if as_text else list(messages)
     return fields

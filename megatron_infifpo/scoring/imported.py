@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from megatron_infifpo import __version__
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.flags import report_skipped
 from megatron_infifpo.data.logprob_store import LogprobStore
 from megatron_infifpo.data.logprob_writer import LogprobWriter
+from megatron_infifpo.data.read_report import ReadReport
 from megatron_infifpo.data.record_files import RawRecord, iter_raw
 from megatron_infifpo.data.records import (
     RESPONSES,
@@ -69,9 +69,9 @@ def import_tokens(
         UserError: log-probs of an unknown record, twice of one, of other tokens, or missing ones.
     """
     refuse_existing(Path(f"{output}.json"))
-    skipped: list[str] = []
-    records = read_records(files, on_bad=on_bad, skipped=skipped)
-    report_skipped(skipped)
+    report = ReadReport()
+    records = read_records(files, on_bad=on_bad, report=report)
+    report.show()
     if not records:
         raise UserError(f"there are no records in {', '.join(files)}, expected at least one")
     found = _read(records, logprob_files, tokenizer)

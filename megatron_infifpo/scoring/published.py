@@ -11,20 +11,30 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from tqdm import tqdm
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.logprob_store import LogprobStore
 from megatron_infifpo.data.logprob_writer import LogprobWriter
+from megatron_infifpo.data.read_report import ReadReport
 from megatron_infifpo.data.record_files import RawRecord
-from megatron_infifpo.data.records import RESPONSES, PreferenceRecord, read_records
-from megatron_infifpo.scoring.imported import imported_manifest, raw_records, refuse_existing
+from megatron_infifpo.data.records import RESPONSES, PreferenceRecord, iter_with_raw
+from megatron_infifpo.scoring.imported import imported_manifest, refuse_existing
 from megatron_infifpo.scoring.summary import print_summary
 
 # sum / mean is a whole number of tokens; more than this beside it, and one of them is wrong.
 COUNT_ERROR = 0.02
+FIELDS = {
+    f"{model}_{kind}{response}_logps"
+    for model in ("ref", "fuse")
+    for kind in ("", "mean_")
+    for response in RESPONSES[:2]
+}
 
 
-def import_published(files: Sequence[str], names: Sequence[str], folder: Path) -> None:
+def import_published(
+    files: Sequence[str], names: Sequence[str], folder: Path, *, on_bad: str = "error"
+) -> None:
     """Turn the paper's records into one dataset a model and a `sources.yaml`.
 
     Fields: `ref_chosen_logps`, `ref_mean_chosen_logps` (numbers, the initial pivot's sum and mean)
@@ -35,16 +45,20 @@ def import_published(files: Sequence[str], names: Sequence[str], folder: Path) -
         files: preference records with these fields.
         names: of the M sources; empty for `source1` and so on.
         folder: to write `initial`, a dataset for every name, and `sources.yaml` into.
+        on_bad: what to do with bad preference records; wrong numbers are always refused.
 
     Raises:
         UserError: a field is missing, no number, or does not fit the others; names file:line.
     """
-    records = read_records(files)
-    numbers = [
-        _published(raw, record) for record, raw in zip(records, raw_records(files), strict=True)
-    ]
-    if not numbers:
+    report = ReadReport()
+    progress = tqdm(
+        iter_with_raw(files, on_bad=on_bad, report=report), desc="read", unit=" records"
+    )
+    found = [(record, raw.where, _published(raw, record)) for record, raw in progress]
+    report.show(used=report.ignored.keys() & FIELDS)
+    if not found:
         raise UserError(f"there are no records in {', '.join(files)}, expected at least one")
+    records, numbers = [record for record, _, _ in found], [values for _, _, values in found]
     count = numbers[0].shape[1] - 1
     names = list(names) or [f"source{i + 1}" for i in range(count)]
     unusable = any(Path(name).name != name for name in names)  # they become files
@@ -55,10 +69,10 @@ def import_published(files: Sequence[str], names: Sequence[str], folder: Path) -
         )
     for name in ("sources.yaml", *(f"{name}.json" for name in ("initial", *names))):
         refuse_existing(folder / name)
-    for record, raw, found in zip(records, raw_records(files), numbers, strict=True):
-        if found.shape[1] != count + 1:
+    for record, where, values in found:
+        if values.shape[1] != count + 1:
             raise UserError(
-                f"{raw.where}: record {record.id!r} has {found.shape[1] - 1} sources, the first "
+                f"{where}: record {record.id!r} has {values.shape[1] - 1} sources, the first "
                 f"record has {count}; expected the same sources in every record"
             )
     models = ["initial", *names]
@@ -74,8 +88,8 @@ def import_published(files: Sequence[str], names: Sequence[str], folder: Path) -
             )
             for name in models
         ]
-        for record, found in zip(records, numbers, strict=True):
-            for writer, (sums, counts) in zip(writers, found.transpose(1, 2, 0), strict=True):
+        for record, _, values in found:
+            for writer, (sums, counts) in zip(writers, values.transpose(1, 2, 0), strict=True):
                 writer.add_sums(record.id, sums.tolist(), counts.astype(int).tolist())
     sources = {"initial": "initial", "sources": [{"name": n, "logprobs": n} for n in names]}
     (folder / "sources.yaml").write_text(yaml.safe_dump(sources, sort_keys=False))

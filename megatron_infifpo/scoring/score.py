@@ -13,10 +13,11 @@ import transformers
 from megatron_infifpo import __version__, cpu
 from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.flags import open_tokenizer, report_skipped
+from megatron_infifpo.data.flags import open_tokenizer
 from megatron_infifpo.data.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_infifpo.data.logprob_store import LogprobStore
 from megatron_infifpo.data.prefetch import prefetch
+from megatron_infifpo.data.read_report import ReadReport
 from megatron_infifpo.data.records import (
     RESPONSES,
     canonical_bytes,
@@ -147,13 +148,13 @@ def _limits(args: argparse.Namespace) -> Limits:
 
 def _scan(args: argparse.Namespace, limits: Limits) -> dict[str, Any]:
     """Read all records once: are they well-formed, how many, which."""
-    skipped: list[str] = []
+    report = ReadReport()
     digest, count, domains, responses = hashlib.sha256(), 0, set(), 0
-    for record in iter_records(args.input, on_bad=args.on_bad_record, skipped=skipped):
+    for record in iter_records(args.input, on_bad=args.on_bad_record, report=report):
         digest.update(canonical_bytes(record))
         domains.add(record.domain)
         count, responses = count + 1, len(record.responses)
-    report_skipped(skipped)
+    report.show()
     if not count:
         raise UserError(f"there are no records in {', '.join(args.input)}, expected at least one")
     for domain in limits.domains or ():

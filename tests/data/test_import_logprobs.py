@@ -249,7 +249,7 @@ def test_vllms_form_needs_the_tokenizer(tmp_path, scored):
     with pytest.raises(UserError, match="lp.jsonl:1: broken JSON"):
         run(tmp_path, scored, "{")
     scored[0].write_text("")
-    with pytest.raises(UserError, match="there are no records in"):
+    with pytest.raises(UserError, match="the file has no records"):
         run(tmp_path, scored, *scored[2])
 
 

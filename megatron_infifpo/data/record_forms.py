@@ -1,0 +1,122 @@
+"""Forms of preference records: the fields by which each is known, and what reads it.
+
+`FORMS` has them in order: a record is of the first form whose fields it has, none of them null.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron_infifpo.data.form_readers import (
+    Parts,
+    read_by_name,
+    read_by_score,
+    read_by_sign,
+    read_helpsteer2,
+    read_messages_and_rejected,
+    read_openai,
+    read_pair,
+)
+from megatron_infifpo.data.messages import BadRecordError
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One form.
+
+    Attributes:
+        fields: the fields by which it is known; all are there.
+        read: takes the record and a set for what nothing uses inside its fields; returns its parts.
+    """
+
+    fields: tuple[str, ...]
+    read: Callable[[dict[str, Any], set[str]], Parts]
+
+
+def form_of(value: dict[str, Any]) -> Form:
+    """Return the form of a record.
+
+    Raises:
+        BadRecordError: it has none; says which fields it has and which forms there are.
+    """
+    for form in FORMS.values():
+        if all(value.get(name) is not None for name in form.fields):
+            return form
+    for one, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        if value.get(one) is not None:
+            raise BadRecordError(
+                f"field {other!r} is missing, found {', '.join(sorted(value))}; expected a reply "
+                "as a string or a list of messages"
+            )
+    known = "; ".join(", ".join(form.fields) for form in FORMS.values())
+    raise BadRecordError(
+        f"found the fields {', '.join(sorted(map(str, value))) or '(none)'}, which are no known "
+        f"form of preferences; expected {known}; write other data as one JSON object a line with "
+        "prompt, chosen and rejected (docs/file-formats.md)"
+    )
+
+
+_RESPONSES = {"0": "response_0", "1": "response_1"}
+_CONVERSATIONS = {"model_a": "conversation_a", "model_b": "conversation_b"}
+
+FORMS: dict[str, Form] = {
+    # Ours; TRL, UltraFeedback-binarized, Tulu 3, Skywork, orca pairs, Anthropic's hh; ShareGPT.
+    "pair": Form(("chosen", "rejected"), partial(read_pair, names=("chosen", "rejected"))),
+    "pair of responses": Form(
+        ("chosen_response", "rejected_response"),
+        partial(read_pair, names=("chosen_response", "rejected_response")),
+    ),
+    "HelpSteer3": Form(
+        ("context", "response1", "response2", "overall_preference"),
+        partial(
+            read_by_sign,
+            prompt="context",
+            first="response1",
+            second="response2",
+            sign="overall_preference",
+        ),
+    ),
+    "HelpSteer2": Form(
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        read_helpsteer2,
+    ),
+    "OpenAI": Form(("input", "preferred_output", "non_preferred_output"), read_openai),
+    "Nectar": Form(
+        ("prompt", "answers"),
+        partial(
+            read_by_score, prompt="prompt", answers="answers", text="answer", score="rank", best=min
+        ),
+    ),
+    "UltraFeedback": Form(
+        ("instruction", "completions"),
+        partial(
+            read_by_score,
+            prompt="instruction",
+            answers="completions",
+            text="response",
+            score="overall_score",
+        ),
+    ),
+    "NeMo-RL": Form(
+        ("context", "completions"),
+        partial(
+            read_by_score,
+            prompt="context",
+            answers="completions",
+            text="completion",
+            score="rank",
+            best=min,
+        ),
+    ),
+    "ms-swift": Form(("messages", "rejected_response"), read_messages_and_rejected),
+    "PKU-SafeRLHF": Form(
+        ("prompt", "response_0", "response_1", "better_response_id"),
+        partial(read_by_name, prompt="prompt", replies=_RESPONSES, winner="better_response_id"),
+    ),
+    "Chatbot Arena": Form(
+        ("conversation_a", "conversation_b", "winner"),
+        partial(read_by_name, prompt=None, replies=_CONVERSATIONS, winner="winner"),
+    ),
+}
+"""Name -> form, in the order in which a record is tried."""
