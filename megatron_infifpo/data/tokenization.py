@@ -205,8 +205,8 @@ class ChatTokenizer:
         shown = (Reply(self._special.show(r.text), r.scored) for r in rendering.replies)
         return Rendering(rendering.prompt, tuple(shown), rendering.notes)
 
-    def prompt_ids(self, prompts: Sequence[tuple[Iterable[Message], str]]) -> list[list[int]]:
-        """Tokenize prompts, given with the ids of their records, up to the generation prompt.
+    def prompt_ids(self, prompts: Sequence[tuple[Any, ...]]) -> list[list[int]]:
+        """Tokenize prompts, each given as the arguments of `render_prompt`.
 
         Raises:
             RefusedRecordError: the chat template refuses one.
