@@ -22,17 +22,15 @@ from tqdm import tqdm
 
 from megatron_infifpo.cli import UserError, positive, run
 from megatron_infifpo.data.documents import publish
+from megatron_infifpo.data.flags import report_skipped
+from megatron_infifpo.data.records import ON_BAD
 from megatron_infifpo.data.split import to_json
-from megatron_infifpo.responses.labels import (
-    label,
-    program_scorer,
-    read_responses,
-    reward_scorer,
-)
+from megatron_infifpo.responses.labels import label, read_responses
+from megatron_infifpo.responses.scorers import Scorer, program_scorer, reward_scorer
 
 
-def main() -> None:
-    """Parse the command line, score, and write the pairs."""
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,14 +45,24 @@ def main() -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model"
     )
-    args = parser.parse_args()
-    if args.output.exists():
-        raise UserError(f"{args.output} exists: delete it or choose another name")
-    responses = read_responses(args.input)
-    if args.pivot is not None:
-        models = sorted({m for r in responses.values() for given in r.models for m in given})
-        if args.pivot not in models:
-            raise UserError(f"--pivot is {args.pivot!r}, expected one of {', '.join(models)}")
+    parser.add_argument(
+        "--on-bad-record", choices=ON_BAD, default="error",
+        help="stop at the first line that is malformed or cannot be judged, or leave such lines "
+        "out (default: error)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-cut", action="store_true",
+        help="judge responses that were cut at --max-tokens, too (default: left out)",
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+def open_scorer(args: argparse.Namespace) -> tuple[Scorer, str]:
+    """Load the judge; return it with what it is.
+
+    Raises:
+        UserError: there is none.
+    """
     if args.program:
         score = program_scorer(args.program)
         code = Path(args.program.rpartition(":")[0]).read_bytes()
@@ -67,22 +75,43 @@ def main() -> None:
             batch=args.batch,
             trust_remote_code=args.trust_remote_code,
         )
+    return score, name
+
+
+def main() -> None:
+    """Parse the command line, score, and write the pairs."""
+    args = parse()
+    if args.output.exists():
+        raise UserError(f"{args.output} exists: delete it or choose another name")
+    skipped: list[str] | None = [] if args.on_bad_record == "skip" else None
+    unused: Counter[str] = Counter()
+    responses = read_responses(args.input, keep_cut=args.keep_cut, skipped=skipped, dropped=unused)
+    report_skipped(skipped or [])
+    if args.pivot is not None:
+        models = sorted({m for r in responses.values() for given in r.models for m in given})
+        if args.pivot not in models:
+            raise UserError(f"--pivot is {args.pivot!r}, expected one of {', '.join(models)}")
+    score, name = open_scorer(args)
     dropped: Counter[str] = Counter()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     aside, cache = Path(f"{args.output}.partial"), Path(f"{args.output}.scores")
     count = 0
     with aside.open("w", encoding="utf-8") as file:
         bar = tqdm(responses.values(), desc="label", unit="prompt")
-        for record in label(bar, score, name, cache, args.pivot, dropped):
+        skip = args.on_bad_record == "skip"
+        for record in label(bar, score, name, cache, args.pivot, dropped, skip=skip):
             file.write(json.dumps(to_json(record), ensure_ascii=False) + "\n")
             count += 1
     if not count:
         aside.unlink()
-        raise UserError(f"no prompt gives a pair: {dict(dropped)}")
+        unused_ones = f"; responses that are not judged: {dict(unused)}" if unused else ""
+        raise UserError(f"no prompt gives a pair: {dict(dropped)}{unused_ones}")
     publish(str(args.output))
     print(f"{args.output}: {count} pairs of {len(responses)} prompts")
     for reason, number in dropped.most_common():
         print(f"  left out {number}: {reason}")
+    for fault, number in unused.most_common():
+        print(f"  not judged {number} responses: {fault}")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""Engines that sample responses: vLLM where it is installed, a server, or transformers."""
+"""Engines on this machine that sample responses: transformers, and vLLM where it is installed.
 
-import http.client
+A server is in `server.py`. Prompts are tokenized here, as scoring does, and what comes back is made
+text here: an engine is asked for token ids only.
+"""
+
 import itertools
-import json
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.models.batch_rule import BatchRule
+from megatron_infifpo.models.hf_model import check_whole, load_causal_lm
+from megatron_infifpo.responses.answers import FINISH, REFUSED, Response
 from megatron_infifpo.responses.prompts import Prompt
+from megatron_infifpo.responses.turns import Opened, Turns
 
 
 @dataclass(frozen=True)
@@ -39,137 +40,260 @@ class Sampling:
     seed: int = 0
 
 
-Engine = Callable[[Sequence[Prompt], int], list[list[str]]]
-"""Takes prompts and a seed; returns the responses of each."""
+@dataclass(frozen=True)
+class Measured:
+    """One response with the engine's own log-probs, at temperature 1.
+
+    Attributes:
+        prompt: the prompt.
+        response: what was answered.
+        tokens: `[L]` ids of the response's tokens; of a server their texts.
+        logprobs: `[L]`, nats.
+    """
+
+    prompt: Prompt
+    response: Response
+    tokens: list[int] | list[str]
+    logprobs: list[float]
 
 
-def transformers_engine(model: str, chat: ChatTokenizer, how: Sampling, options: Any) -> Engine:
-    """Sample with transformers, in batches padded on the left."""
-    from transformers import AutoModelForCausalLM
+class NotMeasuredError(Exception):
+    """Why an engine gives no log-probs."""
 
-    dtype = torch.bfloat16 if options.bf16 else torch.float32
-    network: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, use_safetensors=True, trust_remote_code=options.trust_remote_code
-    )
-    network.to(cpu.device()).eval()
-    ends = {chat.tokenizer.eos_token_id, chat.end_of_turn_ids[-1]} - {None}
-    pad = chat.end_of_turn_ids[-1]
-    greedy = how.temperature == 0
-    sampling = {} if greedy else {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
 
-    def generate(prompts: Sequence[Prompt], seed: int) -> list[list[str]]:
+class Engine(Protocol):
+    """Samples responses."""
+
+    def sample(
+        self, prompts: Sequence[Prompt], counts: Sequence[int], seed: int
+    ) -> list[list[Response]]:
+        """Return responses of each prompt, so many of each or fewer."""
+
+    def measure(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Measured]:
+        """Return one response of each prompt with the engine's log-probs, at temperature 1.
+
+        Raises:
+            NotMeasuredError: it gives none.
+        """
+
+
+class TransformersEngine:
+    """Samples with transformers, in batches padded on the left."""
+
+    def __init__(self, model: str, chat: ChatTokenizer, how: Sampling, options: Any) -> None:
+        """Load the model.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        from transformers import GenerationConfig
+
+        network = load_causal_lm(
+            model,
+            dtype=torch.bfloat16 if options.bf16 else torch.float32,
+            trust_remote_code=options.trust_remote_code,
+            device_map={"": cpu.device()},
+        )
+        self.network, self.chat, self.how = network, chat, how
+        config = network.config.get_text_config()
+        self.turns = Turns(
+            chat,
+            network.generation_config,
+            context=getattr(config, "max_position_embeddings", None),
+            skip=options.on_bad_record == "skip",
+        )
+        # What the model's files prefer (penalties, top-k) would act without a word.
+        network.generation_config = GenerationConfig()
+        self.batch, self.rule = options.batch, BatchRule(network)
+
+    def sample(
+        self, prompts: Sequence[Prompt], counts: Sequence[int], seed: int
+    ) -> list[list[Response]]:
+        """Return so many responses of each prompt."""
         torch.manual_seed(seed)
-        batches = itertools.batched(prompts, options.batch)
-        return [texts for batch in batches for texts in generate_batch(batch)]
-
-    def generate_batch(prompts: Sequence[Prompt]) -> list[list[str]]:
-        ids = chat.prompt_ids([(prompt.messages, prompt.id) for prompt in prompts])
-        longest = max(map(len, ids))
-        padded = torch.tensor([[pad] * (longest - len(i)) + i for i in ids], device=network.device)
-        mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids])
-        with torch.inference_mode():
-            output = network.generate(
-                input_ids=padded,
-                attention_mask=mask.to(network.device),
-                do_sample=not greedy,
-                num_return_sequences=1 if greedy else how.count,
-                max_new_tokens=how.max_tokens,
-                eos_token_id=sorted(ends),
-                pad_token_id=pad,
-                **sampling,
+        found = [[Response("", REFUSED)] for _ in prompts]
+        settings: dict[str, Any] = {"do_sample": False}
+        if self.how.temperature:
+            settings = {"do_sample": True, "temperature": self.how.temperature, "top_k": 0}
+            settings["top_p"] = self.how.top_p
+        opened = self._open(prompts)
+        for batch in self._batches(opened, counts, self.how.max_tokens):
+            copies = counts[batch[0]]
+            output = self._generate(
+                [opened[i].ids for i in batch],
+                self.how.max_tokens,
+                num_return_sequences=copies,
+                **settings,
             )
-        texts = [_text(chat, row, ends) for row in output[:, longest:].tolist()]
-        each = len(texts) // len(prompts)
-        return [texts[i : i + each] * (how.count // each) for i in range(0, len(texts), each)]
+            rows = iter(output["new"])
+            for i in batch:
+                found[i] = [self.turns.response(next(rows), opened[i]) for _ in range(copies)]
+        return found
 
-    return generate
+    def measure(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Measured]:
+        """Return one response of each prompt with the log-softmax of the model's own logits."""
+        torch.manual_seed(seed)
+        found = []
+        opened = self._open(prompts)
+        for batch in self._batches(opened, [1] * len(prompts), max_tokens):
+            output = self._generate(
+                [opened[i].ids for i in batch],
+                max_tokens,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                output_logits=True,
+            )
+            logits = torch.stack(output["logits"], dim=1).float().cpu()  # [batch, tokens, V]
+            chosen = torch.tensor(output["new"])[..., None]
+            logprobs = logits.log_softmax(-1).gather(2, chosen)[..., 0].tolist()
+            for i, row, values in zip(batch, output["new"], logprobs, strict=True):
+                ids = self.turns.cut(row)
+                response = self.turns.response(row, opened[i])
+                found.append(Measured(prompts[i], response, ids, values[: len(ids)]))
+        return found
 
+    def _open(self, prompts: Sequence[Prompt]) -> dict[int, Opened]:
+        """Render prompts, by index, without those that are left out."""
+        return {i: one for i, one in enumerate(self.turns.open_all(prompts)) if one is not None}
 
-def _text(chat: ChatTokenizer, ids: list[int], ends: set[int]) -> str:
-    """Decode a response, up to where its turn ends."""
-    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return str(chat.tokenizer.decode(ids[:stop], skip_special_tokens=True))
+    def _batches(
+        self, opened: Mapping[int, Opened], counts: Sequence[int], max_tokens: int
+    ) -> Iterator[list[int]]:
+        """Group prompts of which as many responses are asked, and which may share a batch."""
 
+        def kind(index: int) -> tuple[int, bool]:
+            # Where the context ends a response, its neighbours must not end it before.
+            return counts[index], len(opened[index].ids) + max_tokens > self.turns.context
 
-def vllm_engine(model: str, chat: ChatTokenizer, how: Sampling, options: Any) -> Engine:
-    """Sample with vLLM, offline; prompts are tokenized by us, as scoring does."""
-    try:
-        import vllm
-    except ImportError:
-        raise UserError(
-            "--engine vllm needs vLLM: install it, or choose --engine transformers, or --engine "
-            "server with the address of one"
-        ) from None
-    network = vllm.LLM(
-        model=model,
-        tensor_parallel_size=options.tensor_parallel_size,
-        dtype="bfloat16" if options.bf16 else "float32",
-        trust_remote_code=options.trust_remote_code,
-    )
+        for (_, alone), group in itertools.groupby(sorted(opened, key=kind), key=kind):
+            indices = list(group)
+            lengths = [len(opened[i].ids) for i in indices]
+            for batch in self.rule.batches(lengths, 1 if alone else self.batch, max_tokens):
+                yield [indices[i] for i in batch]
 
-    def generate(prompts: Sequence[Prompt], seed: int) -> list[list[str]]:
-        ids = chat.prompt_ids([(prompt.messages, prompt.id) for prompt in prompts])
-        settings = vllm.SamplingParams(
-            n=1 if how.temperature == 0 else how.count,  # greedy: all are the same
-            temperature=how.temperature,
-            top_p=how.top_p,
-            max_tokens=how.max_tokens,
-            seed=seed,
-            stop_token_ids=[chat.end_of_turn_ids[-1]],
+    @torch.inference_mode()
+    def _generate(
+        self, prompts: Sequence[list[int]], max_tokens: int, **settings: Any
+    ) -> dict[str, Any]:
+        """Return what transformers gives, and the ids after the prompts as "new"."""
+        longest, device = max(map(len, prompts)), self.network.device
+        pad = self.chat.tokenizer.pad_token_id or 0
+        padded = [[pad] * (longest - len(ids)) + ids for ids in prompts]
+        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        if self.turns.texts:
+            settings |= {"stop_strings": self.turns.texts, "tokenizer": self.chat.tokenizer}
+        self.rule.reset()
+        output = self.network.generate(
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=min(max_tokens, self.turns.context - longest),
+            eos_token_id=sorted(self.turns.ids) or None,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+            **settings,
         )
-        outputs = network.generate([{"prompt_token_ids": row} for row in ids], settings)
-        texts = [[str(one.text) for one in output.outputs] for output in outputs]
-        return [found * (how.count // len(found)) for found in texts]
-
-    return generate
+        return {**output, "new": output.sequences[:, longest:].tolist()}
 
 
-def server_engine(model: str, how: Sampling, options: Any) -> Engine:
-    """Sample from an OpenAI-compatible server, which has the chat template; several at a time."""
-    address = options.server.rstrip("/") + "/chat/completions"
-    headers = {"Content-Type": "application/json"}
-    if options.server_key_file:
-        key = Path(options.server_key_file).read_text(encoding="utf-8").strip()
-        headers["Authorization"] = f"Bearer {key}"
+class VllmEngine:
+    """Samples with vLLM, offline."""
 
-    def ask(prompt: Prompt, seed: int) -> list[str]:
-        question = {
-            "model": model,
-            "messages": list(prompt.messages),
-            "n": how.count,
-            "temperature": how.temperature,
-            "top_p": how.top_p,
-            "max_tokens": how.max_tokens,
-            "seed": seed,
-        }
-        request = urllib.request.Request(address, json.dumps(question).encode(), headers)
-        for attempt in range(options.server_retries + 1):
-            try:
-                with urllib.request.urlopen(request, timeout=options.server_timeout) as answer:
-                    choices = json.load(answer)["choices"]
-                return [str(choice["message"]["content"] or "") for choice in choices]
-            except urllib.error.HTTPError as error:
-                if error.code < 500 and error.code != 429:
-                    reason = error.read(500).decode(errors="replace")
-                    raise UserError(f"{address} refuses {prompt.id!r}: {reason}") from None
-                problem: Exception = error
-            except (
-                OSError,
-                http.client.HTTPException,
-                LookupError,
-                ValueError,
-                TypeError,
-            ) as error:
-                problem = error
-            if attempt < options.server_retries:
-                time.sleep(min(30, 2**attempt))
-        raise UserError(
-            f"{address} does not answer {prompt.id!r}: {problem}; finished shards are kept, run "
-            "the command again"
+    def __init__(self, model: str, chat: ChatTokenizer, how: Sampling, options: Any) -> None:
+        """Load the model.
+
+        Raises:
+            UserError: vLLM is not installed, or weights are missing.
+        """
+        try:
+            import vllm
+        except ImportError:
+            raise UserError(
+                "--engine vllm needs vLLM: install it, or choose --engine transformers, or "
+                "--engine server with the address of one"
+            ) from None
+        from transformers import GenerationConfig
+
+        check_whole(model, trust_remote_code=options.trust_remote_code)
+        try:
+            generation_config: Any = GenerationConfig.from_pretrained(model)
+        except OSError:  # there is none
+            generation_config = None
+        self.network = vllm.LLM(
+            model=model,
+            tensor_parallel_size=options.tensor_parallel_size,
+            dtype="bfloat16" if options.bf16 else "float32",
+            trust_remote_code=options.trust_remote_code,
+        )
+        self.how, self.settings = how, vllm.SamplingParams
+        engine = getattr(self.network, "llm_engine", None)
+        self.turns = Turns(
+            chat,
+            generation_config,
+            context=getattr(getattr(engine, "model_config", None), "max_model_len", None),
+            skip=options.on_bad_record == "skip",
         )
 
-    def generate(prompts: Sequence[Prompt], seed: int) -> list[list[str]]:
-        with ThreadPoolExecutor(options.server_requests) as pool:
-            return list(pool.map(ask, prompts, [seed] * len(prompts)))
+    def sample(
+        self, prompts: Sequence[Prompt], counts: Sequence[int], seed: int
+    ) -> list[list[Response]]:
+        """Return so many responses of each prompt."""
+        how = {"temperature": self.how.temperature, "top_p": self.how.top_p}
+        settings = [{"n": count, **how} for count in counts]
+        return [
+            [response for response, _ in answers] or [Response("", REFUSED)]
+            for answers in self._generate(prompts, settings, self.how.max_tokens, seed)
+        ]
 
-    return generate
+    def measure(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Measured]:
+        """Return one response of each prompt with vLLM's log-probs."""
+        settings = {"n": 1, "temperature": 1.0, "logprobs": 1}
+        found = []
+        for prompt, answers in zip(
+            prompts,
+            self._generate(prompts, [settings] * len(prompts), max_tokens, seed),
+            strict=True,
+        ):
+            for response, output in answers:
+                if output.logprobs is None:
+                    raise NotMeasuredError("vLLM gives no log-probs")
+                ids = self.turns.cut(output.token_ids)
+                values = [output.logprobs[i][token].logprob for i, token in enumerate(ids)]
+                found.append(Measured(prompt, response, ids, values))
+        return found
+
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        settings: Sequence[dict[str, Any]],
+        max_tokens: int,
+        seed: int,
+    ) -> list[list[tuple[Response, Any]]]:
+        """Return responses, each with what vLLM says of it; none of a prompt that is left out."""
+        opened = self.turns.open_all(prompts)
+        asked = [(one, how) for one, how in zip(opened, settings, strict=True) if one is not None]
+        outputs = self.network.generate(
+            [{"prompt_token_ids": one.ids} for one, _ in asked],
+            [
+                self.settings(
+                    **how,
+                    max_tokens=max_tokens,
+                    seed=seed,
+                    stop_token_ids=sorted(self.turns.ids),
+                    stop=self.turns.texts,
+                    skip_special_tokens=False,
+                )
+                for _, how in asked
+            ],
+        )
+        answers = iter(outputs)
+        return [
+            []
+            if one is None
+            else [(self._response(out, one), out) for out in next(answers).outputs]
+            for one in opened
+        ]
+
+    def _response(self, output: Any, opened: Opened) -> Response:
+        finish = output.finish_reason
+        return self.turns.response(output.token_ids, opened, FINISH.get(finish, finish))

@@ -1,25 +1,19 @@
 """Scores of responses, and the preference pairs that follow from them."""
 
-import importlib.util
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import torch
-
-from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.record_files import iter_raw
-from megatron_infifpo.data.records import BadRecordError, PreferenceRecord, reply
-from megatron_infifpo.data.tokenization import fold_system
+from megatron_infifpo.data.records import BadRecordError, PreferenceRecord
+from megatron_infifpo.responses.answers import BROKEN, Response
 from megatron_infifpo.responses.prompts import Prompt, parse_prompt
-
-Scorer = Callable[[Prompt, Sequence[str]], list[float]]
-"""Takes a prompt and responses to it; returns a score for each, higher is better."""
+from megatron_infifpo.responses.scorers import Scorer, UnjudgedError
 
 
 @dataclass
@@ -28,26 +22,43 @@ class Responses:
 
     Attributes:
         prompt: the prompt.
-        texts: `[N]`, none empty, no two the same but for outer white space.
+        answers: `[N]`, none empty, no two with one text but for outer white space.
         models: who gave each, `[N]`.
     """
 
     prompt: Prompt
-    texts: list[str] = field(default_factory=list)
+    answers: list[Response] = field(default_factory=list)
     models: list[set[str]] = field(default_factory=list)
 
-    def add(self, text: str, model: str) -> None:
-        """Add a response, or a model to those that gave it."""
-        known = [other.strip() for other in self.texts]
-        if text.strip() in known:
-            self.models[known.index(text.strip())].add(model)
-        elif text.strip():
-            self.texts.append(text)
+    def add(self, answer: Response, model: str) -> None:
+        """Add a response, or a model to those that gave it; what reasons otherwise is the same."""
+        known = [_judged(other) for other in self.answers]
+        if _judged(answer) in known:
+            self.models[known.index(_judged(answer))].add(model)
+        elif answer.text.strip() or answer.tool_calls:
+            self.answers.append(answer)
             self.models.append({model})
 
 
-def read_responses(paths: Sequence[str | Path]) -> dict[str, Responses]:
+def _judged(answer: Response) -> tuple[str, str]:
+    """Return what of a response is judged."""
+    return answer.text.strip(), json.dumps(answer.tool_calls, sort_keys=True)
+
+
+def read_responses(
+    paths: Sequence[str | Path],
+    *,
+    keep_cut: bool = False,
+    skipped: list[str] | None = None,
+    dropped: Counter[str] | None = None,
+) -> dict[str, Responses]:
     """Join the files that tools/sample_responses.py wrote, by the prompts' ids.
+
+    Args:
+        paths: the files.
+        keep_cut: take responses that were cut at the most tokens, too.
+        skipped: receives a message for every bad line; without it the first one is an error.
+        dropped: counts responses that are left out, by reason.
 
     Raises:
         UserError: not such a file, or two prompts have one id.
@@ -55,22 +66,63 @@ def read_responses(paths: Sequence[str | Path]) -> dict[str, Responses]:
     found: dict[str, Responses] = {}
     for path in paths:
         for raw in iter_raw(Path(path)):
-            value = raw.value
-            texts = value.get("responses") if isinstance(value, dict) else None
-            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise UserError(
-                    f"{raw.where}: {raw.error or 'no list of responses'}, expected a line written "
-                    "by tools/sample_responses.py"
-                )
             try:
-                prompt = parse_prompt(value, f"{raw.stem}-{raw.index}")
+                if raw.error is not None:
+                    raise BadRecordError(raw.error)
+                answers = _answers(raw.value)
+                prompt = parse_prompt(raw.value, f"{raw.stem}-{raw.index}")
+                known = found.get(prompt.id, Responses(prompt))
+                if _rendered(known.prompt) != _rendered(prompt):
+                    raise BadRecordError(f"{prompt.id!r} is another prompt than before")
             except BadRecordError as error:
-                raise UserError(f"{raw.where}: {error}") from None
-            known = found.setdefault(prompt.id, Responses(prompt))
-            if known.prompt.messages != prompt.messages:
-                raise UserError(f"{raw.where}: {prompt.id!r} is another prompt than before")
-            for text in texts:
-                known.add(text, str(value.get("model", raw.stem)))
+                if skipped is None:
+                    raise UserError(f"{raw.where}: {error}") from None
+                skipped.append(f"{raw.where}: {error}")
+                continue
+            found[prompt.id] = known
+            for answer in answers:
+                fault = answer.fault
+                if fault is None or (keep_cut and answer.kept_if_cut):
+                    known.add(answer, str(raw.value.get("model", raw.stem)))
+                elif dropped is not None:
+                    dropped[fault] += 1
+    return found
+
+
+def _rendered(prompt: Prompt) -> tuple[Any, ...]:
+    """Return what of a prompt a template renders."""
+    return prompt.messages, prompt.tools, prompt.template_options
+
+
+def _answers(value: Any) -> list[Response]:
+    """Read the responses of a line.
+
+    Raises:
+        BadRecordError: there are none, or their fields are not aligned.
+    """
+    texts = value.get("responses") if isinstance(value, dict) else None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadRecordError(
+            "no list of responses, expected a line written by tools/sample_responses.py"
+        )
+    columns = []
+    for name, kind, default in (
+        ("finish_reasons", str, "stop"),
+        ("reasoning", str | None, None),
+        ("tool_calls", list | None, None),
+    ):
+        column = value.get(name)
+        column = [default] * len(texts) if column is None else column
+        right = isinstance(column, list) and len(column) == len(texts)
+        if not right or not all(isinstance(one, kind) for one in column):
+            raise BadRecordError(f"field {name!r} is not a list with one entry a response")
+        columns.append(column)
+    found = [
+        Response(text, finish, reasoning, tuple(calls or ()))
+        for text, finish, reasoning, calls in zip(texts, *columns, strict=True)
+    ]
+    if any(one.fault == BROKEN for one in found):
+        raise BadRecordError("a response holds half a surrogate pair, expected valid Unicode text")
     return found
 
 
@@ -104,99 +156,21 @@ def choose_pair(
     if not worst:
         return "no response is worse than the best but the pivot's best one"
     worst_one = min(worst, key=lambda i: scores[i])
-    prompt, texts = responses.prompt, responses.texts
-    pivot_chosen = None if own_best is None else reply(texts[own_best])
+    prompt, answers = responses.prompt, responses.answers
     return PreferenceRecord(
         prompt.id,
         prompt.domain,
         prompt.messages,
-        reply(texts[best]),
-        reply(texts[worst_one]),
-        pivot_chosen,
+        (answers[best].message(),),
+        (answers[worst_one].message(),),
+        pivot_chosen=None if own_best is None else (answers[own_best].message(),),
+        tools=prompt.tools,
+        template_options=prompt.template_options,
     )
 
 
 def _is_number(score: Any) -> bool:
     return isinstance(score, int | float) and abs(score) < float("inf")
-
-
-def program_scorer(name: str) -> Scorer:
-    """Load `FILE.py:FUNCTION`; it takes (prompt, response) and returns a number.
-
-    Raises:
-        UserError: there is no such function.
-    """
-    path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--program {name}: expected FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location("scorer", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    score = getattr(module, function, None)
-    if not callable(score):
-        raise UserError(f"--program {name}: {path} has no function {function!r}")
-
-    def scores(prompt: Prompt, texts: Sequence[str]) -> list[float]:
-        return [score(prompt, text) for text in texts]
-
-    return scores
-
-
-def reward_scorer(model: str, *, bf16: bool, batch: int, trust_remote_code: bool) -> Scorer:
-    """Load a reward model: a sequence classifier with one score and a chat template.
-
-    Raises:
-        UserError: it is none.
-    """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    network: Any = AutoModelForSequenceClassification.from_pretrained(
-        model,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-    )
-    labels, head = network.config.num_labels, hasattr(network, "score")
-    if labels != 1 or not head or not tokenizer.chat_template:
-        raise UserError(
-            f"{model} has {labels} labels, {'a' if head else 'no'} score of the last token, "
-            f"{'a' if tokenizer.chat_template else 'no'} chat template: expected a causal reward "
-            "model, with one score and a chat template"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    network.to(cpu.device()).eval()
-
-    def render(chat: list[dict[str, str]]) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(chat, tokenize=False))
-        except jinja2.TemplateError:  # Gemma's knows no system messages
-            return str(tokenizer.apply_chat_template(fold_system(chat), tokenize=False))
-
-    def scores(prompt: Prompt, texts: Sequence[str]) -> list[float]:
-        chats = [[*prompt.messages, {"role": "assistant", "content": text}] for text in texts]
-        rendered = [render(chat) for chat in chats]
-        found = []
-        for start in range(0, len(rendered), batch):
-            # The template writes the BOS.
-            inputs = tokenizer(
-                rendered[start : start + batch],
-                add_special_tokens=False,
-                padding=True,
-                padding_side="right",
-                return_tensors="pt",
-            ).to(network.device)
-            ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            with torch.inference_mode():
-                hidden = network.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
-                # Not by the padding's id, as transformers looks for it: it may end a turn, too.
-                last = hidden[torch.arange(len(ids)), mask.sum(dim=1) - 1]
-                found += network.score(last)[:, 0].float().tolist()
-        return found
-
-    return scores
 
 
 def label(
@@ -206,6 +180,8 @@ def label(
     cache: Path,
     pivot: str | None,
     dropped: Counter[str],
+    *,
+    skip: bool = False,
 ) -> Iterator[PreferenceRecord]:
     """Yield the pairs; scores are kept in a file, so that an interrupted job goes on.
 
@@ -213,22 +189,40 @@ def label(
         all_responses: by prompt.
         scorer: called for prompts whose scores are not there yet.
         scorer_name: what it is; scores of another one are not used.
-        cache: JSON lines `{"id", "scorer", "models", "responses", "scores"}`.
+        cache: JSON lines `{"id", "scorer", "judged_sha256", "models", "responses", "scores"}`.
         pivot: see `choose_pair`.
         dropped: counts prompts that give no pair, by reason.
+        skip: count a prompt that cannot be judged, too; else it is an error.
+
+    Raises:
+        UserError: a prompt cannot be judged.
     """
     known = _read_cache(cache, scorer_name)
     with cache.open("a", encoding="utf-8") as file:
         for responses in all_responses:
-            texts, name = responses.texts, responses.prompt.id
-            before = known.get(name)
-            if before is not None and before["responses"] == texts:
+            prompt, texts = responses.prompt, [answer.text for answer in responses.answers]
+            seen = json.dumps([*map(_judged, responses.answers), _rendered(prompt)], default=str)
+            judged = hashlib.sha256(seen.encode()).hexdigest()
+            before = known.get(prompt.id)
+            if before is not None and before.get("judged_sha256") == judged:
                 scores = before["scores"]
             else:
-                scores = scorer(responses.prompt, texts) if texts else []
-                models = [sorted(models) for models in responses.models]
-                entry = {"id": name, "scorer": scorer_name, "models": models, "responses": texts}
-                print(json.dumps(entry | {"scores": scores}), file=file, flush=True)
+                try:
+                    scores = scorer(prompt, responses.answers) if texts else []
+                except UnjudgedError as error:
+                    if not skip:
+                        raise
+                    dropped[error.reason] += 1
+                    continue
+                entry = {
+                    "id": prompt.id,
+                    "scorer": scorer_name,
+                    "judged_sha256": judged,
+                    "models": [sorted(models) for models in responses.models],
+                    "responses": texts,
+                    "scores": scores,
+                }
+                print(json.dumps(entry), file=file, flush=True)
             found = choose_pair(responses, scores, pivot)
             if isinstance(found, str):
                 dropped[found] += 1

@@ -3,19 +3,33 @@
 import hashlib
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.record_files import iter_raw
-from megatron_infifpo.data.records import BadRecordError, Message, read_messages
+from megatron_infifpo.data.conversations import prompt_messages
+from megatron_infifpo.data.messages import BadRecordError, Message, check_json, kind
+from megatron_infifpo.data.record_fields import (
+    label,
+    read_tools,
+    refuse_lost,
+    system_messages,
+    template_options,
+)
+from megatron_infifpo.data.record_files import iter_raw, stems
+from megatron_infifpo.data.record_forms import form_of
 
-# Field that holds the prompt -> domain of its records where they do not say: NuminaMath-1.5 has
+# Fields that hold a prompt, in the order in which they are looked for: NuminaMath-1.5 has
 # `problem`, KodCode `question` (or `conversations`), Infinity-Instruct `conversations`.
-FIELDS = {"prompt": "general", "problem": "math", "question": "code", "conversations": "general"}
+FIELDS = ("prompt", "problem", "question", "conversations", "messages", "context", "instruction")
 # What a checker may need to score a response: NuminaMath-1.5's answer, KodCode's unit tests.
 EXTRA = ("answer", "solution", "test", "test_info", "extra")
+# Of NuminaMath's records, where they have no problem_type.
+NUMINA = frozenset(
+    """aops_forum amc_aime cn_contest cn_k12 gsm8k inequalities math metamath number_theory
+    olympiads olympiads_ref orca_math synthetic_amc synthetic_math""".split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +39,18 @@ class Prompt:
     Attributes:
         id: unique over all files that are read together.
         domain: such as "math".
-        messages: the last one is the user's.
+        messages: the last one is the user's or a tool's.
         extra: what the data set says beside it, for programs that score responses.
+        tools: JSON schemas of the functions that the model may call.
+        template_options: variables for the chat template, such as `enable_thinking`.
     """
 
     id: str
     domain: str
     messages: tuple[Message, ...]
     extra: dict[str, Any]
+    tools: tuple[dict[str, Any], ...] = ()
+    template_options: dict[str, Any] = field(default_factory=dict)
 
 
 def read_prompts(
@@ -41,7 +59,7 @@ def read_prompts(
     """Read prompts.
 
     Args:
-        inputs: files (`.jsonl`, `.json`, each also `.gz`, `.parquet`), each `FILE` or
+        inputs: files (`record_files.SUFFIXES`) or folders of `datasets`, each `FILE` or
             `FILE=COUNT`: so many of its prompts, chosen by their ids alone.
         domain: of records that do not say; default: by the data set's form.
         skipped: receives a message for every bad record; without it the first one is an error.
@@ -54,14 +72,15 @@ def read_prompts(
     """
     prompts: list[Prompt] = []
     seen: dict[str, str] = {}
-    for text in inputs:
-        name, _, count = text.partition("=")
+    files = [split_count(text) for text in inputs]
+    names = stems([path for path, _ in files])
+    for text, (path, count), stem in zip(inputs, files, names, strict=True):
         found: list[Prompt] = []
-        for raw in iter_raw(Path(name)):
+        for raw in iter_raw(path, stem):
             try:
                 if raw.error is not None:
                     raise BadRecordError(raw.error)
-                prompt = parse_prompt(raw.value, f"{raw.stem}-{raw.index}", domain)
+                prompt = parse_prompt(raw.value, raw.default_id, domain)
                 if prompt.id in seen:
                     raise BadRecordError(f"duplicate id {prompt.id!r}, first at {seen[prompt.id]}")
             except BadRecordError as error:
@@ -71,19 +90,27 @@ def read_prompts(
                 continue
             seen[prompt.id] = raw.where
             found.append(prompt)
-        prompts += choose(found, count, text) if count else found
+        prompts += found if count is None else choose(found, count, text)
     return prompts
 
 
-def choose(prompts: list[Prompt], count: str, text: str) -> list[Prompt]:
+def split_count(text: str) -> tuple[Path, int | None]:
+    """Read `FILE` or `FILE=COUNT`; a file may have "=" in its name."""
+    name, _, count = text.rpartition("=")
+    if not name or not count.isdecimal() or Path(text).exists():
+        return Path(text), None
+    return Path(name), int(count)
+
+
+def choose(prompts: list[Prompt], count: int, text: str) -> list[Prompt]:
     """Choose so many prompts by a hash of their ids, in their order."""
-    if not count.isdecimal() or not 0 < int(count) <= len(prompts):
+    if not 0 < count <= len(prompts):
         raise UserError(f"{text}: expected FILE=COUNT, COUNT from 1 to its {len(prompts)} prompts")
 
     def key(index: int) -> bytes:
         return hashlib.sha256(prompts[index].id.encode()).digest()
 
-    return [prompts[i] for i in sorted(heapq.nsmallest(int(count), range(len(prompts)), key))]
+    return [prompts[i] for i in sorted(heapq.nsmallest(count, range(len(prompts)), key))]
 
 
 def parse_prompt(value: Any, default_id: str, domain: str | None = None) -> Prompt:
@@ -93,25 +120,70 @@ def parse_prompt(value: Any, default_id: str, domain: str | None = None) -> Prom
         BadRecordError: it has no prompt, or a malformed one.
     """
     if not isinstance(value, dict):
-        raise BadRecordError(f"found {type(value).__name__}, expected an object")
-    field = next((name for name in FIELDS if value.get(name) is not None), None)
-    if field is None:
-        raise BadRecordError(f"no prompt: expected one of the fields {', '.join(FIELDS)}")
-    found = value[field]
-    if isinstance(found, str):
-        found = [{"role": "user", "content": found}]
-    messages = read_messages(found, field)
-    roles = [message["role"] for message in messages]
-    if "assistant" in roles:  # a conversation: up to its first answer
-        messages = messages[: roles.index("assistant")]
-    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise BadRecordError(f"field {field!r} does not end with a user's message")
+        raise BadRecordError(f"found {kind(value)}, expected an object")
+    messages, inner_tools = _conversation(value)
+    messages = (*system_messages(value, messages), *messages)
+    last = messages[-1] if messages else None
+    if last is None or last["role"] not in ("user", "tool") or not last["content"].strip():
+        raise BadRecordError(
+            f"the prompt's last message is {'absent' if last is None else last}, expected a "
+            "message of role user (or tool) that is not empty"
+        )
+    refuse_lost(value)
     extra = {name: value[name] for name in EXTRA if value.get(name) is not None}
     inner = extra.pop("extra", None)
-    by_form = "code" if "test" in extra else FIELDS[field]
+    extra = {**(inner if isinstance(inner, dict) else {}), **extra}
+    name = next((n for n in ("id", "question_id") if value.get(n) is not None), "id")
     return Prompt(
-        str(value.get("id") or value.get("question_id") or default_id),
-        str(value.get("domain") or domain or by_form),
+        label(value, name, default_id),
+        label(value, "domain", domain or _domain(value)),
         messages,
-        {**(inner if isinstance(inner, dict) else {}), **extra},
+        check_json(extra, "extra"),
+        read_tools(value, inner_tools),
+        template_options(value),
     )
+
+
+def _conversation(value: dict[str, Any]) -> tuple[tuple[Message, ...], Any]:
+    """Return the prompt's messages up to what is asked last, and tools that lie among them.
+
+    A conversation that ends with an answer is there up to the user's last message: what follows is
+    the data set's own reply. Of a preference record it is what its replies have in common.
+    """
+    ignored: set[str] = set()
+    found = _of_preferences(value, ignored)
+    if found is None:
+        name = next((name for name in FIELDS if value.get(name) is not None), None)
+        if name is None:
+            raise BadRecordError(f"no prompt: expected one of the fields {', '.join(FIELDS)}")
+        found = prompt_messages(value[name], name, ignored), None
+    messages, tools = found
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[: users[-1] + 1] if users else ()
+    return messages, tools
+
+
+def _of_preferences(
+    value: dict[str, Any], ignored: set[str]
+) -> tuple[tuple[Message, ...], Any] | None:
+    """Return the prompt of a preference record, and its tools; None where it is none."""
+    try:
+        form = form_of(value)
+    except BadRecordError:
+        return None
+    try:
+        parts = form.read(value, ignored)
+    except BadRecordError:
+        if "chosen" in form.fields:
+            raise
+        return None  # such as a tie: no pair, but a prompt all the same
+    return parts.prompt, parts.tools
+
+
+def _domain(value: dict[str, Any]) -> str:
+    """Tell the domain by the data set that has such records, never by one field's name."""
+    if {"problem", "solution"} <= value.keys():
+        numina = {"answer", "problem_type"} & value.keys() or value.get("source") in NUMINA
+        return "math" if numina else "general"
+    return "code" if {"question_id", "test"} <= value.keys() else "general"

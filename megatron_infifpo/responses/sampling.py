@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from tqdm import tqdm
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.documents import publish
+from megatron_infifpo.responses.answers import CUT, UNKNOWN
+from megatron_infifpo.responses.completing import Wanted, complete, to_line
 from megatron_infifpo.responses.engines import Engine
 from megatron_infifpo.responses.prompts import Prompt
 
@@ -21,6 +25,7 @@ def run_job(
     engine: Engine,
     output: Path,
     plan: dict[str, Any],
+    wanted: Wanted,
     *,
     shard_prompts: int,
     part: tuple[int, int] = (0, 1),
@@ -32,6 +37,7 @@ def run_job(
         engine: samples the responses of a shard.
         output: `.jsonl` to write; shards lie in `OUTPUT.shards` until then.
         plan: what the job is; shards of another one are refused.
+        wanted: how many responses of which kind.
         shard_prompts: prompts of a shard.
         part: (i, n): this process does every n-th shard from the i-th on.
 
@@ -42,8 +48,9 @@ def run_job(
         UserError: shards of another job are there.
     """
     folder = Path(f"{output}.shards")
-    ids = hashlib.sha256(json.dumps([[p.id, p.messages] for p in prompts]).encode()).hexdigest()
-    plan = {**plan, "prompts": len(prompts), "prompts_sha256": ids, "shard_prompts": shard_prompts}
+    content = json.dumps([asdict(prompt) for prompt in prompts], default=str)
+    plan = {**plan, **asdict(wanted), "prompts": len(prompts), "shard_prompts": shard_prompts}
+    plan["prompts_sha256"] = hashlib.sha256(content.encode()).hexdigest()
     _claim(folder, plan)
     shards = [prompts[i : i + shard_prompts] for i in range(0, len(prompts), shard_prompts)]
     paths = [folder / f"{number:06d}.jsonl" for number in range(len(shards))]
@@ -53,10 +60,13 @@ def run_job(
         print(f"{done} of {len(shards)} shards are there already")
     with tqdm(total=sum(len(shards[n]) for n in todo), unit="prompt", desc="sample") as bar:
         for number in todo:
-            answers = engine(shards[number], plan["seed"] * 1_000_003 + number)
-            lines = _lines(shards[number], answers, plan["model"])
+            answers = complete(engine, shards[number], wanted, (plan["seed"], number))
+            lines = [
+                json.dumps(to_line(prompt, found, wanted, plan["model"]), ensure_ascii=False)
+                for prompt, found in zip(shards[number], answers, strict=True)
+            ]
             aside = Path(f"{paths[number]}.partial")
-            aside.write_text("".join(lines), encoding="utf-8")
+            aside.write_text("\n".join([*lines, ""]), encoding="utf-8")
             publish(str(paths[number]))
             bar.update(len(shards[number]))
     if not all(path.exists() for path in paths):
@@ -101,14 +111,36 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
     os.replace(aside, path)
 
 
-def _lines(
-    prompts: Sequence[Prompt], answers: Sequence[Sequence[str]], model: str
-) -> Iterator[str]:
-    for prompt, responses in zip(prompts, answers, strict=True):
-        record: dict[str, Any] = {
-            "id": prompt.id,
-            "domain": prompt.domain,
-            "prompt": list(prompt.messages),
-        }
-        record |= {"model": model, "responses": list(responses), "extra": prompt.extra}
-        yield json.dumps(record, ensure_ascii=False) + "\n"
+def outcome(output: Path, max_tokens: int) -> list[str]:
+    """Say in sentences what the output has: how many responses, and why others are not there."""
+    prompts = responses = asked = unknown = repeated = 0
+    missing: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    short, model = [], ""
+    with output.open(encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            found, model = line["responses"], line["model"]
+            prompts, responses, asked = prompts + 1, responses + len(found), asked + line["asked"]
+            missing.update(line.get("missing", {}))
+            left_out.update(line.get("left_out", {}))
+            unknown += line["finish_reasons"].count(UNKNOWN)
+            repeated += len(found) - len({text.strip() for text in found})
+            if len(found) < line["asked"]:
+                short.append(f"{line['id']!r} {len(found)} of {line['asked']}")
+
+    def words(faults: Mapping[str, int]) -> str:
+        at = {CUT: f"{CUT} at --max-tokens {max_tokens}"}
+        return ", ".join(f"{n} {at.get(fault, fault)}" for fault, n in faults.items() if n)
+
+    said = f"{output}: {prompts} prompts, {responses} responses of {asked} asked, of {model}"
+    lines = [f"{said}: {words(missing)}" if missing else said]
+    if short:
+        more = f" and {len(short) - 20} more" if len(short) > 20 else ""
+        lines.append(f"  fewer than asked for, by prompt: {', '.join(short[:20])}{more}")
+    if left_out != missing and left_out:
+        lines.append(f"  left out while asking: {words(left_out)}")
+    if unknown:
+        lines.append(f"  {unknown} responses have no finish reason: some may be cut")
+    if repeated:
+        lines.append(f"  {repeated} responses repeat another one of their prompt")
+    return lines

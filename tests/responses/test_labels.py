@@ -10,6 +10,7 @@ from workers import load_tool
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.records import plain_text, read_records, reply
+from megatron_infifpo.responses.answers import Response
 from megatron_infifpo.responses.labels import Responses, choose_pair
 from megatron_infifpo.responses.prompts import Prompt
 
@@ -106,13 +107,68 @@ def test_the_pivot_is_worst(tmp_path):
         ("worse", "pivot"),
         (" bad ", "coder"),
     ):
-        responses.add(text, model)
+        responses.add(Response(text), model)
     assert responses.models == [{"coder"}, {"pivot", "coder"}, {"pivot"}]
     record = choose_pair(responses, [1.0, 0.0, 0.0], "pivot")
     assert record.responses == (reply("good"), reply("worse"), reply("bad"))
     assert "worse than the best but the pivot's" in choose_pair(
-        Responses(responses.prompt, ["good", "bad"], [{"coder"}, {"pivot"}]), [1.0, 0.0], "pivot"
+        Responses(responses.prompt, responses.answers[:2], [{"coder"}, {"pivot"}]),
+        [1.0, 0.0],
+        "pivot",
     )
+
+
+def test_reasoning_is_not_judged(files, label, tmp_path):
+    """The answer is; a pair's replies have the reasoning for templates to render."""
+    path = tmp_path / "coder.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    line |= {"responses": ["aaaaaa", "a", "aaa"], "finish_reasons": ["stop", "stop", "length"]}
+    line |= {"reasoning": ["long", None, "x"], "chat_template_kwargs": {"effort": "low"}}
+    line["tools"] = [{"type": "function", "function": {"name": "now"}}]
+    path.write_text(json.dumps(line))
+    pivot = tmp_path / "pivot.jsonl"
+    pivot.write_text(json.dumps(line | {"model": "pivot", "responses": ["aa", "aaaa", "aaaaaaa"]}))
+    label("--program", f"{tmp_path}/checks.py:length", "--pivot", "pivot")
+    (record,) = read_records([tmp_path / "pairs.jsonl"])
+    assert record.chosen == (
+        {"role": "assistant", "content": "aaaaaa", "reasoning_content": "long"},
+    )
+    assert record.rejected == reply("a")
+    assert record.pivot_chosen == reply("aaaa"), "the longest one was cut"
+    assert record.tools == tuple(line["tools"])
+    assert record.template_options == {"effort": "low"}
+
+
+def test_cut_responses(files, label, tmp_path, capsys):
+    """They are not judged, unless that is wanted."""
+    for path in files:
+        lines = [json.loads(line) for line in open(path)]
+        lines = [line | {"finish_reasons": ["length"] * len(line["responses"])} for line in lines]
+        open(path, "w").write("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match="no prompt gives a pair: .*not judged: {'cut': "):
+        label("--program", f"{tmp_path}/checks.py:length")
+    assert len(label("--program", f"{tmp_path}/checks.py:length", "--keep-cut")) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"responses": ["It is 4 \ud83d", "It is 5"]}, "holds half a surrogate pair"),
+        ({"responses": "x"}, "no list of responses"),
+        ({"finish_reasons": ["stop"]}, "'finish_reasons' is not a list with one entry a response"),
+        ({"prompt": None}, "no prompt"),
+    ],
+)
+def test_bad_lines(files, label, tmp_path, capsys, change, message):
+    """One sentence, or left out and counted."""
+    path = tmp_path / "pivot.jsonl"
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | change), *rest]))
+    with pytest.raises(UserError, match=f"pivot.jsonl:1: .*{message}"):
+        label("--program", f"{tmp_path}/checks.py:length")
+    found = label("--program", f"{tmp_path}/checks.py:length", "--on-bad-record", "skip")
+    assert found["p0"] == ("aaaaaa", "a"), "of the other model"
+    assert "skipped 1 bad records" in capsys.readouterr().err
 
 
 def test_reward_model(label, tmp_path):
@@ -137,6 +193,27 @@ def test_reward_model(label, tmp_path):
     entry = next(entry for entry in map(json.loads, kept) if entry["id"] == "p0")
     by_text = dict(zip(entry["responses"], entry["scores"], strict=True))
     assert by_text == pytest.approx(scores, abs=1e-5)
+
+
+def test_prompts_that_the_reward_model_refuses(files, label, tmp_path):
+    """Its template raises for one of them; a folder that is not there is a sentence."""
+    folder = tmp_path / "reward"
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = LlamaConfig(**shape, num_attention_heads=4, vocab_size=320, num_labels=1)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tiny.save_tokenizer(folder, 300)
+    (folder / "chat_template.jinja").write_text(
+        "{% if 'p0' in messages[0].content %}{{ raise_exception('not p0') }}{% endif %}"
+        + tiny.TEMPLATE
+    )
+    with pytest.raises(
+        UserError, match="'p0': the reward model's chat template refuses it .not p0"
+    ):
+        label("--reward-model", str(folder))
+    found = label("--reward-model", str(folder), "--on-bad-record", "skip")
+    assert set(found) == {"p1", "p3"}
+    with pytest.raises(UserError, match="none is not a folder"):
+        label("--reward-model", str(tmp_path / "none"), output="b.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,162 @@
+"""Compare an engine's own log-probs of a few responses with those that scoring gives them.
+
+They differ where the engine renders prompts with another template, or has other weights, than the
+model that is scored: then the responses are not of the policy that training takes them for.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.records import PreferenceRecord
+from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.responses.engines import Engine, Measured
+from megatron_infifpo.responses.prompts import Prompt
+from megatron_infifpo.responses.turns import Turns
+
+MAX_TOKENS = 64  # of a response
+# The largest difference of a token, in nats. In bfloat16 two right programs differ by some tenths.
+TOLERANCE = {False: 0.05, True: 1.0}
+MEAN = 1 / 20  # of the largest one: how far all tokens may differ in the mean
+
+Scorer = Callable[[Sequence[int], Sequence[int]], Tensor]
+"""Takes the ids of a prompt and of `[L]` response tokens; returns their float32 log-probs `[L]`."""
+
+
+@dataclass
+class Comparison:
+    """What came of the comparison.
+
+    Attributes:
+        differences: of every token that was compared, in nats.
+        responses: how many there were.
+        otherwise: how many of them are tokenized otherwise when they are scored.
+        problems: why a response is not scored as it was sampled.
+    """
+
+    differences: list[float] = field(default_factory=list)
+    responses: int = 0
+    otherwise: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def largest(self) -> float:
+        """The largest difference of a token."""
+        return max(self.differences, default=0.0)
+
+    @property
+    def mean(self) -> float:
+        """The mean difference of the tokens."""
+        return sum(self.differences) / max(1, len(self.differences))
+
+    def agrees(self, tolerance: float) -> bool:
+        """Whether all that was compared agrees, and something was."""
+        close = self.largest <= tolerance and self.mean <= tolerance * MEAN
+        return close and not self.problems and bool(self.differences)
+
+    def sentence(self, tolerance: float, model: str) -> str:
+        """Say what came of it."""
+        said = (
+            f"log-probs of the engine and of the scorer: {len(self.differences)} tokens of "
+            f"{self.responses} responses differ by {self.largest:.2g} at most, {self.mean:.2g} in "
+            f"the mean (accepted: {tolerance:g} and {tolerance * MEAN:g})"
+        )
+        if self.otherwise:
+            said += f"; {self.otherwise} of the responses are tokenized otherwise when scored"
+        if self.agrees(tolerance):
+            return said
+        problems = "".join(f"; {problem}" for problem in dict.fromkeys(self.problems))
+        return (
+            f"{said}{problems}. What the engine samples from is not what is scored with {model}: "
+            "expected the same chat template with the same options, and the same weights (stale "
+            "or quantized ones differ)"
+        )
+
+
+def check_engine(
+    engine: Engine, prompts: Sequence[Prompt], chat: ChatTokenizer, scorer: Scorer, seed: int
+) -> Comparison:
+    """Sample a response of each prompt and compare.
+
+    Raises:
+        NotMeasuredError: the engine gives no log-probs.
+    """
+    measured = engine.measure(prompts, MAX_TOKENS, seed)
+    found = Comparison()
+    for one in measured:
+        _compare(one, chat, scorer, found)
+    return found
+
+
+def _compare(one: Measured, chat: ChatTokenizer, scorer: Scorer, found: Comparison) -> None:
+    found.responses += 1
+    opened = Turns(chat).open(one.prompt)
+    ours = _scored_ids(one, chat, opened.ids)
+    if isinstance(ours, str):
+        found.problems.append(ours)
+        return
+    ids = [token for token in one.tokens if isinstance(token, int)]
+    theirs: list[Any] = list(ids)
+    shown: list[Any] = ours
+    if not ids:
+        theirs = [_plain(str(token)) for token in one.tokens]
+        shown = [_plain(chat.tokenizer.decode([token])) for token in ours]
+    pairs = zip(theirs, shown, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    found.otherwise += same < len(theirs)
+    # Of ids, all are scored as they are; of a server's texts, those whose ids are known.
+    ids = ids or ours[:same]
+    if ids:
+        expected = scorer(opened.ids, ids)
+        found.differences += (torch.tensor(one.logprobs[: len(ids)]) - expected).abs().tolist()
+
+
+def _scored_ids(one: Measured, chat: ChatTokenizer, prompt_ids: list[int]) -> list[int] | str:
+    """Return the ids that scoring gives a response, or why it is not scored as it was sampled."""
+    message = one.response.message()
+    if not message["content"]:
+        message["content"] = "."  # cut within its reasoning: what comes after is not compared
+    record = PreferenceRecord(
+        one.prompt.id, one.prompt.domain, one.prompt.messages, (message,), (message,),
+        tools=one.prompt.tools, template_options=one.prompt.template_options,
+    )  # fmt: skip
+    try:
+        tokens = chat.encode_batch([record])[0]
+    except UserError as error:
+        return f"a response cannot be scored ({error})"
+    whole = [*tokens.prompt_ids.tolist(), *tokens.response_ids[0].tolist()]
+    if whole[: len(prompt_ids)] != prompt_ids:
+        return "a response is scored behind another prompt than it is sampled from"
+    return whole[len(prompt_ids) :]
+
+
+def _plain(token: str) -> str:
+    """Return a token's text without what servers write differently: the blank before a word."""
+    return token.replace("\u2581", " ").replace("\u0120", " ").strip(" ")
+
+
+def open_scorer(model: str | Path, *, bf16: bool, trust_remote_code: bool) -> Scorer:
+    """Load a model as scoring does.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    # Here: they import Megatron, which takes seconds.
+    from megatron_infifpo.data.packing import collate
+    from megatron_infifpo.data.preference_dataset import PreferencePair
+    from megatron_infifpo.scoring.transformers_backend import TransformersBackend
+
+    backend = TransformersBackend(model, bf16=bf16, trust_remote_code=trust_remote_code)
+
+    def score(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Tensor:
+        ids = [np.asarray(part, dtype=np.int32) for part in (prompt_ids, response_ids)]
+        return backend([collate([PreferencePair(0, ids[0], (ids[1],))])])[0]
+
+    return score

@@ -1,0 +1,116 @@
+"""Judges of responses: a reward model, or a function of the user's."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jinja2
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from megatron_infifpo import cpu
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.chat_template import fold_system
+from megatron_infifpo.data.hf_tokenizer import load_tokenizer
+from megatron_infifpo.models.batch_rule import BatchRule
+from megatron_infifpo.models.hf_model import load_classifier
+from megatron_infifpo.responses.answers import Response
+from megatron_infifpo.responses.prompts import Prompt
+
+Scorer = Callable[[Prompt, Sequence[Response]], list[float]]
+"""Takes a prompt and responses to it; returns a score for each answer, higher is better."""
+
+
+class UnjudgedError(UserError):
+    """A judge does not take a prompt.
+
+    Attributes:
+        reason: in words that fit every prompt of the kind.
+    """
+
+    def __init__(self, prompt: Prompt, reason: str, detail: str) -> None:
+        """Say which prompt, and why."""
+        super().__init__(f"{prompt.id!r}: {reason} ({detail})")
+        self.reason = reason
+
+
+def program_scorer(name: str) -> Scorer:
+    """Load `FILE.py:FUNCTION`; it takes (prompt, response) and returns a number.
+
+    Raises:
+        UserError: there is no such function.
+    """
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--program {name}: expected FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location("scorer", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    score = getattr(module, function, None)
+    if not callable(score):
+        raise UserError(f"--program {name}: {path} has no function {function!r}")
+
+    def scores(prompt: Prompt, answers: Sequence[Response]) -> list[float]:
+        return [score(prompt, answer.text) for answer in answers]
+
+    return scores
+
+
+def reward_scorer(model: str, *, bf16: bool, batch: int, trust_remote_code: bool) -> Scorer:
+    """Load a reward model: a sequence classifier with one score and a chat template.
+
+    Raises:
+        UserError: it is none.
+    """
+    network = load_classifier(
+        model,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        trust_remote_code=trust_remote_code,
+        device_map={"": cpu.device()},
+    )
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    labels, head = network.config.num_labels, hasattr(network, "score")
+    if labels != 1 or not head or not tokenizer.chat_template:
+        raise UserError(
+            f"{model} has {labels} labels, {'a' if head else 'no'} score of the last token, "
+            f"{'a' if tokenizer.chat_template else 'no'} chat template: expected a causal reward "
+            "model, with one score and a chat template"
+        )
+    rule = BatchRule(network)
+
+    def render(prompt: Prompt, answer: Response) -> str:
+        # Its reasoning is not judged, and reward models have seen none.
+        chat = [*prompt.messages, replace(answer, reasoning=None).message()]
+        options = {"tools": list(prompt.tools)} if prompt.tools else {}
+        try:
+            try:
+                return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
+            except jinja2.TemplateError:  # Gemma's knows no system messages
+                chat = fold_system(chat)
+                return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            reason = "the reward model's chat template refuses it"
+            raise UnjudgedError(prompt, reason, " ".join(str(error).split())) from None
+
+    def scores(prompt: Prompt, answers: Sequence[Response]) -> list[float]:
+        rendered = [render(prompt, answer) for answer in answers]
+        # The template writes the BOS.
+        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        found = [0.0] * len(ids)
+        for group in rule.batches([len(one) for one in ids], batch):
+            texts = [torch.tensor(ids[i], device=network.device) for i in group]
+            padded = pad_sequence(texts, batch_first=True)
+            mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+            rule.reset()
+            with torch.inference_mode():
+                hidden = network.base_model(input_ids=padded, attention_mask=mask)[0]
+                # Not by the padding's id, as transformers looks for it: it may end a turn, too.
+                last = hidden[torch.arange(len(group)), mask.sum(dim=1) - 1]
+                values = network.score(last)[:, 0].float().tolist()
+            for i, value in zip(group, values, strict=True):
+                found[i] = value
+        return found
+
+    return scores
