@@ -43,17 +43,16 @@ def form_of(value: dict[str, Any]) -> Form:
     for form in FORMS.values():
         if all(value.get(name) is not None for name in form.fields):
             return form
-    for one, other in (("chosen", "rejected"), ("rejected", "chosen")):
-        if value.get(one) is not None:
-            raise BadRecordError(
-                f"field {other!r} is missing, found {', '.join(sorted(value))}; expected a reply "
-                "as a string or a list of messages"
-            )
-    known = "; ".join(", ".join(form.fields) for form in FORMS.values())
+    found = ", ".join(sorted(str(k) for k in value if value[k] is not None)) or "nothing"
+    if value.get("chosen") is not None:
+        raise BadRecordError(
+            f"field 'rejected' is missing, found {found}; expected a reply as a string or a list "
+            "of messages"
+        )
+    others = "; ".join(", ".join(form.fields) for form in [*FORMS.values()][1:])
     raise BadRecordError(
-        f"found the fields {', '.join(sorted(map(str, value))) or '(none)'}, which are no known "
-        f"form of preferences; expected {known}; write other data as one JSON object a line with "
-        "prompt, chosen and rejected (docs/file-formats.md)"
+        f"field 'chosen' is missing, found {found}; expected prompt, chosen and rejected, or the "
+        f"fields of another form (docs/file-formats.md): {others}"
     )
 
 

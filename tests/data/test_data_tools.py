@@ -40,7 +40,7 @@ def test_prepare_reports_bad_records(prepared, tool):
     assert code == 0 and "skipped 2 bad records" in err and f"{bad}:2: field 'chosen'" in err
     assert "3 records" in out
     code, _, err = tool("prepare_preferences", "--input", bad, *options, *skip)
-    assert code == 2 and "there are no records" in err
+    assert code == 2 and "bad.jsonl: none of 2 records can be used" in err
 
 
 def test_inspect(prepared, tool):

@@ -1,10 +1,12 @@
 """The examples in docs/file-formats.md run as they are written."""
 
+import json
 import re
 from pathlib import Path
 
 from builders import byte_tokenizer, write_jsonl, write_scores
 
+from megatron_infifpo.data.record_forms import FORMS, form_of
 from megatron_infifpo.data.records import read_records
 from megatron_infifpo.data.token_dataset import TokenDataset
 from megatron_infifpo.data.token_writer import write_token_dataset
@@ -15,7 +17,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "file-formats.md"
 
 def test_examples(tmp_path, monkeypatch, capsys):
     page = PAGE.read_text(encoding="utf-8")
-    (example,) = re.findall(r'^\{"id".*\}$', page, re.M)
+    (example,) = re.findall(r"```json\n(.*?)\n```", page)
     (sources,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
     monkeypatch.chdir(tmp_path)
     write_jsonl(
@@ -35,9 +37,11 @@ def test_examples(tmp_path, monkeypatch, capsys):
     assert "m-17" in out and "[ True False]" in out
 
 
-def test_both_other_forms_read(tmp_path):
-    page = PAGE.read_text(encoding="utf-8")
-    (block,) = re.findall(r'```json\n(\{"chosen".*?)```', page, re.S)
-    lines = block.replace("\n ", " ").strip().splitlines()
-    first, second = read_records(write_jsonl(tmp_path / "t.jsonl", *lines))
-    assert (first.prompt, first.responses) == (second.prompt, second.responses)
+def test_every_other_form_reads_to_the_same_record(tmp_path):
+    (block,) = re.findall(r"```jsonl\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    values = [json.loads(line) for line in block.splitlines()]
+    for name, form in FORMS.items():
+        assert any(form_of(value) is form for value in values), name
+    first, *others = read_records(write_jsonl(tmp_path / "t.jsonl", *values))
+    for record in others:
+        assert (record.prompt, record.responses) == (first.prompt, first.responses), record.id

@@ -199,7 +199,7 @@ UNREADABLE = {
     "some/dataset": (None, r"no such file.*hf download some/dataset"),
     "t.txt": (b"a,b", "unknown kind of file"),
     "t.jsonl.gz": (b"no gzip", "broken gzip"),
-    "cut.jsonl.gz": (gzip.compress(b"{}\n" * 99)[:-9], "broken gzip|no known form"),
+    "cut.jsonl.gz": (gzip.compress(b"{}\n" * 99)[:-9], "broken gzip|is missing"),
     "t.jsonl.zst": (b"no zstd", "broken zstd"),
     "t.json": (b'[{"a": 1},\n{"b" 2}]', r"t\.json:2: broken JSON"),
     "t.parquet": (b"PAR1 no", "broken Parquet"),

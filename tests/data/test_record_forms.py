@@ -217,7 +217,7 @@ BAD_RECORDS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown": (
         {"text": "a", "label": 1},
-        "found the fields label, text, which are no known form .* expected chosen, rejected;",
+        "'chosen' is missing, found label, text; expected .* another form .*: .*context, response1",
     ),
     "Python's messages": (ASKED | {"chosen": str(TWO)}, "messages as Python prints them"),
     "OpenAI": (
