@@ -121,6 +121,7 @@ def check(
             raise NotMeasuredError("no model's folder to score them with: give --check-model")
         scorer = open_scorer(
             args.check_model or args.model,
+            engine,
             bf16=args.bf16,
             trust_remote_code=args.trust_remote_code,
         )

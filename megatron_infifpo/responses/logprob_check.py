@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.records import PreferenceRecord
 from megatron_infifpo.data.tokenization import ChatTokenizer
-from megatron_infifpo.responses.engines import Engine, Measured
+from megatron_infifpo.models.hf_model import load_causal_lm
+from megatron_infifpo.responses.engines import Engine, Measured, TransformersEngine
 from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.responses.turns import Turns
 
@@ -142,8 +144,10 @@ def _plain(token: str) -> str:
     return token.replace("\u2581", " ").replace("\u0120", " ").strip(" ")
 
 
-def open_scorer(model: str | Path, *, bf16: bool, trust_remote_code: bool) -> Scorer:
-    """Load a model as scoring does.
+def open_scorer(
+    model: str | Path, engine: Engine, *, bf16: bool, trust_remote_code: bool
+) -> Scorer:
+    """Load a model as scoring does; what the engine has loaded itself is not loaded again.
 
     Raises:
         UserError: it cannot be loaded.
@@ -153,10 +157,29 @@ def open_scorer(model: str | Path, *, bf16: bool, trust_remote_code: bool) -> Sc
     from megatron_infifpo.data.preference_dataset import PreferencePair
     from megatron_infifpo.scoring.transformers_backend import TransformersBackend
 
-    backend = TransformersBackend(model, bf16=bf16, trust_remote_code=trust_remote_code)
+    if isinstance(engine, TransformersEngine):
+        network = engine.network
+    else:
+        network = load_causal_lm(
+            model,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+            trust_remote_code=trust_remote_code,
+            device_map={"": _device_for(model)},
+        )
+    backend = TransformersBackend.around(network)
 
     def score(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Tensor:
         ids = [np.asarray(part, dtype=np.int32) for part in (prompt_ids, response_ids)]
         return backend([collate([PreferencePair(0, ids[0], (ids[1],))])])[0]
 
     return score
+
+
+def _device_for(model: str | Path) -> str:
+    """Choose where a model goes beside an engine, which may have most of a GPU's memory."""
+    device = cpu.device()
+    if device == "cpu":
+        return device
+    needed = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+    free, _ = torch.cuda.mem_get_info()
+    return device if free > 1.3 * needed + 2**30 else "cpu"

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -69,17 +69,28 @@ class TransformersBackend:
             backend = "nccl" if cuda and sharded else "gloo"
             dist.init_process_group(backend, timeout=WAIT)
         placement = {"tp_plan": "auto"} if sharded else {"device_map": {"": self.device}}
-        self.model = load_causal_lm(
+        model = load_causal_lm(
             directory,
             dtype=torch.bfloat16 if bf16 else torch.float32,
             trust_remote_code=trust_remote_code,
             **placement,
         )
-        self.rule = BatchRule(self.model)
-        config = self.model.config.get_text_config()
-        self.vocab_size: int = config.vocab_size
+        self._take(model)
         self.data_parallel_rank, self.data_parallel_size = (0, 1) if sharded else (rank, world)
         self.is_writer = rank == 0 or not sharded
+
+    @classmethod
+    def around(cls, model: Any) -> "TransformersBackend":
+        """Score with a model that is freshly loaded already, on this rank alone."""
+        backend = cls.__new__(cls)
+        backend.device = model.device
+        backend._take(model)
+        backend.data_parallel_rank, backend.data_parallel_size, backend.is_writer = 0, 1, True
+        return backend
+
+    def _take(self, model: Any) -> None:
+        self.model, self.rule = model, BatchRule(model)
+        self.vocab_size: int = model.config.get_text_config().vocab_size
 
     def __call__(
         self, rows: list[Row], on_row: Callable[[Row], None] = lambda row: None
