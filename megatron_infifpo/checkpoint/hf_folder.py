@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_infifpo.checkpoint.beside import check_quantized, check_strangers
 from megatron_infifpo.checkpoint.mapping import WeightMapping
 from megatron_infifpo.checkpoint.safetensors_io import DTYPES, SafetensorsFile, Scratch
 from megatron_infifpo.cli import UserError
@@ -51,19 +52,20 @@ class HfWeights:
     def _paths(self) -> list[Path]:
         if not self.directory.is_dir():
             raise UserError(f"{self.directory} is not a folder: expected a Hugging Face checkpoint")
-        # In transformers' order: where both are there, it loads the single file.
         single, index = self.directory / "model.safetensors", self.directory / INDEX
-        if single.is_file():
-            return [single]
+        found = [single] if single.is_file() else []
         if index.is_file():
-            try:
-                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                return [self.directory / Path(name).name for name in sorted(names)]
-            except (ValueError, KeyError, TypeError, AttributeError):
+            indexed = self._indexed(index)
+            # transformers would load the single file, and other programs those of the index.
+            if found and indexed != found:
                 raise UserError(
-                    f"{index} is not an index: expected a JSON object with a weight_map of "
-                    "tensor names to file names; copy the file again"
-                ) from None
+                    f"{self.directory} holds model.safetensors and an index of other files "
+                    f"({indexed[0].name}): remove one of both models"
+                )
+            found = indexed
+        if found:
+            check_strangers(self.directory, found)
+            return found
         if any(self.directory.glob("*.bin")):
             raise UserError(
                 f"{self.directory} holds pickled weights (*.bin), which can run code when loaded: "
@@ -71,6 +73,20 @@ class HfWeights:
                 "where you trust them"
             )
         raise UserError(f"{self.directory} holds neither model.safetensors nor {INDEX}")
+
+    def _indexed(self, index: Path) -> list[Path]:
+        """The files that an index names."""
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            found = [self.directory / Path(name).name for name in sorted(names)]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            found = []
+        if not found:
+            raise UserError(
+                f"{index} is not an index: expected a JSON object with a weight_map of "
+                "tensor names to file names; copy the file again"
+            )
+        return found
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted, without buffers that follow from the configuration."""
@@ -88,7 +104,7 @@ class HfWeights:
         if kind not in DTYPES:
             raise UserError(
                 f"{self.directory}: tensor {name} is {kind}, expected one of {', '.join(DTYPES)}: "
-                "quantized weights are not supported"
+                "save the weights in one of these"
             )
         return DTYPES[kind]
 
@@ -111,19 +127,21 @@ def open_hf(directory: str | Path) -> tuple[HfWeights, WeightMapping, dict[str, 
         UserError: an unsupported model, or files that cannot be read.
     """
     config = read_hf_config(directory)
+    check_quantized(Path(directory), config)
     kind = family(config)
     weights = HfWeights(directory, kind.hf_name)
     return weights, weight_mapping(config), kind.text_config(config)
 
 
-def check_weights(weights: HfWeights, mapping: WeightMapping) -> torch.dtype:
+def check_weights(weights: HfWeights, mapping: WeightMapping) -> dict[torch.dtype, str]:
     """Compare a folder's tensors with those that its configuration asks for.
 
     Returns:
-        The dtype of the weights.
+        The dtypes of the weights, with the name of a tensor of each.
 
     Raises:
-        UserError: a tensor is missing, surplus or of another shape, or dtypes are mixed.
+        UserError: a tensor is missing, surplus or of another shape, or of a dtype that no model is
+            trained in.
     """
     where = weights.directory
     shapes = {
@@ -148,10 +166,21 @@ def check_weights(weights: HfWeights, mapping: WeightMapping) -> torch.dtype:
                 f"{where}: tensor {name} has shape {list(weights.shape(name))}, but config.json "
                 f"asks for {list(shape)}"
             )
-    dtypes = {weights.dtype(name): name for name in shapes}
+    return {weights.dtype(name): name for name in shapes}
+
+
+def only_dtype(dtypes: dict[torch.dtype, str], directory: str | Path) -> torch.dtype:
+    """The dtype of weights that have one.
+
+    Raises:
+        UserError: they have several.
+    """
     if len(dtypes) > 1:
         mixed = " and ".join(f"{name} {dtype}" for dtype, name in dtypes.items())
-        raise UserError(f"{where}: weights have mixed dtypes ({mixed}): save them with one dtype")
+        raise UserError(
+            f"{directory}: weights have mixed dtypes ({mixed}): say with --dtype which one all of "
+            "them get"
+        )
     return next(iter(dtypes))
 
 
@@ -161,7 +190,7 @@ def _tied_head(weights: HfWeights, mapping: WeightMapping) -> set[str]:
     tied = "output_layer.weight" not in mapping.rows
     if not tied or head not in weights.names():
         return set()
-    if not torch.equal(weights.load(head), weights.load(embedding)):
+    if not torch.equal(weights.load(head).float(), weights.load(embedding).float()):
         raise UserError(
             f"{weights.directory}: config.json ties the output layer to the embedding, but "
             f"{head} differs from {embedding}: set tie_word_embeddings to false if it is right"

@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_infifpo.checkpoint import torch_dist
-from megatron_infifpo.checkpoint.hf_folder import HfWeights, check_weights, open_hf
+from megatron_infifpo.checkpoint.beside import other_formats
+from megatron_infifpo.checkpoint.hf_folder import HfWeights, check_weights, only_dtype, open_hf
 from megatron_infifpo.checkpoint.layout import (
     HF_FOLDER,
     TRACKER,
@@ -37,20 +38,23 @@ def import_checkpoint(
     Args:
         hf_dir: config.json, safetensors, tokenizer files.
         save_dir: must not exist, or be empty.
-        dtype: of the Megatron weights; default: that of the Hugging Face weights.
+        dtype: of the Megatron weights; default: that of the Hugging Face weights, if it is one.
 
     Raises:
         UserError: an unsupported model, tensors that do not fit config.json, or nowhere to write.
     """
     check_free(save_dir)
     weights, mapping, config = open_hf(hf_dir)
-    original = check_weights(weights, mapping)
+    dtypes = check_weights(weights, mapping)
     share = Share()
+    dtype = dtype or only_dtype(dtypes, hf_dir)
+    if share.first and (others := other_formats(Path(hf_dir))):
+        print(f"{hf_dir}: not read, as model weights are in safetensors: {', '.join(others)}")
     with (
         new_folder(save_dir, share) as folder,
         tqdm(unit="tensor", desc="import", disable=not share.first) as bar,
     ):
-        tensors = _lazy_tensors(mapping, weights, dtype or original, share, bar)
+        tensors = _lazy_tensors(mapping, weights, dtype, share, bar)
         bar.total = sum(len(tensor.chunks) for tensor in tensors.values())
         release = folder / "release"
         release.mkdir(exist_ok=True)
@@ -59,6 +63,7 @@ def import_checkpoint(
         if share.first:
             carry(Path(hf_dir), folder / HF_FOLDER)
             # Export goes back to the dtype of the weights, whatever config.json says about them.
+            original = next(iter(dtypes)) if len(dtypes) == 1 else dtype
             write_config(folder / HF_FOLDER / "config.json", config, original)
             (folder / TRACKER).write_text("release", encoding="utf-8")
 

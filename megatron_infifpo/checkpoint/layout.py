@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_infifpo.checkpoint.beside import drop_code, without_code
 from megatron_infifpo.checkpoint.share import Share
 from megatron_infifpo.cli import UserError
 
@@ -73,13 +74,19 @@ def find_checkpoint(directory: str | Path, iteration: int | None = None) -> Path
 
 
 def carry(source: Path, target: Path) -> None:
-    """Copy what is not weights from one Hugging Face folder into another."""
+    """Copy what is not weights from one Hugging Face folder into another.
+
+    Python files are not copied, and so what names them in configurations (`auto_map`) is left out:
+    the families' own classes compute the same.
+    """
     for pattern in CARRIED:
         for path in sorted(source.glob(pattern)):
             copy = target / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file():
                 shutil.copyfile(path, copy)
+                if copy.suffix == ".json" and copy.name.endswith("config.json"):
+                    drop_code(copy)
 
 
 def original_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -96,6 +103,7 @@ def original_dtype(config: dict[str, Any]) -> torch.dtype:
 def write_config(path: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
     """Write a model's config.json, declaring a dtype; a file that says so already is left alone."""
     name = str(dtype).removeprefix("torch.")
+    config = without_code(config)
     if config.get("dtype", config.get("torch_dtype")) != name:
         config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": name}
     if json.loads(path.read_text(encoding="utf-8")) != config:

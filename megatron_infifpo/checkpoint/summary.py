@@ -20,7 +20,7 @@ def describe(directory: str | Path, iteration: int | None = None) -> dict[str, s
     directory = Path(directory)
     if (directory / "config.json").is_file():
         weights, mapping, config = open_hf(directory)
-        dtypes = {check_weights(weights, mapping)}
+        dtypes = set(check_weights(weights, mapping))
         facts = {"format": "Hugging Face safetensors"}
     else:
         checkpoint, mapping, config = open_checkpoint(directory, iteration)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_infifpo.checkpoint.beside import check_adapters
 from megatron_infifpo.checkpoint.layout import HF_FOLDER, TRACKER
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.models.families import (
@@ -32,14 +33,9 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     """Read `config.json` of a Hugging Face folder, or of one carried in a converted checkpoint.
 
     Raises:
-        UserError: there is none, it cannot be read, or the folder is an adapter's.
+        UserError: there is none, it cannot be read, or an adapter is beside it.
     """
-    if (Path(directory) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{directory} has an adapter_config.json: an adapter beside weights would be left out. "
-            "Merge it into its base model first (peft: model.merge_and_unload()), or remove the "
-            "file if the weights in the folder are merged already"
-        )
+    check_adapters(Path(directory))
     for path in (Path(directory) / "config.json", Path(directory) / HF_FOLDER / "config.json"):
         if path.is_file():
             try:

@@ -172,6 +172,48 @@ def test_a_config_that_declares_another_dtype_is_corrected(tmp_path, tiny_hf):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_mixed_dtypes_become_the_one_that_is_asked_for(tmp_path, tiny_hf):
+    """As shards that were saved apart, or norms in float32."""
+    from safetensors.torch import save_file
+
+    mixed = {k: t if "norm" in k else t.bfloat16() for k, t in load_weights(tiny_hf).items()}
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    names = [sorted(mixed)[::2], sorted(mixed)[1::2]]
+    files = [f"model-{i}-of-2.safetensors" for i in (1, 2)]
+    for file, keys in zip(files, names, strict=True):
+        save_file({k: mixed[k] for k in keys}, hf / file)
+    index = {k: file for file, keys in zip(files, names, strict=True) for k in keys}
+    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (hf / "config.json").write_text((tiny_hf / "config.json").read_text())
+    assert describe(hf)["dtype"] == "bfloat16, float32"
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        import_checkpoint(hf, tmp_path / name, dtype)
+        export_checkpoint(tmp_path / name, tmp_path / f"{name}-hf")
+        for key, tensor in load_weights(tmp_path / f"{name}-hf").items():
+            assert tensor.dtype == dtype and torch.equal(tensor, mixed[key].to(dtype)), key
+
+
+def test_code_beside_the_weights_is_not_named_in_the_export(tmp_path, tiny_hf):
+    """Its files are not carried, and transformers would look for them."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hf = Path(shutil.copytree(tiny_hf, tmp_path / "hf"))
+    named = {"config.json": "AutoModelForCausalLM", "tokenizer_config.json": "AutoTokenizer"}
+    for file, auto in named.items():
+        content = json.loads((hf / file).read_text()) | {"auto_map": {auto: "modeling_x.Model"}}
+        (hf / file).write_text(json.dumps(content))
+    import_checkpoint(hf, tmp_path / "megatron")
+    # As an import before this was written.
+    shutil.copy(hf / "config.json", tmp_path / "megatron" / "hf" / "config.json")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert "auto_map" not in json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
+        auto.from_pretrained(tmp_path / "back", trust_remote_code=True)
+
+
 def test_fingerprint_sees_any_weight(tmp_path, tiny_hf):
     from safetensors.torch import save_file
 

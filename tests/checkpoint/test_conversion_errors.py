@@ -67,9 +67,46 @@ def test_wrong_shape(hf):
 
 def test_mixed_and_unknown_dtypes(hf):
     edit_weights(hf, **{NAME: torch.zeros(96, 64, dtype=torch.bfloat16)})
-    refused(hf, f"mixed dtypes .*{NAME} torch.bfloat16")
+    refused(hf, f"mixed dtypes .*{NAME} torch.bfloat16.*: say with --dtype")
     edit_weights(hf, **{NAME: torch.zeros(96, 64, dtype=torch.int8)})
     refused(hf, f"{NAME} is I8, expected one of F32, BF16, F16")
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("adapter_config.json", r"holds an adapter \(adapter_config.json\).*merge it"),
+        ("adapter_model.safetensors", "holds an adapter"),
+        ("adapters.safetensors", "holds an adapter"),
+        ("pytorch_lora_weights.safetensors", "holds an adapter"),
+        ("quantize_config.json", "there is a quantize_config.json: quantized weights"),
+        ("model-00002-of-00002.safetensors", "holds model-00002.*would not be read beside model"),
+        ("value_head.safetensors", "holds value_head.safetensors, which would not be read"),
+    ],
+)
+def test_what_makes_another_model(hf, name, match):
+    (hf / name).write_text("{}")
+    refused(hf, match)
+    if "quantize" not in name:  # transformers may read those
+        with pytest.raises(UserError, match=match):
+            weights_fingerprint(hf)
+
+
+def test_two_models_in_a_folder(hf):
+    index = hf / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model.safetensors"}}')
+    import_checkpoint(hf, hf.parent / "same")
+    index.write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    refused(hf, "model.safetensors and an index of other files .model-00001-of-00001")
+
+
+def test_copies_in_other_formats_are_named(hf, capsys):
+    """Mistral's own format beside transformers', and pickled weights: common on the hub."""
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "training_args.bin"):
+        (hf / name).write_text("x")
+    import_checkpoint(hf, hf.parent / "megatron")
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if "not read" in x)
+    assert line.endswith(": consolidated.safetensors, pytorch_model.bin")
 
 
 def test_head_of_a_tied_model(tmp_path):
@@ -91,6 +128,7 @@ def test_head_of_a_tied_model(tmp_path):
         ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
+        ({"quantization": {"bits": 4}}, "config.json has a quantization: quantized weights"),
         ({"hidden_size": None}, "no hidden_size"),
         ({"hidden_act": None}, "hidden_act is None"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type is 'yarn'"),
