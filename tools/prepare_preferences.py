@@ -4,7 +4,8 @@
     python tools/prepare_preferences.py --input train.jsonl more.parquet \\
         --tokenizer phi-4 --output data/train
 
-Nothing is truncated or left out: pairs too long for a training run are left out by that run.
+Nothing is truncated or left out: pairs too long for a training run are left out by that run. With
+--on-bad-record skip, a record that the chat template refuses keeps its place, without tokens.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from megatron_infifpo.cli import UserError, run
 from megatron_infifpo.data.flags import add_record_flags, add_tokenizer_flags, open_tokenizer
 from megatron_infifpo.data.read_report import ReadReport
 from megatron_infifpo.data.records import iter_records
-from megatron_infifpo.data.token_dataset import TokenDataset, write_token_dataset
+from megatron_infifpo.data.token_dataset import TokenDataset
+from megatron_infifpo.data.token_writer import write_token_dataset
 
 PERCENTILES = (0, 50, 90, 99, 100)
 
@@ -43,6 +45,7 @@ def main() -> None:
             tokenizer,
             args.output,
             source_files=args.input,
+            on_refused="mask" if args.on_bad_record == "skip" else "error",
         )
     except UserError:
         report.show()  # it may be why nothing is left
@@ -52,16 +55,25 @@ def main() -> None:
 
 
 def print_summary(tokens: TokenDataset) -> None:
-    """Print counts, domains and percentiles of lengths."""
-    lengths = {"prompt": tokens.prompt_lengths}
-    for column, name in enumerate(tokens.responses):
-        lengths[name] = tokens.response_lengths[:, column]
-    lengths["prompt + longest"] = tokens.prompt_lengths + tokens.response_lengths.max(axis=1)
-    scored = int(tokens.response_lengths.sum(dtype=np.int64))
-    prompts = int(tokens.prompt_lengths.sum(dtype=np.int64))
-    print(
-        f"{tokens.prefix}: {len(tokens)} records, {prompts + scored} tokens, {scored} of responses"
+    """Print counts, masked records, domains and percentiles of lengths."""
+    kept = ~tokens.masked_records
+    responses = tokens.response_lengths[kept]
+    lengths = {"prompt": tokens.prompt_lengths[kept]}
+    lengths |= {name: responses[:, column] for column, name in enumerate(tokens.responses)}
+    lengths["prompt + longest"] = lengths["prompt"] + responses.max(axis=1)
+    prompts, replied, scored = (
+        int(part.sum(dtype=np.int64))
+        for part in (lengths["prompt"], responses, tokens.scored_lengths)
     )
+    unscored = f", {replied - scored} of them not scored" if scored < replied else ""
+    print(
+        f"{tokens.prefix}: {len(tokens)} records, {prompts + replied} tokens, {replied} of "
+        f"responses{unscored}"
+    )
+    for reason, count in tokens.manifest["note_counts"].items():
+        print(f"masked, in their place but without tokens: {count} records: {reason}")
+    for remark, count in tokens.manifest["remark_counts"].items():
+        print(f"remark on {count} records: {remark}")
     counts = collections.Counter(tokens.domain_codes.tolist())
     print("domains: " + ", ".join(f"{tokens.domains[c]} {n}" for c, n in sorted(counts.items())))
     print(f"{'tokens':<18}" + "".join(f"{f'p{p}':>8}" for p in PERCENTILES))

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_infifpo import __version__
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.encoding import encode_or_refuse, scored_marks
 from megatron_infifpo.data.logprob_store import LogprobStore
 from megatron_infifpo.data.logprob_writer import LogprobWriter
 from megatron_infifpo.data.read_report import ReadReport
@@ -51,9 +52,9 @@ def import_tokens(
     """Turn a log-prob for every token into a dataset.
 
     Each line is `{"id", "chosen", "rejected"[, "pivot_chosen"]}` in any order, and each response a
-    list of numbers, one a response token, end of turn included, or what vLLM returns for the
-    prompt's and the response's tokens together: `{"prompt_logprobs": [null, {"17": {"logprob":
-    -0.5, ...}}, ...]}`, as it is or as the list alone.
+    list of numbers, one a response token (end of turn included) or one a scored token, or what vLLM
+    returns for the prompt's and the response's tokens together: `{"prompt_logprobs": [null, {"17":
+    {"logprob": -0.5, ...}}, ...]}`, as it is or as the list alone.
 
     Args:
         files: the preference records.
@@ -62,7 +63,8 @@ def import_tokens(
         name: of the model.
         tokenizer: the model's. It says which tokens are the response's and checks that just these
             were scored; without it only lists of numbers can be read, unchecked.
-        on_bad: what to do with bad preference records.
+        on_bad: what to do with bad preference records; "skip" also masks those that the tokenizer's
+            chat template refuses.
         mask_missing: mask records without log-probs, else refuse them.
 
     Raises:
@@ -74,7 +76,7 @@ def import_tokens(
     report.show()
     if not records:
         raise UserError(f"there are no records in {', '.join(files)}, expected at least one")
-    found = _read(records, logprob_files, tokenizer)
+    found = _read(records, logprob_files, tokenizer, on_bad)
     missing = [record.id for record, values in zip(records, found, strict=True) if values is None]
     if missing and not mask_missing:
         raise UserError(
@@ -88,19 +90,22 @@ def import_tokens(
     names = RESPONSES[: len(records[0].responses)]
     with LogprobWriter(output, responses=names, manifest=manifest) as writer:
         for record, values in zip(records, found, strict=True):
-            if values is None:
-                writer.mask(record.id, "not among the imported log-probs")
+            if values is None or isinstance(values, str):
+                writer.mask(record.id, values or "not among the imported log-probs")
             else:
                 writer.add(record.id, values)
     print_summary(LogprobStore(output), [record.domain for record in records])
 
 
 def _read(
-    records: Sequence[PreferenceRecord], files: Sequence[str], tokenizer: ChatTokenizer | None
-) -> list[list[np.ndarray] | None]:
-    """Return every record's log-probs by response, None where the files have none."""
+    records: Sequence[PreferenceRecord],
+    files: Sequence[str],
+    tokenizer: ChatTokenizer | None,
+    on_bad: str,
+) -> list[list[np.ndarray] | str | None]:
+    """Return every record's log-probs by response, why it has none, or None: no file has any."""
     places = {record.id: i for i, record in enumerate(records)}
-    found: list[list[np.ndarray] | None] = [None] * len(records)
+    found: list[list[np.ndarray] | str | None] = [None] * len(records)
     for raw in tqdm(raw_records(files), desc="read log-probs", unit=" records"):
         if raw.error or not isinstance(raw.value, dict):
             raise UserError(f"{raw.where}: {raw.error or 'expected an object with id and chosen'}")
@@ -112,8 +117,16 @@ def _read(
             )
         if found[place] is not None:
             raise UserError(f"{raw.where}: log-probs of {records[place].id!r} for the second time")
-        tokens = tokenizer.encode(records[place]) if tokenizer else None
-        found[place] = _responses(raw, records[place], tokens)
+        tokens = encode_or_refuse([records[place]], tokenizer)[0] if tokenizer else None
+        if not isinstance(tokens, str):
+            found[place] = _responses(raw, records[place], tokens)
+        elif on_bad == "skip":
+            found[place] = tokens
+        else:
+            raise UserError(
+                f"{raw.where}: record {records[place].id!r} cannot be scored: {tokens}; "
+                "--on-bad-record skip masks such records"
+            )
     return found
 
 
@@ -133,26 +146,35 @@ def _responses(
                 f"{where} is missing, expected a list of log-probs or an object with "
                 "prompt_logprobs"
             )
+        mark = scored_marks(tokens.response_ids, tokens.scored)[number] if tokens else None
         if all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
-            wanted = len(tokens.response_ids[number]) if tokens else len(value)
-            if len(value) != wanted:
-                raise UserError(
-                    f"{where} has {len(value)} log-probs, but the tokenizer makes {wanted} tokens "
-                    "of the response with its end of turn"
-                )
-            result.append(np.array(value, dtype=np.float32))
-            continue
-        if tokens is None:
+            result.append(_numbers(value, mark, where))
+        elif tokens is None or mark is None:
             raise UserError(
                 f"{where} holds more than numbers; give --tokenizer, so that the response's tokens "
                 "are known from the prompt's"
             )
-        result.append(_vllm(value, tokens, number, where))
+        else:
+            result.append(_vllm(value, tokens, number, where)[mark])
     return result
 
 
+def _numbers(value: list, mark: np.ndarray | None, where: str) -> np.ndarray:
+    """Return the numbers of the scored tokens; of an unknown tokenizer, all."""
+    numbers = np.array(value, dtype=np.float32)
+    if mark is None or len(value) == int(mark.sum()):
+        return numbers
+    if len(value) != len(mark):
+        scored = "" if mark.all() else f", {int(mark.sum())} of them scored,"
+        raise UserError(
+            f"{where} has {len(value)} log-probs, but the tokenizer makes {len(mark)} tokens"
+            f"{scored} of the response with its end of turn"
+        )
+    return numbers[mark]
+
+
 def _vllm(value: list, tokens: TokenizedRecord, number: int, where: str) -> np.ndarray:
-    """Pick the response tokens' log-probs out of vLLM's `prompt_logprobs`."""
+    """Pick the response tokens' log-probs, scored or not, out of vLLM's `prompt_logprobs`."""
     ids = [*tokens.prompt_ids.tolist(), *tokens.response_ids[number].tolist()]
     if len(value) != len(ids):
         raise UserError(

@@ -241,5 +241,6 @@ def _score_shard(shard: ShardRows, folder: ShardFolder, backend: Any, progress: 
             shard.rows, lambda row: progress.add(len(row["indices"]), row["tokens"].numel())
         )
     if backend.is_writer:
-        folder.write(shard.number, shard.records, shard.notes, shard.unpack(outputs))
+        said = list(zip(shard.notes, shard.remarks, strict=True))
+        folder.write(shard.number, shard.records, said, shard.unpack(outputs))
         progress.wrote()
