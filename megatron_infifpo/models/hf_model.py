@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from megatron_infifpo.checkpoint.hf_folder import HfWeights, some
 from megatron_infifpo.cli import UserError
@@ -22,7 +23,7 @@ from megatron_infifpo.models.architecture import read_hf_config
 # What transformers raises where a folder, its configuration or the installation is wrong.
 _REFUSALS = (
     AttributeError, ImportError, KeyError, OSError, RuntimeError, SafetensorError, TypeError,
-    ValueError, ZeroDivisionError,
+    ValueError, ZeroDivisionError, StrictDataclassError,
 )  # fmt: skip
 _CAUSAL, _CLASSIFIER = "a causal language model", "a sequence classifier"
 
@@ -121,8 +122,7 @@ def _load(
     except torch.OutOfMemoryError:
         raise
     except _REFUSALS as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        reason = _reason(error)
         if method is not None:
             raise UserError(
                 f"{directory} is quantized with {method}, which transformers cannot load here "
@@ -134,6 +134,13 @@ def _load(
         ) from error
     check_loaded(directory, model, info, config)
     return model.eval()
+
+
+def _reason(error: Exception) -> str:
+    """Return what an exception says, in a line."""
+    text = " ".join(str(error).split()).rstrip(".")[:300]
+    plain = isinstance(error, OSError | ValueError | ImportError | RuntimeError) and text
+    return text if plain else f"{type(error).__name__}: {text}"
 
 
 def _check_code(config: Mapping[str, Any], directory: str | Path, trust_remote_code: bool) -> None:
@@ -159,13 +166,12 @@ def _quantization(config: Mapping[str, Any]) -> str | None:
         found = part.get("quantization_config") or part.get("compression_config")
         if found is None:
             continue
-        name = found.get("quant_method") if isinstance(found, dict) else None
-        if isinstance(found, dict) and (found.get("load_in_4bit") or found.get("load_in_8bit")):
-            name = "bitsandbytes"
-        known = False
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
-            known = AutoHfQuantizer.supports_quant_method(found)
-        if not known:  # transformers would load it as if it were not quantized
+        if not isinstance(found, dict):
+            raise UserError(f"config.json: quantization_config is {found!r}, expected an object")
+        bits = next((b for b in ("4bit", "8bit") if found.get(f"load_in_{b}")), None)
+        name = "bitsandbytes" if bits else found.get("quant_method")
+        if (f"{name}_{bits}" if bits else name) not in AUTO_QUANTIZER_MAPPING:
+            # transformers would load it as if it were not quantized
             raise UserError(
                 f"config.json: transformers {transformers.__version__} does not know the "
                 f"quantization {name!r}: use the original or a dequantized model"
@@ -224,6 +230,7 @@ def check_loaded(
             "it, so the numbers would be another model's"
         )
     _check_tied(directory, model)
+    _check_scaled(directory, model)
     if unknown and os.environ.get("RANK", "0") == "0":
         print(f"{directory}: not used: {some(unknown)}")
 
@@ -268,3 +275,13 @@ def _check_tied(directory: str | Path, model: Any) -> None:
             f"{directory}: config.json ties {name} to {tied[name]}, but their weights differ: set "
             "tie_word_embeddings to false if that is right"
         )
+
+
+def _check_scaled(directory: str | Path, model: Any) -> None:
+    """Refuse 8-bit weights in layers that would take them as they are, without their scale."""
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear and module.weight.element_size() == 1:
+            raise UserError(
+                f"{directory}: the scale of {name}.weight ({module.weight.dtype}) is missing: "
+                "config.json asks for it"
+            )
