@@ -15,7 +15,7 @@ demo: $(STAMP)
 # Tests fork ranks and run on the CPU, whatever the machine has.
 test: export CUDA_VISIBLE_DEVICES =
 test: $(STAMP) $(TE) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25
 
 # In the environment that trains here: .venv if there is one, else Python as it is.
 gpu-check:

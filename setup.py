@@ -49,6 +49,7 @@ setup(
             "pre-commit",
             "pyarrow",
             "pytest",
+            "pytest-timeout",
             "pytest-xdist",
             "ruff",
             "tensorboard",

@@ -1,6 +1,6 @@
 """Training that is killed at any moment, again and again, is the training that was left alone.
 
-INFIFPO_SOAK sets how often it is killed (default: 6).
+INFIFPO_SOAK sets how often it is killed (default: 3).
 """
 
 import os
@@ -13,7 +13,7 @@ from test_training import BOTH, exported
 
 from megatron_infifpo.checkpoint.layout import find_checkpoint
 
-KILLS = int(os.environ.get("INFIFPO_SOAK", "6"))
+KILLS = int(os.environ.get("INFIFPO_SOAK", "3"))
 STEPS = 24
 
 

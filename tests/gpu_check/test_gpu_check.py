@@ -1,4 +1,4 @@
-"""The whole command on a CPU, as continuous integration runs it."""
+"""The command on a CPU, as continuous integration runs it."""
 
 import json
 import os
@@ -13,9 +13,8 @@ from megatron_infifpo.checks import processes
 from megatron_infifpo.checks.records import read_checks
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS = (
-    "environment", "attention", "families", "training", "flags", "waits", "head", "layouts",
-)  # fmt: skip
+# The others train, as tests/distributed does, and take minutes: `make gpu-check` runs them all.
+GROUPS = ("environment", "attention", "waits", "head")
 
 
 def gpu_check(*flags: object) -> subprocess.CompletedProcess:
@@ -26,20 +25,18 @@ def gpu_check(*flags: object) -> subprocess.CompletedProcess:
 
 def test_quick_on_a_cpu(tmp_path):
     done = gpu_check(
-        "--device", "cpu", "--quick", "--timeout", 900, "--json", tmp_path / "report.json"
-    )
+        "--device", "cpu", "--quick", "--timeout", 300, "--json", tmp_path / "report.json",
+        "--only", *GROUPS[1:],
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     passed = {c["group"] for c in report["checks"] if c["status"] == "passed"}
-    assert passed == {*GROUPS, "throughput"}
+    assert passed == set(GROUPS)
     assert not [c for c in report["checks"] if c["status"] == "failed"]
     values = {c["name"]: c["value"] for c in report["checks"]}
-    # On a CPU a resumed run is the same to the bit, and stages change nothing.
-    assert values["PyTorch's Adam, fp32: resumed, losses"] == 0.0
-    assert values["fp32: PP2, losses"] == 0.0
     assert values["llama: host waits of a step's forward and backward passes"] <= 3.0
     assert report["machine"]["packages"]["torch"] == torch.__version__.split("+")[0]
-    for name in (*GROUPS, "throughput"):
+    for name in GROUPS:
         assert f"] {name}: " in done.stderr, "a line of progress a group"
     assert "passed" in done.stdout.splitlines()[-1]
 
