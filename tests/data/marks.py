@@ -3,9 +3,10 @@
 from collections.abc import Collection, Sequence
 
 import numpy as np
+from builders import byte_tokenizer
 
 from megatron_infifpo.data.records import PreferenceRecord
-from megatron_infifpo.data.tokenization import RefusedRecordError, TokenizedRecord
+from megatron_infifpo.data.tokenization import ChatTokenizer, RefusedRecordError, TokenizedRecord
 
 VOCABULARY = 40
 
@@ -42,8 +43,7 @@ class Marking:
         return TokenizedRecord(prompt, responses, scored, ("marked",) if scored else ())
 
     def describe(self) -> dict:
-        names = ("path", "tokenizer_sha256", "chat_template_sha256", "chat_template")
-        return dict.fromkeys(names, "marking")
+        return ChatTokenizer(byte_tokenizer()).describe()
 
     @property
     def tokenizer(self) -> "Marking":
