@@ -166,8 +166,10 @@ def print_scored_tokens(dataset: PreferenceDataset, index: int, trust_remote_cod
         except UserError as error:
             print(f"  not shown: {error}")
             continue
-        tokens, decode = chat.encode(record), chat.tokenizer.decode
-        print(decode(tokens.prompt_ids.tolist()))
+        rendered, tokens, decode = chat.render(record), chat.encode(record), chat.tokenizer.decode
+        print(f"the template renders: {rendered.prompt}")
+        if (shown := decode(tokens.prompt_ids.tolist())) != rendered.prompt:
+            print(f"its tokens read: {shown}")
         marks = scored_marks(tokens.response_ids, tokens.scored)
         for r, (response, mark) in enumerate(zip(store.responses, marks, strict=True)):
             values = iter(store.logprobs(index, r).tolist())
@@ -181,7 +183,8 @@ def print_scored_tokens(dataset: PreferenceDataset, index: int, trust_remote_cod
                     if value is None
                     else f"{decode([token])!r} {value:.3f}"
                 )
-            print(f"{response}: " + " ".join(shown))
+            print(f"{response}, rendered: {rendered.replies[r].text}")
+            print(f"{response}, tokens: " + " ".join(shown))
 
 
 def print_reference(dataset: PreferenceDataset, pair: PreferencePair, method: Method) -> None:

@@ -35,6 +35,7 @@ from megatron_infifpo.data.record_fields import (
 )
 from megatron_infifpo.data.record_files import RawRecord, iter_files
 from megatron_infifpo.data.record_forms import form_of
+from megatron_infifpo.data.rendered_text import rendered_mark
 
 __all__ = [
     "BadRecordError",
@@ -227,6 +228,8 @@ def parse_record(value: Any, *, default_id: str) -> tuple[PreferenceRecord, set[
                 f"{name!r} equals 'rejected' ({short(messages[-1]['content'])}), expected two "
                 "different responses"
             )
+    for name, messages in {"prompt": prompt, **replies}.items():
+        _refuse_rendered(messages, name)
     used = {*form.fields, *parts.used, *COMMON, "pivot_chosen"}
     ignored |= {str(name) for name in value if name not in used and value[name] is not None}
     record = PreferenceRecord(
@@ -238,3 +241,15 @@ def parse_record(value: Any, *, default_id: str) -> tuple[PreferenceRecord, set[
         **replies,
     )
     return record, ignored
+
+
+def _refuse_rendered(messages: Sequence[Message], name: str) -> None:
+    """Refuse text that a chat template has rendered: each model's own would render it again."""
+    for message in messages:
+        mark = rendered_mark(message["content"], reply=message["role"] == "assistant")
+        if mark is not None:
+            raise BadRecordError(
+                f"{name!r} is rendered by a chat template already (it begins or ends with "
+                f"{mark!r}), expected plain text or messages: every model's own template renders "
+                "them"
+            )

@@ -26,8 +26,16 @@ VERSION = 3
 OLDER = "older ones may hold replies behind a prefix that the chat template never renders"
 MADE_BY = "tools/prepare_preferences.py"
 TOKENIZER_SCHEMA: dict[str, Any] = dict.fromkeys(
-    ("path", "tokenizer_sha256", "chat_template_sha256", "chat_template"), (str, type(None))
-)
+    (
+        "path",
+        "tokenizer_sha256",
+        "chat_template_sha256",
+        "chat_template",
+        "score",
+        "score_reasoning",
+    ),
+    (str, type(None)),
+) | {"chat_template_options": (dict, type(None))}
 SCHEMA: dict[str, Any] = {
     "count": int,
     "responses": [str],

@@ -5,7 +5,6 @@ scored, and `text_ids` tokenizes it.
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +49,6 @@ class ChatTokenizer:
         tokenizer: the Hugging Face tokenizer.
         path: where it came from.
         template: the chat template and its habits.
-        notes: how many records had each of the notes of `TokenizedRecord`, so far.
         end_of_turn: text that ends a reply, such as "<|im_end|>"; "" if there is none.
         end_of_turn_ids: its token ids.
     """
@@ -95,7 +93,6 @@ class ChatTokenizer:
         self._special = SpecialText(tokenizer)
         self._renderer = Renderer(self.template, self._special, score, reasoning)
         self._text_ids = TextIds(tokenizer, self._special)
-        self.notes: Counter[str] = Counter()
         self.end_of_turn = self.template.habits({}).end_of_turn
         self.end_of_turn_ids = self._text_ids.ids([self.end_of_turn])[0] if self.end_of_turn else []
 
@@ -178,7 +175,6 @@ class ChatTokenizer:
         replies = iter(self._text_ids.replies(pairs))
         found = []
         for rendering, ids in zip(rendered, prompt_ids, strict=True):
-            self.notes.update(rendering.notes)
             response_ids = tuple(np.asarray(next(replies), np.int32) for _ in rendering.replies)
             marks = [
                 self._text_ids.scored(rendering.prompt, reply, len(response))

@@ -23,20 +23,12 @@ from megatron_infifpo.data.records import (
     read_records,
     records_fingerprint,
 )
+from megatron_infifpo.data.token_dataset import TOKENIZER_SCHEMA
 from megatron_infifpo.data.tokenization import ChatTokenizer, TokenizedRecord
 from megatron_infifpo.scoring.summary import print_summary
 
 MADE_BY = "tools/import_logprobs.py"
-UNKNOWN_TOKENIZER = dict.fromkeys(
-    (
-        "path",
-        "tokenizer_sha256",
-        "chat_template_sha256",
-        "chat_template",
-        "end_of_turn",
-        "system_message",
-    )
-)
+UNKNOWN_TOKENIZER = dict.fromkeys((*TOKENIZER_SCHEMA, "end_of_turn", "system_message"))
 
 
 def import_tokens(

@@ -5,7 +5,13 @@ import pytest
 from builders import record, write_jsonl
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.records import ReadReport, read_records, records_fingerprint
+from megatron_infifpo.data.messages import BadRecordError, reply
+from megatron_infifpo.data.records import (
+    ReadReport,
+    parse_record,
+    read_records,
+    records_fingerprint,
+)
 
 GOOD = {"id": "a", "domain": "math", "prompt": "1+1?", "chosen": "2", "rejected": "3"}
 USER = {"role": "user", "content": "1+1?"}
@@ -134,3 +140,34 @@ def test_real_sharegpt_file(shared_data):
     assert len(records) == 300 and records[7].id == "dpo_en_demo-7"
     assert sum(r.prompt[0]["role"] == "system" for r in records) == 80
     assert sum(len(r.prompt) > 2 for r in records) == 106
+
+
+RENDERED = {
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n": "<|im_start|>system",
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>": "<|begin_of_text|>",
+    "<s>[INST] Hi [/INST]": "<s>[INST]",
+    "Hi<|im_end|>\n<|im_start|>assistant\n<think>\n": "<|im_start|>assistant",
+    "<bos><start_of_turn>user\nHi<end_of_turn>": "<bos><start_of_turn>user",
+    "<｜User｜>Hi<｜Assistant｜>": "<｜User｜>",
+}
+
+
+@pytest.mark.parametrize("prompt", RENDERED)
+def test_a_prompt_that_a_template_rendered_is_refused(prompt):
+    value = {"prompt": prompt, "chosen": "Yes.", "rejected": "No."}
+    with pytest.raises(BadRecordError, match="'prompt' is rendered by a chat template") as refused:
+        parse_record(value, default_id="x")
+    assert RENDERED[prompt] in str(refused.value)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>\n", "<|eot_id|>", "</s>", "<end_of_turn>", "<|end|>"])
+def test_a_reply_that_a_template_rendered_is_refused(end):
+    value = {"prompt": "Hi", "chosen": f"Yes.{end}", "rejected": "No."}
+    with pytest.raises(BadRecordError, match="'chosen' is rendered by a chat template"):
+        parse_record(value, default_id="x")
+
+
+def test_text_that_speaks_of_templates_is_text():
+    text = "In ChatML a turn is <|im_start|>user ... <|im_end|>, and <s>[INST] elsewhere."
+    value = {"prompt": f"Why? {text}", "chosen": text, "rejected": "In HTML: <s>old</s>"}
+    assert parse_record(value, default_id="x")[0].chosen == reply(text)
