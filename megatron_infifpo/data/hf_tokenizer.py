@@ -32,6 +32,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        if not Path(path).is_dir():  # transformers then says that it could not connect
+            reason = "there is no such folder"
         raise UserError(
             f"cannot load a tokenizer from {path} ({reason}), expected a folder with "
             "tokenizer.json and tokenizer_config.json"

@@ -43,10 +43,14 @@ def family(hf_config: Mapping[str, Any]) -> Family:
             f"config.json: model_type is {model_type!r}, expected one of "
             f"{', '.join(FAMILIES)}: docs/adding-a-model.md says how to add a family"
         )
-    if hf_config.get("quantization_config") is not None:
+    quantization = hf_config.get("quantization_config")
+    if quantization is not None:
+        known = isinstance(quantization, dict)
+        method = (known and quantization.get("quant_method")) or "an unknown method"
         raise UserError(
-            "config.json has a quantization_config: quantized weights are not supported, "
-            "use the original checkpoint or save a dequantized one"
+            f"config.json has a quantization_config ({method}): quantized weights are not "
+            "supported by Megatron: use the original checkpoint, dequantize it first, or score it "
+            "with --backend transformers"
         )
     return FAMILIES[model_type]
 
