@@ -19,15 +19,18 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from megatron_infifpo.cli import UserError, positive, run
 from megatron_infifpo.data.flags import (
     add_tokenizer_flags,
     open_tokenizer,
     read_options,
-    report_skipped,
 )
+from megatron_infifpo.data.read_report import ReadReport
 from megatron_infifpo.data.records import ON_BAD
 from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.models.hf_model import check_folder
 from megatron_infifpo.responses.completing import Wanted
 from megatron_infifpo.responses.engines import (
     Engine,
@@ -92,9 +95,9 @@ def read(args: argparse.Namespace) -> list[Prompt]:
     Raises:
         UserError: a bad one, or there are none.
     """
-    skipped: list[str] | None = [] if args.on_bad_record == "skip" else None
-    prompts = read_prompts(args.input, domain=args.domain, skipped=skipped)
-    report_skipped(skipped or [])
+    report = ReadReport()
+    prompts = read_prompts(args.input, domain=args.domain, on_bad=args.on_bad_record, report=report)
+    report.show()
     domains = Counter(prompt.domain for prompt in prompts)
     print(f"{len(prompts)} prompts: {', '.join(f'{n} {name}' for name, n in domains.items())}")
     if args.domains:
@@ -119,12 +122,15 @@ def check(
     try:
         if chat is None:
             raise NotMeasuredError("no model's folder to score them with: give --check-model")
-        scorer = open_scorer(
-            args.check_model or args.model,
-            engine,
-            bf16=args.bf16,
-            trust_remote_code=args.trust_remote_code,
-        )
+        try:
+            scorer = open_scorer(
+                args.check_model or args.model,
+                engine,
+                bf16=args.bf16,
+                trust_remote_code=args.trust_remote_code,
+            )
+        except (UserError, torch.OutOfMemoryError) as error:
+            raise NotMeasuredError(str(error)) from None
         found = check_engine(engine, prompts[: args.check], chat, scorer, args.seed)
         fine, said = found.agrees(tolerance), found.sentence(tolerance, chat.path)
     except NotMeasuredError as error:
@@ -242,13 +248,15 @@ def open_engine(args: argparse.Namespace, how: Sampling) -> tuple[Engine, ChatTo
     args.template_options = read_options(args.chat_template_options)
     if (args.engine == "server") != (args.server is not None):
         raise UserError("--engine server and --server URL go together: give both or none")
+    folder = args.check_model or args.model
+    if args.engine != "server" and args.check_model:
+        raise UserError("--check-model is for --engine server: others have the model itself")
+    if args.engine != "server" or args.check_model:
+        check_folder(folder)
     if args.engine != "server":
-        if args.check_model:
-            raise UserError("--check-model is for --engine server: others have the model itself")
         chat = open_tokenizer(args.model, args)
         make = VllmEngine if args.engine == "vllm" else TransformersEngine
         return make(args.model, chat, how, args), chat
-    folder = args.check_model or args.model
     known = args.check_model or (Path(folder) / "config.json").is_file()
     if args.chat_template and not known:
         raise UserError("--chat-template has no effect: the server has the template")

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_infifpo.data.messages import BadRecordError, read_messages
+
 # Around the reasoning, in what models write; those count that the model's own template has.
 MARKERS = (
     ("<think>", "</think>"),
@@ -105,12 +107,15 @@ def from_choice(choice: Mapping[str, Any]) -> Response:
         ),
         None,
     )
-    return Response(
-        str(text or ""),
-        FINISH.get(finish, str(finish)) if finish else UNKNOWN,
-        reasoning,
-        tuple(message.get("tool_calls") or ()),
-    )
+    finish = FINISH.get(finish, str(finish)) if finish else UNKNOWN
+    calls = message.get("tool_calls") or []
+    if calls:
+        try:  # arguments as objects, as templates take them
+            said = {"role": "assistant", "content": "", "tool_calls": calls}
+            calls = read_messages([said], "tool_calls")[0]["tool_calls"]
+        except BadRecordError:
+            calls, finish = [], "a broken tool call"
+    return Response(str(text or ""), finish, reasoning, tuple(calls))
 
 
 def split_reasoning(text: str, template: str, prompt: str) -> tuple[str, str | None]:

@@ -56,12 +56,22 @@ def score_of(name: str, results: Mapping[str, Any]) -> float:
     benchmark = BENCHMARKS.get(name)
     metrics = benchmark.metrics if benchmark else ()
     if not metrics:  # a task of the user's: its first metric
-        numbers = (k for k, v in results.items() if isinstance(v, float) and "stderr" not in k)
+        numbers = (k for k, v in results.items() if _is_number(v) and not _is_beside(k))
         metrics = tuple(numbers)[:1]
     for metric in metrics:
-        if isinstance(results.get(metric), float):
+        if _is_number(results.get(metric)):
             return 100 * float(results[metric])
-    raise UserError(f"{name}: the harness reports {', '.join(results)}, expected {metrics}")
+    expected = " or ".join(metrics) or "a metric"
+    raise UserError(f"{name}: the harness reports {', '.join(results)}, expected {expected}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_beside(key: str) -> bool:
+    """Whether a result is no metric: a count, an error, or of one of several tasks."""
+    return "stderr" in key or key.startswith("sample_") or ": " in key
 
 
 def table(scores: Mapping[str, Mapping[str, float]]) -> str:
@@ -72,7 +82,8 @@ def table(scores: Mapping[str, Mapping[str, float]]) -> str:
     """
     names = list(dict.fromkeys(name for found in scores.values() for name in found))
     common = [name for name in names if all(name in found for found in scores.values())]
-    lines = [f"| benchmark | {' | '.join(scores)} |", "|---" * (1 + len(scores)) + "|"]
+    models = " | ".join(name.replace("|", "\\|") for name in scores)
+    lines = [f"| benchmark | {models} |", "|---" * (1 + len(scores)) + "|"]
     for name in names:
         cells = (f"{f[name]:.2f}" if name in f else "" for f in scores.values())
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -5,10 +5,10 @@ model that is scored: then the responses are not of the policy that training tak
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,14 +39,12 @@ class Comparison:
     Attributes:
         differences: of every token that was compared, in nats.
         responses: how many there were.
-        otherwise: how many of them are tokenized otherwise when they are scored.
-        problems: why a response is not scored as it was sampled.
+        otherwise: how many of them are not scored as they were sampled, by reason.
     """
 
     differences: list[float] = field(default_factory=list)
     responses: int = 0
-    otherwise: int = 0
-    problems: list[str] = field(default_factory=list)
+    otherwise: Counter[str] = field(default_factory=Counter)
 
     @property
     def largest(self) -> float:
@@ -61,7 +59,7 @@ class Comparison:
     def agrees(self, tolerance: float) -> bool:
         """Whether all that was compared agrees, and something was."""
         close = self.largest <= tolerance and self.mean <= tolerance * MEAN
-        return close and not self.problems and bool(self.differences)
+        return close and bool(self.differences)
 
     def sentence(self, tolerance: float, model: str) -> str:
         """Say what came of it."""
@@ -70,15 +68,14 @@ class Comparison:
             f"{self.responses} responses differ by {self.largest:.2g} at most, {self.mean:.2g} in "
             f"the mean (accepted: {tolerance:g} and {tolerance * MEAN:g})"
         )
-        if self.otherwise:
-            said += f"; {self.otherwise} of the responses are tokenized otherwise when scored"
+        for reason, count in self.otherwise.items():
+            said += f"; {count} of the responses {reason}"
         if self.agrees(tolerance):
             return said
-        problems = "".join(f"; {problem}" for problem in dict.fromkeys(self.problems))
         return (
-            f"{said}{problems}. What the engine samples from is not what is scored with {model}: "
-            "expected the same chat template with the same options, and the same weights (stale "
-            "or quantized ones differ)"
+            f"{said}. What the engine samples from is not what is scored with {model}: expected "
+            "the same chat template with the same options, and the same weights (stale or "
+            "quantized ones differ)"
         )
 
 
@@ -102,26 +99,28 @@ def _compare(one: Measured, chat: ChatTokenizer, scorer: Scorer, found: Comparis
     opened = Turns(chat).open(one.prompt)
     ours = _scored_ids(one, chat, opened.ids)
     if isinstance(ours, str):
-        found.problems.append(ours)
-        return
+        found.otherwise[ours] += 1
     ids = [token for token in one.tokens if isinstance(token, int)]
-    theirs: list[Any] = list(ids)
-    shown: list[Any] = ours
-    if not ids:
-        theirs = [_plain(str(token)) for token in one.tokens]
-        shown = [_plain(chat.tokenizer.decode([token])) for token in ours]
-    pairs = zip(theirs, shown, strict=False)
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    found.otherwise += same < len(theirs)
-    # Of ids, all are scored as they are; of a server's texts, those whose ids are known.
-    ids = ids or ours[:same]
+    if not ids:  # a server's texts: as many ids as have the same
+        texts = [str(token) for token in one.tokens]
+        known = chat.tokenizer("".join(texts), add_special_tokens=False)["input_ids"]
+        known = known if isinstance(ours, str) else ours
+        pairs = zip(texts, map(chat.tokenizer.decode, known), strict=False)
+        ids = known[: _same((_plain(a), _plain(b)) for a, b in pairs)]
+    if not isinstance(ours, str) and (ours[: len(ids)] != ids or len(ids) < len(one.tokens)):
+        found.otherwise["are tokenized otherwise when they are scored"] += 1
     if ids:
         expected = scorer(opened.ids, ids)
         found.differences += (torch.tensor(one.logprobs[: len(ids)]) - expected).abs().tolist()
 
 
+def _same(pairs: Iterable[tuple[str, str]]) -> int:
+    """Return how many pairs there are before one that differs."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def _scored_ids(one: Measured, chat: ChatTokenizer, prompt_ids: list[int]) -> list[int] | str:
-    """Return the ids that scoring gives a response, or why it is not scored as it was sampled."""
+    """Return the ids that scoring gives a response, or how it is scored otherwise."""
     message = one.response.message()
     if not message["content"]:
         message["content"] = "."  # cut within its reasoning: what comes after is not compared
@@ -132,10 +131,11 @@ def _scored_ids(one: Measured, chat: ChatTokenizer, prompt_ids: list[int]) -> li
     try:
         tokens = chat.encode_batch([record])[0]
     except UserError as error:
-        return f"a response cannot be scored ({error})"
+        return f"cannot be scored ({error})"
     whole = [*tokens.prompt_ids.tolist(), *tokens.response_ids[0].tolist()]
     if whole[: len(prompt_ids)] != prompt_ids:
-        return "a response is scored behind another prompt than it is sampled from"
+        why = f" ({'; '.join(tokens.notes)})" if tokens.notes else ""
+        return f"are scored behind another prompt than they are sampled from{why}"
     return whole[len(prompt_ids) :]
 
 

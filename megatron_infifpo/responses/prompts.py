@@ -10,7 +10,9 @@ from typing import Any
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.conversations import prompt_messages
 from megatron_infifpo.data.messages import BadRecordError, Message, check_json, kind
+from megatron_infifpo.data.read_report import ReadReport
 from megatron_infifpo.data.record_fields import (
+    COMMON,
     label,
     read_tools,
     refuse_lost,
@@ -54,7 +56,11 @@ class Prompt:
 
 
 def read_prompts(
-    inputs: Sequence[str], *, domain: str | None = None, skipped: list[str] | None = None
+    inputs: Sequence[str],
+    *,
+    domain: str | None = None,
+    on_bad: str = "error",
+    report: ReadReport | None = None,
 ) -> list[Prompt]:
     """Read prompts.
 
@@ -62,7 +68,8 @@ def read_prompts(
         inputs: files (`record_files.SUFFIXES`) or folders of `datasets`, each `FILE` or
             `FILE=COUNT`: so many of its prompts, chosen by their ids alone.
         domain: of records that do not say; default: by the data set's form.
-        skipped: receives a message for every bad record; without it the first one is an error.
+        on_bad: "error" stops at the first bad record, "skip" leaves bad records out.
+        report: receives what was left out, if given.
 
     Returns:
         The prompts in file order.
@@ -70,6 +77,7 @@ def read_prompts(
     Raises:
         UserError: names file:line, what was found and what was expected.
     """
+    report = report or ReadReport()
     prompts: list[Prompt] = []
     seen: dict[str, str] = {}
     files = [split_count(text) for text in inputs]
@@ -77,18 +85,20 @@ def read_prompts(
     for text, (path, count), stem in zip(inputs, files, names, strict=True):
         found: list[Prompt] = []
         for raw in iter_raw(path, stem):
+            ignored: set[str] = set()
             try:
                 if raw.error is not None:
                     raise BadRecordError(raw.error)
-                prompt = parse_prompt(raw.value, raw.default_id, domain)
+                prompt = parse_prompt(raw.value, raw.default_id, domain, ignored)
                 if prompt.id in seen:
                     raise BadRecordError(f"duplicate id {prompt.id!r}, first at {seen[prompt.id]}")
             except BadRecordError as error:
-                if skipped is None:
+                if on_bad == "error":
                     raise UserError(f"{raw.where}: {error}") from None
-                skipped.append(f"{raw.where}: {error}")
+                report.skipped.append(f"{raw.where}: {error}")
                 continue
             seen[prompt.id] = raw.where
+            report.ignored.update(ignored)
             found.append(prompt)
         prompts += found if count is None else choose(found, count, text)
     return prompts
@@ -113,15 +123,24 @@ def choose(prompts: list[Prompt], count: int, text: str) -> list[Prompt]:
     return [prompts[i] for i in sorted(heapq.nsmallest(count, range(len(prompts)), key))]
 
 
-def parse_prompt(value: Any, default_id: str, domain: str | None = None) -> Prompt:
+def parse_prompt(
+    value: Any, default_id: str, domain: str | None = None, ignored: set[str] | None = None
+) -> Prompt:
     """Read one record.
+
+    Args:
+        value: as decoded.
+        default_id: of a record that has none.
+        domain: of a record that does not say.
+        ignored: receives the names of what nothing uses, if given.
 
     Raises:
         BadRecordError: it has no prompt, or a malformed one.
     """
     if not isinstance(value, dict):
         raise BadRecordError(f"found {kind(value)}, expected an object")
-    messages, inner_tools = _conversation(value)
+    ignored = set() if ignored is None else ignored
+    messages, inner_tools, used = _conversation(value, ignored)
     messages = (*system_messages(value, messages), *messages)
     last = messages[-1] if messages else None
     if last is None or last["role"] not in ("user", "tool") or not last["content"].strip():
@@ -130,6 +149,8 @@ def parse_prompt(value: Any, default_id: str, domain: str | None = None) -> Prom
             "message of role user (or tool) that is not empty"
         )
     refuse_lost(value)
+    used |= {*COMMON, *EXTRA, "question_id"}
+    ignored |= {str(n) for n in value if n not in used and value[n] is not None}
     extra = {name: value[name] for name in EXTRA if value.get(name) is not None}
     inner = extra.pop("extra", None)
     extra = {**(inner if isinstance(inner, dict) else {}), **extra}
@@ -144,30 +165,31 @@ def parse_prompt(value: Any, default_id: str, domain: str | None = None) -> Prom
     )
 
 
-def _conversation(value: dict[str, Any]) -> tuple[tuple[Message, ...], Any]:
-    """Return the prompt's messages up to what is asked last, and tools that lie among them.
+def _conversation(
+    value: dict[str, Any], ignored: set[str]
+) -> tuple[tuple[Message, ...], Any, set[str]]:
+    """Return the prompt's messages, tools that lie among them, and the fields that were read.
 
     A conversation that ends with an answer is there up to the user's last message: what follows is
     the data set's own reply. Of a preference record it is what its replies have in common.
     """
-    ignored: set[str] = set()
     found = _of_preferences(value, ignored)
     if found is None:
         name = next((name for name in FIELDS if value.get(name) is not None), None)
         if name is None:
             raise BadRecordError(f"no prompt: expected one of the fields {', '.join(FIELDS)}")
-        found = prompt_messages(value[name], name, ignored), None
-    messages, tools = found
+        found = prompt_messages(value[name], name, ignored), None, {name}
+    messages, tools, used = found
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[: users[-1] + 1] if users else ()
-    return messages, tools
+    return messages, tools, used
 
 
 def _of_preferences(
     value: dict[str, Any], ignored: set[str]
-) -> tuple[tuple[Message, ...], Any] | None:
-    """Return the prompt of a preference record, and its tools; None where it is none."""
+) -> tuple[tuple[Message, ...], Any, set[str]] | None:
+    """Return what `_conversation` returns of a preference record; None where it is none."""
     try:
         form = form_of(value)
     except BadRecordError:
@@ -178,7 +200,7 @@ def _of_preferences(
         if "chosen" in form.fields:
             raise
         return None  # such as a tie: no pair, but a prompt all the same
-    return parts.prompt, parts.tools
+    return parts.prompt, parts.tools, {*form.fields, *parts.used}
 
 
 def _domain(value: dict[str, Any]) -> str:

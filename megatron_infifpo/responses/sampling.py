@@ -124,7 +124,8 @@ def outcome(output: Path, max_tokens: int) -> list[str]:
             missing.update(line.get("missing", {}))
             left_out.update(line.get("left_out", {}))
             unknown += line["finish_reasons"].count(UNKNOWN)
-            repeated += len(found) - len({text.strip() for text in found})
+            texts = [text.strip() for text in found if text.strip()]
+            repeated += len(texts) - len(set(texts))
             if len(found) < line["asked"]:
                 short.append(f"{line['id']!r} {len(found)} of {line['asked']}")
 

@@ -45,16 +45,18 @@ class Turns:
             skip: leave out a prompt that cannot be asked; else it is an error.
         """
         self.chat, self.context, self._skip = chat, context or sys.maxsize, skip
-        named = getattr(generation_config, "eos_token_id", None)
-        ids = [chat.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         turn, added = chat.end_of_turn_ids, chat.tokenizer.added_tokens_decoder
-        self.texts = []
+        named = getattr(generation_config, "eos_token_id", None)
+        # Files of converted models name ordinary tokens at times: those end no turn.
+        ids = [i for i in (named if isinstance(named, list) else [named]) if i in added]
+        self.ids: set[int] = {i for i in (*ids, chat.tokenizer.eos_token_id) if i is not None}
+        self.texts, self._before_end = [], ""
         if turn and turn[-1] in added:
-            ids.append(turn[-1])
+            self.ids.add(turn[-1])
+            # What the template writes before that token is no part of the answer.
+            self._before_end = chat.end_of_turn.removesuffix(added[turn[-1]].content)
         elif chat.end_of_turn.strip():
             self.texts = [chat.end_of_turn.strip()]
-        # Files of converted models name ordinary tokens at times: those end no turn.
-        self.ids = {i for i in ids if i in added}
         specials = sorted((t.content for t in added.values() if t.special), key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
@@ -112,6 +114,7 @@ class Turns:
         for end in self.texts:
             before, found, _ = text.partition(end)
             text, ended = before, ended or bool(found)
+        text = text.removesuffix(self._before_end) if ended else text
         answer, reasoning = split_reasoning(text, self.chat.template.text, opened.text)
         return Response(
             self._specials.sub("", answer),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.read_report import ReadReport
 from megatron_infifpo.responses.prompts import read_prompts
 
 USER = {"role": "user", "content": "Say hi."}
@@ -108,6 +109,18 @@ def test_a_domain_is_not_a_field_s_name(tmp_path, record, domain):
     assert prompt.domain == domain
     (prompt,) = read_prompts([str(tmp_path / "p.jsonl")], domain="mine")
     assert prompt.domain == ("law" if domain == "law" else "mine")
+
+
+def test_what_is_not_used_is_said(tmp_path):
+    records = [
+        {"problem": "x", "solution": "y", "answer": "2", "problem_type": "Algebra", "source": "z"},
+        {"prompt": [USER | {"weight": 0}], "chosen": "hi", "rejected": "no", "score": 3},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join([*map(json.dumps, records), "{"]))
+    report = ReadReport()
+    read_prompts([str(tmp_path / "p.jsonl")], on_bad="skip", report=report)
+    assert set(report.ignored) == {"problem_type", "source", "score", "(messages) weight"}
+    assert len(report.skipped) == 1 and "p.jsonl:3" in report.skipped[0]
 
 
 def test_ids_stay(tmp_path):

@@ -14,6 +14,7 @@ from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.tokenization import ChatTokenizer
 from megatron_infifpo.responses.engines import Sampling, TransformersEngine
 from megatron_infifpo.responses.prompts import Prompt
+from megatron_infifpo.responses.turns import Turns
 
 OPTIONS = types.SimpleNamespace(bf16=False, batch=4, trust_remote_code=False, on_bad_record="error")
 
@@ -134,6 +135,18 @@ def test_reasoning_of_a_model(talker, marked):
     )
     cut = ids[: ids.index(chat.end_of_turn_ids[-1])]
     assert turns.response(cut, turns.open(ask("x"))).finish == "length"
+
+
+def test_what_the_template_ends_a_reply_with(talker):
+    """A line break before the token that ends a turn is the template's, not the answer's."""
+    chat = ChatTokenizer.from_pretrained(
+        talker, template=tiny.TEMPLATE.replace("'<|end|>'", "'\\n<|end|>'")
+    )
+    turns = Turns(chat)
+    opened = turns.open(ask("x"))
+    ids = chat.tokenizer("yes\n\n<|end|>", add_special_tokens=False)["input_ids"]
+    assert turns.response(ids, opened).text == "yes\n"
+    assert turns.response(ids[:-1], opened).text == "yes\n\n"
 
 
 def test_an_end_of_turn_that_is_text(tmp_path):
