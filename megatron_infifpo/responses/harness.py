@@ -42,8 +42,8 @@ def _problem(manager: Any, task: str) -> str:
         manager.load([task])
     except Exception as error:  # it runs task files of the user's, and downloads
         return (
-            f"the harness cannot load the task {task!r} ({type(error).__name__}: {error}): mend its "
-            "files, or fetch its data set"
+            f"the harness cannot load the task {task!r} ({type(error).__name__}: {error}): mend "
+            "its files, or fetch its data set"
         )
     return ""
 
