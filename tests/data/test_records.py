@@ -143,8 +143,8 @@ def test_real_sharegpt_file(shared_data):
 
 
 RENDERED = {
-    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n": "<|im_start|>system",
-    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>": "<|begin_of_text|>",
+    "<|im_start|>system\nBrief!<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n": "<|im_start|>system",
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi": "<|begin_of_text|>",
     "<s>[INST] Hi [/INST]": "<s>[INST]",
     "Hi<|im_end|>\n<|im_start|>assistant\n<think>\n": "<|im_start|>assistant",
     "<bos><start_of_turn>user\nHi<end_of_turn>": "<bos><start_of_turn>user",
