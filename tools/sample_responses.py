@@ -73,7 +73,7 @@ def main() -> None:
     plan = {"model": model, "engine": args.engine, "bf16": args.bf16, "batch": args.batch}
     plan |= {"chat_template": args.chat_template, "template_options": args.template_options}
     if chat is not None and args.engine != "server":
-        plan |= chat.fingerprint()
+        plan |= {"folder": str(Path(args.model).resolve()), **chat.fingerprint()}
     complete = run_job(
         prompts,
         engine,
@@ -190,6 +190,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.output is None and not args.check_only:
         parser.error("--output is missing: expected the file to write")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error("expected --temperature from 0 on and --top-p above 0, up to 1")
     if args.check_only and not args.check:
         parser.error("--check-only and --check 0 exclude each other")
     return args
@@ -248,6 +250,8 @@ def open_engine(args: argparse.Namespace, how: Sampling) -> tuple[Engine, ChatTo
     args.template_options = read_options(args.chat_template_options)
     if (args.engine == "server") != (args.server is not None):
         raise UserError("--engine server and --server URL go together: give both or none")
+    if args.server and not args.server.startswith(("http://", "https://")):
+        raise UserError(f"--server is {args.server}, expected such as http://localhost:8000/v1")
     folder = args.check_model or args.model
     if args.engine != "server" and args.check_model:
         raise UserError("--check-model is for --engine server: others have the model itself")

@@ -272,6 +272,8 @@ class VllmEngine:
         """Return responses, each with what vLLM says of it; none of a prompt that is left out."""
         opened = self.turns.open_all(prompts)
         asked = [(one, how) for one, how in zip(opened, settings, strict=True) if one is not None]
+        if not asked:
+            return [[] for _ in prompts]
         outputs = self.network.generate(
             [{"prompt_token_ids": one.ids} for one, _ in asked],
             [

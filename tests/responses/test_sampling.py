@@ -1,6 +1,7 @@
 """Sampling by transformers and by a stand-in for vLLM: whole responses, prompts, resume."""
 
 import json
+import shutil
 import sys
 import types
 
@@ -81,16 +82,18 @@ def test_greedy_equals_a_loop(sample, talker, capsys):
     assert "temperature 0: one response of a prompt" in capsys.readouterr().out
 
 
-def test_parts_and_resume(sample, tmp_path):
+def test_parts_and_resume(sample, tmp_path, talker):
     """Two parts, one of them stopped after a shard, write what one process writes."""
     whole = sample("--check", "0")
     assert sample("--check", "0", "--part", "1/2", output="parts.jsonl") == []
     folder = tmp_path / "parts.jsonl.shards"
+    moved = shutil.copytree(talker, tmp_path / "elsewhere" / talker.name)
     assert [path.name for path in sorted(folder.glob("0*"))] == ["000001.jsonl"]
     for flags, message in (
         (["--temperature", "0.1"], "its temperature is 0.8"),
         (["--keep-cut"], "its keep_cut is False"),
         (["--retries", "7"], "its retries is 2"),
+        (["--model", str(moved)], f"its folder is '{talker}'"),
     ):
         with pytest.raises(UserError, match=f"shards of another job: {message}"):
             sample("--check", "0", *flags, output="parts.jsonl")

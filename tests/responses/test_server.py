@@ -160,6 +160,8 @@ def test_refusals(ask, capsys):
 def test_flags_that_go_together(sample, server):
     with pytest.raises(UserError, match="go together"):
         sample("--server", server.url)
+    with pytest.raises(UserError, match="--server is localhost:8000, expected such as http"):
+        sample("--engine", "server", "--server", "localhost:8000")
     with pytest.raises(UserError, match="--check-model is for --engine server"):
         sample("--check-model", "x")
     with pytest.raises(UserError, match="--chat-template has no effect"):
