@@ -37,12 +37,12 @@ from megatron_infifpo.responses.engines import (
     NotMeasuredError,
     Sampling,
     TransformersEngine,
-    VllmEngine,
 )
 from megatron_infifpo.responses.logprob_check import TOLERANCE, check_engine, open_scorer
 from megatron_infifpo.responses.prompts import Prompt, read_prompts
 from megatron_infifpo.responses.sampling import outcome, run_job
 from megatron_infifpo.responses.server import ServerEngine
+from megatron_infifpo.responses.vllm_engine import VllmEngine
 
 PRESETS = {"pivot": 8, "source": 4}
 
