@@ -15,7 +15,6 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNUSABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
 )  # fmt: skip
-_MOST = 10**9  # of a number on the command line
 
 
 class UserError(ValueError):
@@ -31,30 +30,29 @@ def positive(text: str) -> int:
     return whole(1)(text)
 
 
-def whole(least: int, most: int = _MOST) -> Callable[[str], int]:
+def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
     """Make a reader of a flag's value: a whole number, `least` to `most`."""
 
     def read(text: str) -> int:
         with contextlib.suppress(ValueError):
             if least <= int(text) <= most:
                 return int(text)
-        above = f" of at least {least}" if most == _MOST else f", {least} to {most}"
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number{above}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected a whole number of at least {least}, {most} at most"
+        )
 
     return read
 
 
-def real(least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
-    """Make a reader of a flag's value: a finite number, `least` (or above it) to `most`."""
+def real(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """Make a reader of a flag's value: a finite number, `least` to `most`."""
 
     def read(text: str) -> float:
         with contextlib.suppress(ValueError):
-            number = float(text)
-            if math.isfinite(number) and least <= number <= most and (number > least or not above):
-                return number
-        low = f" above {least:g}" if above else f" of at least {least:g}"
+            if math.isfinite(float(text)) and least <= float(text) <= most:
+                return float(text)
         high = "" if math.isinf(most) else f", {most:g} at most"
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a number{low}{high}")
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number of at least {least:g}{high}")
 
     return read
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from save_workers import LiveBytes
+from workers import load_tool
 
 from megatron_infifpo.models.families import megatron_args, tensor_parallel_sizes
 from megatron_infifpo.models.published import PUBLISHED
@@ -132,3 +133,15 @@ def test_the_command(ranks):
     fits = [line for line in lines if line.strip()[:1].isdigit() and "does not fit" not in line]
     hours = [float(line.split()[-1]) for line in fits]
     assert hours == sorted(hours) and len(fits) == 10
+
+
+@pytest.mark.parametrize(
+    "flag", ["--mfu", "--gpu-memory", "--gpu-tflops", "--gpus", "--row-tokens", "--pairs"]
+)
+def test_numbers_that_are_none(flag, capsys):
+    parser = load_tool("plan_run").make_parser()
+    for value in ("0", "-1", "nan", "inf", "x"):
+        with pytest.raises(SystemExit) as stopped:
+            parser.parse_args(["--model", "m", "--gpus", "8", flag, value])
+        assert stopped.value.code == 2
+        assert f"argument {flag}: {value!r}, expected a" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import torch
 from megatron_infifpo.checkpoint.hf_export import export_checkpoint
 from megatron_infifpo.checkpoint.hf_import import import_checkpoint
 from megatron_infifpo.checkpoint.summary import describe
-from megatron_infifpo.cli import run
+from megatron_infifpo.cli import positive, real, run, whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="import | export | verify | inspect")
     dtype: dict[str, Any] = {"choices": list(DTYPES)}
     dtype["help"] = "of the weights written (default: the original's)"
-    iteration: dict[str, Any] = {"type": int, "metavar": "N"}
+    iteration: dict[str, Any] = {"type": whole(0), "metavar": "N"}
     iteration["help"] = "training iteration (default: the latest)"
     load: dict[str, Any] = {"required": True, "metavar": "DIR"}
 
@@ -75,8 +75,8 @@ def parse_args() -> argparse.Namespace:
     command = commands.add_parser("verify", help="compare log-probs of both; under torchrun")
     command.add_argument("--hf", **load, help="Hugging Face folder")
     command.add_argument("--load", **load, help="Megatron checkpoint, or a Hugging Face folder")
-    command.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
-    command.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
+    command.add_argument("--tensor-model-parallel-size", type=positive, default=1, metavar="N")
+    command.add_argument("--pipeline-model-parallel-size", type=positive, default=1, metavar="N")
     command.add_argument(
         "--by-layers",
         action="store_true",
@@ -85,7 +85,7 @@ def parse_args() -> argparse.Namespace:
     command.add_argument("--bf16", action="store_true", help="compute in bfloat16, not float32")
     command.add_argument(
         "--tolerance",
-        type=float,
+        type=real(0),
         metavar="X",
         help="largest difference of a token's log-prob (default: 1e-3, or 0.5 with --bf16)",
     )

@@ -15,7 +15,7 @@ of some steps (Megatron's --log-throughput counts a pair as one text of --seq-le
 import argparse
 from pathlib import Path
 
-from megatron_infifpo.cli import UserError, positive, run
+from megatron_infifpo.cli import UserError, positive, real, run, whole
 from megatron_infifpo.models.architecture import read_hf_config
 from megatron_infifpo.models.families import megatron_args, tensor_parallel_sizes
 from megatron_infifpo.models.published import PUBLISHED
@@ -45,11 +45,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", required=True, help=f"Hugging Face folder, or one of {', '.join(PUBLISHED)}"
     )
-    parser.add_argument("--gpus", type=positive, required=True)
+    some = real(0.001)
+    parser.add_argument("--gpus", type=whole(1, 100_000), required=True)
     parser.add_argument("--gpus-per-node", type=positive, default=8, help="(default: 8)")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB (default: 80)")
-    parser.add_argument("--gpu-tflops", type=float, default=989.0, help="(default: 989, H100 bf16)")
-    parser.add_argument("--mfu", type=float, default=0.35, help="(default: 0.35)")
+    parser.add_argument("--gpu-memory", type=some, default=80.0, help="GiB (default: 80)")
+    parser.add_argument("--gpu-tflops", type=some, default=989.0, help="(default: 989, H100 bf16)")
+    parser.add_argument("--mfu", type=real(0.001, 1), default=0.35, help="0 to 1 (default: 0.35)")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16")
     parser.add_argument(
         "--layers",
@@ -70,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--row-tokens", type=positive, default=8192, help="of a micro-batch")
     parser.add_argument("--global-batch-size", type=positive, default=128, help="(default: 128)")
     parser.add_argument("--pairs", type=positive, default=75_000, help="(default: 75000)")
-    parser.add_argument("--sft-records", type=int, default=75_000, help="(default: 75000)")
+    parser.add_argument("--sft-records", type=whole(0), default=75_000, help="(default: 75000)")
     parser.add_argument("--sft-epochs", type=positive, default=3, help="(default: 3)")
     parser.add_argument(
         "--share-prompt",

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_infifpo.checkpoint.hf_export import hf_tensors, open_checkpoint
 from megatron_infifpo.checkpoint.hf_folder import open_hf
 from megatron_infifpo.checkpoint.safetensors_io import bytes_of
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.hf_tokenizer import load_tokenizer
 from megatron_infifpo.data.packing import collate
 from megatron_infifpo.data.preference_dataset import PreferencePair
 from megatron_infifpo.models.architecture import read_hf_config
 from megatron_infifpo.models.families import megatron_args
+from megatron_infifpo.models.hf_model import load_causal_lm
 from megatron_infifpo.scoring.megatron_backend import MegatronBackend
 
 # English, code, mathematics and other scripts, short and long.
@@ -95,7 +96,7 @@ def verify(args: argparse.Namespace) -> int:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     tolerance = TOLERANCES[dtype] if args.tolerance is None else args.tolerance
     _check_same_model(args.hf, args.load)
-    tokenizer = AutoTokenizer.from_pretrained(args.hf)
+    tokenizer = load_tokenizer(args.hf)
     ids = _tokenize(tokenizer, TEXTS if args.texts is None else _read_texts(args.texts))
     both = _by_layers(args, ids) if args.by_layers else _whole(args, ids, dtype)
     failed = 0
@@ -189,9 +190,8 @@ def _gap(theirs: Tensor, ours: Tensor) -> float:
 @torch.no_grad()
 def hf_logprobs(directory: str | Path, ids: list[np.ndarray], dtype: torch.dtype) -> list[Tensor]:
     """Log-probs `[tokens - 1]` of each text under a Hugging Face model, float32, on the CPU."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
     device = torch.cuda.current_device()
-    model.eval().to(device)
+    model = load_causal_lm(directory, dtype=dtype).to(device)
     results = []
     for tokens in ids:
         row = torch.from_numpy(tokens).long()[None].to(device)
