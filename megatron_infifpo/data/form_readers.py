@@ -58,7 +58,7 @@ def read_pair(value: dict[str, Any], ignored: set[str], names: tuple[str, str]) 
     if not any(whole):
         for name in PROMPTS:
             if value.get(name) not in (None, [], {}):
-                prompt, used = _prompt(value, name, ignored)
+                prompt, used = read_prompt(value, name, ignored)
                 return Parts(prompt, *both, used)
         if all(isinstance(value[name], str) for name in names):
             raise BadRecordError(
@@ -75,13 +75,13 @@ def read_pair(value: dict[str, Any], ignored: set[str], names: tuple[str, str]) 
     used: tuple[str, ...] = ()
     for name in CHECKED_PROMPTS:
         if value.get(name) not in (None, "", [], {}):
-            prompt, used = _prompt(value, name, ignored)
+            prompt, used = read_prompt(value, name, ignored)
             extra = prompt_beside(prompt, head, name, names)
             return Parts((*extra, *head), *(c[len(head) :] for c in both), used)
     return Parts(head, *(messages[len(head) :] for messages in both))
 
 
-def _prompt(
+def read_prompt(
     value: dict[str, Any], name: str, ignored: set[str]
 ) -> tuple[tuple[Message, ...], tuple[str, ...]]:
     """Return the prompt in a field, and the fields that it is made of."""
