@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.conversations import prompt_messages
+from megatron_infifpo.data.form_readers import read_prompt
 from megatron_infifpo.data.messages import BadRecordError, Message, check_json, kind
 from megatron_infifpo.data.read_report import ReadReport
 from megatron_infifpo.data.record_fields import (
@@ -142,11 +142,11 @@ def parse_prompt(
     ignored = set() if ignored is None else ignored
     messages, inner_tools, used = _conversation(value, ignored)
     messages = (*system_messages(value, messages), *messages)
-    last = messages[-1] if messages else None
-    if last is None or last["role"] not in ("user", "tool") or not last["content"].strip():
+    last = messages[-1] if messages else {"role": "absent"}
+    if last["role"] != "tool" and (last["role"] != "user" or not last["content"].strip()):
         raise BadRecordError(
-            f"the prompt's last message is {'absent' if last is None else last}, expected a "
-            "message of role user (or tool) that is not empty"
+            f"the prompt's last message is {last if messages else 'absent'}, expected a message of "
+            "role user that is not empty, or of role tool"
         )
     refuse_lost(value)
     used |= {*COMMON, *EXTRA, "question_id"}
@@ -178,7 +178,8 @@ def _conversation(
         name = next((name for name in FIELDS if value.get(name) is not None), None)
         if name is None:
             raise BadRecordError(f"no prompt: expected one of the fields {', '.join(FIELDS)}")
-        found = prompt_messages(value[name], name, ignored), None, {name}
+        prompt, read = read_prompt(value, name, ignored)
+        found = prompt, None, set(read)
     messages, tools, used = found
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if messages and messages[-1]["role"] == "assistant":
@@ -206,6 +207,6 @@ def _of_preferences(
 def _domain(value: dict[str, Any]) -> str:
     """Tell the domain by the data set that has such records, never by one field's name."""
     if {"problem", "solution"} <= value.keys():
-        numina = {"answer", "problem_type"} & value.keys() or value.get("source") in NUMINA
+        numina = {"answer", "problem_type"} & value.keys() or str(value.get("source")) in NUMINA
         return "math" if numina else "general"
     return "code" if {"question_id", "test"} <= value.keys() else "general"

@@ -57,6 +57,10 @@ WHOLE = [USER, REPLIES[0][0], {"role": "user", "content": "Again."}]
     [
         ({"prompt": WHOLE}, WHOLE),
         ({"messages": [SYSTEM, *WHOLE, *REPLIES[0]]}, [SYSTEM, *WHOLE]),
+        (
+            {"instruction": "Translate.", "input": "hi", "output": "salut"},
+            [{"role": "user", "content": "Translate.\nhi"}],
+        ),
         ({"system": "Be brief.", "prompt": "Say hi."}, [SYSTEM, USER]),
         ({"chosen": [*WHOLE, *REPLIES[0]], "rejected": [*WHOLE, *REPLIES[1]]}, WHOLE),
         (
@@ -96,6 +100,7 @@ def test_a_tool_spoke_last(tmp_path):
         ({"question": "Lee has 3 pens.", "answer": "#### 5"}, "general"),
         ({"problem": "My car is broken."}, "general"),
         ({"problem": "x", "solution": "y", "source": "stackoverflow"}, "general"),
+        ({"problem": "x", "solution": "y", "source": ["cn_k12"]}, "general"),
         ({"problem": "x", "solution": "y", "source": "cn_k12"}, "math"),
         ({"problem": "x", "solution": "y", "problem_type": "Algebra"}, "math"),
         ({"question_id": "q", "question": "x", "test": "assert f()"}, "code"),
