@@ -126,24 +126,24 @@ def _rows(batch: Any, check: Callable[[Any], None] = lambda part: None) -> Rows:
         return
     except (UnicodeDecodeError, ValueError, OverflowError) as error:
         if len(batch) == 1:
-            yield None, _undecodable(batch, error)
+            yield None, _undecodable(batch, check, error)
             return
     for row in range(len(batch)):
         yield from _rows(batch.slice(row, 1), check)
 
 
-def _undecodable(row: Any, error: Exception) -> str:
+def _undecodable(row: Any, check: Callable[[Any], None], error: Exception) -> str:
     """Say which column of a row cannot be decoded."""
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
+            check(column)
             column.to_pylist()
         except UnicodeDecodeError as problem:
-            return (
-                f"column {name!r} is not UTF-8 (byte {problem.start} of a text), expected UTF-8 "
-                "text"
-            )
-        except (ValueError, OverflowError):
-            continue
+            return f"column {name!r} is not UTF-8 (byte {problem.start} of a text), expected UTF-8"
+        except (ValueError, OverflowError) as problem:
+            said = str(problem).splitlines()[0]
+            what = "is not UTF-8" if "UTF8" in said else "cannot be decoded"
+            return f"column {name!r} {what} ({said}), expected a valid row"
     return f"it cannot be decoded ({str(error).splitlines()[0]}), expected a valid row"
 
 

@@ -5,9 +5,11 @@ A reader is called with a folder that holds a good set of files, one of them dam
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tiny
 
@@ -96,6 +98,10 @@ READERS = {
     "json": Reader(("a.json",), lambda f: list(iter_records([f / "a.json"])), text=True),
     "gzip": Reader(("a.jsonl.gz",), lambda f: list(iter_records([f / "a.jsonl.gz"]))),
     "parquet": Reader(("a.parquet",), lambda f: list(iter_records([f / "a.parquet"]))),
+    "forms": Reader(("forms.jsonl",), lambda f: list(iter_records([f / "forms.jsonl"])), text=True),
+    "csv": Reader(("a.csv",), lambda f: list(iter_records([f / "a.csv"]))),
+    "zstd": Reader(("a.jsonl.zst",), lambda f: list(iter_records([f / "a.jsonl.zst"]))),
+    "folder": Reader(("folder/*",), lambda f: list(iter_records([f / "folder"]))),
     "sources.yaml": Reader(("sources.yaml",), read_sources_yaml),
     "token manifest": Reader(("pairs.json",), read_tokens, text=True),
     "token dataset": Reader(("pairs.*", "pairs_*"), read_tokens),
@@ -107,6 +113,35 @@ READERS = {
     "checkpoint": Reader(("pivot/*.txt", "pivot/release/*", "pivot/release/.*"), read_checkpoint),
     "run.json": Reader(("run.json",), read_run_file, text=True),
 }
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": [1, None]}}}
+CALLING = {
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    "chat_template_kwargs": {"enable_thinking": True},
+    "prompt": [{"role": "user", "content": [{"type": "text", "text": "f?"}]}],
+    "chosen": [
+        {"role": "assistant", "content": None, "reasoning_content": "f", "tool_calls": [CALL]},
+        {"role": "tool", "content": "1", "name": "f", "tool_call_id": "c"},
+        {"role": "assistant", "content": "1"},
+    ],
+    "rejected": "no",
+}
+
+
+def write_tables(folder: Path, table: Any) -> None:
+    """Write a table in the other forms that records come in."""
+    import pyarrow
+    import pyarrow.csv
+
+    with pyarrow.output_stream(folder / "a.jsonl.zst", compression="zstd") as stream:
+        stream.write((folder / "a.jsonl").read_bytes())
+    texts = [n for n in table.column_names if pyarrow.types.is_string(table.schema.field(n).type)]
+    pyarrow.csv.write_csv(table.select(texts), folder / "a.csv")
+    (folder / "folder").mkdir()
+    with pyarrow.ipc.new_stream(folder / "folder" / "data.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (folder / "folder" / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
 
 
 def write_good_files(folder: Path) -> None:
@@ -125,6 +160,10 @@ def write_good_files(folder: Path) -> None:
     (folder / "a.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
     table = pyarrow.Table.from_pylist([json.loads(line) for line in lines])
     pyarrow.parquet.write_table(table, folder / "a.parquet")
+    write_tables(folder, table)
+    page = Path(__file__).resolve().parents[2] / "docs" / "file-formats.md"
+    (forms,) = re.findall(r"```jsonl\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    (folder / "forms.jsonl").write_text(forms + json.dumps(CALLING) + "\n")
     records = read_records([folder / "a.jsonl"])
     tokenizer = ChatTokenizer.from_pretrained(folder / "hf")
     write_token_dataset(records, tokenizer, folder / "pairs", source_files=[folder / "a.jsonl"])

@@ -17,7 +17,7 @@ def good(tmp_path_factory):
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_refused(good, name):
-    found, refused, _ = fuzz(name, good, datetime.date.today().toordinal(), 0, 150)
+    found, refused, _ = fuzz(name, good, datetime.date.today().toordinal(), 0, 80)
     assert not found, "\n".join(found)
     assert refused > 20
 
