@@ -6,9 +6,10 @@ model that is scored: then the responses are not of the policy that training tak
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +27,35 @@ from megatron_infifpo.responses.turns import Turns
 MAX_TOKENS = 64  # of a response
 # The largest difference of a token, in nats. In bfloat16 two right programs differ by some tenths.
 TOLERANCE = {False: 0.05, True: 1.0}
+LONG = (
+    "; and this model's rope depends on how long a text is: one that crosses its limit while it is "
+    "written has begun with other angles than it is scored with"
+)
 MEAN = 1 / 20  # of the largest one: how far all tokens may differ in the mean
 
-Scorer = Callable[[Sequence[int], Sequence[int]], Tensor]
-"""Takes the ids of a prompt and of `[L]` response tokens; returns their float32 log-probs `[L]`."""
+
+class Scorer:
+    """Scores one response at a time.
+
+    Attributes:
+        by_length: whether the model's rope depends on how long a text is.
+    """
+
+    def __init__(self, network: Any) -> None:
+        """Take a model of transformers, freshly loaded."""
+        # Here: it imports Megatron, which takes seconds.
+        from megatron_infifpo.scoring.transformers_backend import TransformersBackend
+
+        self._backend = TransformersBackend.around(network)
+        self.by_length = self._backend.rule.by_length
+
+    def __call__(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Tensor:
+        """Return the float32 log-probs `[L]` of a response's tokens `[L]`."""
+        from megatron_infifpo.data.packing import collate
+        from megatron_infifpo.data.preference_dataset import PreferencePair
+
+        ids = [np.asarray(part, dtype=np.int32) for part in (prompt_ids, response_ids)]
+        return self._backend([collate([PreferencePair(0, ids[0], (ids[1],))])])[0]
 
 
 @dataclass
@@ -40,11 +66,13 @@ class Comparison:
         differences: of every token that was compared, in nats.
         responses: how many there were.
         otherwise: how many of them are not scored as they were sampled, by reason.
+        by_length: whether the model's rope depends on how long a text is.
     """
 
     differences: list[float] = field(default_factory=list)
     responses: int = 0
     otherwise: Counter[str] = field(default_factory=Counter)
+    by_length: bool = False
 
     @property
     def largest(self) -> float:
@@ -76,7 +104,7 @@ class Comparison:
             f"{said}. What the engine samples from is not what is scored with {model}: expected "
             "the same chat template with the same options, and the same weights (stale or "
             "quantized ones differ)"
-        )
+        ) + (LONG if self.by_length else "")
 
 
 def check_engine(
@@ -88,7 +116,7 @@ def check_engine(
         NotMeasuredError: the engine gives no log-probs.
     """
     measured = engine.measure(prompts, MAX_TOKENS, seed)
-    found = Comparison()
+    found = Comparison(by_length=scorer.by_length)
     for one in measured:
         _compare(one, chat, scorer, found)
     return found
@@ -152,11 +180,6 @@ def open_scorer(
     Raises:
         UserError: it cannot be loaded.
     """
-    # Here: they import Megatron, which takes seconds.
-    from megatron_infifpo.data.packing import collate
-    from megatron_infifpo.data.preference_dataset import PreferencePair
-    from megatron_infifpo.scoring.transformers_backend import TransformersBackend
-
     if isinstance(engine, TransformersEngine):
         network = engine.network
     else:
@@ -166,13 +189,7 @@ def open_scorer(
             trust_remote_code=trust_remote_code,
             device_map={"": _device_for(model)},
         )
-    backend = TransformersBackend.around(network)
-
-    def score(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Tensor:
-        ids = [np.asarray(part, dtype=np.int32) for part in (prompt_ids, response_ids)]
-        return backend([collate([PreferencePair(0, ids[0], (ids[1],))])])[0]
-
-    return score
+    return Scorer(network)
 
 
 def _device_for(model: str | Path) -> str:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.tokenization import ChatTokenizer
 from megatron_infifpo.responses.engines import Sampling, TransformersEngine
+from megatron_infifpo.responses.logprob_check import check_engine, open_scorer
 from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.responses.turns import Turns
 
@@ -120,6 +121,24 @@ def test_log_probs_are_those_of_a_loop(talker):
         first = len(ids) - len(one.tokens)
         expected = [float(logprobs[i - 1, ids[i]]) for i in range(first, len(ids))]
         assert one.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_rope_that_the_check_finds(tmp_path):
+    """Angles that change while a text is written: found, and said; not in texts of one side."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4}
+    rope |= {"long_factor": [1.0, 2.0, 4.0, 12.0], "original_max_position_embeddings": 32}
+    folder = save_talker(
+        tmp_path / "rope", rope_parameters=rope, original_max_position_embeddings=32
+    )
+    chat = ChatTokenizer.from_pretrained(folder)
+    engine = TransformersEngine(str(folder), chat, Sampling(), OPTIONS)
+    scorer = open_scorer(folder, engine, bf16=False, trust_remote_code=False)
+    found = check_engine(engine, [ask("the sun " * 20), ask("x", "q")], chat, scorer, 0)
+    assert found.by_length and found.agrees(0.01), "one is long, the other ends before the limit"
+    crossing = [ask("the sun " * n, f"r{n}") for n in range(6, 12)]
+    found = check_engine(engine, crossing, chat, scorer, 1)
+    assert not found.agrees(0.01)
+    assert "rope depends on how long a text is" in found.sentence(0.01, "x")
 
 
 @pytest.mark.parametrize("marked", [True, False])
