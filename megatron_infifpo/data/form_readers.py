@@ -34,15 +34,13 @@ class Parts:
 
     Attributes:
         prompt: messages; empty if the record has none.
-        chosen: messages of the better reply.
-        rejected: messages of the other one.
+        replies: messages of the better reply, and of the other one.
         used: fields that were read beside those that the form is known by.
         tools: schemas of functions that lie inside other fields, if any.
     """
 
     prompt: tuple[Message, ...]
-    chosen: tuple[Message, ...]
-    rejected: tuple[Message, ...]
+    replies: tuple[tuple[Message, ...], tuple[Message, ...]]
     used: tuple[str, ...] = ()
     tools: Any = None
 
@@ -53,39 +51,48 @@ def read_pair(value: dict[str, Any], ignored: set[str], names: tuple[str, str]) 
     The fields `prompt`, `conversations`, `messages`, `question`, `instruction` (with Alpaca's
     `input` and `history`) and `input` hold a prompt; the first of them counts.
     """
-    both = tuple(conversation(value[name], name, ignored) for name in names)
+    both = read_both(value, names, ignored)
     whole = [messages[0]["role"] != "assistant" for messages in both]
     if not any(whole):
         for name in PROMPTS:
             if value.get(name) not in (None, [], {}):
                 prompt, used = read_prompt(value, name, ignored)
-                return Parts(prompt, *both, used)
+                return Parts(prompt, both, used)
         if all(isinstance(value[name], str) for name in names):
             raise BadRecordError(
                 "field 'prompt' is missing or empty; expected it as a string or a list of messages "
                 "(only conversations in 'chosen' and 'rejected' may carry the prompt themselves)"
             )
-        return Parts((), *both)
+        return Parts((), both)
     if not all(whole):
         raise BadRecordError(
             f"field {names[whole.index(True)]!r} is a whole conversation and "
             f"{names[whole.index(False)]!r} a reply, expected two of the same"
         )
     head = common_head(*both, names)
-    used: tuple[str, ...] = ()
+    replies = both[0][len(head) :], both[1][len(head) :]
     for name in CHECKED_PROMPTS:
         if value.get(name) not in (None, "", [], {}):
             prompt, used = read_prompt(value, name, ignored)
             extra = prompt_beside(prompt, head, name, names)
-            return Parts((*extra, *head), *(c[len(head) :] for c in both), used)
-    return Parts(head, *(messages[len(head) :] for messages in both))
+            return Parts((*extra, *head), replies, used)
+    return Parts(head, replies)
+
+
+def read_both(
+    value: dict[str, Any], names: tuple[str, str], ignored: set[str]
+) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """Return the messages in two fields, the better reply's first."""
+    first, second = names
+    return conversation(value[first], first, ignored), conversation(value[second], second, ignored)
 
 
 def read_prompt(
     value: dict[str, Any], name: str, ignored: set[str]
 ) -> tuple[tuple[Message, ...], tuple[str, ...]]:
     """Return the prompt in a field, and the fields that it is made of."""
-    prompt, used = prompt_messages(value[name], name, ignored), (name,)
+    prompt = prompt_messages(value[name], name, ignored)
+    used: tuple[str, ...] = (name,)
     if name != "instruction":
         return prompt, used
     more, history = value.get("input"), from_json(value.get("history"))
@@ -93,7 +100,9 @@ def read_prompt(
         whole = f"{text_of(value[name], name)}\n{text_of(more, 'input')}"
         prompt, used = ({"role": "user", "content": whole},), (name, "input")
     if history:
-        if not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        if not isinstance(history, list) or not all(
+            isinstance(turn, list) and len(turn) == 2 for turn in history
+        ):
             raise BadRecordError(
                 f"field 'history' is {kind(history)}, expected a list of [question, answer]"
             )
@@ -115,8 +124,7 @@ def read_by_sign(
     if better == 0:
         raise BadRecordError(f"no contrast: {sign!r} is 0, expected one better response")
     names = (first, second) if better < 0 else (second, first)
-    both = (conversation(value[name], name, ignored) for name in names)
-    return Parts(prompt_messages(value[prompt], prompt, ignored), *both)
+    return Parts(prompt_messages(value[prompt], prompt, ignored), read_both(value, names, ignored))
 
 
 def read_helpsteer2(value: dict[str, Any], ignored: set[str]) -> Parts:
@@ -135,18 +143,16 @@ def read_by_name(
     winner: str,
 ) -> Parts:
     """Read two responses and what names the better one: `replies` has the field of each name."""
-    names = list(replies)
     won = str(value[winner]).strip()
     if won not in replies:
         raise BadRecordError(
-            f"no contrast: {winner!r} is {short(value[winner])}, expected {' or '.join(names)}"
+            f"no contrast: {winner!r} is {short(value[winner])}, expected {' or '.join(replies)}"
         )
-    order = names if won == names[0] else names[::-1]
+    (lost,) = replies.keys() - {won}
+    fields = replies[won], replies[lost]
     if prompt is None:
-        fields = replies[order[0]], replies[order[1]]
         return read_pair({name: value[name] for name in fields}, ignored, fields)
-    both = (conversation(value[replies[name]], replies[name], ignored) for name in order)
-    return Parts(prompt_messages(value[prompt], prompt, ignored), *both)
+    return Parts(prompt_messages(value[prompt], prompt, ignored), read_both(value, fields, ignored))
 
 
 def read_by_score(
@@ -174,12 +180,14 @@ def read_by_score(
             f"different values of {score}, expected at least two"
         )
     worst = min if best is max else max
-    both = (scores.index(best(scores)), scores.index(worst(scores)))
     ignored |= {f"{answers}.{key}" for item in items for key in item if key not in (text, score)}
-    return Parts(
-        prompt_messages(value[prompt], prompt, ignored),
-        *(conversation(items[i][text], f"{answers}[{i}].{text}", ignored) for i in both),
-    )
+
+    def reply_with(wanted: float) -> tuple[Message, ...]:
+        place = scores.index(wanted)
+        return conversation(items[place][text], f"{answers}[{place}].{text}", ignored)
+
+    replies = reply_with(best(scores)), reply_with(worst(scores))
+    return Parts(prompt_messages(value[prompt], prompt, ignored), replies)
 
 
 def read_openai(value: dict[str, Any], ignored: set[str]) -> Parts:
@@ -188,18 +196,16 @@ def read_openai(value: dict[str, Any], ignored: set[str]) -> Parts:
     if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
         raise BadRecordError(f"field 'input' is {kind(given)}, expected an object with messages")
     ignored |= {f"input.{key}" for key in given if key not in ("messages", "tools")}
-    both = (
-        conversation(value[n], n, ignored) for n in ("preferred_output", "non_preferred_output")
-    )
+    replies = read_both(value, ("preferred_output", "non_preferred_output"), ignored)
     prompt = read_messages(given["messages"], "input.messages", ignored)
-    return Parts(prompt, *both, tools=given.get("tools"))
+    return Parts(prompt, replies, tools=given.get("tools"))
 
 
 def read_messages_and_rejected(value: dict[str, Any], ignored: set[str]) -> Parts:
     """Read ms-swift's form: a conversation whose last message is the chosen reply."""
     messages = conversation(value["messages"], "messages", ignored)
     rejected = conversation(value["rejected_response"], "rejected_response", ignored)
-    return Parts(messages[:-1], messages[-1:], rejected)
+    return Parts(messages[:-1], (messages[-1:], rejected))
 
 
 def number(value: Any, name: str) -> float:

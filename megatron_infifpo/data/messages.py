@@ -113,7 +113,7 @@ def _message(item: Any, name: str, number: int, ignored: set[str] | None) -> Mes
         )
     if len(item) == 2 and type(content) is str and spelled not in CALLS:
         return {"role": role, "content": text_of(content, where)}
-    message = _with_calls(item, role, spelled, content, where)
+    message = _with_calls(item, role, str(spelled), content, where)
     for key in ("name", *(("tool_call_id",) if role == "tool" else ())):
         if _is_there(item.get(key)):
             message[key] = text_of(item[key], f"{where}.{key}")

@@ -223,7 +223,7 @@ def _iter_csv(path: Path, stem: str, stream: IO[bytes]) -> Iterator[RawRecord]:
     header: list[str] | None = None
     index = 0
     while True:
-        line, error, row = rows.line_num + 1, None, None
+        line, error, row = rows.line_num + 1, None, list[str]()
         try:
             row = next(rows)
             "".join(row).encode()

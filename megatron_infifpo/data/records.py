@@ -215,7 +215,8 @@ def parse_record(value: Any, *, default_id: str) -> tuple[PreferenceRecord, set[
             f"the prompt's last message is {prompt[-1] if prompt else 'absent'}, expected a "
             "message of role user that is not empty, or of role tool"
         )
-    replies = {"chosen": parts.chosen, "rejected": parts.rejected}
+    rejected = parts.replies[1]
+    replies = dict(zip(RESPONSES, parts.replies, strict=False))
     if value.get("pivot_chosen") is not None:
         found = conversation(value["pivot_chosen"], "pivot_chosen", ignored)
         if found[: len(parts.prompt)] == parts.prompt:  # a whole conversation
@@ -223,7 +224,7 @@ def parse_record(value: Any, *, default_id: str) -> tuple[PreferenceRecord, set[
         replies["pivot_chosen"] = found
     for name, messages in replies.items():
         check_reply(messages, name)
-        if name != "rejected" and same_reply(messages, parts.rejected):
+        if name != "rejected" and same_reply(messages, rejected):
             raise BadRecordError(
                 f"{name!r} equals 'rejected' ({short(messages[-1]['content'])}), expected two "
                 "different responses"
