@@ -78,9 +78,17 @@ def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "(default: 0.002 in float32, 0.04 in float16, 0.25 in bfloat16, 1.0 with FP8)",
     )
     group.add_argument(
+        "--tokenizer-check",
+        choices=["error", "warn", "off"],
+        default="error",
+        help="what to do when the data were prepared with another tokenizer or chat template than "
+        "those that the checkpoint carries (default: error)",
+    )
+    group.add_argument(
         "--allow-changed-run",
         action="store_true",
-        help="resume although the method, the data or a source is not what run.json says",
+        help="resume although the method, the data or a source is not what run.json says; the "
+        "schedule has flags of its own: --override-opt-param-scheduler",
     )
     parser.add_argument(
         "--environment",

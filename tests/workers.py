@@ -98,16 +98,18 @@ def whole_loss_gradients(name: str, options: dict) -> list[tuple[float, float]]:
 def train(argv: list[str]) -> dict[str, Any]:
     """Run `python -m megatron_infifpo.train ARGV` as one rank, and record what it computed.
 
-    Returns the metrics of every step (on the last pipeline stage), gradient norms, evaluations.
+    Returns the metrics of every step (on the last pipeline stage), gradient norms, learning rates,
+    evaluations.
     """
     import megatron.training.training as loop
 
     import megatron_infifpo.train as program
 
-    record: dict[str, Any] = {"steps": [], "norms": [], "evaluations": []}
+    record: dict[str, Any] = {"steps": [], "norms": [], "rates": [], "evaluations": []}
     original, evaluate = loop.train_step, loop.evaluate
 
     def train_step(*args, **kwargs):
+        record["rates"].append(args[3].param_groups[0]["lr"])
         result = original(*args, **kwargs)
         record["steps"].append({k: v.item() for k, v in result[0].items()})
         record["norms"].append(float(result[5]))

@@ -141,6 +141,7 @@ def open_checkpoint(
     config = read_hf_config(load_dir)
     mapping = weight_mapping(config)
     checkpoint = TorchDistCheckpoint(path)
+    checkpoint.check_sizes()
     found = set(checkpoint.names())
     for key in sorted(mapping.rows.keys() - found):
         raise UserError(f"{path}: tensor {key} is missing: hf/config.json asks for it")

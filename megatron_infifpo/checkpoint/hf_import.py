@@ -1,5 +1,6 @@
 """Hugging Face -> Megatron: a torch_dist checkpoint, written layer by layer, without a model."""
 
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_infifpo.checkpoint import torch_dist
 from megatron_infifpo.checkpoint.beside import other_formats
 from megatron_infifpo.checkpoint.hf_folder import HfWeights, check_weights, only_dtype, open_hf
 from megatron_infifpo.checkpoint.layout import (
@@ -23,6 +23,8 @@ from megatron_infifpo.checkpoint.layout import (
 from megatron_infifpo.checkpoint.mapping import Row, WeightMapping
 from megatron_infifpo.checkpoint.safetensors_io import Scratch
 from megatron_infifpo.checkpoint.share import Share
+from megatron_infifpo.checkpoint.torch_dist_writer import LazyTensor, write
+from megatron_infifpo.checkpoint.vocabulary import warn_of_tokens_beyond
 from megatron_infifpo.models.families import megatron_args
 
 
@@ -58,19 +60,23 @@ def import_checkpoint(
         bar.total = sum(len(tensor.chunks) for tensor in tensors.values())
         release = folder / "release"
         release.mkdir(exist_ok=True)
-        state = common_state(megatron_args(config))
-        torch_dist.write(release, tensors, mapping.extra_state_keys, state, share)
+        arguments = megatron_args(config)
+        state = common_state(arguments)
+        write(release, tensors, mapping.extra_state_keys, state, share)
         if share.first:
             carry(Path(hf_dir), folder / HF_FOLDER)
             # Export goes back to the dtype of the weights, whatever config.json says about them.
             original = next(iter(dtypes)) if len(dtypes) == 1 else dtype
             write_config(folder / HF_FOLDER / "config.json", config, original)
             (folder / TRACKER).write_text("release", encoding="utf-8")
+    complaint = warn_of_tokens_beyond(Path(hf_dir), arguments["padded_vocab_size"])
+    if share.first and complaint:
+        warnings.warn(complaint, stacklevel=2)
 
 
 def _lazy_tensors(
     mapping: WeightMapping, weights: HfWeights, dtype: torch.dtype, share: Share, bar: tqdm
-) -> dict[str, torch_dist.LazyTensor]:
+) -> dict[str, LazyTensor]:
     """This rank's chunks of all tensors: whole layers, and every so many of the other tensors."""
     tensors = {}
     scratch = Scratch()
@@ -104,7 +110,7 @@ def _lazy_tensor(
     layers: list[int],
     scratch: Scratch,
     bar: tqdm,
-) -> torch_dist.LazyTensor:
+) -> LazyTensor:
     shape = mapping.entry(row.key).shape
     rest = (0,) * len(shape)
 
@@ -119,5 +125,5 @@ def _lazy_tensor(
     if row.per_layer:
         offsets = [(layer, *rest) for layer in layers]
         whole, chunk = (mapping.num_layers, *shape), (1, *shape)
-        return torch_dist.LazyTensor(whole, offsets, chunk, dtype, load)
-    return torch_dist.LazyTensor(shape, [rest], shape, dtype, load)
+        return LazyTensor(whole, offsets, chunk, dtype, load)
+    return LazyTensor(shape, [rest], shape, dtype, load)

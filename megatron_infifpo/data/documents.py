@@ -133,6 +133,14 @@ class Documents:
             start += length
         return parts
 
+    def largest(self) -> int:
+        """Return the largest item, or complement of a negative one; -1 where there is none."""
+        total = int(self._sizes.sum())
+        if total == 0:
+            return -1
+        values = self._dataset.bin_reader.read(self._dtype, total, 0)
+        return max(int(values.max()), -1 - int(values.min()))
+
     def find(self, content: np.ndarray) -> int | None:
         """Return the first document equal to `content`, if any (vectorised scan)."""
         if len(content) == 0:

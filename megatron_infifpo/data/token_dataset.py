@@ -147,6 +147,11 @@ class TokenDataset:
         """Return the number of records, masked ones included."""
         return len(self._tokens)
 
+    def largest_id(self) -> int:
+        """Return the largest token id; without the manifest's, one pass over the mapped file."""
+        known = self.manifest.get("largest_id")
+        return self._tokens.largest() if known is None else int(known)
+
     def ids(self, index: int) -> str:
         """Return the id of a record."""
         return self._ids.document(index).tobytes().decode()

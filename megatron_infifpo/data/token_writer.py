@@ -78,6 +78,7 @@ class _Writer:
         self.codes, self.scored = array("i"), array("i")
         self.records_digest, self.tokens_digest = hashlib.sha256(), hashlib.sha256()
         self.notes, self.remarks, self.width = Notes(), Notes(), 0
+        self.largest_id = -1
 
     def add(self, record: PreferenceRecord, found: TokenizedRecord | str) -> None:
         """Append a record, or its place and why it is masked."""
@@ -101,7 +102,10 @@ class _Writer:
         self.codes.append(self.domains.setdefault(record.domain, len(self.domains)))
         self.records_digest.update(canonical_bytes(record))
         self.tokens_digest.update(np.array([len(ids) for ids in parts], dtype=np.int32).tobytes())
-        self.tokens_digest.update(np.concatenate(parts).tobytes())
+        joined = np.concatenate(parts)
+        self.tokens_digest.update(joined.tobytes())
+        if len(joined):  # of an id that is not scored its complement is there
+            self.largest_id = max(self.largest_id, int(joined.max()), -1 - int(joined.min()))
 
     def check(self) -> None:
         """Check that there is something to write."""
@@ -139,6 +143,7 @@ class _Writer:
             "domains": list(self.domains),
             "records_sha256": self.records_digest.hexdigest(),
             "tokens_sha256": self.tokens_digest.hexdigest(),
+            "largest_id": self.largest_id,
             **fields,
             **self.notes.fields("note"),
             **self.remarks.fields("remark"),

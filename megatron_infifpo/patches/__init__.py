@@ -3,7 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatron_infifpo.patches import adam, output_layer, startup, training_loop
+from megatron_infifpo.patches import (
+    adam,
+    learning_rate,
+    output_layer,
+    saves,
+    startup,
+    training_loop,
+)
 
 
 def apply(get_schedule: Callable[..., Callable[..., list[Any]]]) -> None:
@@ -14,6 +21,10 @@ def apply(get_schedule: Callable[..., Callable[..., list[Any]]]) -> None:
     """
     startup.skip_helpers()
     startup.skip_warm_up()
+    startup.remember_failed_steps()
     output_layer.allow_fused_gradients()
     adam.make_resumable()
+    learning_rate.take_new_rates()
+    saves.add_checksums()
+    training_loop.log_each_step_as_it_was()
     training_loop.use_schedule(get_schedule)

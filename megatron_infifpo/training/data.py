@@ -23,6 +23,8 @@ from megatron_infifpo.methods import Method, flag
 from megatron_infifpo.models.layer_kind import row_multiple
 from megatron_infifpo.training.reference_check import check_initial_logprobs
 
+NOT_SAVED = "NOTHING IS SAVED, since there is no --save"
+
 
 def open_datasets(
     args: argparse.Namespace, method: Method
@@ -100,9 +102,12 @@ def set_schedule(
     elif epochs is not None:
         other = "--train-iters" if args.train_samples is None else "--train-samples"
         raise UserError(f"--preference-epochs has no effect with {other}: give one of them")
+    steps = args.train_iters or args.train_samples // args.global_batch_size
     if args.eval_interval is None:
         # Only at the end, where Megatron evaluates in any case.
-        args.eval_interval = (args.train_iters or args.train_samples) + 1
+        args.eval_interval = steps + 1
+    if args.save is not None and args.save_interval is None:
+        args.save_interval = max(1, steps)  # at the end
     replica = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     if args.world_size % replica:
         raise UserError(
@@ -148,17 +153,18 @@ def _set_micro_batch(
         )
 
 
-def describe(args: argparse.Namespace, train: PreferenceDataset) -> str:
-    """Say how much is about to be trained on."""
+def describe(args: argparse.Namespace, train: PreferenceDataset, done: int) -> str:
+    """Say how much is about to be trained on, and what is saved; `done` steps are behind."""
     usable = len(train.eligible(args.seq_length))
     reasons = counted(train.left_out(args.seq_length))
     left_out = f" ({reasons})" if reasons else ""
     steps = args.train_iters or args.train_samples // args.global_batch_size
     epochs = steps * args.global_batch_size / usable
+    saved = f"saved every {args.save_interval} steps and at the end" if args.save else NOT_SAVED
     return (
         f"pairs: {usable} used, {len(train) - usable} left out{left_out}; {steps} steps of "
         f"{args.global_batch_size} are {epochs:.2f} epochs, in micro-batches of "
-        f"{args.micro_batch_size}"
+        f"{args.micro_batch_size}{f'; {done} steps are done' if done else ''}; {saved}"
     )
 
 

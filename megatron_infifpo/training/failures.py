@@ -15,24 +15,32 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_infifpo.checkpoint.layout import TRACKER
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.training.step import TrainingStep
+from megatron_infifpo.training.step import TrainingStep, way_on
 
 _NOT_FINITE = (EXIT_CODE_RESUME_TO_DISAMBIGUATE, EXIT_CODE_FAILED_ON_RESULT_VALIDATION)
 
 
 @contextlib.contextmanager
-def explained(args: argparse.Namespace, step: TrainingStep) -> Iterator[None]:
+def explained(args: argparse.Namespace, step: TrainingStep, repeated: bool) -> Iterator[None]:
     """Run training inside.
 
+    Args:
+        args: Megatron's arguments.
+        step: Megatron's forward step, which knows the records at hand.
+        repeated: whether the run begins by repeating a step whose gradient was not finite.
+
     Raises:
-        UserError: a checkpoint could not be written.
+        UserError: a checkpoint could not be written or read, or a gradient is not finite twice.
     """
     try:
         yield
     except CheckpointException as error:
-        if args.save is None or not hasattr(args, "curr_iteration"):
-            raise  # it was being read
         cause = (str(next(iter(error.failures.values()))[0]).splitlines() or ["unknown"])[-1]
+        if args.save is None or not hasattr(args, "curr_iteration"):
+            raise UserError(
+                f"the checkpoint in {args.load or args.pretrained_checkpoint} could not be read "
+                f"({cause}): take another one, or copy it again"
+            ) from error
         tracker = Path(args.save) / TRACKER
         good = f"step {tracker.read_text().strip()}" if tracker.is_file() else "none"
         free = shutil.disk_usage(args.save).free / 1e9
@@ -43,12 +51,22 @@ def explained(args: argparse.Namespace, step: TrainingStep) -> Iterator[None]:
         ) from error
     except SystemExit as stop:
         # Megatron checks gradients, and exits so that the step can be repeated elsewhere.
-        if stop.code in _NOT_FINITE:
-            print(
-                f"error: a gradient is NaN or infinite at step {args.curr_iteration}, in a batch "
-                f"with the records {', '.join(map(repr, step.record_ids()))} on this rank; run the "
-                "command again: if it happens again it is the data or the weights, else this node",
-                file=sys.stderr,
-                flush=True,
-            )
+        if stop.code not in _NOT_FINITE:
+            raise
+        where = (
+            f"at step {args.curr_iteration}, in a batch with the records "
+            f"{', '.join(map(repr, dict.fromkeys(step.record_ids())))} on this rank"
+        )
+        if repeated:
+            raise UserError(
+                f"a gradient was NaN or infinite {where}, and the step was repeated: Megatron's "
+                "verdict is above. If it is not the node, it is the data or the weights: "
+                f"{way_on(args)}. If it is, go on elsewhere, with --rerun-mode disabled"
+            ) from None
+        print(
+            f"error: a gradient is NaN or infinite {where}; run the command again, on another node "
+            "if you can: if it happens again it is the data or the weights, else this node",
+            file=sys.stderr,
+            flush=True,
+        )
         raise

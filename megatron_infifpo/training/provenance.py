@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_infifpo import __version__, cpu
-from megatron_infifpo.checkpoint.layout import RUN_FILE, TRACKER
+from megatron_infifpo.checkpoint.layout import RUN_FILE
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.documents import read_manifest, write_manifest
 from megatron_infifpo.data.logprob_store import LogprobStore
@@ -23,6 +23,10 @@ from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.environment import version
 from megatron_infifpo.methods import Method
 from megatron_infifpo.models.architecture import carry_architecture
+from megatron_infifpo.training.lock import RunLock
+from megatron_infifpo.training.resharding import KEPT
+from megatron_infifpo.training.resume import schedule_identity
+from megatron_infifpo.training.start import Start
 
 FORMAT, VERSION = "megatron_infifpo run", 1
 SCHEMA: dict[str, Any] = {
@@ -30,14 +34,28 @@ SCHEMA: dict[str, Any] = {
     "started_from": {"checkpoint": str},
     "attempts": [{"iteration": str, "files": dict, "command": [str]}],
 }
+SCHEDULE_KEY = "schedule"  # of an identity; flags say by which one a run goes on
 _FILES = ("preference_data", "preference_sources")
 _PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "apex")
 
 
 def identity(args: argparse.Namespace, method: Method, train: PreferenceDataset) -> dict[str, Any]:
-    """What must stay the same from the first step of a run to its last."""
-    found: dict[str, Any] = {"method": dataclasses.asdict(method), "seed": args.seed}
-    return found | {"seq_length": args.seq_length, "data": data_identity(train)}
+    """What must stay the same from the first step of a run to its last, or change knowingly."""
+    found: dict[str, Any] = {
+        "method": dataclasses.asdict(method),
+        "seed": args.seed,
+        "seq_length": args.seq_length,
+        "global_batch_size": args.global_batch_size,
+        "dtype": _name(args.params_dtype),
+        "fp8": args.fp8,
+        "clip_grad": args.clip_grad,
+        "optimizer": {name: getattr(args, name) for name in KEPT},
+        SCHEDULE_KEY: schedule_identity(args),
+        "data": data_identity(train),
+    }
+    if method.objective.startswith("aot"):  # it compares the pairs of a row with each other
+        found["micro_batch_size"] = args.micro_batch_size
+    return found
 
 
 def data_identity(dataset: PreferenceDataset) -> dict[str, Any]:
@@ -66,52 +84,76 @@ def _logprobs(store: LogprobStore) -> dict[str, Any]:
     }
 
 
-def describe_run(args: argparse.Namespace, found: dict[str, Any], pivot: Path) -> dict[str, Any]:
+def describe_run(args: argparse.Namespace, found: dict[str, Any], start: Start) -> dict[str, Any]:
     """Compare a resumed run with what it was, and say what it is; the first rank calls it.
 
     Args:
-        args: Megatron's arguments.
+        args: Megatron's arguments, with the schedule settled.
         found: `identity` of the run.
-        pivot: the checkpoint that the run loads.
+        start: the checkpoint that it begins with.
 
     Returns:
         What `record_run` writes.
 
     Raises:
-        UserError: a resumed run has other data, sources or method, without `--allow-changed-run`.
+        UserError: a resumed run is not what it was, without `--allow-changed-run`.
     """
-    tracker = (pivot / TRACKER).read_text(encoding="utf-8").strip()
-    given = args.pretrained_checkpoint
-    resumed = not (args.finetune or tracker == "release" or (given and pivot == Path(given)))
-    before = read_run(pivot)
-    if resumed and before is not None and not args.allow_changed_run:
-        changes = differences(before["identity"], found)
+    before = read_run(start.folder)
+    if start.resumed and before is not None and not args.allow_changed_run:
+        changes = changed_identity(before["identity"], found)
+        changes += _other_pivot(args.pretrained_checkpoint, before["started_from"]["checkpoint"])
         if changes:
             raise UserError(
-                f"the run in {pivot} cannot go on as it is started now: {'; '.join(changes)}. Give "
-                "it what it had, save a new run elsewhere, or pass --allow-changed-run"
+                f"the run in {start.folder} cannot go on as it is started now: "
+                f"{'; '.join(changes)}. Give it what it had, save a new run elsewhere, or pass "
+                "--allow-changed-run"
             )
     run: dict[str, Any] = {"format": FORMAT, "version": VERSION, "identity": found, "attempts": []}
-    if resumed and before is not None:
+    if start.resumed and before is not None:
         run["started_from"], run["attempts"] = before["started_from"], before["attempts"]
     else:
-        start = {"checkpoint": str(pivot.resolve()), "iteration": tracker}
-        run["started_from"] = start | ({"run": before["identity"]} if before else {})
-    run["attempts"].append(_attempt(args, tracker if resumed else "0"))
+        origin = {"checkpoint": str(start.folder.resolve()), "iteration": start.tracker}
+        run["started_from"] = origin | ({"run": before["identity"]} if before else {})
+    attempt = _attempt(args, start.tracker if start.resumed else "0")
+    run["attempts"].append(attempt | {SCHEDULE_KEY: found[SCHEDULE_KEY]})
     return run
 
 
-def record_run(save: str | None, run: dict[str, Any] | None, pivot: Path) -> None:
+def changed_identity(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say where a run differs from what it was, one text a value.
+
+    The schedule is settled elsewhere, and files of older versions lack some of the values.
+    """
+    known = before.keys() - {SCHEDULE_KEY}
+    return differences({k: before[k] for k in known}, {k: v for k, v in now.items() if k in known})
+
+
+def _other_pivot(given: str | None, started_from: str) -> list[str]:
+    """Say so if a run is resumed that began with another pivot than the command line names."""
+    # A pivot that is not where it was may have been moved.
+    if (
+        given is None
+        or not Path(started_from).is_dir()
+        or Path(given).resolve() == Path(started_from)
+    ):
+        return []
+    return [f"--pretrained-checkpoint is {given}, but the run started from {started_from}"]
+
+
+def record_run(save: str, run: dict[str, Any], pivot: Path, lock: RunLock) -> None:
     """Write what a run is, and its pivot's architecture, beside its checkpoints.
 
     Args:
-        save: their folder, None where nothing is saved.
-        run: from `describe_run`, None on all ranks but the first.
+        save: their folder.
+        run: from `describe_run`.
         pivot: the checkpoint that the run loads.
+        lock: of the folder; it is taken.
+
+    Raises:
+        UserError: another run writes there.
     """
-    if save is None or run is None:
-        return
     Path(save).mkdir(parents=True, exist_ok=True)
+    lock.take()
     write_manifest(str(Path(save) / RUN_FILE.removesuffix(".json")), run)
     carry_architecture(pivot, save)
 
@@ -159,11 +201,15 @@ def _attempt(args: argparse.Namespace, iteration: str) -> dict[str, Any]:
         "command": [*sys.argv],
         "files": {name: _absolute(getattr(args, name)) for name in _FILES},
         "layout": {name: getattr(args, name) for name in layout},
-        "dtype": str(args.params_dtype).removeprefix("torch."),
+        "dtype": _name(args.params_dtype),
         "device": device,
         "versions": {"megatron_infifpo": __version__, **packages},
         "git_revision": git_revision(),
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _absolute(path: str | None) -> str | None:

@@ -4,20 +4,19 @@ import argparse
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 from megatron.training import print_rank_0
 
 from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
-from megatron_infifpo.checkpoint.layout import TRACKER
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.encoding import scored_marks
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.data.records import RESPONSES
 from megatron_infifpo.losses import CHOSEN, REJECTED
 from megatron_infifpo.training.probe import Difference, compare
+from megatron_infifpo.training.start import Start
 
 # Mean absolute difference of a response's log-probs, in nats a token, that precision explains.
 # Products in float8 move SmolLM2's by 0.2 on average and 0.3 at most (docs/lab-log.md).
@@ -27,7 +26,7 @@ AROUND = 4  # tokens shown at each end of a response
 
 
 def begin_weights_check(
-    args: argparse.Namespace, pivot: Path, dataset: PreferenceDataset
+    args: argparse.Namespace, start: Start, dataset: PreferenceDataset
 ) -> Callable[[], None]:
     """Compare the weights that a fresh run starts from with those that scored as initial pivot.
 
@@ -36,7 +35,7 @@ def begin_weights_check(
 
     Args:
         args: validated arguments.
-        pivot: the checkpoint that the run loads.
+        start: the checkpoint that the run begins with.
         dataset: the training pairs with their log-probs.
 
     Returns:
@@ -46,12 +45,9 @@ def begin_weights_check(
     initial = dataset.initial
     if args.reference_check == "off" or args.rank != 0 or initial is None:
         return lambda: None
-    given = args.pretrained_checkpoint
-    starts_here = given is not None and pivot == Path(given)
-    converted = (pivot / TRACKER).read_text(encoding="utf-8").strip() == "release"
-    expected = initial.manifest["weights_sha256"]
+    pivot, expected = start.folder, initial.manifest["weights_sha256"]
     # Of imported log-probs it is not known: the pivot itself must tell, on the probe records.
-    if not (starts_here or converted or args.finetune) or expected is None:
+    if start.resumed or expected is None:
         return lambda: None
     reading = ThreadPoolExecutor(1).submit(weights_fingerprint, pivot)
 

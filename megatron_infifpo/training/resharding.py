@@ -9,18 +9,11 @@ whole parameters by name, and fits every layout.
 """
 
 import argparse
-import pickle
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.serialization import (
-    load_common_state_dict,
-    load_content_metadata,
-)
-
-from megatron_infifpo.checkpoint.layout import TRACKER, find_checkpoint
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.training.start import Start
 
 DISTRIBUTED = "use_distributed_optimizer"
 # Megatron's arguments that the parts of buffers follow from, and the size of buckets.
@@ -39,44 +32,23 @@ LAYOUT = (
     "fp8_param_gather",
     "ddp_num_buckets",
 )
-# What Megatron finds groups of parameters by, and what it derives the schedule from.
-GROUPS = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
-SCHEDULE = (
-    "train_iters",
-    "train_samples",
-    "lr_decay_style",
-    "lr_decay_iters",
-    "lr_decay_samples",
-    "lr_warmup_fraction",
-    "lr_warmup_iters",
-    "lr_warmup_samples",
-    "start_weight_decay",
-    "end_weight_decay",
-    "weight_decay_incr_style",
-)
+# What an optimizer takes from its state, whatever the command line says.
+KEPT = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum")
 
 
-def check_optimizer_state(args: argparse.Namespace) -> None:
-    """Refuse to resume from optimizer state that does not fit the run; reads one small object.
+def check_optimizer_state(args: argparse.Namespace, start: Start) -> None:
+    """Refuse to resume from optimizer state that does not fit the run.
 
     Args:
         args: of the run, validated by Megatron.
+        start: the checkpoint that it begins with.
 
     Raises:
         UserError: says what differs and what can be done.
     """
-    resumed = args.load is not None and (Path(args.load) / TRACKER).is_file()
-    if not resumed or args.finetune or args.no_load_optim:
+    if not start.resumed or args.no_load_optim:
         return
-    checkpoint = find_checkpoint(args.load, args.ckpt_step)
-    try:
-        state = load_common_state_dict(checkpoint)
-        saved = vars(state["args"])
-        metadata = load_content_metadata(preloaded_state_dict=state) or {}
-    except (pickle.UnpicklingError, OSError, RuntimeError, LookupError, TypeError) as error:
-        raise UserError(f"cannot read the arguments that {checkpoint} holds: {error}") from error
-    if checkpoint.name == "release":
-        return
+    saved, checkpoint = start.saved, start.checkpoint.directory
     if saved.get("no_save_optim"):
         raise UserError(
             f"{checkpoint} was saved with --no-save-optim and has no optimizer state: pass "
@@ -87,44 +59,18 @@ def check_optimizer_state(args: argparse.Namespace) -> None:
             "--no-save-optim does not go with a resumed optimizer, which Megatron describes as it "
             "would save it: leave it out, or pass --no-load-optim too"
         )
-    check_schedule(saved, vars(args))
-    sharding = metadata.get("distrib_optim_sharding_type")
-    found = differences(saved, vars(args), sharding)
+    if found := changed(KEPT, saved, vars(args)):
+        raise UserError(
+            f"{', '.join(found)}: the optimizer's state keeps what it was; resume as it was, or "
+            "start with a fresh optimizer: --no-load-optim"
+        )
+    found = differences(saved, vars(args), start.sharding)
     if found:
         raise UserError(
             f"the optimizer state in {checkpoint} does not fit this run: {', '.join(found)}. "
             "Resume as it was saved; or do so once with --dist-ckpt-optim-fully-reshardable, and "
             "what is saved then fits every layout; or start with a fresh optimizer: --no-load-optim"
         )
-
-
-def check_schedule(saved: dict[str, Any], run: dict[str, Any]) -> None:
-    """Refuse a learning rate, or a schedule, that Megatron does not resume with.
-
-    Raises:
-        UserError: says what was changed, and which flag follows the change.
-    """
-    if found := changed(GROUPS, saved, run):
-        raise UserError(
-            f"{', '.join(found)}: Megatron finds the optimizer's state by these; resume as it was, "
-            "or start with a fresh optimizer: --no-load-optim --override-opt_param-scheduler"
-        )
-    told = run["override_opt_param_scheduler"] or run["use_checkpoint_opt_param_scheduler"]
-    saved, run = with_decay(saved), with_decay(run)
-    if not told and (found := changed(SCHEDULE, saved, run)):
-        raise UserError(
-            f"{', '.join(found)}: pass --override-opt_param-scheduler to go on by the new "
-            "schedule, or --use-checkpoint-opt_param-scheduler to go on by the old one"
-        )
-
-
-def with_decay(args: dict[str, Any]) -> dict[str, Any]:
-    """Complete arguments as Megatron does once it trains: the rate decays until the end."""
-    iters, samples = args.get("lr_decay_iters"), args.get("lr_decay_samples")
-    return args | {
-        "lr_decay_iters": iters or args.get("train_iters"),
-        "lr_decay_samples": samples or args.get("train_samples"),
-    }
 
 
 def changed(names: Sequence[str], saved: dict[str, Any], run: dict[str, Any]) -> list[str]:

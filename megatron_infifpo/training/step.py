@@ -1,12 +1,15 @@
 """Forward step and loss of training, as Megatron's schedules call them."""
 
+import argparse
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_infifpo.checkpoint.layout import TRACKER
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data import Row
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
@@ -25,6 +28,23 @@ def progress() -> float:
     args = get_args()
     total = args.train_samples or args.train_iters * args.global_batch_size
     return min(1.0, args.consumed_train_samples / total)
+
+
+def way_on(args: argparse.Namespace) -> str:
+    """Say how training can go on after a step that gave NaN: before it, and slower."""
+    slower = "with a lower --lr, or without these records"
+    saved = (
+        sorted(int(p.name[5:]) for p in Path(args.save or "").glob("iter_*")) if args.save else []
+    )
+    # The weights of the newest may be what gives NaN.
+    before = [str(step) for step in saved if step < args.curr_iteration]
+    if not before:
+        return f"start again in another --save, {slower}"
+    return (
+        f"write the number of a checkpoint before that ({', '.join(before)}) into "
+        f"{Path(args.save) / TRACKER} and run the command again with a lower --lr and "
+        f"--override-opt-param-scheduler; or start again in another --save, {slower}"
+    )
 
 
 class TrainingStep:
@@ -118,12 +138,11 @@ class TrainingStep:
         found = indices[flags.cpu()].tolist()
         if found:
             data = self.train if torch.is_grad_enabled() or self.valid is None else self.valid
-            ids = [data.tokens.ids(i) for i in found]
+            ids = [data.tokens.ids(i) for i in dict.fromkeys(found)]
             raise UserError(
                 f"the pivot's log-probs of the records {', '.join(map(repr, ids))} in "
                 f"{data.tokens.prefix} are NaN or infinite at step {get_args().curr_iteration}: "
-                "the last checkpoint is good; look at the gradient norms before, lower --lr, or "
-                "leave the records out"
+                f"look at the gradient norms before; {way_on(get_args())}"
             )
 
     def sft_loss(self, row: Row, token_logprobs: Tensor) -> Loss:

@@ -1,0 +1,129 @@
+"""Going on with a run: what must be as it was, and what may change if the user says so.
+
+Steps, epochs and the schedule are counted in batches, so the batch stays. Another learning rate,
+schedule, weight decay or number of steps is taken with `--override-opt-param-scheduler`, from the
+next step on and with the optimizer's state; `--use-checkpoint-opt-param-scheduler` goes on by the
+schedule of before, whatever the command line says.
+"""
+
+import argparse
+from typing import Any
+
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.training.rates import last_step
+from megatron_infifpo.training.resharding import changed
+from megatron_infifpo.training.start import Start
+
+LENGTH = ("train_iters", "train_samples", "lr_decay_iters", "lr_decay_samples")
+SCHEDULE = (
+    "lr",
+    "min_lr",
+    "decoupled_lr",
+    "decoupled_min_lr",
+    *LENGTH,
+    "lr_decay_style",
+    "lr_wsd_decay_style",
+    "lr_wsd_decay_iters",
+    "lr_wsd_decay_samples",
+    "lr_warmup_fraction",
+    "lr_warmup_iters",
+    "lr_warmup_samples",
+    "start_weight_decay",
+    "end_weight_decay",
+    "weight_decay_incr_style",
+)
+# Of these only the rest of a run can be changed, never what is done.
+_ENDS = ("train_iters", "train_samples")
+
+
+def check_batch(args: argparse.Namespace, start: Start) -> None:
+    """Refuse another batch size than that of the steps that are done.
+
+    Raises:
+        UserError: names both.
+    """
+    if not start.resumed:
+        return
+    before, now = start.saved.get("global_batch_size"), args.global_batch_size
+    if before not in (None, now):
+        raise UserError(
+            f"--global-batch-size is {now}, but the run in {start.folder} has {before} since its "
+            f"first step: steps, epochs and the learning rate are counted in batches, at step "
+            f"{start.step} after {start.samples} pairs. Resume with {before} (--micro-batch-size "
+            "and the number of ranks are free), or begin a new run in another --save"
+        )
+
+
+def settle_schedule(
+    args: argparse.Namespace, start: Start, *, length_matters: bool = False
+) -> list[str]:
+    """Decide by which schedule a resumed run goes on; sets `args` accordingly.
+
+    Args:
+        args: of the run, validated by Megatron.
+        start: the checkpoint that it begins with.
+        length_matters: whether the loss depends on how long the run is, as WRPO's does.
+
+    Returns:
+        What changes from here on, in words.
+
+    Raises:
+        UserError: the schedule is another one, and no flag says which to take.
+    """
+    if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
+        raise UserError(
+            "give one of --override-opt-param-scheduler (the schedule of the command line) and "
+            "--use-checkpoint-opt-param-scheduler (that of the checkpoint)"
+        )
+    if not start.resumed:
+        return []
+    saved, run = with_decay(start.saved), with_decay(vars(args))
+    found = changed(SCHEDULE, saved, run)
+    if args.use_checkpoint_opt_param_scheduler:
+        for name in (*SCHEDULE, "lr_warmup_init"):
+            if name in saved and name not in _ENDS:
+                setattr(args, name, saved[name])
+        return changed(_ENDS, saved, run)
+    if not found:
+        return []
+    only_longer = not length_matters and _only_longer(saved, run)
+    if not args.override_opt_param_scheduler and not only_longer:
+        raise UserError(
+            f"{', '.join(found)} since the last checkpoint: pass --override-opt-param-scheduler to "
+            "go on by the new schedule, with the optimizer's state; or "
+            "--use-checkpoint-opt-param-scheduler to go on by the old one"
+        )
+    args.override_opt_param_scheduler = True
+    return found
+
+
+def _only_longer(saved: dict[str, Any], run: dict[str, Any]) -> bool:
+    """Whether the rate and the decay of weights are what they were at every step of both runs."""
+    rest = [name for name in SCHEDULE if name not in LENGTH]
+    constant = run["lr_decay_style"] == run["weight_decay_incr_style"] == "constant"
+    return constant and run["lr_warmup_fraction"] is None and not changed(rest, saved, run)
+
+
+def with_decay(args: dict[str, Any]) -> dict[str, Any]:
+    """Complete arguments as Megatron does once it trains: the rate decays until the end."""
+    iters, samples = args.get("lr_decay_iters"), args.get("lr_decay_samples")
+    return args | {
+        "lr_decay_iters": iters or args.get("train_iters"),
+        "lr_decay_samples": samples or args.get("train_samples"),
+    }
+
+
+def schedule_identity(args: argparse.Namespace) -> dict[str, Any]:
+    """The schedule for run.json: what is set of it."""
+    completed = with_decay(vars(args))
+    return {name: completed[name] for name in SCHEDULE if completed.get(name) is not None}
+
+
+def nothing_left(args: argparse.Namespace, start: Start) -> str | None:
+    """Say so if a resumed run has all of its steps; None if there are some left, or to evaluate."""
+    if not start.resumed or args.skip_train or start.step < last_step(args):
+        return None
+    return (
+        f"nothing left to do: the run in {start.folder} is at step {start.step} and these flags "
+        f"ask for {last_step(args)}; for more steps raise --train-iters or --preference-epochs"
+    )

@@ -1,0 +1,66 @@
+"""Refuse tokens that are not of the model: of another tokenizer or template, or without a row."""
+
+import argparse
+import warnings
+from pathlib import Path
+
+from megatron_infifpo.checkpoint.layout import HF_FOLDER
+from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_infifpo.data.preference_dataset import PreferenceDataset
+from megatron_infifpo.data.tokenization import ChatTokenizer
+
+_NAMES = {"tokenizer_sha256": "tokenizer", "chat_template_sha256": "chat template"}
+
+
+def check_tokens(args: argparse.Namespace, folder: Path, *datasets: PreferenceDataset) -> None:
+    """Compare data sets with the tokenizer and the vocabulary of a checkpoint; the first rank's.
+
+    Args:
+        args: with the checkpoint's architecture.
+        folder: of the checkpoint, with its `hf`.
+        datasets: what is trained and validated on.
+
+    Raises:
+        UserError: an id that the model has no row for, in any case; another tokenizer or chat
+            template, unless `--tokenizer-check` is warn or off.
+    """
+    vocabulary = args.padded_vocab_size  # the model's own; Megatron pads it later
+    for dataset in datasets:
+        largest = dataset.tokens.largest_id()
+        if largest >= vocabulary:
+            raise UserError(
+                f"{dataset.tokens.prefix} holds the token id {largest}, but the model in {folder} "
+                f"has {vocabulary} tokens, 0 to {vocabulary - 1}: what is beyond is padding, and "
+                "never trained. Prepare the data with the model's own tokenizer, or give the model "
+                "rows for the tokens that were added to it (resize_token_embeddings) and import it "
+                "again"
+            )
+    if args.tokenizer_check == "off":
+        return
+    for complaint in _complaints(folder, datasets):
+        if args.tokenizer_check != "warn":
+            raise UserError(complaint)
+        warnings.warn(complaint, stacklevel=2)
+
+
+def _complaints(folder: Path, datasets: tuple[PreferenceDataset, ...]) -> list[str]:
+    """Say of each data set what differs from the checkpoint's."""
+    hf = folder / HF_FOLDER
+    tokenizer = load_tokenizer(hf)
+    # A base model has no template: then any is the user's choice.
+    own = {"tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
+    if tokenizer.chat_template:
+        own = ChatTokenizer(tokenizer, str(hf)).fingerprint()
+    found = []
+    for dataset in datasets:
+        made = dataset.tokens.manifest["tokenizer"]
+        other = [name for key, name in _NAMES.items() if key in own and made[key] != own[key]]
+        if other:
+            found.append(
+                f"{dataset.tokens.prefix} was prepared with another {' and another '.join(other)} "
+                f"(from {made['path']}) than the checkpoint's, {hf}: the model would learn texts "
+                "that it is never asked with. Prepare the data with --tokenizer "
+                f"{hf}, or pass --tokenizer-check warn if you want it so"
+            )
+    return found
