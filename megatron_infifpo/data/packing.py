@@ -57,11 +57,11 @@ def collate(
     targets = np.concatenate([ids for pair in pairs for ids in pair.response_ids])
     row: Row = {
         "tokens": torch.from_numpy(np.concatenate(segments.tokens).astype(np.int64))[None],
-        "position_ids": _ranges(segments.positions)[None],
+        "position_ids": torch.from_numpy(_ranges(segments.positions))[None],
         "cu_seqlens": _borders(segments.queries),
         "max_seqlen": max(segments.queries),
         "segment_lengths": segments.queries,
-        "scored_rows": _ranges(segments.predicting)[torch.from_numpy(scored)],
+        "scored_rows": torch.from_numpy(_ranges(segments.predicting)[scored]),
         "target_ids": torch.from_numpy(targets[scored].astype(np.int64)),
         "segment_ids": torch.from_numpy(np.repeat(np.arange(counts.size), counts)),
         "token_counts": torch.from_numpy(counts.reshape(len(pairs), -1)),
@@ -71,7 +71,7 @@ def collate(
     if share_prompt:
         row["cu_seqlens_kv"], row["max_seqlen_kv"] = _borders(segments.keys), max(segments.keys)
         row["key_lengths"] = segments.keys
-        row["key_rows"] = _ranges(segments.key_rows)
+        row["key_rows"] = torch.from_numpy(_ranges(segments.key_rows))
     if pairs[0].initial_sum_logps is not None:
         for name in (
             "initial_sum_logps",
@@ -142,8 +142,6 @@ def _borders(lengths: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
 
 
-def _ranges(pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
+def _ranges(pieces: Sequence[tuple[int, int]]) -> np.ndarray:
     """Return start ... start + length - 1 for each piece, joined, int64."""
-    return torch.from_numpy(
-        np.concatenate([np.arange(start, start + length) for start, length in pieces])
-    )
+    return np.concatenate([np.arange(start, start + length) for start, length in pieces])
