@@ -16,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_infifpo.cli import UserError, run
-from megatron_infifpo.data.flags import add_record_flags
 from megatron_infifpo.data.read_report import ReadReport
+from megatron_infifpo.data.record_flags import add_record_flags
 from megatron_infifpo.data.records import iter_records
 from megatron_infifpo.data.split import is_sft, to_json
 

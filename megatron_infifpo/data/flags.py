@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.read_report import report_skipped as report_skipped
-from megatron_infifpo.data.records import ON_BAD
+from megatron_infifpo.data.record_flags import add_record_flags as add_record_flags
 from megatron_infifpo.data.rendering import REASONING, SCORE
 from megatron_infifpo.data.tokenization import ChatTokenizer
 
@@ -16,20 +16,6 @@ PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{{ eos_token if loop.last and message['role'] == 'assistant' else '\\n\\n' }}{% endfor %}"
 )
-
-
-def add_record_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which records to read."""
-    parser.add_argument(
-        "--input", required=True, nargs="+", metavar="FILE", help="preference records, in order"
-    )
-    parser.add_argument(
-        "--on-bad-record",
-        choices=ON_BAD,
-        default="error",
-        help="stop at the first malformed record, or leave such records out, then in every "
-        "command (default: error)",
-    )
 
 
 def add_tokenizer_flags(parser: argparse._ActionsContainer, *, scored: bool = True) -> None:
