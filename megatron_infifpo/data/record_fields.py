@@ -12,7 +12,8 @@ from megatron_infifpo.data.messages import (
     text_of,
 )
 
-COMMON = {"id", "domain", "system", "system_prompt", "tools", "chat_template_kwargs"}
+SYSTEM = ("system", "system_prompt", "system_message")
+COMMON = {"id", "domain", *SYSTEM, "tools", "chat_template_kwargs"}
 # Field -> what to give in its place.
 LOST = dict.fromkeys(
     ("images", "image", "videos", "video", "audios", "audio"), "none: only text is scored"
@@ -38,9 +39,9 @@ def label(value: dict[str, Any], name: str, default: str) -> str:
 
 def system_messages(value: dict[str, Any], prompt: tuple[Message, ...]) -> tuple[Message, ...]:
     """Return the system message that a field of its own holds, if the prompt has none."""
-    found = {name: value[name] for name in ("system", "system_prompt") if value.get(name)}
+    found = {name: value[name] for name in SYSTEM if value.get(name)}
     if len({text_of(text, name).strip() for name, text in found.items()}) > 1:
-        raise BadRecordError("'system' and 'system_prompt' differ, expected one system message")
+        raise BadRecordError(f"{' and '.join(found)} differ, expected one system message")
     for name, text in found.items():
         if text.strip():
             return system_before([{"role": "system", "content": text}], prompt, name)

@@ -49,15 +49,30 @@ def form_of(value: dict[str, Any]) -> Form:
             f"field 'rejected' is missing, found {found}; expected a reply as a string or a list "
             "of messages"
         )
+    hint = next((text for fields, text in NO_PAIRS.items() if value.keys() >= set(fields)), None)
     others = "; ".join(", ".join(form.fields) for form in [*FORMS.values()][1:])
     raise BadRecordError(
-        f"field 'chosen' is missing, found {found}; expected prompt, chosen and rejected, or the "
-        f"fields of another form (docs/file-formats.md): {others}"
+        f"field 'chosen' is missing, found {found}; expected prompt, chosen and rejected, or "
+        + (hint or f"the fields of another form (docs/file-formats.md): {others}")
     )
 
 
+SAMPLE = "(tools/sample_responses.py gives others, tools/label_responses.py compares them)"
+NO_PAIRS = {
+    ("prompt", "completion", "label"): "a better and a worse completion of one prompt: join "
+    "those of label true and false",
+    ("responses",): "pairs made of such lists by tools/label_responses.py",
+    ("prompt", "response"): f"the best and the worst rated response of one prompt {SAMPLE}",
+    ("messages",): f"another reply to compare the conversation's with {SAMPLE}",
+    ("conversations",): f"another reply to compare the conversation's with {SAMPLE}",
+}
+"""Fields of what is no pair -> what to give instead."""
+
+
+# What a record says -> the field that it says is better.
 _RESPONSES = {"0": "response_0", "1": "response_1"}
 _CONVERSATIONS = {"model_a": "conversation_a", "model_b": "conversation_b"}
+_COMMENTS = {"1": "human_ref_A", "0": "human_ref_B"}
 
 FORMS: dict[str, Form] = {
     # Ours; TRL, UltraFeedback-binarized, Tulu 3, Skywork, orca pairs, Anthropic's hh; ShareGPT.
@@ -65,6 +80,9 @@ FORMS: dict[str, Form] = {
     "pair of responses": Form(
         ("chosen_response", "rejected_response"),
         partial(read_pair, names=("chosen_response", "rejected_response")),
+    ),
+    "Stack Exchange": Form(
+        ("response_j", "response_k"), partial(read_pair, names=("response_j", "response_k"))
     ),
     "HelpSteer3": Form(
         ("context", "response1", "response2", "overall_preference"),
@@ -112,6 +130,10 @@ FORMS: dict[str, Form] = {
     "PKU-SafeRLHF": Form(
         ("prompt", "response_0", "response_1", "better_response_id"),
         partial(read_by_name, prompt="prompt", replies=_RESPONSES, winner="better_response_id"),
+    ),
+    "SHP": Form(
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+        partial(read_by_name, prompt="history", replies=_COMMENTS, winner="labels"),
     ),
     "Chatbot Arena": Form(
         ("conversation_a", "conversation_b", "winner"),

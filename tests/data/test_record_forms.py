@@ -126,6 +126,14 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list, list, list, set[str]]] = {
     "ms-swift": (
         {"messages": TURNS + TWO, "rejected_response": "3"}, TURNS, TWO, THREE, set()
     ),
+    "Stack Exchange, paired": (
+        {"question": "1+1?", "response_j": "2", "response_k": "3", "qid": 5},
+        QUESTION, TWO, THREE, {"qid"},
+    ),
+    "SHP": (
+        {"history": "1+1?", "human_ref_A": "3", "human_ref_B": "2", "labels": 0, "score_A": 7},
+        QUESTION, TWO, THREE, {"score_A"},
+    ),
     "PKU-SafeRLHF": (
         {"prompt": "1+1?", "response_0": "3", "response_1": "2", "better_response_id": 1,
          "safer_response_id": 0},
@@ -218,6 +226,12 @@ BAD_RECORDS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": (
         {"text": "a", "label": 1},
         "'chosen' is missing, found label, text; expected .* another form .*: .*context, response1",
+    ),
+    "unpaired": (
+        {"prompt": "q", "completion": "2", "label": True}, "join those of label true and false"
+    ),
+    "one conversation": (
+        {"messages": QUESTION + TWO}, "another reply to compare the conversation's .*sample_responses.py"
     ),
     "Python's messages": (ASKED | {"chosen": str(TWO)}, "messages as Python prints them"),
     "OpenAI": (
