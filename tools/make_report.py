@@ -59,9 +59,12 @@ def main() -> None:
         )
         models(page, pairs)
         texts(page, pairs, args)
+    elif args.trained is not None:
+        raise UserError("--trained has no effect: the run was made without preference sources")
     speed(page, curves)
     provenance(page, found)
     output = args.output or args.run / "report.html"
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page.render(), encoding="utf-8")
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, nothing from a network")
 
@@ -194,7 +197,7 @@ def speed(page: Page, curves: dict[str, Curve]) -> None:
     """Draw seconds a step and the wasted share."""
     from megatron_infifpo.report import plots
 
-    steps, _, clock = curves["loss"]
+    steps, _, clock = curves.get("loss") or next(iter(curves.values()))
     panels: list[tuple[str, dict[str, Curve]]] = []
     if len(steps) > 2:
         seconds = np.diff(clock) / np.diff(steps)

@@ -209,7 +209,10 @@ def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def _read_texts(path: str | Path) -> list[str]:
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
+    except UnicodeDecodeError as error:
+        raise UserError(f"--texts {path} is not UTF-8 text: {error}") from None
     texts = [line for line in lines if line.strip()]
     if not texts:
         raise UserError(f"--texts {path} holds no text: expected a file with one text a line")

@@ -49,8 +49,18 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 
 def method_of(run: dict[str, Any]) -> Method:
-    """Return the method that run.json describes."""
-    return Method(**run["identity"]["method"])
+    """Return the method that run.json describes.
+
+    Raises:
+        UserError: another version of this program wrote it, with other fields.
+    """
+    try:
+        return Method(**run["identity"]["method"])
+    except TypeError as error:
+        raise UserError(
+            f"run.json describes a method that this version does not have ({error}): make the "
+            "report with the version that trained"
+        ) from None
 
 
 @dataclass(frozen=True)
