@@ -76,6 +76,8 @@ class Habits:
         opens: what the generation prompt writes that not every finished reply has behind it, such
             as "<think>\\n".
         adds: the header of a reply, of a template that takes no notice of the generation prompt.
+        header: what stands between the user's message and the reply, up to the lead.
+        gap: the lead, or the white space in its place.
         lead: what stands between the header of a reply and its text, such as an empty think block;
             "" where that is nothing or white space.
         tail: what follows a reply.
@@ -91,6 +93,8 @@ class Habits:
 
     opens: str
     adds: str
+    header: str
+    gap: str
     lead: str
     tail: str
     end_of_turn: str
@@ -265,6 +269,8 @@ class ChatTemplate:
         return Habits(
             opens=opens,
             adds=adds,
+            header=plain.split(_REPLY)[0].split(_USER["content"])[-1].removesuffix(lead),
+            gap=lead,
             lead=lead if lead.strip() else "",
             tail=tail,
             end_of_turn=self._end_of_turn(tail),

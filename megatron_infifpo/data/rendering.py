@@ -1,7 +1,7 @@
 """A record as its template renders it: the prompt, the replies, and which of their text is scored.
 
-The rule: prompt and reply are a prefix of what the template renders for that very conversation. Of
-a record the prompt is rendered once with the generation prompt, and each conversation once.
+The rule: prompt and reply are a prefix of what the template renders for that very conversation.
+Each conversation of a record is rendered once, and its prompt where it cannot be read off there.
 
 - The prompt ends with the generation prompt, and with what the template then writes before the
   text of every reply of the record (an empty think block).
@@ -12,23 +12,28 @@ a record the prompt is rendered once with the generation prompt, and each conver
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_infifpo.data.chat_template import (
-    THOUGHTS,
     ChatTemplate,
     Habits,
     RefusedRecordError,
     fold_system,
     in_parts,
-    only_opens,
-    without_opening,
 )
 from megatron_infifpo.data.records import Message, PreferenceRecord
 from megatron_infifpo.data.special_text import SpecialText
+from megatron_infifpo.data.turns import (
+    RewrittenError,
+    asked_before,
+    earlier_end,
+    last_end,
+    prompt_ends,
+    reasoning_end,
+    thoughts_of,
+)
 
 SCORE = ("last", "all")
 REASONING = ("auto", "yes", "no")
@@ -67,7 +72,7 @@ class _Whole:
     """A rendered conversation with one reply."""
 
     text: str
-    starts: list[int]  # where a prompt may end, longest first
+    starts: list[int]  # where its prompt may end, longest first
     scored: list[tuple[int, int]]
     end: int
 
@@ -101,14 +106,14 @@ class Renderer:
         Raises:
             RefusedRecordError: the template cannot render it.
         """
-        options = options or {}
-        habits = self.template.habits(options)
-        shown = self._as_taken(messages, habits)
-        text = self.template.try_render(
-            record_id, shown, tools=tools, options=options, generate=True
+        record = PreferenceRecord(
+            record_id, "", tuple(messages), (), (), None, tuple(tools), dict(options or {})
         )
-        self._check_written(record_id, messages, text, tools, options)
-        return text + habits.adds
+        try:
+            self._check_able(record, record.prompt)
+            return self._prompt(record)
+        except RewrittenError as error:
+            raise RefusedRecordError(record_id, str(error), self.template.path) from None
 
     def split(self, record: PreferenceRecord) -> Rendering:
         """Render a record and find what of it is scored.
@@ -122,14 +127,22 @@ class Renderer:
         if self.score == "all":
             turn = next((i for i, m in enumerate(prompt) if m["role"] == "assistant"), len(prompt))
             prompt, replies = prompt[:turn], tuple((*prompt[turn:], *r) for r in replies)
-        asked = self.prompt(prompt, record.id, tools=record.tools, options=record.template_options)
-        wholes = [self._whole(record, prompt, reply, asked, notes) for reply in replies]
+        record = replace(record, prompt=tuple(prompt))
+        try:
+            self._check_able(record, (m for messages in (prompt, *replies) for m in messages))
+            replies = tuple(tuple(map(self._special.hide, reply)) for reply in replies)
+            texts = [self._render(record, reply) for reply in replies]
+            asked = self._asked(record, texts[0], replies[0])
+            wholes = [
+                self._whole(record, reply, text, asked, notes)
+                for reply, text in zip(replies, texts, strict=True)
+            ]
+        except RewrittenError as error:
+            raise RefusedRecordError(record.id, str(error), self.template.path) from None
         start = _common_start(wholes)
         if start < len(asked):
-            opens = asked[start:]
-            notes[f"the prompt ends before {opens!r}, which the template opens for new replies"] = (
-                None
-            )
+            opens = f"the prompt ends before {asked[start:]!r}"
+            notes[f"{opens}, which the template opens for new replies"] = None
         return Rendering(
             wholes[0].text[:start],
             tuple(
@@ -138,6 +151,30 @@ class Renderer:
             ),
             tuple(notes),
         )
+
+    def _render(
+        self, record: PreferenceRecord, reply: Sequence[Message], *, generate: bool = False
+    ) -> str:
+        """Render a record's prompt with messages behind it."""
+        options = record.template_options
+        shown = self._as_taken([*record.prompt, *reply], self.template.habits(options))
+        return self.template.try_render(
+            record.id, shown, tools=record.tools, options=options, generate=generate
+        )
+
+    def _asked(self, record: PreferenceRecord, text: str, reply: Sequence[Message]) -> str:
+        """Return the prompt with its generation prompt, by `text` where that is enough."""
+        habits = self.template.habits(record.template_options)
+        found = asked_before(text, reply[0], habits) if len(reply) == 1 else None
+        if found is None:
+            return self._prompt(record)
+        _check_written(record.prompt, found)
+        return found
+
+    def _prompt(self, record: PreferenceRecord) -> str:
+        text = self._render(record, (), generate=True)
+        _check_written(record.prompt, text)
+        return text + self.template.habits(record.template_options).adds
 
     def _with_known_options(
         self, record: PreferenceRecord, notes: dict[str, None]
@@ -152,67 +189,41 @@ class Renderer:
     def _whole(
         self,
         record: PreferenceRecord,
-        prompt: Sequence[Message],
         reply: Sequence[Message],
+        text: str,
         asked: str,
         notes: dict[str, None],
     ) -> _Whole:
-        """Render a conversation; find where its reply may begin and what of it is scored."""
+        """Find where the reply of a rendered conversation may begin and what of it is scored."""
         habits = self.template.habits(record.template_options)
-        reply = [self._special.hide(message) for message in reply]
-
-        def render(count: int, generate: bool = False) -> str:
-            shown = self._as_taken([*prompt, *reply[:count]], habits)
-            return self.template.try_render(
-                record.id, shown, tools=record.tools, options=record.template_options,
-                generate=generate,
-            )  # fmt: skip
-
-        text = render(len(reply))
-        self._check_written(record.id, reply, text, (), record.template_options)
-        end = self._end(record.id, text, habits)
+        _check_written(reply, text)
+        end = last_end(text, habits, self._special)
         users = [i for i, m in enumerate(reply) if m["role"] == "user"]
         first = users[-1] + 1 if users and self.score == "last" else 0
-        scored, starts = [], None
+        scored, starts = [], prompt_ends(text, asked, habits)
         for i, message in enumerate(reply):
-            before = asked if i == 0 else None
-            if message["role"] != "assistant" or (i < first and i > 0):
+            if message["role"] != "assistant" or 0 < i < first:
                 continue
-            if before is None:
-                before = render(i, generate=True) + habits.adds
-            places = self._starts(record.id, text, before, habits)
-            begin = self._begin(record.id, text, message, places, habits, notes)
-            starts = places if starts is None else starts
+            places = starts
+            if i > 0:
+                before = self._render(record, reply[:i], generate=True) + habits.adds
+                places = prompt_ends(text, before, habits)
+            begin = self._begin(text, message, places, habits, notes)
             if i < first:
                 continue
-            last = i == len(reply) - 1
-            finish = (
-                end
-                if last
-                else self._turn_end(record.id, text, begin, reply[i : i + 2], render(i + 1), habits)
-            )
-            if finish <= begin:
-                raise self._refusal(record.id, "it writes a reply where none is expected")
+            finish = end
+            if i < len(reply) - 1:
+                until = self._render(record, reply[: i + 1])
+                following = reply[i : i + 2]
+                finish = earlier_end(text, begin, following, until, habits, self._special)
+            answer = thoughts_of(message)[1].strip()
+            if finish <= begin or not _holds(text[begin:finish], answer):
+                raise RewrittenError("it does not write a reply as it is")
             scored.append((begin, finish))
-        assert starts is not None, "a reply begins with an assistant's message"
         return _Whole(text, starts, scored, end)
-
-    def _starts(self, record_id: str, text: str, asked: str, habits: Habits) -> list[int]:
-        """Where a prompt may end that was rendered as `asked`, longest first."""
-        header = asked.removesuffix(habits.opens)
-        if text.startswith(asked):
-            return sorted({len(asked), len(header)}, reverse=True)
-        if not text.startswith(header):
-            header = without_opening(os.path.commonprefix([text, asked]))
-            if not only_opens(asked[len(header) :]):
-                raise self._refusal(
-                    record_id, "it writes the prompt otherwise once a reply follows"
-                )
-        return [len(header)]
 
     def _begin(
         self,
-        record_id: str,
         text: str,
         message: Message,
         starts: list[int],
@@ -220,60 +231,20 @@ class Renderer:
         notes: dict[str, None],
     ) -> int:
         """Where the scored part of an assistant's message begins; may add a place to `starts`."""
-        thought, answer = thoughts_of(message)
-        written = text.find(thought.strip(), starts[-1]) if thought.strip() else -1
-        if thought.strip() and written < 0:
-            notes["the template leaves out the reasoning of a reply"] = None
-        wanted = self.reasoning == "yes" or (self.reasoning == "auto" and habits.opens_reasoning)
-        if written >= 0 and not wanted:
+        header, thought = starts[-1], thoughts_of(message)[0].strip()
+        answer = reasoning_end(text, header, message, habits) if thought else 0
+        if answer:
+            wanted = {"yes": True, "no": False, "auto": habits.opens_reasoning}[self.reasoning]
+            if wanted:
+                return starts[0]
             notes["the reasoning of a reply is not scored"] = None
-            place = written + len(thought.strip())
-            if answer.strip():
-                place = text.find(answer.strip(), place)
-            elif text.startswith(habits.closes, place):
-                place += len(habits.closes)
-            if place < 0:
-                raise self._refusal(record_id, "it does not write a reply as it is")
-            return place
-        header = starts[-1]
-        if written < 0 and habits.lead and text.startswith(habits.lead, header):
+            return answer
+        if thought:
+            notes["the template leaves out the reasoning of a reply"] = None
+        if habits.lead and text.startswith(habits.lead, header):
             if header + len(habits.lead) > starts[0]:
                 starts.insert(0, header + len(habits.lead))
         return starts[0]
-
-    def _end(self, record_id: str, text: str, habits: Habits) -> int:
-        """Where the last turn of a rendered conversation ends, its end of turn included."""
-        if text.endswith(habits.tail):
-            return len(text) - len(habits.tail) + len(habits.end_of_turn)
-        stripped = text.rstrip()
-        if any(stripped.endswith(special) for special in self._special.names):
-            return len(stripped)  # a call of a tool may end otherwise than a reply
-        raise self._refusal(record_id, f"it does not end the reply with {habits.end_of_turn!r}")
-
-    def _turn_end(
-        self,
-        record_id: str,
-        text: str,
-        begin: int,
-        messages: Sequence[Message],
-        until: str,
-        habits: Habits,
-    ) -> int:
-        """Where a turn ends that another message follows; `until` is rendered up to the turn."""
-        end = self._end(record_id, until, habits)
-        if text.startswith(until[:end]):
-            return end
-        # The template writes an earlier turn otherwise than the last: look between the contents.
-        content, following = (thoughts_of(message)[1].strip() for message in messages)
-        place = text.find(content, begin) + len(content)
-        limit = text.find(following, place)
-        turn = text[place:limit]
-        end = turn.find(habits.end_of_turn) + len(habits.end_of_turn)
-        if not habits.end_of_turn or habits.end_of_turn not in turn:
-            end = self._special.first(turn) if content else 0
-        if not following or limit < 0 or not end:
-            raise self._refusal(record_id, "it writes a turn otherwise once others follow")
-        return place + end
 
     def _as_taken(self, messages: Iterable[Message], habits: Habits) -> list[Message]:
         """Return messages in the form that the template takes them in."""
@@ -293,57 +264,44 @@ class Renderer:
             return message
         return {**message, "reasoning_content": thought.strip("\n"), "content": answer}
 
-    def _check_written(
-        self,
-        record_id: str,
-        messages: Iterable[Message],
-        text: str,
-        tools: Sequence[dict[str, Any]],
-        options: Mapping[str, Any],
-    ) -> None:
-        """Refuse a template that drops or rewrites what it was given."""
-        if tools and not self.template.writes("tools", options):
-            raise self._refusal(record_id, "it does not write tools")
+    def _check_able(self, record: PreferenceRecord, messages: Iterable[Message]) -> None:
+        """Refuse what the template has no form for."""
+        able, options = self.template.writes, record.template_options
+        if record.tools and not able("tools", options):
+            raise RewrittenError("it does not write tools")
         for message in messages:
-            role, content = message["role"], message["content"]
-            if role == "assistant":
-                content = thoughts_of(message)[1]
-                if message.get("tool_calls") and not self.template.writes("tool_calls", options):
-                    raise self._refusal(record_id, "it does not write tool_calls")
-                for call in message.get("tool_calls", ()):
-                    name = call.get("function", call).get("name", "")
-                    if name not in text:
-                        raise self._refusal(record_id, "it leaves out a call of a tool")
-            elif role == "tool" and not self.template.writes("tool", options):
-                raise self._refusal(record_id, "it does not write messages of role tool")
-            content = content.strip()
-            if content not in text and not _escaped_in(content, text):
-                raise self._refusal(
-                    record_id, f"it does not write a message of role {role} as it is"
-                )
-
-    def _refusal(self, record_id: str, reason: str) -> RefusedRecordError:
-        return RefusedRecordError(record_id, reason, self.template.path)
+            if message.get("tool_calls") and not able("tool_calls", options):
+                raise RewrittenError("it does not write tool_calls")
+            if message["role"] == "tool" and not able("tool", options):
+                raise RewrittenError("it does not write messages of role tool")
 
 
-def thoughts_of(message: Message) -> tuple[str, str]:
-    """Return reasoning and answer of an assistant's message, in whichever form it has them."""
-    content = message["content"]
-    if message.get("reasoning_content"):
-        return message["reasoning_content"], content
-    block = THOUGHTS.match(content)
-    return (block[1], content[block.end() :]) if block else ("", content)
+def _check_written(messages: Iterable[Message], text: str) -> None:
+    """Refuse what the template has dropped or rewritten."""
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "assistant":
+            content = thoughts_of(message)[1]
+            for call in message.get("tool_calls", ()):
+                if call.get("function", call).get("name", "") not in text:
+                    raise RewrittenError("it leaves out a call of a tool")
+        if not _holds(text, content.strip()):
+            raise RewrittenError(f"it does not write a message of role {role} as it is")
 
 
 def _common_start(wholes: Sequence[_Whole]) -> int:
-    """The longest prompt that all conversations of a record begin with."""
-    shared = len(os.path.commonprefix([whole.text for whole in wholes]))
-    candidates = set(wholes[0].starts).union(*(whole.starts for whole in wholes))
+    """Return the longest prompt that all conversations of a record begin with."""
     limit = min(whole.scored[0][0] for whole in wholes)
-    # The header of a reply is a place for all of them.
-    return max(c for c in candidates if c <= min(shared, limit))
+    candidates = {start for whole in wholes for start in whole.starts if start <= limit}
+    # The header of a reply, the last of its places, is there in all of them.
+    return max(
+        start
+        for start in candidates
+        if all(whole.text.startswith(wholes[0].text[:start]) for whole in wholes)
+    )
 
 
-def _escaped_in(content: str, text: str) -> bool:
-    """Whether a template wrote a content as a JSON string."""
-    return any(json.dumps(content, ensure_ascii=flag)[1:-1] in text for flag in (False, True))
+def _holds(text: str, content: str) -> bool:
+    """Whether a template wrote a content, as it is or as a JSON string."""
+    escaped = (json.dumps(content, ensure_ascii=flag)[1:-1] for flag in (False, True))
+    return content in text or any(found in text for found in escaped)

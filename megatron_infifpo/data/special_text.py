@@ -48,6 +48,10 @@ class SpecialText:
         found = self._any.search(text)
         return found.end() if found else 0
 
+    def last(self, text: str) -> int | None:
+        """Return where the last special token in a text begins, None if there is none."""
+        return max((found.start() for found in self._any.finditer(text)), default=None)
+
     def pieces(self, text: str) -> list[tuple[str, bool]]:
         """Split a text with hidden tokens at the template's own: `(piece, is a special token)`."""
         found, start = [], 0

@@ -74,10 +74,11 @@ class TextIds:
 
     def _anchor(self, prompt: str) -> str:
         """The end of a prompt: what the tokenizer must see before a reply."""
-        start = max((prompt.rfind(name) for name in self._special.names), default=-1)
-        if start >= 0 and len(prompt) - start <= 2 * _NEAR:
-            return prompt[start:]
-        return prompt[max(prompt.rfind(" ", 0, -_NEAR), prompt.rfind("\n", 0, -_NEAR), 0) :]
+        near = prompt[-2 * _NEAR :]
+        start = self._special.last(near)
+        if start is not None:
+            return near[start:]
+        return near[max(near.rfind(" ", 0, _NEAR), near.rfind("\n", 0, _NEAR), 0) :]
 
     def _anchor_ids(self, anchor: str) -> list[int]:
         if anchor not in self._known:

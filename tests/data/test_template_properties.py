@@ -15,9 +15,7 @@ FOLDER = Path(trl.__file__).parent / "chat_templates"
 SPECIALS = ("<|im_end|>", "<|im_start|>assistant\n", "</s>", "<|eot_id|>")
 words = st.sampled_from(["two", "is 4", "\n", "\n\n", " ", "é\u0301", "漢", "{{x}}", *SPECIALS])
 texts = st.lists(words, min_size=1, max_size=5).map(" ".join).filter(str.strip)
-thoughts = st.none() | st.lists(st.sampled_from(["so", "two", "\n", "is"]), min_size=1).map(
-    lambda said: "so " + " ".join(said) + " so"
-)
+thoughts = st.none() | st.lists(st.sampled_from(["so", "two", "is 4"]), min_size=1).map("\n".join)
 
 
 def assistant(text, thought, as_text):

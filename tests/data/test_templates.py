@@ -203,11 +203,6 @@ def test_options_of_the_data_set_and_of_a_record(chats):
 
 
 BAD = {
-    "writes the prompt otherwise once a reply follows": (
-        "{% for m in messages %}{% if m.role == 'system' and messages | length > 2 and "
-        "messages[-1].role == 'assistant' %}{% continue %}{% endif %}[{{ m.role }}]{{ m.content }}"
-        "<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-    ),
     "does not write a message of role assistant as it is": (
         "{% for m in messages %}[{{ m.role }}]{{ m.content | replace('+', 'plus') if m.role != "
         "'user' else m.content }}<|im_end|>{% endfor %}"
@@ -228,6 +223,12 @@ def test_templates_that_rewrite_are_refused(reason):
     with pytest.raises(RefusedRecordError, match=f"record 'r1' .*{reason}") as refused:
         chat.encode(source)
     assert "r1" not in refused.value.reason
+
+
+def test_a_template_that_marks_conversations_from_the_start_is_refused():
+    template = "{% if not add_generation_prompt %}[whole]{% endif %}" + BAD.popitem()[1]
+    with pytest.raises(UserError, match="otherwise than its prompt from the start"):
+        ChatTokenizer(byte_tokenizer(template))
 
 
 def test_an_end_of_turn_that_is_text_is_scored_as_it_stands():
