@@ -254,12 +254,13 @@ def test_vllms_form_needs_the_tokenizer(tmp_path, scored):
 
 
 def test_the_command(tmp_path, scored, tool):
-    path = write_jsonl(tmp_path / "p.jsonl", published())
-    code, out, err = tool(
-        "import_logprobs", "published", "--input", path, "--output", tmp_path / "out",
-        "--names", "a", "b", "c",
-    )  # fmt: skip
-    assert code == 0, err
+    path = write_jsonl(tmp_path / "p.jsonl", published(source="x"), published(chosen="2"))
+    argv = "--input", path, "--output", tmp_path / "out", "--names", "a", "b", "c"
+    code, _, err = tool("import_logprobs", "published", *argv)
+    assert code == 2 and "p.jsonl:2: field 'rejected' is a whole conversation" in err
+    code, out, err = tool("import_logprobs", "published", *argv, "--on-bad-record", "skip")
+    assert code == 0 and "skipped 1 bad records" in err
+    assert "ignored fields: source (1 record)\n" in err, "its own fields are used"
     assert "prefers chosen" in out and "sources.yaml" in out
     assert yaml.safe_load((tmp_path / "out" / "sources.yaml").read_text())["initial"] == "initial"
     scored[1].tokenizer.save_pretrained(tmp_path / "tok")

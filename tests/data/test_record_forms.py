@@ -231,7 +231,7 @@ BAD_RECORDS: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "q", "completion": "2", "label": True}, "join those of label true and false"
     ),
     "one conversation": (
-        {"messages": QUESTION + TWO}, "another reply to compare the conversation's .*sample_responses.py"
+        {"messages": QUESTION + TWO}, "another reply to compare .*sample_responses.py gives"
     ),
     "Python's messages": (ASKED | {"chosen": str(TWO)}, "messages as Python prints them"),
     "OpenAI": (

@@ -73,3 +73,16 @@ def test_bad_requests_write_nothing(tmp_path, monkeypatch, argv, expected):
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(UserError, match="a.jsonl exists"):
         run(monkeypatch, "--input", source, "--sft", "a.jsonl", "--preference", "b.jsonl")
+
+
+def test_bad_records_are_left_out_on_demand(tmp_path, monkeypatch, capsys):
+    source = tiny.write_records(tmp_path / "all.jsonl", 20)
+    with source.open("a") as file:
+        file.write('{"prompt": "q", "chosen": "a", "source": "x"}\n')
+    outputs = tmp_path / "sft.jsonl", tmp_path / "pairs.jsonl"
+    argv = "--input", source, "--sft", outputs[0], "--preference", outputs[1]
+    with pytest.raises(UserError, match=r"all\.jsonl:21: field 'rejected' is missing"):
+        run(monkeypatch, *argv)
+    run(monkeypatch, *argv, "--on-bad-record", "skip")
+    assert sum(len(read_records(path)) for path in outputs) == 20
+    assert "skipped 1 bad records:" in capsys.readouterr().err
