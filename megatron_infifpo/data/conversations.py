@@ -73,6 +73,12 @@ def common_head(
 
     It ends with a user's or a tool's message, and both go on with the assistant's.
     """
+    for messages, name in zip((one, other), names, strict=True):
+        if messages[-1]["role"] != "assistant":
+            raise BadRecordError(
+                f"{name!r} ends with a message of role {messages[-1]['role']}, expected the "
+                "assistant's reply"
+            )
     length = 0
     while length < min(len(one), len(other)) - 1 and one[length] == other[length]:
         length += 1
@@ -105,10 +111,12 @@ def prompt_beside(
     )
     # A text beside a conversation of several turns may be any of its questions.
     if own[: len(said)] != said and not (len(said) == 1 and said[0] in own):
+        first = next((i for i, m in enumerate(said) if own[i : i + 1] != [m]), 0)
+        there = own[first][1] if first < len(own) else None
         raise BadRecordError(
-            f"field {name!r} is {short(said[0][1] if said else '')}, but {names[0]!r} and "
-            f"{names[1]!r} begin with {short(own[0][1] if own else '')}; expected the same "
-            f"prompt; leave {name!r} out if the conversations are right"
+            f"field {name!r} has {short(said[first][1])}, where the conversations in {names[0]!r} "
+            f"and {names[1]!r} have {short(there) if there is not None else 'no question'}; "
+            f"expected the same prompt; leave {name!r} out if the conversations are right"
         )
     return system_before([m for m in prompt if m["role"] in SYSTEM_ROLES], head, name)
 

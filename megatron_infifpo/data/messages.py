@@ -87,7 +87,9 @@ def messages_in_text(value: str) -> list[Any] | None:
     items = [found] if isinstance(found, dict) else found
     if not isinstance(items, list) or not items:
         return None
-    are_messages = all(isinstance(m, dict) and ("role" in m or "from" in m) for m in items)
+    are_messages = all(
+        isinstance(m, dict) and str(m.get("role", m.get("from"))) in ROLES for m in items
+    )
     return items if are_messages else None
 
 

@@ -147,6 +147,10 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list, list, list, set[str]]] = {
         {"prompt": json.dumps(QUESTION), "chosen": json.dumps(TWO), "rejected": json.dumps(THREE)},
         QUESTION, TWO, THREE, set(),
     ),
+    "a prompt that is JSON": (
+        {"prompt": '{"from": "Rome", "value": 5}', **PAIR},
+        said('u:{"from": "Rome", "value": 5}'), TWO, THREE, set(),
+    ),
     "a reply that is JSON": (
         {"prompt": "1+1?", "chosen": '[{"a": 2}]', "rejected": "[3]"},
         QUESTION, said('a:[{"a": 2}]'), said("a:[3]"), set(),
@@ -182,7 +186,7 @@ ASKED = {"prompt": "1+1?", **PAIR}
 BAD_RECORDS: dict[str, tuple[dict[str, Any], str]] = {
     "another prompt": (
         {"prompt": "2+2?", "chosen": QUESTION + TWO, "rejected": QUESTION + THREE},
-        "field 'prompt' is '2\\+2\\?', but 'chosen' and 'rejected' begin with '1\\+1\\?'",
+        "field 'prompt' has '2\\+2\\?', where the conversations .* have '1\\+1\\?'",
     ),
     "prompts differ": (
         {"chosen": said("u:a", "a:2"), "rejected": said("u:b", "a:3")},
@@ -193,7 +197,13 @@ BAD_RECORDS: dict[str, tuple[dict[str, Any], str]] = {
         "differ first in message 2",
     ),
     "one whole": ({"chosen": QUESTION + TWO, "rejected": "3"}, "'chosen' is a whole conversation"),
-    "no answer": ({"chosen": QUESTION, "rejected": QUESTION}, "expected one common prompt"),
+    "no answer": (
+        {"chosen": QUESTION + TWO, "rejected": QUESTION}, "'rejected' ends with .* role user"
+    ),
+    "a longer prompt": (
+        {"prompt": TURNS, "chosen": TURNS[:1] + TWO, "rejected": TURNS[:1] + THREE},
+        "has 'hello', where the conversations in 'chosen' and 'rejected' have no question",
+    ),
     "two systems": (
         ASKED | {"system": "a", "prompt": said("s:b", "u:x")}, "'system' has the system message 'a'"
     ),
