@@ -60,12 +60,15 @@ def main() -> int:
         raise UserError(f"there is no stage {args.name!r}, expected list, show, {choices()}")
     given = [option for option in args.options if "." not in option.partition("=")[0]]
     options = read_options(args.name, given)
+    site = [option for option in args.options if option not in given]
     if args.executor == "here":
+        unused = [*site, *(["--nodes"] if args.nodes > 1 else []), *(["--detach"] * args.detach)]
+        if unused:
+            raise UserError(f"{', '.join(unused)} has no effect here: choose an --executor")
         if args.name in SEVERAL:
             raise UserError(f"{args.name} is several commands: choose an --executor, or a stage")
         start_here(STAGES[args.name](**options), dry_run=args.dry_run)
         return 0
-    site = [option for option in args.options if option not in given]
     return launch(args, options, site)
 
 

@@ -133,6 +133,15 @@ def test_flags_of_a_source(run_folder):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("words", [["slurm.time=1"], ["--nodes", "2"], ["--detach"]])
+def test_options_without_effect(run_folder, monkeypatch, words):
+    from workers import load_tool
+
+    monkeypatch.setattr("sys.argv", ["launch.py", "sft", "--dry-run", *words])
+    with pytest.raises(UserError, match="has no effect here: choose an --executor"):
+        load_tool("launch").main()
+
+
 def test_shown_as_a_shell_takes_it(run_folder):
     job = parse("sft", "")
     assert shlex.split(str(job)) == ["python", *job.arguments]
