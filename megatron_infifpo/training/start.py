@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,11 @@ def _check_folders(args: argparse.Namespace) -> None:
             "from a converted pivot give --pretrained-checkpoint, and leave --load out: a run is "
             "resumed from its --save"
         )
+    if save is not None:
+        there = next(path for path in (save, *save.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            what = "may not be written to" if there.is_dir() else "is a file"
+            raise UserError(f"--save {args.save} cannot be made or written: {there} {what}")
     if save is None or not (save / TRACKER).is_file():
         return
     if load is not None and load != save:

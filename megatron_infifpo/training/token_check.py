@@ -12,6 +12,8 @@ from megatron_infifpo.data.tokenization import ChatTokenizer
 
 _NAMES = {"tokenizer_sha256": "tokenizer", "chat_template_sha256": "chat template"}
 
+_FILES = ("tokenizer*", "tekken.json", "vocab.*")
+
 
 def check_tokens(args: argparse.Namespace, folder: Path, *datasets: PreferenceDataset) -> None:
     """Compare data sets with the tokenizer and the vocabulary of a checkpoint; the first rank's.
@@ -47,7 +49,12 @@ def check_tokens(args: argparse.Namespace, folder: Path, *datasets: PreferenceDa
 def _complaints(folder: Path, datasets: tuple[PreferenceDataset, ...]) -> list[str]:
     """Say of each data set what differs from the checkpoint's."""
     hf = folder / HF_FOLDER
-    tokenizer = load_tokenizer(hf)
+    if not any(path.is_file() for name in _FILES for path in hf.glob(name)):
+        return []  # a model without a tokenizer
+    try:
+        tokenizer = load_tokenizer(hf)
+    except UserError as error:
+        return [f"{error}; --tokenizer-check off does not compare it with that of the data"]
     # A base model has no template: then any is the user's choice.
     own = {"tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
     if tokenizer.chat_template:

@@ -38,6 +38,7 @@ def start(**given):
         ("load=empty save=run pretrained_checkpoint=pivot", "--load empty has no checkpoint"),
         ("load=pivot save=run", "--save run holds a run already"),
         ("save=run finetune=1", "--finetune would start a new run in --save run"),
+        ("save=run/latest_checkpointed_iteration.txt/x", "cannot be made or .* is a file"),
         ("save=empty", "no checkpoint in empty"),
         ("save=run", "run has no iter_0000003: its iterations are none"),
     ],

@@ -58,6 +58,12 @@ def test_a_base_model_has_no_template(setup, data, tmp_path):
     shutil.copytree(setup.pivot / "hf", tmp_path / "hf")
     (tmp_path / "hf" / "chat_template.jinja").unlink()
     check(tmp_path, data)
+    (tmp_path / "hf" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot load a tokenizer .*--tokenizer-check off"):
+        check(tmp_path, data)
+    for path in (tmp_path / "hf").glob("tokenizer*"):
+        path.unlink()
+    check(tmp_path, data)
 
 
 def test_import_warns_of_tokens_beyond(setup, tmp_path):
