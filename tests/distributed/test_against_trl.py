@@ -1,7 +1,11 @@
-"""DPO against TRL's DPOTrainer: same weights, pairs and precomputed reference."""
+"""DPO against TRL's DPOTrainer: same weights, pairs and precomputed reference.
+
+Some responses hold tokens that are not scored.
+"""
 
 import json
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -20,16 +24,33 @@ def pairs_of(setup) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "pivot_chosen"} for row in rows]
 
 
-def trl_loss_and_gradients(setup, reference: LogprobStore, folder, beta: float):
+def with_turns(row: dict, number: int) -> dict:
+    """Every other pair as replies that part before the user's last turn: only the end is scored."""
+    if number % 2:
+        return row
+
+    def turns(text: str) -> list[dict]:
+        first, last = text.rsplit(" ", 1)
+        roles = zip(("assistant", "user", "assistant"), (first, "and?", last), strict=True)
+        return [{"role": role, "content": content} for role, content in roles]
+
+    return row | {name: turns(row[name]) for name in ("chosen", "rejected")}
+
+
+def trl_loss_and_gradients(setup, data, reference: LogprobStore, folder, beta: float):
     """TRL's loss of the first `PAIRS` pairs and its gradients, in float32."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    tokens = TokenDataset(str(setup.data))
+    tokens = TokenDataset(data)
     examples = []
+    unscored = []  # (row of TRL's batch, token)
     for i in range(PAIRS):
         chosen, rejected = (ids.tolist() for ids in tokens.response_ids(i)[:2])
+        for r, mark in enumerate(tokens.record(i).scored or ()):
+            places = (tokens.prompt_lengths[i] + np.flatnonzero(~mark)).tolist()
+            unscored += [(i + r * PAIRS, place) for place in places]
         sums = reference.sums(i)
         examples.append(
             {
@@ -54,7 +75,12 @@ def trl_loss_and_gradients(setup, reference: LogprobStore, folder, beta: float):
         ),
         processing_class=AutoTokenizer.from_pretrained(setup.hf),
     )  # fmt: skip
-    loss = trainer.compute_loss(model.train(), trainer.data_collator(examples))
+    batch = trainer.data_collator(examples)
+    assert len(unscored) > PAIRS
+    for place in unscored:
+        assert batch["completion_mask"][place] == 1
+        batch["completion_mask"][place] = 0
+    loss = trainer.compute_loss(model.train(), batch)
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -65,7 +91,8 @@ def test_dpo_matches_trl(setup, ranks, tmp_path, layout):
     # A reference other than the policy, or loss and gradients would hide mistakes in it.
     other = tiny.save_model(tmp_path / "other", "llama", seed=9)
     few = setup.folder / f"few{len(layout)}.jsonl"
-    few.write_text("".join(json.dumps(row) + "\n" for row in pairs_of(setup)))
+    rows = [with_turns(row, number) for number, row in enumerate(pairs_of(setup))]
+    few.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--input", str(few), "--output", str(tmp_path / "reference")]
     ranks(1, "workers:score", ["--backend", "transformers", "--model", str(other), *flags])
     data = tmp_path / "few"
@@ -86,7 +113,7 @@ def test_dpo_matches_trl(setup, ranks, tmp_path, layout):
     ]  # fmt: skip
     results = ranks(max(1, len(layout)), "workers:train", argv)
     expected_loss, gradients = trl_loss_and_gradients(
-        setup, LogprobStore(str(tmp_path / "reference")), tmp_path, beta=0.1
+        setup, data, LogprobStore(str(tmp_path / "reference")), tmp_path, beta=0.1
     )
     assert steps_of(results)[0]["loss"] == pytest.approx(expected_loss, abs=1e-4)
     before = load_file(setup.hf / "model.safetensors")

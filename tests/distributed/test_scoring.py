@@ -198,7 +198,7 @@ def test_prompts_that_the_template_refuses_are_masked(setup, ranks, tmp_path):
     ranks(1, "workers:score", flags(setup.records, "megatron", model, tmp_path / "all"))
     store = LogprobStore(tmp_path / "all")
     assert store.masked_records.tolist() == refused
-    assert store.note(refused.index(True)) == "the chat template refuses its prompt"
+    assert store.note(refused.index(True)) == "the chat template refuses it: no moon"
     more = ["--domains", "code"]
     ranks(1, "workers:score", flags(setup.records, "megatron", model, tmp_path / "code", *more))
     notes = [LogprobStore(tmp_path / "code").note(i) for i in range(len(lines))]

@@ -2,12 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from test_training import LAYOUTS, steps_of
 
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
+from megatron_infifpo.data.records import read_records
+from megatron_infifpo.data.token_writer import write_token_dataset
+from megatron_infifpo.data.tokenization import ChatTokenizer, TokenizedRecord
 
 
 @pytest.fixture(scope="module")
@@ -27,38 +31,66 @@ def pivots(setup, ranks, tmp_path_factory):
     return get
 
 
-def flags(setup, pivot, *more: str) -> list[str]:
+class HalfScored(ChatTokenizer):
+    """Scores some tokens of a response only, at random."""
+
+    def encode_batch(self, records):
+        rng = np.random.default_rng(len(records))
+
+        def mark(ids):
+            scored = rng.random(len(ids)) < 0.6
+            scored[rng.integers(len(ids))] = True
+            return scored
+
+        for found in super().encode_batch(records):
+            marks = tuple(map(mark, found.response_ids))
+            yield TokenizedRecord(found.prompt_ids, found.response_ids, marks)
+
+
+@pytest.fixture(scope="module")
+def data(setup, tmp_path_factory):
+    """The common records, of which some response tokens are not scored."""
+    prefix = tmp_path_factory.mktemp("half") / "train"
+    records = read_records([setup.records])
+    write_token_dataset(records, HalfScored.from_pretrained(setup.hf), prefix)
+    return prefix
+
+
+def flags(setup, data, pivot, *more: str) -> list[str]:
     argv = setup.flags(setup.records, "--method", "sft", "--pretrained-checkpoint", str(pivot))
+    argv += ["--preference-data", str(data)]
     argv += ["--global-batch-size", "20", "--micro-batch-size", "5", "--train-iters", "1", *more]
     position = argv.index("--preference-sources")
     return argv[:position] + argv[position + 2 :]
 
 
-def expected(setup, hf) -> tuple[float, float]:
-    """transformers' loss over all chosen responses, and the norm of its gradient."""
+def expected(data, hf) -> tuple[float, float]:
+    """transformers' loss over the scored tokens of chosen responses, and its gradient's norm."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
-    data, total, count = PreferenceDataset(setup.data, responses=1), 0.0, 0
-    for i in range(len(data)):
-        pair = data[i]
-        prompt, response = pair.prompt_ids.tolist(), pair.response_ids[0].tolist()
-        labels = torch.tensor([[-100] * len(prompt) + response])
-        loss = model(torch.tensor([prompt + response]), labels=labels).loss * len(response)
+    pairs, total, count = PreferenceDataset(data, responses=1), 0.0, 0
+    for i in range(len(pairs)):
+        pair = pairs[i]
+        prompt, response = pair.prompt_ids.tolist(), pair.response_ids[0]
+        labels = [-100] * len(prompt) + np.where(pair.scored[0], response, -100).tolist()
+        scored = int(pair.scored[0].sum())
+        text = torch.tensor([prompt + response.tolist()])
+        loss = model(text, labels=torch.tensor([labels])).loss * scored
         loss.backward()
-        total, count = total + loss.item(), count + len(response)
+        total, count = total + loss.item(), count + scored
     norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in model.parameters()))
     return total / count, norm / count
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3", "mistral-window"])
-def test_gradients(setup, ranks, pivots, family):
+def test_gradients(setup, ranks, pivots, data, family):
     """Norms of heads, norms after layers, windows, two ropes: loss and gradient at every layout."""
     hf, pivot = pivots(family)
-    loss, norm = expected(setup, hf)
+    loss, norm = expected(data, hf)
     layouts = ["tp1", "tp2", "tp2-sp", "pp2"] if family != "llama" else ["tp1"]
     for layout in layouts:
         world, more = LAYOUTS[layout]
-        got = ranks(world, "workers:train", flags(setup, pivot, *more))
+        got = ranks(world, "workers:train", flags(setup, data, pivot, *more))
         assert steps_of(got)[0]["loss"] == pytest.approx(loss, abs=1e-5), layout
         assert got[0]["norms"][0] == pytest.approx(norm, rel=1e-4), layout
