@@ -139,6 +139,15 @@ def test_initial_log_probs_of_another_tokenizer(setup, flags, ranks):
     assert "lengths of the responses" in sentence or "tokenizer" in sentence
 
 
+def test_another_chat_template_than_the_pivots(setup, flags, ranks, tmp_path):
+    pivot = shutil.copytree(setup.pivot, tmp_path / "pivot")
+    template = pivot / "hf" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("'<|end|>'", "' <|end|>'"))
+    argv = flags("--pretrained-checkpoint", str(pivot), without=("--pretrained-checkpoint",))
+    sentence = refused(ranks, "megatron_infifpo.train", argv)
+    assert "another chat template" in sentence and "--tokenizer-check warn" in sentence
+
+
 def test_log_probs_of_other_weights(setup, flags, ranks, tmp_path):
     """The same tokenizer and architecture, but not the pivot that training starts from."""
     other = tiny.save_model(tmp_path / "hf", "llama", seed=77)

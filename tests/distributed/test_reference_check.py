@@ -101,6 +101,10 @@ def test_nan_names_the_records(setup, ranks, tmp_path, what):
     assert "NaN or infinite at step 1" in sentence and "train-" in sentence, caught.value
     # 16 is Megatron's: resume, to see whether it happens again.
     assert caught.value.codes == [2 if what == "weight" else 16]
+    if what == "gradient":  # it does: then it is for a person
+        with pytest.raises(RankError, match="the step was repeated: .* lower --lr") as caught:
+            ranks(1, "workers:train_with_a_bad_step", argv, 1, what)
+        assert caught.value.codes == [2]
 
 
 def test_resume_is_the_same_run(setup, copies, ranks, tmp_path):

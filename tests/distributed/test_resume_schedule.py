@@ -94,6 +94,7 @@ def test_the_new_schedule_goes_on_by_samples(half, ranks, tmp_path, more):
     assert [float(rate) for rate, _ in logged] == pytest.approx(run["rates"], rel=1e-5)
     losses = [step["loss"] for step in run["steps"]]
     assert [float(loss) for _, loss in logged] == pytest.approx(losses, rel=1e-5)
+    assert ranks.logs[0].count("NOTHING IS SAVED, since there is no --save") == 2
 
 
 def test_the_old_schedule(half, usual, tmp_path):
@@ -107,6 +108,30 @@ def test_no_state_was_saved(half, tmp_path):
     half(run, "--no-save-optim", "--no-load-optim", *end, program=PROGRAM)
     with pytest.raises(RankError, match="has no optimizer state: pass --no-load-optim"):
         half(run, program=PROGRAM)
+
+
+def test_one_step_of_a_warm_up_is_a_step(setup, ranks, tmp_path):
+    """At its full rate, and saved though nothing says when."""
+    flags = ["--train-iters", "1", "--lr-warmup-fraction", "0.1", "--lr-decay-style", "cosine"]
+    argv = setup.flags(setup.sources("both", *BOTH), "--save", str(tmp_path), *flags)
+    assert ranks(1, "workers:train", argv)[0]["rates"] == [1e-3]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
+
+
+@pytest.mark.parametrize("what", ["zeroed", "cut"])
+def test_a_damaged_checkpoint(half, tmp_path, what):
+    run = tmp_path / "run"
+    with pytest.raises(RankError, match="give one of"):  # copies the run
+        half(run, OVERRIDE, "--use-checkpoint-opt-param-scheduler", program=PROGRAM)
+    part = run / "iter_0000003" / "__0_0.distcp"
+    content = bytearray(part.read_bytes())
+    middle = next(i for i in range(len(content) // 2, len(content)) if any(content[i : i + 64]))
+    content[middle : middle + 64] = bytes(64)
+    part.write_bytes(content if what == "zeroed" else content[:middle])
+    said = "is damaged in bytes 0 to" if what == "zeroed" else r"has \d+ bytes, expected"
+    with pytest.raises(RankError, match=said) as failure:
+        half(run, program=PROGRAM)
+    assert failure.value.codes == [2] and "Traceback" not in failure.value.logs[0]
 
 
 def test_nothing_left(half, ranks, tmp_path):
