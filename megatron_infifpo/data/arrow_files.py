@@ -61,19 +61,28 @@ def folder_rows(path: Path) -> Rows:
     Raises:
         UserError: it is another folder, or it is broken.
     """
-    pyarrow, done = pyarrow_for(path), 0
     for name in _arrow_files(path):
-        try:
-            with (path / name).open("rb") as stream:
-                for batch in pyarrow.ipc.open_stream(stream):
-                    # A stranger's offsets may point anywhere; Parquet's are computed.
-                    yield from _rows(batch, check=lambda part: part.validate(full=True))
-                    done += len(batch)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(
-                f"{path / name}: broken Arrow file after record {done} of the folder "
-                f"({str(error).splitlines()[0]}), expected a complete one"
-            ) from None
+        yield from arrow_rows(path / name)
+
+
+def arrow_rows(path: Path) -> Rows:
+    """Yield the rows of an Arrow stream, such as `datasets` keeps.
+
+    Raises:
+        UserError: it is broken.
+    """
+    pyarrow, done = pyarrow_for(path), 0
+    try:
+        with path.open("rb") as stream:
+            for batch in pyarrow.ipc.open_stream(stream):
+                # A stranger's offsets may point anywhere; Parquet's are computed.
+                yield from _rows(batch, check=lambda part: part.validate(full=True))
+                done += len(batch)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: broken Arrow stream after record {done} ({str(error).splitlines()[0]}), "
+            "expected a complete one"
+        ) from None
 
 
 def _arrow_files(path: Path) -> list[str]:
@@ -121,13 +130,14 @@ def _rows(batch: Any, check: Callable[[Any], None] = lambda part: None) -> Rows:
     cleaner = _struct_cleaner(batch.schema)
     try:
         check(batch)
-        for value in batch.to_pylist():
-            yield cleaner(value), None
-        return
-    except (UnicodeDecodeError, ValueError, OverflowError) as error:
+        values = [cleaner(value) for value in batch.to_pylist()]
+    except (ValueError, OverflowError, RecursionError) as error:  # UnicodeDecodeError is one
         if len(batch) == 1:
             yield None, _undecodable(batch, check, error)
             return
+    else:
+        yield from ((value, None) for value in values)
+        return
     for row in range(len(batch)):
         yield from _rows(batch.slice(row, 1), check)
 
@@ -165,13 +175,15 @@ def _struct_cleaner(fields: Any) -> Callable[[Any], Any]:
 
 def _cleaner(kind: Any) -> Callable[[Any], Any] | None:
     """Return what makes a column's values what JSON would have, or None: they are."""
-    import pyarrow
+    from pyarrow import types
 
     if getattr(kind, "extension_name", None) == "arrow.json":
         return lambda value: value if value is None else json.loads(value)
-    if pyarrow.types.is_struct(kind):
+    if types.is_struct(kind):
         return _struct_cleaner(kind)
-    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+    if types.is_map(kind):
+        return lambda value: value if value is None else dict(value)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         inner = _cleaner(kind.value_type)
         if inner is not None:
             return lambda value: value if value is None else [inner(item) for item in value]

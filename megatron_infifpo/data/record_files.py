@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.arrow_files import folder_rows, open_zstd, parquet_rows
+from megatron_infifpo.data.arrow_files import arrow_rows, folder_rows, open_zstd, parquet_rows
 
 KINDS = (".jsonl", ".json", ".csv")
-SUFFIXES = (*(kind + packed for kind in KINDS for packed in ("", ".gz", ".zst")), ".parquet")
+SUFFIXES = (
+    *(kind + packed for kind in KINDS for packed in ("", ".gz", ".zst")),
+    ".parquet",
+    ".arrow",
+)
+TABLES = {"": folder_rows, ".parquet": parquet_rows, ".arrow": arrow_rows}
 BOM = b"\xef\xbb\xbf"
 LARGEST_FIELD = 2**31 - 1  # of .csv, where Python takes 128 KiB
 
@@ -71,9 +76,8 @@ def iter_raw(path: Path, stem: str | None = None) -> Iterator[RawRecord]:
     """
     suffix = suffix_of(path)
     stem = stem or path.name.removesuffix(suffix)
-    if suffix in ("", ".parquet"):
-        rows = parquet_rows(path) if suffix else folder_rows(path)
-        for index, (value, error) in enumerate(rows):
+    if suffix in TABLES:
+        for index, (value, error) in enumerate(TABLES[suffix](path)):
             yield RawRecord(f"{path}:record {index}", stem, index, value, error)
         return
     try:

@@ -81,6 +81,8 @@ def test_every_file_kind_gives_the_same_records(tmp_path):
     rows = [{**value, "prompt": QUESTION, "pivot_chosen": None} for value in values]
     pyarrow.parquet.write_table(table_of(*rows), tmp_path / "t.parquet")
     write_folder(tmp_path / "folder", table_of(rows[0]), table_of(rows[1]))
+    arrow = "folder/data-00000-of-00002.arrow"
+    assert read_records([tmp_path / arrow]) == expected[:1]
     for name in ("lines.json", "t.parquet", "folder"):
         assert read_records([tmp_path / name]) == expected, name
 
@@ -193,6 +195,16 @@ def test_text_that_is_not_utf8_is_one_bad_record(tmp_path):
         assert [r.id for r in found] == ["a", "c"] and len(report.skipped) == 1
 
 
+def test_json_in_a_table_that_is_broken_is_one_bad_record(tmp_path):
+    texts = pyarrow.array(["{}", '{"a": ', "{}"]).cast(pyarrow.json_())
+    table = table_of(GOOD, dict(GOOD, id="b"), dict(GOOD, id="c"))
+    write_folder(tmp_path / "t", table.append_column("chat_template_kwargs", texts))
+    found = read_records(tmp_path / "t", on_bad="skip")
+    assert [r.id for r in found] == ["a", "c"]
+    with pytest.raises(UserError, match="record 1: it cannot be decoded"):
+        read_records(tmp_path / "t")
+
+
 HEADER = b"prompt,chosen,rejected\n"
 UNREADABLE = {
     "absent.jsonl": (None, "no such file"),
@@ -239,7 +251,7 @@ def test_folders_that_are_no_data_set(tmp_path):
     data = good / "data-00000-of-00001.arrow"
     content = data.read_bytes()
     data.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="broken Arrow file after record 0"):
+    with pytest.raises(UserError, match="broken Arrow stream after record 0"):
         read_records(good)
     (good / "state.json").write_text('{"_data_files": [{"filename": "../x.arrow"}]}')
     with pytest.raises(UserError, match="names no data files"):
