@@ -107,4 +107,4 @@ def _matching(directory: Path, patterns: tuple[str, ...]) -> list[str]:
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)

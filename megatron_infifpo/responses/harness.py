@@ -38,6 +38,8 @@ def _problem(manager: Any, task: str) -> str:
     """Why a task cannot be loaded; nothing if it can."""
     if task not in manager.all_tasks:
         return f"there is no task {task!r}"
+    if task in manager.all_tags:
+        return f"{task!r} is a tag of several tasks, without a score of its own: name its tasks"
     try:
         manager.load([task])
     except Exception as error:  # it runs task files of the user's, and downloads
@@ -105,7 +107,7 @@ def evaluate(
         confirm_run_unsafe_code=args.run_code,
         log_samples=False,
     )["results"]
-    # A tag is several tasks, without a number of its own.
+    # Whatever the harness calls them, results are kept.
     results = found.get(
         benchmark.task, {f"{t}: {k}": v for t in found for k, v in found[t].items()}
     )

@@ -1,5 +1,6 @@
 """Evaluation through lm-evaluation-harness, on a small task file and tiny models."""
 
+import argparse
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from workers import load_tool
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.responses import evaluation
 from megatron_infifpo.responses.benchmarks import BENCHMARKS, Benchmark, score_of, table
+from megatron_infifpo.responses.harness import open_harness
 
 TASK = """
 task: colours
@@ -248,6 +250,25 @@ def test_bad_numbers(monkeypatch, capsys, flags):
     assert stopped.value.code == 2 and "expected" in capsys.readouterr().err.replace(
         "invalid choice", "expected"
     )
+
+
+def test_tasks_of_the_user_that_cannot_be_evaluated(tmp_path, monkeypatch):
+    """Said before a model is loaded. The harness's own tasks, which take long to list, are away."""
+    tasks = pytest.importorskip("lm_eval.tasks", reason="lm-evaluation-harness is not installed")
+    small = tasks.TaskManager
+    monkeypatch.setattr(
+        tasks, "TaskManager", lambda **options: small(**options | {"include_defaults": False})
+    )
+    text = TASK.format(data=tmp_path / "gone.jsonl")
+    (tmp_path / "colours.yaml").write_text(text.replace("task:", "tag: several\ntask:"))
+    args = argparse.Namespace(tasks=str(tmp_path))
+    for task, message in (
+        ("none", "there is no task 'none'"),
+        ("several", "'several' is a tag of several tasks"),
+        ("colours", "cannot load the task 'colours' .*gone.jsonl"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_harness({task}, args)
 
 
 def test_tasks_exist_in_the_harness():
