@@ -58,9 +58,16 @@ class TextIds:
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Ids of text that a template wrote: its special tokens count, no BOS is added."""
-        if not texts:
-            return []
-        return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            options = {"add_special_tokens": False, "verbose": False}
+            return self._tokenizer(texts, **options)["input_ids"] if texts else []
+        # Without offsets and masks, a quarter faster; settings of earlier calls stay in it.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def _tokens_before(self, place: int, prompt: str, reply: Reply, count: int) -> int:
         """The number of a reply's tokens before a place in its text; one across it is behind it."""
