@@ -15,7 +15,7 @@ from megatron_infifpo.data.messages import (
     text_of,
 )
 
-TURN = re.compile(r"\n\n(Human|Assistant):")
+TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 def conversation(value: Any, name: str, ignored: set[str]) -> tuple[Message, ...]:
@@ -53,9 +53,9 @@ def anthropic_turns(text: str) -> tuple[Message, ...]:
 
     An open turn of the assistant at the end, as prompts have it, is left out.
     """
-    if not text.startswith("\n\nHuman:") or "\n\nAssistant:" not in text:
+    if "\n\nAssistant:" not in text or not text.lstrip().startswith("Human:"):
         return ()
-    pieces = TURN.split(text)[1:]
+    pieces = TURN.split(text.lstrip())[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [
         {"role": roles[who], "content": said.strip()}

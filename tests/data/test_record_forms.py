@@ -93,6 +93,12 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list, list, list, set[str]]] = {
         TURNS, TWO, THREE, set(),
     ),
     "hh with a prompt of its own": ({"prompt": HUMAN, **PAIR}, QUESTION, TWO, THREE, set()),
+    "hh without its first lines": (
+        {"prompt": "Human: hi\n\nAssistant: hello" + HUMAN, **PAIR}, TURNS, TWO, THREE, set()
+    ),
+    "a text with turns inside": (
+        {"prompt": "Go on:" + HUMAN, **PAIR}, said("u:Go on:" + HUMAN), TWO, THREE, set()
+    ),
     "HelpSteer3": (
         {"domain": "code", "context": TURNS, "response1": "3", "response2": "2",
          "overall_preference": 2, "individual_preference": []},
