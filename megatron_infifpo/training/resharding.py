@@ -59,7 +59,7 @@ def check_optimizer_state(args: argparse.Namespace, start: Start) -> None:
             "--no-save-optim does not go with a resumed optimizer, which Megatron describes as it "
             "would save it: leave it out, or pass --no-load-optim too"
         )
-    if found := changed(KEPT, saved, vars(args)):
+    if found := changed([name for name in KEPT if name in saved], saved, vars(args)):
         raise UserError(
             f"{', '.join(found)}: the optimizer's state keeps what it was; resume as it was, or "
             "start with a fresh optimizer: --no-load-optim"

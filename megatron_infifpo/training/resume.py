@@ -78,7 +78,7 @@ def settle_schedule(
     if not start.resumed:
         return []
     saved, run = with_decay(start.saved), with_decay(vars(args))
-    found = changed(SCHEDULE, saved, run)
+    found = changed([name for name in SCHEDULE if name in saved], saved, run)
     if args.use_checkpoint_opt_param_scheduler:
         for name in (*SCHEDULE, "lr_warmup_init"):
             if name in saved and name not in _ENDS:

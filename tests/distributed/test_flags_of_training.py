@@ -1,5 +1,6 @@
 """Megatron's flags of optimizers, schedules, checkpoints and ends of runs, in real runs."""
 
+import json
 import math
 
 import pytest
@@ -63,7 +64,9 @@ def test_schedule_warms_up_holds_and_decays(setup, ranks):
         setup, "--train-iters", "4", "--lr-decay-style", "WSD", "--lr-wsd-decay-style", "linear",
         "--lr-wsd-decay-iters", "2", "--lr-warmup-fraction", "0.25",
     )  # fmt: skip
-    assert rates(ranks(1, "flag_workers:observe", argv)[0]) == pytest.approx([0, 1e-3, 1e-3, 5e-4])
+    assert rates(ranks(1, "flag_workers:observe", argv)[0]) == pytest.approx(
+        [1e-3, 1e-3, 1e-3, 5e-4]
+    )
 
 
 def test_schedule_in_pairs(setup, ranks):
@@ -73,7 +76,7 @@ def test_schedule_in_pairs(setup, ranks):
         "--lr-wsd-decay-samples", "16", without=("--train-iters",),
     )  # fmt: skip
     result = ranks(1, "flag_workers:observe", argv)[0]
-    expected = [0, 1e-3, 1e-3, 1e-3 * (1 - math.sqrt(0.5))]
+    expected = [1e-3, 1e-3, 1e-3, 1e-3 * (1 - math.sqrt(0.5))]
     assert rates(result) == pytest.approx(expected)
 
 
@@ -111,11 +114,12 @@ def test_checkpoints(setup, ranks, tmp_path):
         tensors = torch.load(path, weights_only=True)["model_chunk0"]
         assert tensors["embedding.word_embeddings.weight"].shape == (384, 64), what
     save += ["--no-load-rng", "--lr-decay-iters", "8"]
+    new = ["--override-opt_param-scheduler"]
     for more, rate in (
         (["--train-iters", "4", "--use-checkpoint-opt_param-scheduler"], 0.25e-3),
-        (["--train-iters", "5", "--override-opt_param-scheduler"], 0.5e-3),
-        # Without the optimizer's state the schedule begins anew.
-        (["--train-iters", "6", "--no-load-optim", "--no-save-optim"], 1e-3),
+        (["--train-iters", "5", *new], 0.5e-3),
+        # Without the optimizer's state the schedule goes on all the same.
+        (["--train-iters", "6", *new, "--no-load-optim", "--no-save-optim"], 0.375e-3),
     ):
         again = ranks(2, "flag_workers:observe", flags(setup, *save, *more))[0]
         assert rates(again) == pytest.approx([rate]), more
@@ -133,6 +137,8 @@ def test_saving_while_training_goes_on(setup, ranks, tmp_path):
     ranks(2, "flag_workers:observe", argv)
     assert "scheduled an async checkpoint save at iteration       3" in ranks.logs[0]
     ranks(2, "workers:train", flags(setup, "--save", str(now), "--save-interval", "3"))
+    sums = [json.loads((run / "iter_0000003/checksums.json").read_text()) for run in (later, now)]
+    assert sums[0]["files"].keys() == sums[1]["files"].keys() > {"__0_0.distcp", "__1_0.distcp"}
     a, b = ranks(1, "flag_workers:fingerprints", str(later), str(now))[0]
     assert a == b
 
