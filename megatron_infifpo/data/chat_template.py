@@ -10,13 +10,13 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from megatron_infifpo.cli import UserError
+from megatron_infifpo.data.habits import Habits, in_parts, without_opening
 from megatron_infifpo.data.records import Message
 from megatron_infifpo.data.special_text import SpecialText
 
@@ -47,12 +47,6 @@ _SCHEMA = {
 # What apply_chat_template takes that is no variable of the template.
 _RESERVED = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
 
-THOUGHTS = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
-_MARK = r"[<\[][^<>\[\]\n]*(?:think|thought|reason)[^<>\[\]\n]*[>\]]?\s*"
-# The mark that opens a block of reasoning, at the end of a text; it may be cut short.
-_OPENING = re.compile(rf"{_MARK}\Z", re.IGNORECASE)
-_MARKS = re.compile(rf"\s*(?:{_MARK})+\Z", re.IGNORECASE)
-
 
 class RefusedRecordError(UserError):
     """A chat template cannot render a record, or not so that what is scored is known.
@@ -66,45 +60,6 @@ class RefusedRecordError(UserError):
         self.reason = reason
         of = f" of {path}" if path else ""
         super().__init__(f"the chat template{of} refuses record {record_id!r} ({reason})")
-
-
-@dataclass(frozen=True, slots=True)
-class Habits:
-    """What a template does with one set of options.
-
-    Attributes:
-        opens: what the generation prompt writes that not every finished reply has behind it, such
-            as "<think>\\n".
-        adds: the header of a reply, of a template that takes no notice of the generation prompt.
-        header: what stands between the user's message and the reply, up to the lead.
-        gap: the lead, or the white space in its place.
-        lead: what stands between the header of a reply and its text, such as an empty think block;
-            "" where that is nothing or white space.
-        tail: what follows a reply.
-        end_of_turn: the part of the tail that a model generates; "" if there is none.
-        writes_reasoning: it writes `reasoning_content`.
-        takes_think_text: it writes `<think>` text as it writes `reasoning_content`.
-        opens_reasoning: replies of this model begin with a block of reasoning.
-        closes: what stands between the reasoning and the answer.
-        folds_system: it knows no system messages.
-        knows_developer: it writes messages of role developer.
-        as_parts: it prints contents only as lists of parts.
-    """
-
-    opens: str
-    adds: str
-    header: str
-    gap: str
-    lead: str
-    tail: str
-    end_of_turn: str
-    writes_reasoning: bool
-    takes_think_text: bool
-    opens_reasoning: bool
-    closes: str
-    folds_system: bool
-    knows_developer: bool
-    as_parts: bool
 
 
 class ChatTemplate:
@@ -276,7 +231,7 @@ class ChatTemplate:
             end_of_turn=self._end_of_turn(tail),
             writes_reasoning=writes,
             takes_think_text=writes and field.split(_THOUGHT)[0] == block.split(_THOUGHT)[0],
-            opens_reasoning=writes or bool(_OPENING.search(asked)),
+            opens_reasoning=writes or without_opening(asked) != asked,
             closes=field.split(_THOUGHT)[-1].split(_REPLY)[0] if writes else "",
             folds_system=not _writes_role(*probe, "system"),
             knows_developer=_writes_role(*probe, "developer"),
@@ -301,30 +256,6 @@ class ChatTemplate:
             if following == eos:
                 return tail[:run]
         return tail[:end]
-
-
-def without_opening(text: str) -> str:
-    """Return a text without the mark at its end that opens a block of reasoning."""
-    return _OPENING.sub("", text)
-
-
-def only_opens(text: str) -> bool:
-    """Whether a text is marks of reasoning and nothing else."""
-    return _MARKS.match(text) is not None
-
-
-def fold_system(messages: Iterable[Message]) -> list[Message]:
-    """Put a leading system message before the first user message, for templates without one."""
-    first, *rest = messages
-    if first["role"] != "system" or not rest:
-        return [first, *rest]
-    joined = "\n\n".join(text for text in (first["content"], rest[0]["content"]) if text)
-    return [{**rest[0], "content": joined}, *rest[1:]]
-
-
-def in_parts(messages: Iterable[Message]) -> list[Message]:
-    """Return messages with their contents as lists of parts, as templates of vision models ask."""
-    return [{**m, "content": [{"type": "text", "text": m.get("content", "")}]} for m in messages]
 
 
 def _say(text: str, thought: str | None = None) -> Message:

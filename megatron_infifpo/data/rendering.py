@@ -16,13 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_infifpo.data.chat_template import (
-    ChatTemplate,
-    Habits,
-    RefusedRecordError,
-    fold_system,
-    in_parts,
-)
+from megatron_infifpo.data.chat_template import ChatTemplate, RefusedRecordError
+from megatron_infifpo.data.habits import Habits, fold_system, in_parts
 from megatron_infifpo.data.records import Message, PreferenceRecord
 from megatron_infifpo.data.special_text import SpecialText
 from megatron_infifpo.data.turns import (

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from megatron_infifpo.data.chat_template import THOUGHTS, Habits, only_opens, without_opening
+from megatron_infifpo.data.habits import THOUGHTS, Habits, only_opens, without_opening
 from megatron_infifpo.data.records import Message
 from megatron_infifpo.data.special_text import SpecialText
 

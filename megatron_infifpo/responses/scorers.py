@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_infifpo import cpu
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.chat_template import fold_system
+from megatron_infifpo.data.habits import fold_system
 from megatron_infifpo.data.hf_tokenizer import load_tokenizer
 from megatron_infifpo.models.batch_rule import BatchRule
 from megatron_infifpo.models.hf_model import load_classifier
