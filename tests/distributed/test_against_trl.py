@@ -24,19 +24,6 @@ def pairs_of(setup) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "pivot_chosen"} for row in rows]
 
 
-def with_turns(row: dict, number: int) -> dict:
-    """Every other pair as replies that part before the user's last turn: only the end is scored."""
-    if number % 2:
-        return row
-
-    def turns(text: str) -> list[dict]:
-        first, last = text.rsplit(" ", 1)
-        roles = zip(("assistant", "user", "assistant"), (first, "and?", last), strict=True)
-        return [{"role": role, "content": content} for role, content in roles]
-
-    return row | {name: turns(row[name]) for name in ("chosen", "rejected")}
-
-
 def trl_loss_and_gradients(setup, data, reference: LogprobStore, folder, beta: float):
     """TRL's loss of the first `PAIRS` pairs and its gradients, in float32."""
     from datasets import Dataset
@@ -91,8 +78,8 @@ def test_dpo_matches_trl(setup, ranks, tmp_path, layout):
     # A reference other than the policy, or loss and gradients would hide mistakes in it.
     other = tiny.save_model(tmp_path / "other", "llama", seed=9)
     few = setup.folder / f"few{len(layout)}.jsonl"
-    rows = [with_turns(row, number) for number, row in enumerate(pairs_of(setup))]
-    few.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few.write_text("".join(json.dumps(row) + "\n" for row in pairs_of(setup)))
+    tiny.add_turns(few)
     flags = ["--input", str(few), "--output", str(tmp_path / "reference")]
     ranks(1, "workers:score", ["--backend", "transformers", "--model", str(other), *flags])
     data = tmp_path / "few"

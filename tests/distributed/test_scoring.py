@@ -55,9 +55,9 @@ def families(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scored(families, ranks, tmp_path_factory):
-    """Every family scored by one rank with Megatron; records and a folder of results."""
+    """Every family scored by one rank with Megatron; some tokens of responses are not scored."""
     folder = tmp_path_factory.mktemp("scored")
-    records = tiny.write_records(folder / "r.jsonl", 12)
+    records = tiny.add_turns(tiny.write_records(folder / "r.jsonl", 12))
 
     def run(name: str, world: int, backend: str, *more: str) -> Path:
         output = folder / name
@@ -247,7 +247,8 @@ def test_inspect_shows_what_was_scored(setup, ranks):
     assert "qwen, megatron, float32; tokenizer" in shown and "a turn ends with '<|end|>'" in shown
     record = json.loads(setup.records.read_text().splitlines()[3])
     assert shown.count(f"<|user|>{record['prompt']}<|end|><|assistant|>") == 3
-    line = next(x for x in shown.split("qwen: what it")[1].splitlines() if x.startswith("rejected"))
+    lines = shown.split("qwen: what it")[1].splitlines()
+    line = next(line for line in lines if line.startswith("rejected, tokens"))
     tokens = re.findall(r"'(.*?)' (-?\d+\.\d{3})", line)
     assert "".join(text for text, _ in tokens) == record["rejected"] + "<|end|>"
     expected = LogprobStore(setup.folder / "qwen").logprobs(3, 1)
