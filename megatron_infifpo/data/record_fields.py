@@ -67,10 +67,14 @@ def check_reply(messages: tuple[Message, ...], name: str) -> None:
 
 def same_reply(one: tuple[Message, ...], other: tuple[Message, ...]) -> bool:
     """Whether two replies are equal, but for outer white space."""
-    return len(one) == len(other) and all(
-        a["content"].strip() == b["content"].strip() and a | {"content": ""} == b | {"content": ""}
-        for a, b in zip(one, other, strict=True)
-    )
+    if len(one) != len(other):
+        return False
+    for a, b in zip(one, other, strict=True):
+        if a["content"].strip() != b["content"].strip():
+            return False
+        if {**a, "content": ""} != {**b, "content": ""}:
+            return False
+    return True
 
 
 def refuse_lost(value: dict[str, Any]) -> None:

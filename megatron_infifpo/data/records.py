@@ -160,7 +160,8 @@ def iter_with_raw(
             continue
         first_seen[record.id] = raw.where
         with_pivot = record.pivot_chosen is not None
-        report.ignored.update(ignored)
+        if ignored:
+            report.ignored.update(ignored)
         yield record, raw
     if report.skipped and not first_seen:
         raise UserError(
@@ -231,8 +232,8 @@ def parse_record(value: Any, *, default_id: str) -> tuple[PreferenceRecord, set[
             )
     for name, messages in {"prompt": prompt, **replies}.items():
         _refuse_rendered(messages, name)
-    used = {*form.fields, *parts.used, *COMMON, "pivot_chosen"}
-    ignored |= {str(name) for name in value if name not in used and value[name] is not None}
+    unused = value.keys() - COMMON - {*form.fields, *parts.used, "pivot_chosen"}
+    ignored |= {str(name) for name in unused if value[name] is not None}
     record = PreferenceRecord(
         id=label(value, "id", default_id),
         domain=label(value, "domain", "general"),
