@@ -106,9 +106,13 @@ def check_rates(args: argparse.Namespace, first: int) -> None:
         return
     idle = [first + i + 1 for i, rate in enumerate(rates(args, first)) if rate == 0]
     if idle:
+        way = "raise --lr-decay-iters (or --lr-decay-samples), or give --min-lr"
+        if args.use_checkpoint_opt_param_scheduler:
+            way = (
+                "the checkpoint's schedule ends there: take --override-opt-param-scheduler instead"
+            )
         raise UserError(
             f"{len(idle)} steps, from step {idle[0]} on, would be at learning rate 0, which moves "
             f"nothing: the rate has decayed at step "
-            f"{decay_samples(args) // args.global_batch_size} of {last_step(args)}; raise "
-            "--lr-decay-iters (or --lr-decay-samples), or give --min-lr"
+            f"{decay_samples(args) // args.global_batch_size} of {last_step(args)}; {way}"
         )

@@ -15,6 +15,7 @@ def arguments(**changed) -> Namespace:
         "lr_wsd_decay_samples train_samples".split()
     )
     given |= {"lr": 1e-3, "min_lr": 0.0, "lr_decay_style": "cosine", "lr_warmup_init": 0.0}
+    given |= {"use_checkpoint_opt_param_scheduler": False}
     given |= {"lr_warmup_iters": 0, "lr_warmup_samples": 0, "lr_wsd_decay_style": "exponential"}
     args = Namespace(**given | {"train_iters": 20, "global_batch_size": 8, "rank": 0} | changed)
     complete_warm_up(args)
@@ -64,6 +65,10 @@ def test_the_user_says_where_warm_up_begins():
     "changed, expected",
     [
         ({"lr_decay_iters": 12}, "8 steps, from step 13 on, would be at learning rate 0"),
+        (
+            {"lr_decay_iters": 12, "use_checkpoint_opt_param_scheduler": True},
+            "8 steps, .* take --override-opt-param-scheduler instead",
+        ),
         ({"lr_warmup_iters": 20}, "warm-up takes 20 steps, and .* decayed after 20"),
         ({"lr": None}, "give --lr"),
     ],
