@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from builders import byte_tokenizer, record, write_jsonl, write_tokens
+from marks import Marking
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.logprob_store import LogprobStore
@@ -298,3 +299,40 @@ def test_the_vllm_example_of_the_docs(tmp_path, scored, monkeypatch):
     import_tokens(["train.jsonl"], ["qwen.jsonl"], "out", name="qwen", tokenizer=chat)
     ids = chat.encode(RECORDS[2]).response_ids[1]
     np.testing.assert_allclose(LogprobStore("out").logprobs(2, 1), -ids / 100, rtol=1e-6)
+
+
+def test_only_scored_tokens_are_imported(tmp_path, scored):
+    """From vLLM's positions, from a number a token, from a number a scored token: the same."""
+    chat, rng = Marking({"r-1": "no tools"}), np.random.default_rng(3)
+    lines: dict[str, list[dict]] = {"vllm": [], "all": [], "scored": []}
+    wanted = []
+    for r in RECORDS:
+        tokens = Marking().encode(r)
+        line = {kind: {"id": r.id} for kind in lines}
+        for name, ids, mark in zip(
+            ("chosen", "rejected"), tokens.response_ids, tokens.scored, strict=True
+        ):
+            entries = vllm([*tokens.prompt_ids.tolist(), *ids.tolist()], rng)
+            here = entries[len(tokens.prompt_ids) :]
+            values = [e[str(t)]["logprob"] for e, t in zip(here, ids.tolist(), strict=True)]
+            line["vllm"][name], line["all"][name] = entries, values
+            line["scored"][name] = np.array(values)[mark].tolist()
+            wanted.append(np.float32(values)[mark].tolist())
+        for kind in lines:
+            lines[kind].append(line[kind])
+    with pytest.raises(UserError, match=r"lp.jsonl:2: record 'r-1' .*no tools; --on-bad-record"):
+        run(tmp_path, scored, *lines["vllm"], tokenizer=chat)
+    for kind in lines:
+        folder = tmp_path / kind
+        folder.mkdir()
+        store = run(folder, scored, *lines[kind], tokenizer=chat, on_bad="skip")
+        assert store.masked_records.tolist() == [False, True, False, False]
+        assert store.note(1) == "the chat template refuses it: no tools"
+        for i in (0, 2, 3):
+            found = [store.logprobs(i, r).tolist() for r in range(2)]
+            assert found == wanted[2 * i : 2 * i + 2], kind
+    first = Marking().encode(RECORDS[0])
+    short = [{**lines["all"][0], "chosen": [-1.0] * 99}, *lines["all"][1:]]
+    count, marked = len(first.response_ids[0]), int(first.scored[0].sum())
+    with pytest.raises(UserError, match=f"99 log-probs, .* makes {count} tokens, {marked} of them"):
+        run(tmp_path, scored, *short, tokenizer=chat, on_bad="skip")
