@@ -103,6 +103,9 @@ def read_pairs(
         method: the run's.
         max_tokens: --seq-length of the run.
         trained: prefix of the trained pivot's log-probs, if it was scored.
+
+    Raises:
+        UserError: the data sets do not belong together, or the trained pivot lacks some pairs.
     """
     dataset = PreferenceDataset(data, read_sources(sources), responses=method.responses)
     assert dataset.initial is not None
@@ -130,6 +133,11 @@ def read_pairs(
     if trained is not None:
         store = LogprobStore(trained)
         store.check_against(dataset.tokens, same_tokenizer=True)
+        if missing := int(store.masked_records[indices].sum()):
+            raise UserError(
+                f"{trained} has no log-probs of {missing} of the {len(indices)} pairs of this run, "
+                "expected all of them: score the trained pivot as the initial one was scored"
+            )
         sums, _ = _summary(store, indices, used)
         means.append((sums / counts)[..., None])
         names = (*names, "trained pivot")

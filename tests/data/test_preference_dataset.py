@@ -5,6 +5,9 @@ from builders import record, write_scores, write_tokens
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.preference_dataset import PreferenceDataset
 from megatron_infifpo.data.sources import Source, SourcesConfig
+from megatron_infifpo.data.token_dataset import TokenDataset
+from megatron_infifpo.methods import resolve
+from megatron_infifpo.report.collect import read_pairs
 
 RECORDS = [record(i, domain=("math", "code")[i % 2]) for i in range(8)]
 
@@ -96,3 +99,17 @@ def test_what_does_not_fit_is_refused(joined, tmp_path):
     other = write_tokens(tmp_path, RECORDS[::-1], "other")
     with pytest.raises(UserError, match="fingerprint"):
         PreferenceDataset(other.prefix, config)
+
+
+def test_a_report_needs_the_trained_pivot_on_all_pairs(joined, tmp_path):
+    """Or the sums of what it has not scored would be zeros in the figures."""
+    prefix, config = joined
+    lengths = TokenDataset(prefix).scored_lengths
+    (tmp_path / "s.yaml").write_text("initial: pivot\nsources: [{name: all, logprobs: all}]\n")
+    write_scores(tmp_path / "whole", RECORDS, lengths, masked=[5], seed=3)
+    write_scores(tmp_path / "part", RECORDS, lengths, masked=[1, 3], seed=3)
+    options = (prefix, str(tmp_path / "s.yaml"), resolve("infifpo"), 10**6)
+    pairs = read_pairs(*options, str(tmp_path / "whole"))
+    assert np.isfinite(pairs.means[:, :, -1]).all() and len(pairs.indices) == 7
+    with pytest.raises(UserError, match="no log-probs of 2 of the 7 pairs"):
+        read_pairs(*options, str(tmp_path / "part"))
