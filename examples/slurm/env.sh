@@ -1,7 +1,7 @@
 # Values of your site and of your run: the only file to change. Every job sources it, from the
 # repository's root; what is already set in the environment wins.
-# LAYOUT, SFT, TRAIN and SCORE hold NAME=VALUE words. A value with spaces, such as several flags, is
-# quoted inside the string, or the whole is an array:
+# LAYOUT, PREPARE, SFT, TRAIN, SCORE and INITIAL hold NAME=VALUE words. A value with spaces, such as
+# several flags, is quoted inside the string, or the whole is an array:
 #   TRAIN='micro_batch_tokens=4096 flags="--recompute-granularity full --recompute-method uniform"'
 #   TRAIN=(micro_batch_tokens=4096 flags="--recompute-granularity full --recompute-method uniform")
 
@@ -25,3 +25,5 @@
 : "${SFT:=}"                   # further options of SFT (python tools/launch.py show sft)
 : "${TRAIN:=}"                 # and of preference training (python tools/launch.py show infifpo)
 : "${SCORE:=}"                 # and of scoring (python tools/launch.py show score)
+: "${PREPARE:=}"               # and of tokenizing for the pivot (python tools/launch.py show prepare)
+: "${INITIAL:=}"               # and of scoring the initial pivot, after SCORE: its template as above

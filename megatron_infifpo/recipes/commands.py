@@ -86,17 +86,19 @@ def convert(run: str = RUN, hf: str = PIVOT, dtype: str = "bf16") -> Job:
     return Job("convert", ("tools/convert_checkpoint.py", *flags))
 
 
-def prepare(run: str = RUN, hf: str = PIVOT, split: str = "preference") -> Job:
+def prepare(run: str = RUN, hf: str = PIVOT, split: str = "preference", flags: str = "") -> Job:
     """Tokenize one half of the records for the pivot.
 
     Args:
         run: folder of the run.
         hf: the pivot's Hugging Face folder, for its tokenizer and chat template.
         split: `sft` or `preference`; reads RUN/data/SPLIT.jsonl.
+        flags: further ones of tools/prepare_preferences.py.
     """
     prefix = f"{run}/data/{split}"
-    flags = ("--input", f"{prefix}.jsonl", "--tokenizer", hf, "--output", prefix)
-    return Job(f"prepare-{split}", ("tools/prepare_preferences.py", *flags))
+    given = ("--input", f"{prefix}.jsonl", "--tokenizer", hf, "--output", prefix)
+    more = split_words(flags, "flags")
+    return Job(f"prepare-{split}", ("tools/prepare_preferences.py", *given, *more))
 
 
 def score(

@@ -96,7 +96,7 @@ def test_several_flags_and_an_open_quote(run_folder):
     assert tool.spread(["--options", "a=1 b=2"]) == ["a=1", "b=2"]
     read = tool.read_options("sft", ["run=run", *words[1:]])
     assert read["tensor"] == 2 and STAGES["sft"](**read).arguments[-3:] == ("--a", "b c", "--d")
-    for stage in ("sft", "score"):
+    for stage in ("sft", "score", "prepare"):
         with pytest.raises(UserError, match='flags=--a "b: No closing quotation, expected words'):
             STAGES[stage](run="run", flags='--a "b')
     with pytest.raises(UserError, match="--options=a 'b: No closing quotation"):
@@ -117,6 +117,13 @@ def test_the_options_of_jobs(run_folder):
     )
     found = load_tool("launch").spread([f"--options={printed}"])
     assert found == ["x=1", "flags=--a b", "y=2", "flags=--c 'd e'", "z="]
+
+
+def test_the_pivots_template(run_folder):
+    words = "--chat-template-options '{\"enable_thinking\": false}'"
+    for stage in ("prepare", "score"):
+        found = STAGES[stage](run="run", flags=words).arguments
+        assert found[-2:] == ("--chat-template-options", '{"enable_thinking": false}')
 
 
 def test_flags_of_a_source(run_folder):
