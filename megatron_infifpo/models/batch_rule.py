@@ -28,11 +28,12 @@ class BatchRule:
         by_length: whether there are texts that must not share a batch.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, *, writes: bool = False):
         """Look at the model's rotary embeddings.
 
         Args:
             model: freshly loaded: what it has not run yet has left no trace in it.
+            writes: it will go on writing texts, padded on the left; not all models can.
         """
         self._limits: set[tuple[str, int]] = set()
         self._states: list[tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]] = []
@@ -44,6 +45,8 @@ class BatchRule:
             self._limits |= limits
             if limits or (not known and _is_rope(module)):
                 self._states.append((module, *_state_of(module)))
+        if writes and known and _sees_padding(model):
+            self._limits.add((_EACH_LENGTH, 0))
         self.by_length = bool(self._limits)
 
     def key(self, length: int, grow: int = 0) -> tuple[int, ...]:
@@ -104,6 +107,23 @@ def _limits_of(module: torch.nn.Module) -> Iterator[tuple[str, int]]:
             yield _EACH_LENGTH, getattr(module, "original_max_seq_len", 0)
         else:
             yield _EACH_LENGTH, 0
+
+
+@torch.inference_mode()
+def _sees_padding(model: Any) -> bool:
+    """Whether padding before a prompt changes what comes after it, as in recurrent models."""
+    vocab = model.config.get_text_config().vocab_size
+    prompt = (7 * torch.arange(1, 13, device=model.device) % vocab)[None]
+    padded = torch.nn.functional.pad(prompt, (6, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(prompt), (6, 0))
+    how = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+    alone, behind = (
+        model.generate(ids, attention_mask=seen, **how).logits[0].float().softmax(-1)
+        for ids, seen in ((prompt, torch.ones_like(prompt)), (padded, mask))
+    )
+    # Half of it is the share of samples that would differ.
+    return float((alone - behind).abs().sum()) > (1e-3 if model.dtype == torch.float32 else 0.2)
 
 
 def _is_rope(module: torch.nn.Module) -> bool:

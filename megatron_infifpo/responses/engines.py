@@ -103,7 +103,7 @@ class TransformersEngine:
         )
         # What the model's files prefer (penalties, top-k) would act without a word.
         network.generation_config = GenerationConfig()
-        self.batch, self.rule = options.batch, BatchRule(network)
+        self.batch, self.rule = options.batch, BatchRule(network, writes=True)
 
     def sample(
         self, prompts: Sequence[Prompt], counts: Sequence[int], seed: int

@@ -71,7 +71,7 @@ def load(folder: str, args: argparse.Namespace) -> Any:
     remote = args.trust_remote_code
     # The harness would fill weights that are missing with random numbers.
     model = load_causal_lm(folder, dtype=getattr(torch, args.dtype), trust_remote_code=remote)
-    rule = BatchRule(model)
+    rule = BatchRule(model, writes=True)
     if rule.by_length:
         print(f"{folder}: its numbers depend on the texts in a batch: one at a time", flush=True)
         named["batch_size"] = 1

@@ -18,6 +18,8 @@ from transformers import (
     Phi3ForCausalLM,
     PhimoeConfig,
     PhimoeForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -154,6 +156,18 @@ def test_batches_of_prompts():
     assert rule.batches(lengths, 8, grow=8) == [[0], [1, 3, 5], [2, 4]]
     assert BatchRule(build("dynamic")).batches(lengths, 8, grow=8) == [[0], [1, 3], [2, 4], [5]]
     assert BatchRule(build("llama3")).batches(lengths, 4, grow=8) == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_padding_that_a_model_sees():
+    """A recurrent model has read what stands before a prompt, whatever the mask says."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    config = RwkvConfig(**shape, attention_hidden_size=32, intermediate_size=48)
+    recurrent = RwkvForCausalLM(config)
+    for parameter in recurrent.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    assert BatchRule(recurrent, writes=True).batches([5, 6, 5], 8) == [[0, 2], [1]]
+    assert BatchRule(build("default"), writes=True).batches([5, 6, 5], 8) == [[0, 1, 2]]
 
 
 def test_a_model_with_code_of_its_own_is_trusted_with_equal_lengths_only():
