@@ -90,7 +90,7 @@ def check_folder(directory: str | Path) -> dict[str, Any]:
     if not (Path(directory) / "config.json").is_file():
         raise UserError(
             f"{directory} has no config.json, expected a Hugging Face folder; a Megatron "
-            "checkpoint is scored with --backend megatron, or exported first"
+            "checkpoint needs --backend megatron, or to be exported first"
         )
     HfWeights(directory)
     return config
