@@ -11,7 +11,6 @@ Each conversation of a record is rendered once, and its prompt where it cannot b
 - What cannot be placed in the rendered text is refused, never guessed.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +23,7 @@ from megatron_infifpo.data.turns import (
     RewrittenError,
     asked_before,
     earlier_end,
+    holds,
     last_end,
     prompt_ends,
     reasoning_end,
@@ -212,7 +212,7 @@ class Renderer:
                 following = reply[i : i + 2]
                 finish = earlier_end(text, begin, following, until, habits, self._special)
             answer = thoughts_of(message)[1].strip()
-            if finish <= begin or not _holds(text[begin:finish], answer):
+            if finish <= begin or not holds(text[begin:finish], answer):
                 raise RewrittenError("it does not write a reply as it is")
             scored.append((begin, finish))
         return _Whole(text, starts, scored, end)
@@ -280,7 +280,7 @@ def _check_written(messages: Iterable[Message], text: str) -> None:
             for call in message.get("tool_calls", ()):
                 if call.get("function", call).get("name", "") not in text:
                     raise RewrittenError("it leaves out a call of a tool")
-        if not _holds(text, content.strip()):
+        if not holds(text, content.strip()):
             raise RewrittenError(f"it does not write a message of role {role} as it is")
 
 
@@ -294,9 +294,3 @@ def _common_start(wholes: Sequence[_Whole]) -> int:
         for start in candidates
         if all(whole.text.startswith(wholes[0].text[:start]) for whole in wholes)
     )
-
-
-def _holds(text: str, content: str) -> bool:
-    """Whether a template wrote a content, as it is or as a JSON string."""
-    escaped = (json.dumps(content, ensure_ascii=flag)[1:-1] for flag in (False, True))
-    return content in text or any(found in text for found in escaped)

@@ -1,5 +1,6 @@
 """Where the turns of an assistant lie in a rendered conversation."""
 
+import json
 import os
 from collections.abc import Sequence
 
@@ -132,3 +133,9 @@ def reasoning_end(text: str, begin: int, message: Message, habits: Habits) -> in
             raise RewrittenError("it does not write a reply as it is")
         return max(behind, 0)
     return place + (len(habits.closes) if text.startswith(habits.closes, place) else 0)
+
+
+def holds(text: str, content: str) -> bool:
+    """Whether a template wrote a content, as it is or as a JSON string."""
+    escaped = (json.dumps(content, ensure_ascii=flag)[1:-1] for flag in (False, True))
+    return content in text or any(found in text for found in escaped)
