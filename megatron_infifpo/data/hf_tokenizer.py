@@ -30,7 +30,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises just that; broken files raise anything
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         if not Path(path).is_dir():  # transformers then says that it could not connect
             reason = "there is no such folder"

@@ -158,6 +158,15 @@ def test_no_template_is_refused(tmp_path):
         ChatTokenizer.from_pretrained(tmp_path)
 
 
+def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    good = (tmp_path / "tokenizer.json").read_text()
+    for bad in (good.replace('"BPE"', '"Later"'), good[:200], "null", "[]"):
+        (tmp_path / "tokenizer.json").write_text(bad)
+        with pytest.raises(UserError, match=f"cannot load a tokenizer from {tmp_path} "):
+            ChatTokenizer.from_pretrained(tmp_path)
+
+
 def test_a_template_that_the_user_gives():
     chat = ChatTokenizer(byte_tokenizer(None), template=PLAIN_TEMPLATE)
     found, decode = chat.encode(pair("Yes.", "No.", MULTI)), chat.tokenizer.decode
