@@ -7,6 +7,7 @@ import tiny
 from launcher import ROOT
 
 from megatron_infifpo.data.logprob_writer import REQUIRED, LogprobWriter
+from megatron_infifpo.data.token_dataset import TOKENIZER_SCHEMA
 
 
 def snippets(page: Path) -> list[str]:
@@ -17,8 +18,7 @@ def test_api(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny.save_model(tmp_path / "models" / "pivot", "llama", seed=1)
     manifest = dict.fromkeys(REQUIRED, "qwen") | {"weights_sha256": None, "versions": {}}
-    unknown = ("path", "tokenizer_sha256", "chat_template_sha256", "chat_template")
-    manifest |= {"tokenizer": dict.fromkeys(unknown)}
+    manifest |= {"tokenizer": dict.fromkeys(TOKENIZER_SCHEMA)}
     responses = ("chosen", "rejected")
     with LogprobWriter("logprobs/qwen", responses=responses, manifest=manifest) as writer:
         writer.add("a", [[-1.0, -2.0], [-3.0]])
