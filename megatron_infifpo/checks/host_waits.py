@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import linecache
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,7 @@ def counting(counts: Counts) -> Iterator[None]:
 def counted(counts: Counts, function: Any) -> Any:
     """Wrap a function: count what happens inside of it."""
 
+    @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         with counting(counts):
             return function(*args, **kwargs)

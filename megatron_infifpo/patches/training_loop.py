@@ -12,6 +12,9 @@ from typing import Any
 import megatron.training.training as loop
 from megatron.training import get_args
 
+# Marks a log that is mended already, also inside of other wrappers.
+_MENDED = "logs_each_step_as_it_was"
+
 
 def use_schedule(get_schedule: Callable[..., Callable[..., list[Any]]]) -> None:
     """Put `get_schedule` in the place of Megatron's `get_forward_backward_func`."""
@@ -30,7 +33,7 @@ def log_each_step_as_it_was() -> None:
     """
     module: Any = loop
     log, step = module.training_log, module.train_step
-    if hasattr(log, "__wrapped__"):
+    if hasattr(log, _MENDED):
         return
     signature = inspect.signature(log)
     rate: list[float | None] = [None]
@@ -50,6 +53,7 @@ def log_each_step_as_it_was() -> None:
             given.arguments["is_first_iteration"] = False
         return log(*given.args, **given.kwargs)
 
+    setattr(logged, _MENDED, True)
     module.training_log, module.train_step = logged, noted
 
 
