@@ -251,17 +251,20 @@ def score_until_killed(argv: list[str], rank: int, point: str, seconds: float) -
 
 def score_while_the_input_shrinks(argv: list[str], lines: int, moment: str) -> None:
     """Score, but shorten the records once they have been looked through, or scored."""
+    import os
     from pathlib import Path
 
     import megatron_infifpo.scoring.score as module
 
     records = Path(argv[argv.index("--input") + 1])
+    shorter = records.with_name(f"{os.environ['RANK']}.tmp")
     name = {"scoring": "prefetch", "merging": "merge"}[moment]
     original = getattr(module, name)
 
     def shrink(*args):
         whole = records.read_text()
-        records.write_text("".join(whole.splitlines(keepends=True)[:lines]))
+        shorter.write_text("".join(whole.splitlines(keepends=True)[:lines]))
+        shorter.replace(records)  # at once: another rank must not find it empty
         return original(*args)
 
     setattr(module, name, shrink)
