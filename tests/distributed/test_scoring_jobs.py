@@ -146,7 +146,8 @@ def test_no_record_fits(job, ranks, tmp_path):
     sentence = refused(
         ranks, "tools/score_source.py", job(tmp_path / "out", "--context-length", "8")
     )
-    assert "no record can be scored: every one is longer than the context of 8" in sentence
+    expected = "no record can be scored: 80 longer than the context of 8 tokens; choose another"
+    assert expected in sentence
     assert not list(tmp_path.glob("out[._]*[!s]"))
 
 
