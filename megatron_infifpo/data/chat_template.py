@@ -10,9 +10,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 
 from megatron_infifpo.cli import UserError
@@ -22,11 +24,11 @@ from megatron_infifpo.data.special_text import SpecialText
 
 # What templates that print today's date (Llama 3, Mistral) print: prompts must not change by night.
 TODAY = datetime.date(2025, 1, 1)
-_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_DATE = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)")
 
 # Plain letters: no template trims, escapes or splits them.
 _REPLY, _THOUGHT = "INFIFPOREPLY", "INFIFPOTHOUGHT"
-_SYSTEM, _TOOL = "INFIFPOSYSTEM", "infifpo_tool"
+_SYSTEM, _TOOL, _OTHER = "INFIFPOSYSTEM", "infifpo_tool", "infifpo_second"
 _USER: Message = {"role": "user", "content": "INFIFPOQUESTION"}
 _CALL: Message = {
     "role": "assistant",
@@ -45,7 +47,10 @@ _SCHEMA = {
 }
 
 # What apply_chat_template takes that is no variable of the template.
-_RESERVED = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+_RESERVED = {
+    "messages", "content", "reasoning_content", "tool_call",  # what templates take from messages
+    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+}  # fmt: skip
 
 
 class RefusedRecordError(UserError):
@@ -83,6 +88,11 @@ class ChatTemplate:
         tokenizer.chat_template = self.text = _DATE.sub(
             lambda call: repr(TODAY.strftime(call[2])), template
         )
+        if "strftime_now(" in self.text:
+            raise UserError(
+                f"the chat template of {path} prints a date in a form that it computes, so that "
+                "prompts would change by night: give a --chat-template with a date that is written"
+            )
         for name in self.options:
             if not self.reads(name):
                 raise UserError(
@@ -93,10 +103,17 @@ class ChatTemplate:
         self._able: dict[tuple[str, str], bool] = {}
         self.habits({})
 
+    @cached_property
+    def _variables(self) -> set[str]:
+        """The names that the template reads and does not set itself."""
+        # Tags of transformers' own, which Jinja does not know.
+        plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", self.text)
+        parser = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+        return jinja2.meta.find_undeclared_variables(parser.parse(plain))
+
     def reads(self, name: str) -> bool:
         """Whether the template has a variable of this name."""
-        known = re.search(rf"\b{re.escape(name)}\b", self.text) is not None
-        return known and name not in _RESERVED
+        return name in self._variables and name not in _RESERVED
 
     def render(
         self,
@@ -145,14 +162,20 @@ class ChatTemplate:
         return self._known[key]
 
     def writes(self, what: str, options: Mapping[str, Any]) -> bool:
-        """Whether the template writes "tools", "tool_calls" or messages of role "tool"."""
+        """Whether the template writes "tools", "tool_calls", "several calls" or role "tool"."""
         key = (what, json.dumps(options, sort_keys=True, default=str))
         if key not in self._able:
+            other = {"type": "function", "id": "call00002"}
+            other |= {"function": {"name": _OTHER, "arguments": {"b": 2}}}
             result = {"role": "tool", "name": _TOOL, "tool_call_id": "call00001", "content": _REPLY}
             messages, mark = {
                 "tools": ([_USER], _TOOL),
                 "tool_calls": ([_USER, _CALL], _TOOL),
                 "tool": ([_USER, _CALL, result], _REPLY),
+                "several calls": (
+                    [_USER, {**_CALL, "tool_calls": [*_CALL["tool_calls"], other]}],
+                    _OTHER,
+                ),
             }[what]
             tools = [_SCHEMA] if what == "tools" else []
             shown = self._probe(messages, options, tools=tools, habits=self.habits(options))
@@ -232,6 +255,7 @@ class ChatTemplate:
             writes_reasoning=writes,
             takes_think_text=writes and field.split(_THOUGHT)[0] == block.split(_THOUGHT)[0],
             opens_reasoning=writes or without_opening(asked) != asked,
+            thinks=field.split(_THOUGHT)[0][len(header) + len(adds) :] if writes else "",
             closes=field.split(_THOUGHT)[-1].split(_REPLY)[0] if writes else "",
             folds_system=not _writes_role(*probe, "system"),
             knows_developer=_writes_role(*probe, "developer"),

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from megatron_infifpo.data.records import Message
 
-THOUGHTS = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
+# Reasoning at the start of a text; its opening mark may have been part of the prompt.
+_THOUGHTS = re.compile(
+    r"\A\s*(?:<think>(.*?)</think>|((?:(?!<think>).)*?\n)</think>(?=\s*(?:\n|\Z)))\s*", re.DOTALL
+)
 _MARK = r"[<\[][^<>\[\]\n]*(?:think|thought|reason)[^<>\[\]\n]*[>\]]?\s*"
 # The mark that opens a block of reasoning, at the end of a text; it may be cut short.
 _OPENING = re.compile(rf"{_MARK}\Z", re.IGNORECASE)
@@ -30,6 +33,7 @@ class Habits:
         writes_reasoning: it writes `reasoning_content`.
         takes_think_text: it writes `<think>` text as it writes `reasoning_content`.
         opens_reasoning: replies of this model begin with a block of reasoning.
+        thinks: what stands between the header of a reply and its reasoning.
         closes: what stands between the reasoning and the answer.
         folds_system: it knows no system messages.
         knows_developer: it writes messages of role developer.
@@ -46,10 +50,38 @@ class Habits:
     writes_reasoning: bool
     takes_think_text: bool
     opens_reasoning: bool
+    thinks: str
     closes: str
     folds_system: bool
     knows_developer: bool
     as_parts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What an assistant's message says.
+
+    Attributes:
+        thought: its reasoning, in whichever form it has it.
+        answer: the text behind it.
+        block: the reasoning with its marks, as it stands at the start of the text; "" if it has a
+            field of its own.
+    """
+
+    thought: str
+    answer: str
+    block: str = ""
+
+
+def said_in(message: Message) -> Said:
+    """Read an assistant's message."""
+    content = message["content"]
+    if message.get("reasoning_content"):
+        return Said(message["reasoning_content"], content)
+    found = _THOUGHTS.match(content)
+    if found is None:
+        return Said("", content)
+    return Said(found[1] or found[2] or "", content[found.end() :], found[0])
 
 
 def without_opening(text: str) -> str:
@@ -65,10 +97,12 @@ def only_opens(text: str) -> bool:
 def fold_system(messages: Iterable[Message]) -> list[Message]:
     """Put a leading system message before the first user message, for templates without one."""
     first, *rest = messages
-    if first["role"] != "system" or not rest:
+    place = next((i for i, message in enumerate(rest) if message["role"] == "user"), None)
+    if first["role"] != "system" or place is None:
         return [first, *rest]
-    joined = "\n\n".join(text for text in (first["content"], rest[0]["content"]) if text)
-    return [{**rest[0], "content": joined}, *rest[1:]]
+    asked = rest[place]
+    joined = "\n\n".join(text for text in (first["content"], asked["content"]) if text)
+    return [*rest[:place], {**asked, "content": joined}, *rest[place + 1 :]]
 
 
 def in_parts(messages: Iterable[Message]) -> list[Message]:

@@ -15,19 +15,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.chat_template import ChatTemplate, RefusedRecordError
-from megatron_infifpo.data.habits import Habits, fold_system, in_parts
+from megatron_infifpo.data.habits import Habits, fold_system, in_parts, said_in
+from megatron_infifpo.data.messages import SYSTEM_ROLES
 from megatron_infifpo.data.records import Message, PreferenceRecord
 from megatron_infifpo.data.special_text import SpecialText
 from megatron_infifpo.data.turns import (
     RewrittenError,
+    answer_start,
     asked_before,
     earlier_end,
     holds,
     last_end,
     prompt_ends,
-    reasoning_end,
-    thoughts_of,
+    written_until,
 )
 
 SCORE = ("last", "all")
@@ -104,6 +106,7 @@ class Renderer:
         record = PreferenceRecord(
             record_id, "", tuple(messages), (), (), None, tuple(tools), dict(options or {})
         )
+        record = self._with_known_options(record, {})
         try:
             self._check_able(record, record.prompt)
             return self._prompt(record)
@@ -127,6 +130,8 @@ class Renderer:
             self._check_able(record, (m for messages in (prompt, *replies) for m in messages))
             replies = tuple(tuple(map(self._special.hide, reply)) for reply in replies)
             texts = [self._render(record, reply) for reply in replies]
+            for reply, text in zip(replies, texts, strict=True):
+                _check_written([*prompt, *reply], text)
             asked = self._asked(record, texts[0], replies[0])
             wholes = [
                 self._whole(record, reply, text, asked, notes)
@@ -161,10 +166,7 @@ class Renderer:
         """Return the prompt with its generation prompt, by `text` where that is enough."""
         habits = self.template.habits(record.template_options)
         found = asked_before(text, reply[0], habits) if len(reply) == 1 else None
-        if found is None:
-            return self._prompt(record)
-        _check_written(record.prompt, found)
-        return found
+        return self._prompt(record) if found is None else found
 
     def _prompt(self, record: PreferenceRecord) -> str:
         text = self._render(record, (), generate=True)
@@ -179,6 +181,10 @@ class Renderer:
         for name in unknown:
             notes[f"the template reads no variable {name!r}"] = None
         known = {k: v for k, v in record.template_options.items() if k not in unknown}
+        try:
+            self.template.habits(known)
+        except UserError as error:
+            raise RefusedRecordError(record.id, f"its options: {error}") from None
         return replace(record, template_options=known) if unknown else record
 
     def _whole(
@@ -191,7 +197,6 @@ class Renderer:
     ) -> _Whole:
         """Find where the reply of a rendered conversation may begin and what of it is scored."""
         habits = self.template.habits(record.template_options)
-        _check_written(reply, text)
         end = last_end(text, habits, self._special)
         users = [i for i, m in enumerate(reply) if m["role"] == "user"]
         first = users[-1] + 1 if users and self.score == "last" else 0
@@ -209,10 +214,8 @@ class Renderer:
             finish = end
             if i < len(reply) - 1:
                 until = self._render(record, reply[: i + 1])
-                following = reply[i : i + 2]
-                finish = earlier_end(text, begin, following, until, habits, self._special)
-            answer = thoughts_of(message)[1].strip()
-            if finish <= begin or not holds(text[begin:finish], answer):
+                finish = earlier_end(text, places[-1], message, until, habits, self._special)
+            if finish <= begin or not holds(text[begin:finish], said_in(message).answer.strip()):
                 raise RewrittenError("it does not write a reply as it is")
             scored.append((begin, finish))
         return _Whole(text, starts, scored, end)
@@ -226,19 +229,17 @@ class Renderer:
         notes: dict[str, None],
     ) -> int:
         """Where the scored part of an assistant's message begins; may add a place to `starts`."""
-        header, thought = starts[-1], thoughts_of(message)[0].strip()
-        answer = reasoning_end(text, header, message, habits) if thought else 0
-        if answer:
+        place, written = answer_start(text, starts[-1], message, habits)
+        if written:
             wanted = {"yes": True, "no": False, "auto": habits.opens_reasoning}[self.reasoning]
             if wanted:
                 return starts[0]
             notes["the reasoning of a reply is not scored"] = None
-            return answer
-        if thought:
+            return place
+        if said_in(message).thought.strip():
             notes["the template leaves out the reasoning of a reply"] = None
-        if habits.lead and text.startswith(habits.lead, header):
-            if header + len(habits.lead) > starts[0]:
-                starts.insert(0, header + len(habits.lead))
+        if place > starts[0]:
+            starts.insert(0, place)
         return starts[0]
 
     def _as_taken(self, messages: Iterable[Message], habits: Habits) -> list[Message]:
@@ -254,10 +255,12 @@ class Renderer:
             return {**message, "role": "system"}
         if role != "assistant" or not habits.writes_reasoning or habits.takes_think_text:
             return message
-        thought, answer = thoughts_of(message)
-        if not thought or "reasoning_content" in message:
+        said = said_in(message)
+        if not said.block:
             return message
-        return {**message, "reasoning_content": thought.strip("\n"), "content": answer}
+        thought = said.thought.strip("\n")
+        given = {"reasoning_content": thought} if thought.strip() else {}
+        return {**message, **given, "content": said.answer}
 
     def _check_able(self, record: PreferenceRecord, messages: Iterable[Message]) -> None:
         """Refuse what the template has no form for."""
@@ -265,23 +268,30 @@ class Renderer:
         if record.tools and not able("tools", options):
             raise RewrittenError("it does not write tools")
         for message in messages:
-            if message.get("tool_calls") and not able("tool_calls", options):
+            calls = message.get("tool_calls", ())
+            if calls and not able("tool_calls", options):
                 raise RewrittenError("it does not write tool_calls")
+            if len(calls) > 1 and not able("several calls", options):
+                raise RewrittenError("it writes one call of a message, not several")
             if message["role"] == "tool" and not able("tool", options):
                 raise RewrittenError("it does not write messages of role tool")
 
 
 def _check_written(messages: Iterable[Message], text: str) -> None:
-    """Refuse what the template has dropped or rewritten."""
+    """Refuse what the template has dropped or rewritten: contents stand in their order."""
+    place = 0
     for message in messages:
         role, content = message["role"], message["content"]
         if role == "assistant":
-            content = thoughts_of(message)[1]
+            content = said_in(message).answer
             for call in message.get("tool_calls", ()):
                 if call.get("function", call).get("name", "") not in text:
                     raise RewrittenError("it leaves out a call of a tool")
-        if not holds(text, content.strip()):
+        # Some put the system's message before the user's last one.
+        found = written_until(text, content.strip(), 0 if role in SYSTEM_ROLES else place)
+        if found < 0:
             raise RewrittenError(f"it does not write a message of role {role} as it is")
+        place = place if role in SYSTEM_ROLES else found
 
 
 def _common_start(wholes: Sequence[_Whole]) -> int:

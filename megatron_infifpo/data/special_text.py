@@ -27,9 +27,9 @@ class SpecialText:
         """List the special tokens."""
         found = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         self.names = sorted(s for s in found if s.strip() and not _REASONING.search(s))
-        longest_first = sorted(self.names, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"
-        self._any = re.compile(pattern)
+        self._any = _any_of(self.names)
+        # In a text whose special tokens are hidden, marks of reasoning are what they look like.
+        self._every = _any_of([s for s in found if s.strip()])
         self._hidden = re.compile(f"{HIDE}(\\d+){SHOW}")
 
     def hide(self, message: Message) -> Message:
@@ -48,6 +48,11 @@ class SpecialText:
         found = self._any.search(text)
         return found.end() if found else 0
 
+    def starts(self, text: str, place: int) -> int:
+        """Return where the special token ends that a text has at a place, 0 if it has none."""
+        found = self._any.match(text, place)
+        return found.end() if found else 0
+
     def last(self, text: str) -> int | None:
         """Return where the last special token in a text begins, None if there is none."""
         return max((found.start() for found in self._any.finditer(text)), default=None)
@@ -55,10 +60,16 @@ class SpecialText:
     def pieces(self, text: str) -> list[tuple[str, bool]]:
         """Split a text with hidden tokens at the template's own: `(piece, is a special token)`."""
         found, start = [], 0
-        for match in self._any.finditer(text):
+        for match in self._every.finditer(text):
             found += [(self.show(text[start : match.start()]), False), (match[0], True)]
             start = match.end()
         return [piece for piece in [*found, (self.show(text[start:]), False)] if piece[0]]
+
+
+def _any_of(names: list[str]) -> re.Pattern[str]:
+    """Match any of some texts, the longest that fits."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _map_text(value: Any, change: Callable[[str], str]) -> Any:

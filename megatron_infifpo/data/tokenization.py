@@ -198,7 +198,16 @@ class ChatTokenizer:
             RefusedRecordError: the chat template cannot render it, or rewrites it.
         """
         rendering = self._renderer.split(record)
-        shown = (Reply(self._special.show(r.text), r.scored) for r in rendering.replies)
+        show = self._special.show
+        shown = (
+            Reply(
+                show(reply.text),
+                tuple(
+                    (len(show(reply.text[:a])), len(show(reply.text[:b]))) for a, b in reply.scored
+                ),
+            )
+            for reply in rendering.replies
+        )
         return Rendering(rendering.prompt, tuple(shown), rendering.notes)
 
     def prompt_ids(self, prompts: Sequence[tuple[Any, ...]]) -> list[list[int]]:

@@ -2,24 +2,14 @@
 
 import json
 import os
-from collections.abc import Sequence
 
-from megatron_infifpo.data.habits import THOUGHTS, Habits, only_opens, without_opening
+from megatron_infifpo.data.habits import Habits, only_opens, said_in, without_opening
 from megatron_infifpo.data.records import Message
 from megatron_infifpo.data.special_text import SpecialText
 
 
 class RewrittenError(Exception):
     """A template writes a conversation so that what is scored cannot be placed; says how."""
-
-
-def thoughts_of(message: Message) -> tuple[str, str]:
-    """Return reasoning and answer of an assistant's message, in whichever form it has them."""
-    content = message["content"]
-    if message.get("reasoning_content"):
-        return message["reasoning_content"], content
-    block = THOUGHTS.match(content)
-    return (block[1], content[block.end() :]) if block else ("", content)
 
 
 def prompt_ends(text: str, asked: str, habits: Habits) -> list[int]:
@@ -55,7 +45,7 @@ def asked_before(text: str, message: Message, habits: Habits) -> str | None:
     if habits.opens or len(message) > 2 or not text.endswith(habits.tail):
         return None
     body, content = text[: len(text) - len(habits.tail)], message["content"]
-    if THOUGHTS.match(content):
+    if said_in(message).block:
         return None
     for written in (content, content.strip()):
         before = body[: len(body) - len(written)]
@@ -79,19 +69,14 @@ def last_end(text: str, habits: Habits, special: SpecialText) -> int:
 
 
 def earlier_end(
-    text: str,
-    begin: int,
-    messages: Sequence[Message],
-    until: str,
-    habits: Habits,
-    special: SpecialText,
+    text: str, header: int, message: Message, until: str, habits: Habits, special: SpecialText
 ) -> int:
     """Return where a turn ends that another message follows.
 
     Args:
         text: the rendered conversation.
-        begin: of the turn.
-        messages: of the turn, and the one that follows.
+        header: where the turn's header ends.
+        message: the turn.
         until: the conversation rendered up to the turn.
         habits: of the template.
         special: tokens.
@@ -102,40 +87,85 @@ def earlier_end(
     end = last_end(until, habits, special)
     if text.startswith(until[:end]):
         return end
-    # The template writes an earlier turn otherwise than the last: look between the contents.
-    content, following = (thoughts_of(message)[1].strip() for message in messages)
-    place = text.find(content, begin) + len(content)
-    limit = text.find(following, place)
-    turn = text[place:limit]
-    end = turn.find(habits.end_of_turn) + len(habits.end_of_turn)
-    if not habits.end_of_turn or habits.end_of_turn not in turn:
-        end = special.first(turn) if content else 0
-    if not following or limit < 0 or not end:
-        raise RewrittenError("it writes a turn otherwise once others follow")
-    return place + end
+    # The template writes an earlier turn otherwise than the last: go through what it holds.
+    answer = said_in(message).answer.strip()
+    place = _skip(text, answer_start(text, header, message, habits)[0])
+    if message.get("tool_calls"):
+        end = text.find(habits.end_of_turn, place)
+        if special.first(habits.end_of_turn) and end > 0:
+            return end + len(habits.end_of_turn)
+    elif text.startswith(answer, place):
+        place += len(answer)
+        if not habits.end_of_turn:
+            return place
+        for start in (place, _skip(text, place)):
+            if text.startswith(habits.end_of_turn, start):
+                return start + len(habits.end_of_turn)
+        if end := special.starts(text, _skip(text, place)):
+            return end
+    raise RewrittenError("it writes a turn otherwise once others follow")
 
 
-def reasoning_end(text: str, begin: int, message: Message, habits: Habits) -> int:
-    """Return where the answer behind a turn's reasoning begins; 0 if no reasoning is written.
+def answer_start(text: str, header: int, message: Message, habits: Habits) -> tuple[int, bool]:
+    """Return where a turn's answer or calls begin, and whether its reasoning stands before them.
+
+    Args:
+        text: the rendered conversation.
+        header: where the turn's header ends.
+        message: the turn.
+        habits: of the template.
 
     Raises:
-        RewrittenError: the answer is not behind the reasoning.
+        RewrittenError: it cannot be told.
     """
-    thought, answer = (part.strip() for part in thoughts_of(message))
-    place = text.find(thought, begin) if thought else -1
-    first = text.find(answer, begin) if answer else len(text)
-    if place < 0 or place > first >= 0:
-        return 0
-    place += len(thought)
-    if answer:
-        behind = text.find(answer, place)
-        if behind < 0 and not thought.startswith(answer) and not answer.startswith(thought):
-            raise RewrittenError("it does not write a reply as it is")
-        return max(behind, 0)
-    return place + (len(habits.closes) if text.startswith(habits.closes, place) else 0)
+    said, lead = said_in(message), header
+    if habits.lead and text.startswith(habits.lead, header):
+        lead += len(habits.lead)
+    if said.block and not habits.writes_reasoning:  # text like any other
+        place = _skip(text, lead)
+        if text.startswith(said.block.strip(), place):
+            return _skip(text, place + len(said.block.strip())), True
+    elif habits.writes_reasoning:
+        thought, opening = said.thought.strip(), habits.thinks.rstrip()
+        place = _skip(text, header + len(opening))
+        if thought and text.startswith(opening, header) and text.startswith(thought, place):
+            place += len(thought)
+            closing = _skip(text, place)
+            if text.startswith(habits.closes.strip(), closing):
+                return _skip(text, closing + len(habits.closes.strip())), True
+            return place, True
+    elif said.thought and message.get("tool_calls"):
+        # Some templates write reasoning before calls only.
+        thought = said.thought.strip()
+        others = f"{said.answer} {message['tool_calls']}"
+        if text.count(thought, header) and thought in others:
+            raise RewrittenError("its reasoning cannot be told from its calls")
+        if (place := text.find(thought, header)) >= 0:
+            return place + len(thought), True
+    return lead, False
+
+
+def _skip(text: str, place: int) -> int:
+    """Return the place behind white space."""
+    while place < len(text) and text[place].isspace():
+        place += 1
+    return place
 
 
 def holds(text: str, content: str) -> bool:
     """Whether a template wrote a content, as it is or as a JSON string."""
-    escaped = (json.dumps(content, ensure_ascii=flag)[1:-1] for flag in (False, True))
-    return content in text or any(found in text for found in escaped)
+    return written_until(text, content, 0) >= 0
+
+
+def written_until(text: str, content: str, place: int) -> int:
+    """Return where a content ends that is written from a place on, -1 if it is not.
+
+    Templates write it as it is, or as a JSON string.
+    """
+    if (found := text.find(content, place)) >= 0:
+        return found + len(content)
+    for flag in (False, True):
+        escaped = json.dumps(content, ensure_ascii=flag)[1:-1]
+        if (found := text.find(escaped, place)) >= 0:
+            return found + len(escaped)
+    return -1

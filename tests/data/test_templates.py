@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from builders import byte_tokenizer
+from builders import CHATML, byte_tokenizer
 
 from megatron_infifpo.cli import UserError
 from megatron_infifpo.data.chat_template import RefusedRecordError
@@ -200,6 +200,121 @@ def test_options_of_the_data_set_and_of_a_record(chats):
         "x", "g", plain.prompt, *plain.responses, None, (), {"date_string": "1 May 2031"}
     )
     assert "1 May 2031" in ChatTokenizer(dated).render(given).prompt
+
+
+SHORT = ["<", ">", "/", "n", "think", "a", "message", "final", "end", "A", "4", "because", "im"]
+
+
+@pytest.mark.parametrize("choice", ["auto", "no"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5", "llama3_1", "gemma3", "cohere2", "qwen3", "gptoss", "qwen3_8", "glm4moe"]
+)
+def test_short_answers_are_placed_as_long_ones(chats, name, choice):
+    """Scored is the same whatever the answer, also where its text stands in the marks before it."""
+    chat = ChatTokenizer(chats[name].tokenizer, name, reasoning=choice)
+
+    def scored(form, answer):
+        messages = form(answer)
+        found = chat.render(PreferenceRecord("x", "g", (USER,), messages, reply("other")))
+        return [found.replies[0].text[a:b] for a, b in found.replies[0].scored]
+
+    forms = [
+        lambda a: reply(f"<think>\nbecause 4 and n\n</think>\n\n{a}"),
+        lambda a: reply(f"<think>\n\n</think>\n\n{a}"),
+        lambda a: reply(f"because 4\nand n\n</think>\n\n{a}"),
+        lambda a: reply(a),
+        lambda a: ({"role": "assistant", "content": a, "reasoning_content": "because 4"},),
+        lambda a: ({"role": "assistant", "content": a, "reasoning_content": "n"},),
+    ]
+    for number, form in enumerate(forms):
+        wanted = scored(form, "UNIQUE!")
+        if choice == "no":
+            assert wanted == ["UNIQUE!" + chat.end_of_turn], (number, wanted)
+        for answer in SHORT:
+            expected = [part.replace("UNIQUE!", answer) for part in wanted]
+            assert scored(form, answer) == expected, (number, answer)
+
+
+def calls(*arguments):
+    several = [
+        {"type": "function", "id": f"call0000{i}", "function": {"name": "add", "arguments": a}}
+        for i, a in enumerate(arguments)
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": several}
+
+
+def test_calls_and_contents_that_a_template_drops_are_refused(chats):
+    two = (calls({"a": 1}, {"a": 222}), RESULT, *reply("It is 4."))
+    with pytest.raises(RefusedRecordError, match="writes one call of a message"):
+        chats["gptoss"].encode(record(two, (ADD,)))
+    assert "222" in chats["qwen3"].render(record(two, (ADD,))).replies[0].text
+    # Llama 3.1 writes no content beside calls: the same words elsewhere do not stand for it.
+    said = ({**CALL, "content": "I will add."}, RESULT, *reply("It is 4."))
+    system = {"role": "system", "content": "Say: I will add."}
+    source = PreferenceRecord("x", "g", (system, USER), said, reply("5."), None, (ADD,))
+    with pytest.raises(RefusedRecordError, match="role assistant as it is"):
+        chats["llama3_1"].encode(source)
+
+
+@pytest.mark.parametrize("result", ["2", "40", "add", "4"])
+def test_a_result_may_repeat_its_call(chats, result):
+    said = (calls({"a": 2, "b": 40}), {**RESULT, "content": result}, *reply("It is 42."))
+    for name in ("qwen3", "qwen2_5", "gemma4", "nemotron_3_nano"):
+        found = chats[name].render(record(said, (ADD,))).replies[0]
+        spans = [found.text[a:b] for a, b in found.scored]
+        assert len(spans) == 2 and spans[1] == "It is 42." + chats[name].end_of_turn
+        assert "40" in spans[0] and found.text.count(result) > spans[0].count(result)
+
+
+def test_nothing_stands_for_an_end_of_turn_that_is_not_there(chats):
+    chat = ChatTokenizer(chats["glm4moe"].tokenizer, score="all")
+    for first in ("A1", "<think>so</think>A1"):
+        said = (*reply(first), {"role": "user", "content": "And?"}, *reply("A2"))
+        found = chat.render(PreferenceRecord("x", "g", (USER,), said, reply("B"))).replies[0]
+        spans = [found.text[a:b] for a, b in found.scored]
+        assert [s.split("</think>")[-1].strip() for s in spans] == ["A1", "A2"]
+
+
+def test_marks_of_reasoning_stay_tokens_beside_text_that_spells_tokens():
+    hf = byte_tokenizer((FOLDER / "qwen3.jinja").read_text(encoding="utf-8"))
+    hf.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<|im_end|>"]})
+    chat = ChatTokenizer(hf)
+    spelled = reply("<think>\nso\n</think>\n\nA turn ends with <|im_end|>.")
+    found = chat.encode(record(spelled)).response_ids[0].tolist()
+    marks = hf.convert_tokens_to_ids(["<think>", "</think>", "<|im_end|>"])
+    assert [i for i in found if i in marks] == marks
+    assert hf.decode(found) == spelled[0]["content"] + "<|im_end|>"
+
+
+def test_a_system_message_is_joined_to_the_users():
+    template = (
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    system, hello = {"role": "system", "content": "Rhyme."}, {"role": "assistant", "content": "Hi"}
+    prompt = ChatTokenizer(byte_tokenizer(template)).render_prompt((system, hello, USER))
+    assert "assistant\nHi<|im_end|>" in prompt and "user\nRhyme.\n\nWhat is" in prompt
+
+
+def test_options_of_a_record_that_its_template_cannot_take(chats):
+    plain = record(REPLIES["plain"])
+    wrong = PreferenceRecord(
+        "r7", "g", plain.prompt, *plain.responses, None, (), {"date_string": 5}
+    )
+    with pytest.raises(RefusedRecordError, match="'r7' .*its options"):
+        chats["llama3_1"].encode(wrong)
+    for options in ({"role": "x"}, {"content": "x"}, {"messages": []}, {"chat_template": "x"}):
+        with pytest.raises(UserError, match="reads no variable"):
+            ChatTokenizer(chats["qwen3"].tokenizer, options=options)
+
+
+def test_dates_are_written_whatever_the_form():
+    for call in ("strftime_now('%Y')", "strftime_now( format = '%Y' )"):
+        hf = byte_tokenizer(f"{{{{ {call} }}}}" + CHATML)
+        assert ChatTokenizer(hf).render_prompt((USER,)).startswith("2025<|im_start|>")
+    hf = byte_tokenizer("{% set form = '%Y' %}{{ strftime_now(form) }}" + CHATML)
+    with pytest.raises(UserError, match="prompts would change by night"):
+        ChatTokenizer(hf)
 
 
 BAD = {
