@@ -165,7 +165,7 @@ class ChatTemplate:
         """Whether the template writes "tools", "tool_calls", "several calls" or role "tool"."""
         key = (what, json.dumps(options, sort_keys=True, default=str))
         if key not in self._able:
-            other = {"type": "function", "id": "call00002"}
+            other: dict[str, Any] = {"type": "function", "id": "call00002"}
             other |= {"function": {"name": _OTHER, "arguments": {"b": 2}}}
             result = {"role": "tool", "name": _TOOL, "tool_call_id": "call00001", "content": _REPLY}
             messages, mark = {

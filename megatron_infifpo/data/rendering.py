@@ -23,17 +23,19 @@ from megatron_infifpo.data.records import Message, PreferenceRecord
 from megatron_infifpo.data.special_text import SpecialText
 from megatron_infifpo.data.turns import (
     RewrittenError,
+    Whole,
     answer_start,
     asked_before,
+    common_start,
     earlier_end,
     holds,
     last_end,
+    later_ends,
     prompt_ends,
     written_until,
 )
 
-SCORE = ("last", "all")
-REASONING = ("auto", "yes", "no")
+SCORE, REASONING = ("last", "all"), ("auto", "yes", "no")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +64,6 @@ class Rendering:
     prompt: str
     replies: tuple[Reply, ...]
     notes: tuple[str, ...] = ()
-
-
-@dataclass
-class _Whole:
-    """A rendered conversation with one reply."""
-
-    text: str
-    starts: list[int]  # where its prompt may end, longest first
-    scored: list[tuple[int, int]]
-    end: int
 
 
 class Renderer:
@@ -103,9 +95,8 @@ class Renderer:
         Raises:
             RefusedRecordError: the template cannot render it.
         """
-        record = PreferenceRecord(
-            record_id, "", tuple(messages), (), (), None, tuple(tools), dict(options or {})
-        )
+        given = (tuple(messages), (), (), None, tuple(tools), dict(options or {}))
+        record = PreferenceRecord(record_id, "", *given)
         record = self._with_known_options(record, {})
         try:
             self._check_able(record, record.prompt)
@@ -139,7 +130,7 @@ class Renderer:
             ]
         except RewrittenError as error:
             raise RefusedRecordError(record.id, str(error), self.template.path) from None
-        start = _common_start(wholes)
+        start = common_start(wholes)
         if start < len(asked):
             opens = f"the prompt ends before {asked[start:]!r}"
             notes[f"{opens}, which the template opens for new replies"] = None
@@ -194,20 +185,22 @@ class Renderer:
         text: str,
         asked: str,
         notes: dict[str, None],
-    ) -> _Whole:
+    ) -> Whole:
         """Find where the reply of a rendered conversation may begin and what of it is scored."""
         habits = self.template.habits(record.template_options)
         end = last_end(text, habits, self._special)
         users = [i for i, m in enumerate(reply) if m["role"] == "user"]
         first = users[-1] + 1 if users and self.score == "last" else 0
-        scored, starts = [], prompt_ends(text, asked, habits)
+        scored: list[tuple[int, int]] = []
+        starts = prompt_ends(text, asked, habits)
         for i, message in enumerate(reply):
             if message["role"] != "assistant" or 0 < i < first:
                 continue
             places = starts
             if i > 0:
-                before = self._render(record, reply[:i], generate=True) + habits.adds
-                places = prompt_ends(text, before, habits)
+                before, shown = (self._render(record, reply[:i], generate=g) for g in (False, True))
+                since = scored[-1][1] if scored else starts[-1]
+                places = later_ends(text, before, shown, reply[i - 1], since, habits)
             begin = self._begin(text, message, places, habits, notes)
             if i < first:
                 continue
@@ -215,10 +208,12 @@ class Renderer:
             if i < len(reply) - 1:
                 until = self._render(record, reply[: i + 1])
                 finish = earlier_end(text, places[-1], message, until, habits, self._special)
-            if finish <= begin or not holds(text[begin:finish], said_in(message).answer.strip()):
+            after_others = begin >= (scored[-1][1] if scored else 0)
+            answer = said_in(message).answer.strip()
+            if not after_others or finish <= begin or not holds(text[begin:finish], answer):
                 raise RewrittenError("it does not write a reply as it is")
             scored.append((begin, finish))
-        return _Whole(text, starts, scored, end)
+        return Whole(text, starts, scored, end)
 
     def _begin(
         self,
@@ -292,15 +287,3 @@ def _check_written(messages: Iterable[Message], text: str) -> None:
         if found < 0:
             raise RewrittenError(f"it does not write a message of role {role} as it is")
         place = place if role in SYSTEM_ROLES else found
-
-
-def _common_start(wholes: Sequence[_Whole]) -> int:
-    """Return the longest prompt that all conversations of a record begin with."""
-    limit = min(whole.scored[0][0] for whole in wholes)
-    candidates = {start for whole in wholes for start in whole.starts if start <= limit}
-    # The header of a reply, the last of its places, is there in all of them.
-    return max(
-        start
-        for start in candidates
-        if all(whole.text.startswith(wholes[0].text[:start]) for whole in wholes)
-    )

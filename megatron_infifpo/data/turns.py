@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron_infifpo.data.habits import Habits, only_opens, said_in, without_opening
 from megatron_infifpo.data.records import Message
@@ -10,6 +12,16 @@ from megatron_infifpo.data.special_text import SpecialText
 
 class RewrittenError(Exception):
     """A template writes a conversation so that what is scored cannot be placed; says how."""
+
+
+@dataclass
+class Whole:
+    """A rendered conversation with one reply."""
+
+    text: str
+    starts: list[int]  # where its prompt may end, longest first
+    scored: list[tuple[int, int]]
+    end: int
 
 
 def prompt_ends(text: str, asked: str, habits: Habits) -> list[int]:
@@ -31,6 +43,34 @@ def prompt_ends(text: str, asked: str, habits: Habits) -> list[int]:
         if not only_opens(asked[len(header) :]):
             raise RewrittenError("it writes the prompt otherwise once a reply follows")
     return [len(header)]
+
+
+def later_ends(
+    text: str, before: str, asked: str, message: Message, since: int, habits: Habits
+) -> list[int]:
+    """Return where the prompt of a turn may end that is not the first of its reply, longest first.
+
+    Args:
+        text: the rendered conversation.
+        before: the conversation before the turn, rendered alone.
+        asked: the same with the generation prompt.
+        message: the one before the turn.
+        since: where what was scored before ends.
+        habits: of the template.
+
+    Raises:
+        RewrittenError: the turn cannot be found.
+    """
+    try:
+        return prompt_ends(text, asked + habits.adds, habits)
+    except RewrittenError:
+        # An earlier turn is written otherwise: look for the header behind the message before.
+        header = asked.removeprefix(before).removesuffix(habits.opens)
+        place = written_until(text, message["content"].strip(), since)
+        found = text.find(header, place)
+        if not asked.startswith(before) or not header.strip() or place < 0 or found < 0:
+            raise
+        return [found + len(header)]
 
 
 def asked_before(text: str, message: Message, habits: Habits) -> str | None:
@@ -91,9 +131,9 @@ def earlier_end(
     answer = said_in(message).answer.strip()
     place = _skip(text, answer_start(text, header, message, habits)[0])
     if message.get("tool_calls"):
-        end = text.find(habits.end_of_turn, place)
-        if special.first(habits.end_of_turn) and end > 0:
-            return end + len(habits.end_of_turn)
+        own = next((name for name in special.names if until[:end].endswith(name)), None)
+        if own is not None and (found := text.find(own, place)) >= 0:
+            return found + len(own)
     elif text.startswith(answer, place):
         place += len(answer)
         if not habits.end_of_turn:
@@ -169,3 +209,15 @@ def written_until(text: str, content: str, place: int) -> int:
         if (found := text.find(escaped, place)) >= 0:
             return found + len(escaped)
     return -1
+
+
+def common_start(wholes: Sequence[Whole]) -> int:
+    """Return the longest prompt that all conversations of a record begin with."""
+    limit = min(whole.scored[0][0] for whole in wholes)
+    candidates = {start for whole in wholes for start in whole.starts if start <= limit}
+    # The header of a reply, the last of its places, is there in all of them.
+    return max(
+        start
+        for start in candidates
+        if all(whole.text.startswith(wholes[0].text[:start]) for whole in wholes)
+    )

@@ -256,6 +256,14 @@ def test_calls_and_contents_that_a_template_drops_are_refused(chats):
         chats["llama3_1"].encode(source)
 
 
+def test_a_trace_whose_earlier_reasoning_is_dropped(chats):
+    said = ({**CALL, "reasoning_content": "I add."}, RESULT, *reply("It is 4."))
+    found = chats["gptoss"].render(record(said, (ADD,))).replies[0]
+    spans = [found.text[a:b] for a, b in found.scored]
+    assert len(spans) == 2 and spans[0].endswith('{"a": 2, "b": 2}<|call|>')
+    assert spans[1].endswith("It is 4.<|return|>") and '"4"' not in "".join(spans)
+
+
 @pytest.mark.parametrize("result", ["2", "40", "add", "4"])
 def test_a_result_may_repeat_its_call(chats, result):
     said = (calls({"a": 2, "b": 40}), {**RESULT, "content": result}, *reply("It is 42."))
