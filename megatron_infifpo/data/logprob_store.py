@@ -152,8 +152,9 @@ class LogprobStore:
             same_tokenizer: the model is the pivot, so every response has the same tokens there.
 
         Raises:
-            UserError: the fingerprint of the records, the count, the responses or, for the
-                pivot, the tokenizer or the length of a response disagrees; says which.
+            UserError: the fingerprint of the records, the count, the responses, which messages
+                are scored or, for the pivot, the tokenizer or the length of a response disagrees;
+                says which.
         """
         where = f"{self.prefix} ({self.manifest['model']}) does not fit {tokens.prefix}"
         fix = f"score the records of {tokens.manifest['source_files']} again"
@@ -171,6 +172,13 @@ class LogprobStore:
             raise UserError(
                 f"{where}: its responses are {list(self.responses)}, expected "
                 f"{list(tokens.responses)}; {fix}"
+            )
+        rule, expected = (d.manifest["tokenizer"].get("score") for d in (self, tokens))
+        if None not in (rule, expected) and rule != expected:  # None: imported without a word
+            raise UserError(
+                f"{where}: it has log-probs by --score {rule}, the token dataset is of --score "
+                f"{expected}: all models must score the same messages of a reply; score the "
+                f"records with --score {expected}, or prepare them with --score {rule}"
             )
         # Read apart: pages of the mapped file would stay in memory.
         sums = read_array(f"{self.prefix}_sums.npy", self._again)

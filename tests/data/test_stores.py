@@ -286,6 +286,9 @@ def test_scores_must_fit_the_tokens(tmp_path, tokens):
             check(name, tokenizer=described | {name: "x" * 64})
         check(f"{name} of a source", same=False, tokenizer=described | {name: "x" * 64})
         check(f"{name} unknown", tokenizer=described | {name: None})
+    check("imported", same=False, tokenizer=described | {"score": None})
+    with pytest.raises(UserError, match="by --score all, the token dataset is of --score last"):
+        check("score", same=False, tokenizer=described | {"score": "all"})
     longer = lengths.copy()
     longer[3, 1] += 1
     message = rf"lengths .* record 'r-3' are .*{longer[3, 1]}\] scored tokens, .*\(1 such records\)"
