@@ -12,6 +12,7 @@ from megatron_infifpo.data.records import (
     read_records,
     records_fingerprint,
 )
+from megatron_infifpo.data.rendered_text import rendered_mark
 
 GOOD = {"id": "a", "domain": "math", "prompt": "1+1?", "chosen": "2", "rejected": "3"}
 USER = {"role": "user", "content": "1+1?"}
@@ -149,6 +150,13 @@ RENDERED = {
     "Hi<|im_end|>\n<|im_start|>assistant\n<think>\n": "<|im_start|>assistant",
     "<bos><start_of_turn>user\nHi<end_of_turn>": "<bos><start_of_turn>user",
     "<｜User｜>Hi<｜Assistant｜>": "<｜User｜>",
+    "<|start_of_role|>user<|end_of_role|>Hi": "<|start_of_role|>user",
+    "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi": "<BOS_TOKEN>",
+    "<|header_start|>user<|header_end|>\n\nHi": "<|header_start|>user",
+    "[|user|]Hi\n[|assistant|]": "[|user|]",
+    "GPT4 Correct User: Hi<|end_of_turn|>GPT4 Correct Assistant:": "GPT4 Correct User:",
+    "<extra_id_1>User\nHi": "<extra_id_1>User",
+    "System: x<|separator|>\n\nHuman: Hi<|separator|>\n\nAssistant:": "<|separator|>",
 }
 
 
@@ -160,9 +168,13 @@ def test_a_prompt_that_a_template_rendered_is_refused(prompt):
     assert RENDERED[prompt] in str(refused.value)
 
 
-@pytest.mark.parametrize("end", ["<|im_end|>\n", "<|eot_id|>", "</s>", "<end_of_turn>", "<|end|>"])
-def test_a_reply_that_a_template_rendered_is_refused(end):
-    value = {"prompt": "Hi", "chosen": f"Yes.{end}", "rejected": "No."}
+@pytest.mark.parametrize(
+    "chosen",
+    ["Yes.<|im_end|>\n", "Yes.</s>", "Yes.<end_of_turn>", "Yes.<|eot|>", "Yes.[|endofturn|]",
+     "Yes.<｜end▁of▁sentence｜>", "<|channel|>analysis<|message|>x<|end|>Yes."],
+)  # fmt: skip
+def test_a_reply_that_a_template_rendered_is_refused(chosen):
+    value = {"prompt": "Hi", "chosen": chosen, "rejected": "No."}
     with pytest.raises(BadRecordError, match="'chosen' is rendered by a chat template"):
         parse_record(value, default_id="x")
 
@@ -171,3 +183,12 @@ def test_text_that_speaks_of_templates_is_text():
     text = "In ChatML a turn is <|im_start|>user ... <|im_end|>, and <s>[INST] elsewhere."
     value = {"prompt": f"Why? {text}", "chosen": text, "rejected": "In HTML: <s>old</s>"}
     assert parse_record(value, default_id="x")[0].chosen == reply(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["USER: Hi ASSISTANT:", "### Instruction:\nHi\n\n### Response:", "let a = [|x|]",
+     "<|begin_of_thought|>x<|end_of_thought|> 4", "x <| y", "[1] <b>a</b>"],
+)  # fmt: skip
+def test_other_headings_and_marks_are_text(text):
+    assert rendered_mark(text) is None and rendered_mark(text, reply=True) is None
