@@ -22,22 +22,40 @@ class Responses:
 
     Attributes:
         prompt: the prompt.
-        answers: `[N]`, none empty, no two with one text but for outer white space.
-        models: who gave each, `[N]`.
+        given: `[N]`, by model: each one's own response, with its own reasoning. None is empty, all
+            of one place have one text, no two places do, but for outer white space.
     """
 
     prompt: Prompt
-    answers: list[Response] = field(default_factory=list)
-    models: list[set[str]] = field(default_factory=list)
+    given: list[dict[str, Response]] = field(default_factory=list)
+
+    @property
+    def answers(self) -> list[Response]:
+        """Return `[N]` responses; of several models' the one of the first model by name."""
+        return [own[min(own)] for own in self.given]
+
+    @property
+    def models(self) -> list[set[str]]:
+        """Return who gave each, `[N]`."""
+        return [set(own) for own in self.given]
 
     def add(self, answer: Response, model: str) -> None:
-        """Add a response, or a model to those that gave it; what reasons otherwise is the same."""
-        known = [_judged(other) for other in self.answers]
-        if _judged(answer) in known:
-            self.models[known.index(_judged(answer))].add(model)
-        elif answer.text.strip() or answer.tool_calls:
-            self.answers.append(answer)
-            self.models.append({model})
+        """Add a response, or a model to those that gave it; what reasons otherwise is the same.
+
+        Of one model's equal answers one that reasons is kept, the first by the text of its
+        reasoning: which one does not depend on the order in which they are added.
+        """
+        judged = _judged(answer)
+        for own in self.given:
+            if _judged(next(iter(own.values()))) == judged:
+                own[model] = min(own.get(model, answer), answer, key=_order)
+                return
+        if answer.text.strip() or answer.tool_calls:
+            self.given.append({model: answer})
+
+
+def _order(answer: Response) -> tuple[bool, str, str]:
+    return not answer.reasoning, answer.reasoning or "", answer.text
 
 
 def _judged(answer: Response) -> tuple[str, str]:
@@ -131,7 +149,9 @@ def choose_pair(
 ) -> PreferenceRecord | str:
     """Best and worst of all responses, and the pivot's own best; the first one wins ties.
 
-    The worst is another than the pivot's best, as a record asks for.
+    The worst is another than the pivot's best, as a record asks for. Where several models gave the
+    best or the worst answer, its reasoning is that of the first model by name; the pivot's best
+    has the pivot's own.
 
     Args:
         responses: N of them.
@@ -157,13 +177,14 @@ def choose_pair(
         return "no response is worse than the best but the pivot's best one"
     worst_one = min(worst, key=lambda i: scores[i])
     prompt, answers = responses.prompt, responses.answers
+    own_reply = None if own_best is None else responses.given[own_best][str(pivot)]
     return PreferenceRecord(
         prompt.id,
         prompt.domain,
         prompt.messages,
         (answers[best].message(),),
         (answers[worst_one].message(),),
-        pivot_chosen=None if own_best is None else (answers[own_best].message(),),
+        pivot_chosen=None if own_reply is None else (own_reply.message(),),
         tools=prompt.tools,
         template_options=prompt.template_options,
     )

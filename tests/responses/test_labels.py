@@ -112,10 +112,24 @@ def test_the_pivot_is_worst(tmp_path):
     record = choose_pair(responses, [1.0, 0.0, 0.0], "pivot")
     assert record.responses == (reply("good"), reply("worse"), reply("bad"))
     assert "worse than the best but the pivot's" in choose_pair(
-        Responses(responses.prompt, responses.answers[:2], [{"coder"}, {"pivot"}]),
+        Responses(responses.prompt, [responses.given[0], {"pivot": Response("bad")}]),
         [1.0, 0.0],
         "pivot",
     )
+
+
+def test_reasoning_belongs_to_its_model():
+    """In whichever order the models' responses are read."""
+    given = [(Response("good", reasoning=name), name) for name in ("pivot", "coder")]
+    given += [(Response("bad", reasoning=text), "pivot") for text in ("b", None, "a")]
+    prompt = Prompt("a", "math", ({"role": "user", "content": "x"},), {})
+    for order in (given, [*given[1::-1], *given[:1:-1]]):
+        responses = Responses(prompt)
+        for answer, model in order:
+            responses.add(answer, model)
+        record = choose_pair(responses, [1.0, 0.0], "pivot")
+        found = [messages[0]["reasoning_content"] for messages in record.responses]
+        assert found == ["coder", "a", "pivot"]
 
 
 def test_reasoning_is_not_judged(files, label, tmp_path):
