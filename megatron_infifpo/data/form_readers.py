@@ -13,6 +13,7 @@ from megatron_infifpo.data.conversations import (
     prompt_messages,
 )
 from megatron_infifpo.data.messages import (
+    SYSTEM_ROLES,
     BadRecordError,
     Message,
     from_json,
@@ -49,7 +50,7 @@ def read_pair(value: dict[str, Any], ignored: set[str], names: tuple[str, str]) 
     """Read a prompt and two replies, or two conversations that begin with the prompt.
 
     The fields `prompt`, `conversations`, `messages`, `question`, `instruction` (with Alpaca's
-    `input` and `history`) and `input` hold a prompt; the first of them counts.
+    `input`) and `input` hold a prompt; the first of them counts. Pairs in `history` precede it.
     """
     both = read_both(value, names, ignored)
     whole = [messages[0]["role"] != "assistant" for messages in both]
@@ -93,27 +94,34 @@ def read_prompt(
     """Return the prompt in a field, and the fields that it is made of."""
     prompt = prompt_messages(value[name], name, ignored)
     used: tuple[str, ...] = (name,)
-    if name != "instruction":
-        return prompt, used
     more, history = value.get("input"), from_json(value.get("history"))
-    if more:  # Alpaca's: what the instruction is about
+    if name == "instruction" and more:  # Alpaca's: what the instruction is about
         whole = f"{text_of(value[name], name)}\n{text_of(more, 'input')}"
         prompt, used = ({"role": "user", "content": whole},), (name, "input")
-    if history:
-        if not isinstance(history, list) or not all(
-            isinstance(turn, list) and len(turn) == 2 for turn in history
-        ):
-            raise BadRecordError(
-                f"field 'history' is {kind(history)}, expected a list of [question, answer]"
-            )
-        roles = ("user", "assistant")
-        turns = [
-            {"role": role, "content": text_of(said, "history")}
-            for turn in history
-            for role, said in zip(roles, turn, strict=True)
-        ]
-        prompt, used = (*turns, *prompt), (*used, "history")
-    return prompt, used
+    if not history:
+        return prompt, used
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 for turn in history
+    ):
+        if name != "instruction":  # something else may have that name
+            return prompt, used
+        raise BadRecordError(
+            f"field 'history' is {kind(history)}, expected a list of [question, answer]"
+        )
+    return _after(history, prompt), (*used, "history")
+
+
+def _after(history: list[list[Any]], prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Put earlier questions and answers before a prompt, if it does not begin with them."""
+    first = next((i for i, m in enumerate(prompt) if m["role"] not in SYSTEM_ROLES), len(prompt))
+    turns = tuple(
+        {"role": role, "content": text_of(said, "history")}
+        for turn in history
+        for role, said in zip(("user", "assistant"), turn, strict=True)
+    )
+    rest = prompt[first:]
+    there = len(rest) > len(turns) and rest[: len(turns)] == turns
+    return (*prompt[:first], *(() if there else turns), *rest)
 
 
 def read_by_sign(

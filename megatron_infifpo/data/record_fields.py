@@ -1,5 +1,6 @@
 """Fields that preference records of every form may have, and what makes a reply."""
 
+import re
 from typing import Any
 
 from megatron_infifpo.data.conversations import system_before
@@ -18,6 +19,8 @@ COMMON = {"id", "domain", *SYSTEM, "tools", "chat_template_kwargs"}
 LOST = dict.fromkeys(
     ("images", "image", "videos", "video", "audios", "audio"), "none: only text is scored"
 ) | {"functions": "the functions in 'tools'"}
+# Reasoning that stands before an answer, in the text itself.
+THOUGHTS = re.compile(r"\s*([<\[])((?:seed:)?think)[>\]].*?\1/\2[>\]]", re.DOTALL | re.IGNORECASE)
 # What chat templates get from elsewhere.
 RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize")
 
@@ -57,11 +60,13 @@ def check_reply(messages: tuple[Message, ...], name: str) -> None:
             "one message of role assistant, or several that begin and end with one"
         )
     last = messages[-1]
-    if not last["content"].strip() and not last.get("tool_calls"):
+    thoughts = THOUGHTS.match(last["content"])
+    answer = last["content"][thoughts.end() :] if thoughts else last["content"]
+    if not answer.strip() and not last.get("tool_calls"):
+        reasons = thoughts or "reasoning_content" in last
         raise BadRecordError(
-            f"field {name!r} is empty ({last['content']!r}"
-            f"{' after the reasoning' if 'reasoning_content' in last else ''}), expected a "
-            "response with text"
+            f"field {name!r} is empty ({answer!r}{' after the reasoning' if reasons else ''}), "
+            "expected a response with text"
         )
 
 

@@ -83,6 +83,16 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list, list, list, set[str]]] = {
         {"instruction": "Add.", "input": "1+1?", "history": [["hi", "hello"]], **PAIR},
         said("u:hi", "a:hello", "u:Add.\n1+1?"), TWO, THREE, set(),
     ),
+    "a history beside a prompt": (
+        {"prompt": said("s:s", "u:1+1?"), "history": [["hi", "hello"]], **PAIR},
+        said("s:s") + TURNS, TWO, THREE, set(),
+    ),
+    "a history that the prompt has": (
+        {"prompt": TURNS, "history": [["hi", "hello"]], **PAIR}, TURNS, TWO, THREE, set()
+    ),
+    "another history": (
+        {"prompt": "1+1?", "history": "x", **PAIR}, QUESTION, TWO, THREE, {"history"}
+    ),
     "argilla's UltraFeedback": (
         {"instruction": "1+1?", "chosen_response": "2", "rejected_response": "3", "source": "x"},
         QUESTION, TWO, THREE, {"source"},
@@ -222,6 +232,9 @@ BAD_RECORDS: dict[str, tuple[dict[str, Any], str]] = {
     "ends with a tool": (ASKED | {"chosen": [CALLING, *said("t:2")]}, "expected a reply"),
     "reasoning alone": (
         ASKED | {"chosen": [ASSISTANT | {"reasoning": "x"}]}, "is empty .* after the reasoning"
+    ),
+    "reasoning alone, in the text": (
+        ASKED | {"chosen": "<think>\nx</think>\n"}, "is empty .* after the reasoning"
     ),
     "no preference": (
         {"context": QUESTION, "response1": "2", "response2": "3", "overall_preference": 0},
