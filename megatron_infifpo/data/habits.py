@@ -78,7 +78,7 @@ def said_in(message: Message) -> Said:
     content = message["content"]
     if message.get("reasoning_content"):
         return Said(message["reasoning_content"], content)
-    found = _THOUGHTS.match(content)
+    found = _THOUGHTS.match(content) if "</think>" in content else None
     if found is None:
         return Said("", content)
     return Said(found[1] or found[2] or "", content[found.end() :], found[0])
