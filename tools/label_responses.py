@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_infifpo.cli import UserError, positive, run
 from megatron_infifpo.data.documents import publish
-from megatron_infifpo.data.flags import report_skipped
+from megatron_infifpo.data.read_report import report_skipped
 from megatron_infifpo.data.records import ON_BAD
 from megatron_infifpo.data.split import to_json
 from megatron_infifpo.responses.labels import label, read_responses

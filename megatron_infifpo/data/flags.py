@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.read_report import report_skipped as report_skipped
 from megatron_infifpo.data.record_flags import add_record_flags as add_record_flags
 from megatron_infifpo.data.rendering import REASONING, SCORE
 from megatron_infifpo.data.tokenization import ChatTokenizer

@@ -43,11 +43,6 @@ class SpecialText:
         """Return a text with what `hide` has hidden in it."""
         return self._hidden.sub(lambda found: self.names[int(found[1])], text)
 
-    def first(self, text: str) -> int:
-        """Return where the first special token in a text ends, 0 if there is none."""
-        found = self._any.search(text)
-        return found.end() if found else 0
-
     def starts(self, text: str, place: int) -> int:
         """Return where the special token ends that a text has at a place, 0 if it has none."""
         found = self._any.match(text, place)
