@@ -8,7 +8,7 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.losses import LOSSES, loss_options
 from megatron_infifpo.reference import FUSIONS, MARGIN_ANCHORS, MARGIN_SPACES, SELECTIONS
 

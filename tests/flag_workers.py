@@ -14,7 +14,7 @@ def parser() -> argparse.ArgumentParser:
     """Megatron's parser with the program's flags, as a run makes it."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_infifpo.arguments import add_training_flags
+    from megatron_infifpo.training.arguments import add_training_flags
 
     made = add_megatron_arguments(argparse.ArgumentParser("train", allow_abbrev=False))
     return add_training_flags(made)
@@ -22,8 +22,8 @@ def parser() -> argparse.ArgumentParser:
 
 def on_gpu() -> None:
     """Let the checks of flags believe that there are GPUs, without any package for them."""
-    from megatron_infifpo import cpu
     from megatron_infifpo.megatron_flags import conditions
+    from megatron_infifpo.patches import cpu
 
     cpu.is_enabled = lambda: False
     conditions.HAVE_TE = conditions.HAVE_NVML = False
@@ -89,7 +89,7 @@ def another_value(action: argparse.Action) -> list[str] | None:
 
 def each_alone(gpu: bool) -> dict[str, tuple[str, list[str]]]:
     """Give every flag alone another value: option -> name and what the check says."""
-    from megatron_infifpo.cli import UserError
+    from megatron_infifpo.errors import UserError
     from megatron_infifpo.megatron_flags.check import flags, unsupported
     from megatron_infifpo.megatron_flags.conditions import CHOICES
 
@@ -142,11 +142,11 @@ def set_by_the_program() -> dict[str, set[str]]:
     """Names of arguments that the program sets, by where they come from."""
     import tiny
 
-    from megatron_infifpo import cpu
-    from megatron_infifpo.models.architecture import _FREE
-    from megatron_infifpo.models.families import megatron_args
-    from megatron_infifpo.models.gpt import fixed_arguments
-    from megatron_infifpo.models.layer_kind import KINDS
+    from megatron_infifpo.engine.gpt import fixed_arguments
+    from megatron_infifpo.engine.layer_kind import KINDS
+    from megatron_infifpo.families import megatron_args
+    from megatron_infifpo.families.architecture import _FREE
+    from megatron_infifpo.patches import cpu
 
     architecture: set[str] = set()
     for config_class, _, special in tiny.FAMILIES.values():
@@ -187,7 +187,7 @@ def observe(argv: list[str], event: str = "") -> dict[str, Any]:
     import megatron.training.training as loop
     import workers
 
-    import megatron_infifpo.models.layers as layers
+    import megatron_infifpo.engine.layers as layers
 
     wandb = mock.MagicMock()
     sys.modules["wandb"] = wandb
@@ -248,6 +248,6 @@ def fingerprints(*folders: str) -> list[str]:
     """Hashes of the models in the latest checkpoints of these folders."""
     from pathlib import Path
 
-    from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
+    from megatron_infifpo.convert.fingerprint import weights_fingerprint
 
     return [weights_fingerprint(Path(folder)) for folder in folders]

@@ -2,12 +2,11 @@
 
 import pytest
 
-from megatron_infifpo import cpu
+from megatron_infifpo.patches import cpu
 
 cpu.enable(announce=False)
 
-from megatron_infifpo import environment  # noqa: E402
-from megatron_infifpo.models import layer_kind  # noqa: E402
+from megatron_infifpo.engine import environment, layer_kind  # noqa: E402
 
 
 def test_report_of_this_machine():

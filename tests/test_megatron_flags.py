@@ -5,8 +5,8 @@ import re
 import pytest
 from launcher import ROOT
 
-from megatron_infifpo.checks import flags
-from megatron_infifpo.checks.records import Options
+from megatron_infifpo.gpu_check import flags
+from megatron_infifpo.gpu_check.records import Options
 from megatron_infifpo.megatron_flags.gpu_runs import FLASH, GPU_RUNS, NVML, TE
 
 WORKS, GPU, CHECKPOINT, FIXED = "works", "gpu", "checkpoint", "fixed"

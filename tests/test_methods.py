@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.losses import LOSSES
 from megatron_infifpo.methods import METHODS, Method, add_method_flags, method_from_args, resolve
 

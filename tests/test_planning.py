@@ -5,10 +5,11 @@ import torch
 from save_workers import LiveBytes
 from workers import load_tool
 
-from megatron_infifpo.models.families import megatron_args, tensor_parallel_sizes
-from megatron_infifpo.models.published import PUBLISHED
-from megatron_infifpo.planning import TE_KEPT, Layout, Plan, layouts
-from megatron_infifpo.planning_saves import BY_NAME, BY_RANK, SPARING
+from megatron_infifpo.engine.kept import TE_KEPT
+from megatron_infifpo.families import megatron_args, tensor_parallel_sizes
+from megatron_infifpo.families.published import PUBLISHED
+from megatron_infifpo.planning.plan import Layout, Plan, layouts
+from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SPARING
 
 SIZES = {"phi-4": 14_659_507_200, "mistral-small-24b": 23_572_403_200}
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-from megatron_infifpo.models.schedule import transfers
+from megatron_infifpo.engine.schedule import transfers
 
 SHAPES = [
     (stages, chunks, rows, group)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_infifpo.checks.tiny import (  # noqa: F401  (for the tests)
+from megatron_infifpo.gpu_check.tiny import (  # noqa: F401  (for the tests)
     FAMILIES,
     SHAPE,
     TEMPLATE,

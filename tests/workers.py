@@ -103,7 +103,7 @@ def train(argv: list[str]) -> dict[str, Any]:
     """
     import megatron.training.training as loop
 
-    import megatron_infifpo.train as program
+    import megatron_infifpo.training.run as program
 
     record: dict[str, Any] = {"steps": [], "norms": [], "rates": [], "evaluations": []}
     original, evaluate = loop.train_step, loop.evaluate
@@ -135,7 +135,7 @@ def kept_bytes(argv: list[str]) -> dict[str, float]:
 
     Returns bytes of the largest row's saved tensors, parameters left out, and that row's tokens.
     """
-    import megatron_infifpo.train  # noqa: F401  (readies Megatron for the CPU)
+    import megatron_infifpo.training.run  # noqa: F401  (readies Megatron for the CPU)
     import megatron_infifpo.training.step as step
 
     found: dict[str, float] = {"tokens": 0.0}
@@ -196,7 +196,7 @@ def command(program: str, argv: list[str]) -> None:
     import importlib
     from pathlib import Path
 
-    from megatron_infifpo.cli import run
+    from megatron_infifpo.commands.entry import run
 
     is_tool = program.startswith("tools/")
     module = load_tool(Path(program).stem) if is_tool else importlib.import_module(program)

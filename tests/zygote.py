@@ -15,7 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from megatron_infifpo.checks.processes import free_port
+from megatron_infifpo.gpu_check.processes import free_port
 
 
 def run_rank(request: dict, rank: int, port: int) -> None:
@@ -71,7 +71,7 @@ def serve(request: dict) -> list[int]:
 
 
 if __name__ == "__mp_main__":  # in Megatron's process that writes checkpoints for a rank
-    from megatron_infifpo import cpu
+    from megatron_infifpo.patches import cpu
 
     cpu.enable(announce=False)
 
@@ -81,7 +81,7 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # what imports print must not mix with the answers
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # as every command does
     import megatron_infifpo.scoring.megatron_backend  # noqa: F401
-    import megatron_infifpo.train  # noqa: F401
+    import megatron_infifpo.training.run  # noqa: F401
 
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line))), file=answers, flush=True)

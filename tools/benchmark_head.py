@@ -17,9 +17,11 @@ import os
 
 import torch
 
-from megatron_infifpo.bench import alternate, table
-from megatron_infifpo.cli import UserError, positive, run
-from megatron_infifpo.peers.head import FULL, METHODS, OURS, HeadJob, measure_head
+from megatron_infifpo.bench.head import FULL, METHODS, OURS, HeadJob, measure_head
+from megatron_infifpo.bench.jobs import alternate, table
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import positive
 
 
 def main() -> None:

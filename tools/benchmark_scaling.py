@@ -22,11 +22,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_infifpo.bench import Timer, alternate, on_gpu, table, training_steps, write_pairs
-from megatron_infifpo.cli import positive, run
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.records import PreferenceRecord, reply
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.bench.jobs import Timer, alternate, on_gpu, table, training_steps, write_pairs
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.flag_types import positive
+from megatron_infifpo.records.records import PreferenceRecord, reply
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def prepare_model(args: argparse.Namespace) -> None:
     """Import a random llama with the tokenizer's vocabulary, once."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from megatron_infifpo.checkpoint.hf_import import import_checkpoint
+    from megatron_infifpo.convert.hf_import import import_checkpoint
 
     pivot = args.folder / "pivot"
     if pivot.exists():
@@ -127,7 +128,7 @@ def measure(args: argparse.Namespace) -> None:
     """Train, on as many ranks as this was started with; rank 0 prints what was measured."""
     if not on_gpu():
         torch.set_num_threads(1)
-    import megatron_infifpo.train  # noqa: F401  (readies Megatron for the CPU)
+    import megatron_infifpo.training.run  # noqa: F401  (readies Megatron for the CPU)
     from megatron_infifpo.training.step import TrainingStep
 
     case, timer, clock = CASES[args.only], Timer(bf16=False), Clock()

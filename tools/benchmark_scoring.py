@@ -17,12 +17,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from megatron_infifpo.bench import alternate, on_gpu, peak_mib, table
-from megatron_infifpo.cli import positive, run
-from megatron_infifpo.data.records import read_records
-from megatron_infifpo.data.tokenization import ChatTokenizer, TokenizedRecord
+from megatron_infifpo.bench.jobs import alternate, on_gpu, peak_mib, table
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.flag_types import positive
+from megatron_infifpo.records.records import read_records
 from megatron_infifpo.scoring.rows import Limits, ShardRows, prepare_shard
 from megatron_infifpo.scoring.score import BACKENDS
+from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
 
 PEER = "padded"
 

@@ -17,11 +17,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_infifpo.bench import alternate, table, write_pairs
-from megatron_infifpo.cli import positive, run
-from megatron_infifpo.data.records import read_records
-from megatron_infifpo.data.tokenization import ChatTokenizer
-from megatron_infifpo.peers.step import (
+from megatron_infifpo.bench.jobs import alternate, table, write_pairs
+from megatron_infifpo.bench.step import (
     LIGER,
     OURS,
     TRL,
@@ -30,6 +27,10 @@ from megatron_infifpo.peers.step import (
     measure_step,
     model_operations,
 )
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.flag_types import positive
+from megatron_infifpo.records.records import read_records
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 
 def main() -> None:
@@ -79,7 +80,7 @@ def main() -> None:
 
 def prepare(args: argparse.Namespace) -> tuple[int, int]:
     """Import the model and write pairs with log-probs of nobody; tokens of prompts, responses."""
-    from megatron_infifpo.checkpoint.hf_import import import_checkpoint
+    from megatron_infifpo.convert.hf_import import import_checkpoint
 
     low, high = args.prompt_share
     tokenizer, records = ChatTokenizer.from_pretrained(args.model), []

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from megatron_infifpo.checkpoint.hf_export import export_checkpoint
-from megatron_infifpo.checkpoint.hf_import import import_checkpoint
-from megatron_infifpo.checkpoint.summary import describe
-from megatron_infifpo.cli import positive, real, run, whole
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.convert.hf_export import export_checkpoint
+from megatron_infifpo.convert.hf_import import import_checkpoint
+from megatron_infifpo.convert.summary import describe
+from megatron_infifpo.flag_types import positive, real, whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -42,7 +43,7 @@ def do_inspect(args: argparse.Namespace) -> None:
 def do_verify(args: argparse.Namespace) -> int:
     """Compare both models; 1 if they differ."""
     # The only command that needs Megatron, whose import takes seconds.
-    from megatron_infifpo.checkpoint.verify import verify
+    from megatron_infifpo.checks.conversion import verify
 
     return verify(args)
 

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_infifpo.cli import UserError, positive, run, whole
-from megatron_infifpo.models.hf_model import check_folder, check_whole
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.engine.hf_model import check_folder, check_whole
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import positive, whole
 from megatron_infifpo.responses.benchmarks import BENCHMARKS, Benchmark, score_of, table
 from megatron_infifpo.responses.evaluation import (
     changes,

@@ -14,11 +14,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_infifpo.checks.records import Options
-from megatron_infifpo.checks.report import machine, summary, table, write_json
-from megatron_infifpo.checks.runner import GROUPS, run_groups
-from megatron_infifpo.checks.shapes import SHAPES
-from megatron_infifpo.cli import UserError, positive, run
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import positive
+from megatron_infifpo.gpu_check.records import Options
+from megatron_infifpo.gpu_check.report import machine, summary, table, write_json
+from megatron_infifpo.gpu_check.runner import GROUPS, run_groups
+from megatron_infifpo.gpu_check.shapes import SHAPES
 
 DEFAULT_SHAPES = {"cuda": ("0.5b", "7b"), "cpu": ("tiny",)}
 

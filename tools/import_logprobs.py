@@ -16,10 +16,11 @@ A log-prob for every token of one model, such as vLLM's prompt_logprobs (docs/sc
 import argparse
 from pathlib import Path
 
-from megatron_infifpo.cli import UserError, run
-from megatron_infifpo.data.flags import add_record_flags, add_tokenizer_flags, open_tokenizer
-from megatron_infifpo.scoring.imported import import_tokens
-from megatron_infifpo.scoring.published import import_published
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.references.imported import import_tokens
+from megatron_infifpo.references.published import import_published
+from megatron_infifpo.tokens.flags import add_record_flags, add_tokenizer_flags, open_tokenizer
 
 
 def main() -> None:

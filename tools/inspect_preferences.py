@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_infifpo.cli import UserError, run
-from megatron_infifpo.data.encoding import scored_marks
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.packing import collate
-from megatron_infifpo.data.preference_dataset import PreferenceDataset, PreferencePair
-from megatron_infifpo.data.records import iter_records
-from megatron_infifpo.data.sources import read_sources
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import Method, add_method_flags, method_from_args
+from megatron_infifpo.records.records import iter_records
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.sources import read_sources
+from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset, PreferencePair
+from megatron_infifpo.tokens.encoding import scored_marks
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 from megatron_infifpo.training.objective import pair_losses, response_logps
 
 EDGE = 6  # tokens shown on each side of a border

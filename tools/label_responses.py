@@ -20,13 +20,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_infifpo.cli import UserError, positive, run
-from megatron_infifpo.data.documents import publish
-from megatron_infifpo.data.read_report import report_skipped
-from megatron_infifpo.data.records import ON_BAD
-from megatron_infifpo.data.split import to_json
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import positive
+from megatron_infifpo.records.read_report import report_skipped
+from megatron_infifpo.records.records import ON_BAD
+from megatron_infifpo.records.split import to_json
 from megatron_infifpo.responses.labels import label, read_responses
 from megatron_infifpo.responses.scorers import Scorer, program_scorer, reward_scorer
+from megatron_infifpo.storage.documents import publish
 
 
 def parse() -> argparse.Namespace:

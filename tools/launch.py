@@ -21,7 +21,9 @@ import os
 import sys
 from typing import Any
 
-from megatron_infifpo.cli import UserError, positive, run
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import positive
 from megatron_infifpo.recipes.commands import BASELINES, STAGES, Job, split_words
 
 SEVERAL = {

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_infifpo.cli import UserError, positive, run
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import positive
 from megatron_infifpo.report.collect import Curve, Pairs, method_of, read_curves, read_pairs
 from megatron_infifpo.report.html import Page
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 from megatron_infifpo.training.provenance import read_run
 
 SHOWN = 8  # pairs with their texts

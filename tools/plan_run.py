@@ -15,21 +15,15 @@ of some steps (Megatron's --log-throughput counts a pair as one text of --seq-le
 import argparse
 from pathlib import Path
 
-from megatron_infifpo.cli import UserError, positive, real, run, whole
-from megatron_infifpo.models.architecture import read_hf_config
-from megatron_infifpo.models.families import megatron_args, tensor_parallel_sizes
-from megatron_infifpo.models.published import PUBLISHED
-from megatron_infifpo.planning import (
-    GIB,
-    LOCAL_KEPT,
-    PRECISIONS,
-    TE_ATTENTION_KEPT,
-    TE_KEPT,
-    Layout,
-    Plan,
-    layouts,
-)
-from megatron_infifpo.planning_saves import BY_NAME, BY_RANK, SPARING
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.engine.kept import LOCAL_KEPT, TE_ATTENTION_KEPT, TE_KEPT
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.families import megatron_args, tensor_parallel_sizes
+from megatron_infifpo.families.architecture import read_hf_config
+from megatron_infifpo.families.published import PUBLISHED
+from megatron_infifpo.flag_types import positive, real, whole
+from megatron_infifpo.planning.plan import GIB, PRECISIONS, Layout, Plan, layouts
+from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SPARING
 
 # Left free for the allocator, NCCL and the CUDA context.
 RESERVED = 6 * GIB

@@ -14,12 +14,13 @@ import collections
 import numpy as np
 from tqdm import tqdm
 
-from megatron_infifpo.cli import UserError, run
-from megatron_infifpo.data.flags import add_record_flags, add_tokenizer_flags, open_tokenizer
-from megatron_infifpo.data.read_report import ReadReport
-from megatron_infifpo.data.records import iter_records
-from megatron_infifpo.data.token_dataset import TokenDataset
-from megatron_infifpo.data.token_writer import write_token_dataset
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.read_report import ReadReport
+from megatron_infifpo.records.records import iter_records
+from megatron_infifpo.tokens.dataset import TokenDataset
+from megatron_infifpo.tokens.flags import add_record_flags, add_tokenizer_flags, open_tokenizer
+from megatron_infifpo.tokens.writer import write_token_dataset
 
 PERCENTILES = (0, 50, 90, 99, 100)
 

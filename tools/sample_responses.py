@@ -21,16 +21,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_infifpo.cli import UserError, positive, run
-from megatron_infifpo.data.flags import (
-    add_tokenizer_flags,
-    open_tokenizer,
-    read_options,
-)
-from megatron_infifpo.data.read_report import ReadReport
-from megatron_infifpo.data.records import ON_BAD
-from megatron_infifpo.data.tokenization import ChatTokenizer
-from megatron_infifpo.models.hf_model import check_folder
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.engine.hf_model import check_folder
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import positive
+from megatron_infifpo.records.read_report import ReadReport
+from megatron_infifpo.records.records import ON_BAD
 from megatron_infifpo.responses.completing import Wanted
 from megatron_infifpo.responses.engines import (
     Engine,
@@ -43,6 +39,12 @@ from megatron_infifpo.responses.prompts import Prompt, read_prompts
 from megatron_infifpo.responses.sampling import outcome, run_job
 from megatron_infifpo.responses.server import ServerEngine
 from megatron_infifpo.responses.vllm_engine import VllmEngine
+from megatron_infifpo.tokens.flags import (
+    add_tokenizer_flags,
+    open_tokenizer,
+    read_options,
+)
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 PRESETS = {"pivot": 8, "source": 4}
 

@@ -13,9 +13,10 @@ rerun the same command after an interruption, on any number of ranks, and finish
 
 import argparse
 
-from megatron_infifpo.cli import positive, run
-from megatron_infifpo.data.flags import add_record_flags, add_tokenizer_flags
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.flag_types import positive
 from megatron_infifpo.scoring.score import BACKENDS, score
+from megatron_infifpo.tokens.flags import add_record_flags, add_tokenizer_flags
 
 
 def main() -> None:

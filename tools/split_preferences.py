@@ -15,11 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_infifpo.cli import UserError, run
-from megatron_infifpo.data.read_report import ReadReport
-from megatron_infifpo.data.record_flags import add_record_flags
-from megatron_infifpo.data.records import iter_records
-from megatron_infifpo.data.split import is_sft, to_json
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.flags import add_record_flags
+from megatron_infifpo.records.read_report import ReadReport
+from megatron_infifpo.records.records import iter_records
+from megatron_infifpo.records.split import is_sft, to_json
 
 
 def main() -> None:

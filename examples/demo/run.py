@@ -15,7 +15,7 @@ import stages
 import table
 from job import TOOLS, Job
 
-from megatron_infifpo.cli import run
+from megatron_infifpo.commands.entry import run
 
 
 def main() -> None:

@@ -35,7 +35,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from megatron_infifpo.cli import UserError, run
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
 
 SEED = 1234
 CONTEXT = 1024  # positions of both models; longer than any pair of the demo

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.packing import collate
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.sources import read_sources
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import resolve
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.sources import read_sources
+from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.training.objective import pair_losses
 
 # float32 on both sides: what is left is the order of additions.

@@ -18,9 +18,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_infifpo.cli import UserError, run
-from megatron_infifpo.models.architecture import read_hf_config
-from megatron_infifpo.models.families import FAMILIES
+from megatron_infifpo.commands.entry import run
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.families import FAMILIES
+from megatron_infifpo.families.architecture import read_hf_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 import stages  # noqa: E402

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
-from megatron_infifpo import cpu
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.megatron_flags.conditions import CHOICES, CONFLICTS, NEEDS
 from megatron_infifpo.megatron_flags.group import DEVICE, GPU, REFUSED
 from megatron_infifpo.megatron_flags.model import MODEL
 from megatron_infifpo.megatron_flags.running import RUNNING
+from megatron_infifpo.patches import cpu
 
 GROUPS = MODEL | RUNNING
 _NEW = "it is not in the table of Megatron's flags (megatron_infifpo/megatron_flags)"

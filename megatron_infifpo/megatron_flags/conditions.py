@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
-from megatron_infifpo import cpu
 from megatron_infifpo.megatron_flags.group import INFERENCE, OPTIMIZER
+from megatron_infifpo.patches import cpu
 
 HAVE_FLASH = importlib.util.find_spec("flash_attn") is not None
 HAVE_NVML = importlib.util.find_spec("pynvml") is not None

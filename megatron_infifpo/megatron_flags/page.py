@@ -4,7 +4,7 @@ import argparse
 import textwrap
 from collections.abc import Iterable
 
-from megatron_infifpo import cpu
+from megatron_infifpo.patches import cpu
 
 cpu.enable(announce=False)
 

@@ -5,17 +5,20 @@ without them cannot be loaded with the flag. Needless once it shares the work am
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import megatron.core.dist_checkpointing as checkpointing
 import torch.distributed as dist
 
-from megatron_infifpo.checkpoint.checksums import write_checksums
 
+def end_with(finish_save: Callable[[Path, int, int], None]) -> None:
+    """Let every save of a run end with a function, asynchronous ones included; idempotent.
 
-def add_checksums() -> None:
-    """Let every save of a run end with its checksums, asynchronous ones included; idempotent."""
+    Args:
+        finish_save: takes the folder, this rank and the number of ranks; writes the checksums.
+    """
     module: Any = checkpointing
     save = module.save
     if hasattr(save, "__wrapped__"):
@@ -25,7 +28,7 @@ def add_checksums() -> None:
     def save_and_sum(state: Any, directory: Any, *args: Any, **options: Any) -> Any:
         request = save(state, directory, *args, **options)
         rank, world = dist.get_rank(), dist.get_world_size()
-        finish = functools.partial(write_checksums, Path(directory), rank, world)
+        finish = functools.partial(finish_save, Path(directory), rank, world)
         if request is None:
             finish()
         else:

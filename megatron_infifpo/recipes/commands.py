@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.sources import read_sources
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.references.sources import read_sources
 
 RUN = "runs/phi4"
 PIVOT = "models/phi-4"

@@ -15,7 +15,7 @@ from typing import Any
 
 import nemo_run as run
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 
 
 def local(nodes: int, ranks: int) -> run.LocalExecutor:

@@ -18,9 +18,9 @@ from typing import Any
 
 import nemo_run as run
 
-from megatron_infifpo.data.sources import read_sources
 from megatron_infifpo.recipes import commands
 from megatron_infifpo.recipes.commands import BASELINES, Job
+from megatron_infifpo.references.sources import read_sources
 
 
 class Words(run.Script):

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.sources import read_sources
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.losses import CHOSEN, REJECTED
 from megatron_infifpo.methods import Method
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.sources import read_sources
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.training.objective import pair_losses
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray]

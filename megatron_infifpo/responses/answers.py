@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_infifpo.data.messages import BadRecordError, read_messages
+from megatron_infifpo.records.messages import BadRecordError, read_messages
 
 # Around the reasoning, in what models write; those count that the model's own template has.
 MARKERS = (

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 
 
 @dataclass(frozen=True)

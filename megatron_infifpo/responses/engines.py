@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_infifpo import cpu
-from megatron_infifpo.data.tokenization import ChatTokenizer
-from megatron_infifpo.models.batch_rule import BatchRule
-from megatron_infifpo.models.hf_model import load_causal_lm
+from megatron_infifpo.engine.batch_rule import BatchRule
+from megatron_infifpo.engine.hf_model import load_causal_lm
+from megatron_infifpo.patches import cpu
 from megatron_infifpo.responses.answers import REFUSED, Response
 from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.responses.turns import Opened, Turns
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 
 @dataclass(frozen=True)

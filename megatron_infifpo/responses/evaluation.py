@@ -17,11 +17,11 @@ from urllib.parse import quote
 
 import yaml
 
-from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.documents import publish
-from megatron_infifpo.data.hf_tokenizer import load_tokenizer
+from megatron_infifpo.convert.fingerprint import weights_fingerprint
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses.benchmarks import BENCHMARKS, Benchmark
+from megatron_infifpo.storage.documents import publish
+from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
 
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*")
 _LONGEST_NAME = 200  # bytes; file systems take 255, and a part is added while it is written

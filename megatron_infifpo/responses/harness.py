@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from megatron_infifpo import cpu
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.hf_tokenizer import load_tokenizer
-from megatron_infifpo.models.batch_rule import BatchRule
-from megatron_infifpo.models.hf_model import load_causal_lm
+from megatron_infifpo.engine.batch_rule import BatchRule
+from megatron_infifpo.engine.hf_model import load_causal_lm
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.patches import cpu
 from megatron_infifpo.responses.benchmarks import Benchmark
+from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
 
 
 def open_harness(tasks: set[str | None], args: argparse.Namespace) -> Any:

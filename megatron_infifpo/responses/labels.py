@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.record_files import iter_raw
-from megatron_infifpo.data.records import BadRecordError, PreferenceRecord
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.files import iter_raw
+from megatron_infifpo.records.records import BadRecordError, PreferenceRecord
 from megatron_infifpo.responses.answers import BROKEN, Response
 from megatron_infifpo.responses.prompts import Prompt, parse_prompt
 from megatron_infifpo.responses.scorers import Scorer, UnjudgedError

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_infifpo import cpu
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.records import PreferenceRecord
-from megatron_infifpo.data.tokenization import ChatTokenizer
-from megatron_infifpo.models.hf_model import load_causal_lm
+from megatron_infifpo.engine.hf_model import load_causal_lm
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.patches import cpu
+from megatron_infifpo.records.records import PreferenceRecord
 from megatron_infifpo.responses.engines import Engine, Measured, TransformersEngine
 from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.responses.turns import Turns
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 MAX_TOKENS = 64  # of a response
 # The largest difference of a token, in nats. In bfloat16 two right programs differ by some tenths.
@@ -51,8 +51,8 @@ class Scorer:
 
     def __call__(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Tensor:
         """Return the float32 log-probs `[L]` of a response's tokens `[L]`."""
-        from megatron_infifpo.data.packing import collate
-        from megatron_infifpo.data.preference_dataset import PreferencePair
+        from megatron_infifpo.rows.packing import collate
+        from megatron_infifpo.rows.preference_dataset import PreferencePair
 
         ids = [np.asarray(part, dtype=np.int32) for part in (prompt_ids, response_ids)]
         return self._backend([collate([PreferencePair(0, ids[0], (ids[1],))])])[0]

@@ -7,11 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.form_readers import read_prompt
-from megatron_infifpo.data.messages import BadRecordError, Message, check_json, kind
-from megatron_infifpo.data.read_report import ReadReport
-from megatron_infifpo.data.record_fields import (
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.fields import (
     COMMON,
     label,
     read_tools,
@@ -19,8 +16,11 @@ from megatron_infifpo.data.record_fields import (
     system_messages,
     template_options,
 )
-from megatron_infifpo.data.record_files import iter_raw, stems
-from megatron_infifpo.data.record_forms import form_of
+from megatron_infifpo.records.files import iter_raw, stems
+from megatron_infifpo.records.form_readers import read_prompt
+from megatron_infifpo.records.forms import form_of
+from megatron_infifpo.records.messages import BadRecordError, Message, check_json, kind
+from megatron_infifpo.records.read_report import ReadReport
 
 # Fields that hold a prompt, in the order in which they are looked for: NuminaMath-1.5 has
 # `problem`, KodCode `question` (or `conversations`), Infinity-Instruct `conversations`.

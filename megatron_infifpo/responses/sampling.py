@@ -12,12 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.documents import publish
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses.answers import CUT, UNKNOWN
 from megatron_infifpo.responses.completing import Wanted, complete, to_line
 from megatron_infifpo.responses.engines import Engine
 from megatron_infifpo.responses.prompts import Prompt
+from megatron_infifpo.storage.documents import publish
 
 
 def run_job(

@@ -9,14 +9,14 @@ import jinja2
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_infifpo import cpu
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.habits import fold_system
-from megatron_infifpo.data.hf_tokenizer import load_tokenizer
-from megatron_infifpo.models.batch_rule import BatchRule
-from megatron_infifpo.models.hf_model import load_classifier
+from megatron_infifpo.engine.batch_rule import BatchRule
+from megatron_infifpo.engine.hf_model import load_classifier
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.patches import cpu
 from megatron_infifpo.responses.answers import Response
 from megatron_infifpo.responses.prompts import Prompt
+from megatron_infifpo.tokens.habits import fold_system
+from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
 
 Scorer = Callable[[Prompt, Sequence[Response]], list[float]]
 """Takes a prompt and responses to it; returns a score for each answer, higher is better."""

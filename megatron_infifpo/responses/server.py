@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses.answers import (
     MARKERS,
     REFUSED,

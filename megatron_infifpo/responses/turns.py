@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses.answers import Response, split_reasoning
 from megatron_infifpo.responses.prompts import Prompt
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 
 class Opened(NamedTuple):

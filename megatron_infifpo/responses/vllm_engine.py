@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.tokenization import ChatTokenizer
-from megatron_infifpo.models.hf_model import check_whole
+from megatron_infifpo.engine.hf_model import check_whole
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses.answers import FINISH, REFUSED, Response
 from megatron_infifpo.responses.engines import Measured, NotMeasuredError, Sampling
 from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.responses.turns import Opened, Turns
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 
 class VllmEngine:

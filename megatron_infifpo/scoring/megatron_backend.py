@@ -5,28 +5,28 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_infifpo import cpu
+from megatron_infifpo.patches import cpu
 
 cpu.enable()
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 
-from megatron_infifpo.checkpoint.hf_weights import load_into_model  # noqa: E402
-from megatron_infifpo.checkpoint.layout import find_checkpoint  # noqa: E402
-from megatron_infifpo.checkpoint.older import accept_older  # noqa: E402
-from megatron_infifpo.checkpoint.torch_dist import TorchDistCheckpoint  # noqa: E402
-from megatron_infifpo.data import Row  # noqa: E402
-from megatron_infifpo.models.architecture import read_hf_config  # noqa: E402
-from megatron_infifpo.models.families import (  # noqa: E402
+from megatron_infifpo.convert.hf_weights import load_into_model  # noqa: E402
+from megatron_infifpo.engine.gpt import build_model, forward_only_arguments  # noqa: E402
+from megatron_infifpo.engine.layer_kind import KINDS, row_multiple  # noqa: E402
+from megatron_infifpo.engine.packed import score_rows  # noqa: E402
+from megatron_infifpo.engine.parallel import initialize_parallel  # noqa: E402
+from megatron_infifpo.families import (  # noqa: E402
     check_pipeline_parallel,
     check_tensor_parallel,
     megatron_args,
 )
-from megatron_infifpo.models.gpt import build_model, forward_only_arguments  # noqa: E402
-from megatron_infifpo.models.layer_kind import KINDS, row_multiple  # noqa: E402
-from megatron_infifpo.models.packed import score_rows  # noqa: E402
-from megatron_infifpo.models.parallel import initialize_parallel  # noqa: E402
+from megatron_infifpo.families.architecture import read_hf_config  # noqa: E402
+from megatron_infifpo.rows import Row  # noqa: E402
+from megatron_infifpo.storage.checkpoints import find_checkpoint  # noqa: E402
+from megatron_infifpo.storage.older import accept_older  # noqa: E402
+from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint  # noqa: E402
 
 
 def load_megatron_checkpoint(models: list[GPTModel], directory: str | Path) -> None:

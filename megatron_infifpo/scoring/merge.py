@@ -5,15 +5,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.logprob_store import MADE_BY, LogprobStore
-from megatron_infifpo.data.logprob_writer import LogprobWriter
-from megatron_infifpo.data.notes import counted
-from megatron_infifpo.data.records import PreferenceRecord
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import PreferenceRecord
+from megatron_infifpo.references.logprob_store import MADE_BY, LogprobStore
+from megatron_infifpo.references.logprob_writer import LogprobWriter
+from megatron_infifpo.references.summary import print_summary
 from megatron_infifpo.scoring.rows import Limits
 from megatron_infifpo.scoring.shards import ShardFolder, read_shards
-from megatron_infifpo.scoring.summary import print_summary
+from megatron_infifpo.storage.notes import counted
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 
 def merge(

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data import Row
-from megatron_infifpo.data.encoding import encode_or_refuse
-from megatron_infifpo.data.packing import collate
-from megatron_infifpo.data.preference_dataset import PreferencePair
-from megatron_infifpo.data.records import PreferenceRecord
-from megatron_infifpo.data.tokenization import ChatTokenizer, TokenizedRecord
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import PreferenceRecord
+from megatron_infifpo.rows import Row
+from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.preference_dataset import PreferencePair
+from megatron_infifpo.tokens.encoding import encode_or_refuse
+from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
 
 
 @dataclass(frozen=True)

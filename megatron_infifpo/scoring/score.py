@@ -10,25 +10,26 @@ from typing import Any
 import torch
 import transformers
 
-from megatron_infifpo import __version__, cpu
-from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.flags import open_tokenizer
-from megatron_infifpo.data.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.prefetch import prefetch
-from megatron_infifpo.data.read_report import ReadReport
-from megatron_infifpo.data.records import (
+from megatron_infifpo import __version__
+from megatron_infifpo.convert.fingerprint import weights_fingerprint
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.families.architecture import read_hf_config
+from megatron_infifpo.patches import cpu
+from megatron_infifpo.records.read_report import ReadReport
+from megatron_infifpo.records.records import (
     RESPONSES,
     canonical_bytes,
     iter_records,
 )
-from megatron_infifpo.data.tokenization import ChatTokenizer
-from megatron_infifpo.models.architecture import read_hf_config
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.rows.prefetch import prefetch
 from megatron_infifpo.scoring.merge import merge
 from megatron_infifpo.scoring.ranks import Progress, on_first_rank, rank
 from megatron_infifpo.scoring.rows import Limits, ShardRows, prepare_shard
 from megatron_infifpo.scoring.shards import ShardFolder, different, read_shards
+from megatron_infifpo.tokens.flags import open_tokenizer
+from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 
 def _megatron(directory: str, **options: Any) -> Any:

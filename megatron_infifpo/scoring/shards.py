@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.records import PreferenceRecord, iter_records, records_fingerprint
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import PreferenceRecord, iter_records, records_fingerprint
 
 PLAN = "plan.json"
 Said = tuple[str | None, Sequence[str]]

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_infifpo import cpu
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data import Row
+from megatron_infifpo.engine.batch_rule import BatchRule
+from megatron_infifpo.engine.hf_model import check_folder, load_causal_lm
+from megatron_infifpo.engine.parallel import WAIT
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.logprobs import chunk_bytes_on
-from megatron_infifpo.models.batch_rule import BatchRule
-from megatron_infifpo.models.hf_model import check_folder, load_causal_lm
-from megatron_infifpo.models.parallel import WAIT
+from megatron_infifpo.patches import cpu
+from megatron_infifpo.rows import Row
 
 LOGITS_BYTES = 2**30
 # A batch's shortest segment has at least this share of the tokens of its longest.

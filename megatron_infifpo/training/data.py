@@ -8,19 +8,19 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args
 
-from megatron_infifpo import cpu
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.batching import (
+from megatron_infifpo.engine.layer_kind import row_multiple
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.methods import Method, flag
+from megatron_infifpo.patches import cpu
+from megatron_infifpo.references.sources import read_sources
+from megatron_infifpo.rows.batching import (
     EvaluationLoader,
     PreferenceLoader,
     evaluation_steps,
     fitting_micro_batch_size,
 )
-from megatron_infifpo.data.notes import counted
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.sources import read_sources
-from megatron_infifpo.methods import Method, flag
-from megatron_infifpo.models.layer_kind import row_multiple
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.storage.notes import counted
 from megatron_infifpo.training.reference_check import check_initial_logprobs
 
 NOT_SAVED = "NOTHING IS SAVED, since there is no --save"

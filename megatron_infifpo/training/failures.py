@@ -13,8 +13,8 @@ from megatron.core.rerun_state_machine import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_infifpo.checkpoint.layout import TRACKER
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.storage.checkpoints import TRACKER
 from megatron_infifpo.training.step import TrainingStep, way_on
 
 _NOT_FINITE = (EXIT_CODE_RESUME_TO_DISAMBIGUATE, EXIT_CODE_FAILED_ON_RESULT_VALIDATION)

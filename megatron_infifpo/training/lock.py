@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import IO
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 
 LOCK_FILE = ".run.lock"
 _UNKNOWN = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)

@@ -7,10 +7,10 @@ TensorBoard and W&B, and no entry in its log line.
 import torch
 from torch import Tensor
 
-from megatron_infifpo.data import Row
 from megatron_infifpo.losses import CHOSEN, PIVOT_CHOSEN, REJECTED
 from megatron_infifpo.methods import Method
 from megatron_infifpo.reference import FusedReference
+from megatron_infifpo.rows import Row
 
 # What is also reported for each domain; every source's share is, too.
 _BY_DOMAIN = ("loss", "rewards/accuracy", "logps/accuracy", "logps/margin")

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from megatron_infifpo.data import Row
 from megatron_infifpo.losses import CHOSEN, REJECTED, preference_loss
 from megatron_infifpo.methods import Method
 from megatron_infifpo.reference import FusedReference, fuse_reference
+from megatron_infifpo.rows import Row
 
 
 def response_logps(method: Method, sum_logps: Tensor, token_counts: Tensor) -> Tensor:

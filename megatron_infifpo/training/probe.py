@@ -15,10 +15,10 @@ from megatron.training.training import (
 )
 from torch import Tensor
 
-from megatron_infifpo.data.packing import collate
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.models.layer_kind import row_multiple
-from megatron_infifpo.models.packed import score_rows
+from megatron_infifpo.engine.layer_kind import row_multiple
+from megatron_infifpo.engine.packed import score_rows
+from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 
 PROBES = 64
 

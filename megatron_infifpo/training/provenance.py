@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 
-from megatron_infifpo import __version__, cpu
-from megatron_infifpo.checkpoint.layout import RUN_FILE
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.documents import read_manifest, write_manifest
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.environment import version
+from megatron_infifpo import __version__
+from megatron_infifpo.engine.environment import version
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.families.architecture import carry_architecture
 from megatron_infifpo.methods import Method
-from megatron_infifpo.models.architecture import carry_architecture
+from megatron_infifpo.patches import cpu
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.storage.checkpoints import RUN_FILE
+from megatron_infifpo.storage.documents import read_manifest, write_manifest
 from megatron_infifpo.training.lock import RunLock
 from megatron_infifpo.training.resharding import KEPT
 from megatron_infifpo.training.resume import schedule_identity

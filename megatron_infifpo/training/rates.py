@@ -11,8 +11,8 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.models.gpt import refusals
+from megatron_infifpo.engine.gpt import refusals
+from megatron_infifpo.errors import UserError
 
 
 def complete_warm_up(args: argparse.Namespace) -> None:

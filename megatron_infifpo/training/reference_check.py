@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from megatron.training import print_rank_0
 
-from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.encoding import scored_marks
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.records import RESPONSES
+from megatron_infifpo.convert.fingerprint import weights_fingerprint
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.losses import CHOSEN, REJECTED
+from megatron_infifpo.records.records import RESPONSES
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.tokens.encoding import scored_marks
 from megatron_infifpo.training.probe import Difference, compare
 from megatron_infifpo.training.start import Start
 

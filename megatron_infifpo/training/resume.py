@@ -9,7 +9,7 @@ schedule of before, whatever the command line says.
 import argparse
 from typing import Any
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.training.rates import last_step
 from megatron_infifpo.training.resharding import changed
 from megatron_infifpo.training.start import Start

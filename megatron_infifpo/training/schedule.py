@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_infifpo.models.schedule import get_schedule
+from megatron_infifpo.engine.schedule import get_schedule
 
 
 def get_training_schedule(**options: Any) -> Callable[..., list[Any]]:

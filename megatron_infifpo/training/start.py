@@ -14,10 +14,10 @@ from megatron.core.dist_checkpointing.serialization import (
 from megatron.core.rerun_state_machine import RerunState
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_infifpo.checkpoint.layout import TRACKER, find_checkpoint
-from megatron_infifpo.checkpoint.torch_dist import BROKEN_PICKLE, TorchDistCheckpoint
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.models.architecture import pivot_directory
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.families.architecture import pivot_directory
+from megatron_infifpo.storage.checkpoints import TRACKER, find_checkpoint
+from megatron_infifpo.storage.torch_dist import BROKEN_PICKLE, TorchDistCheckpoint
 
 
 @dataclass(frozen=True)

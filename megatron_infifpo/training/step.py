@@ -9,14 +9,14 @@ import torch
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_infifpo.checkpoint.layout import TRACKER
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data import Row
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
+from megatron_infifpo.engine.packed import run_packed, to_device
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.logprobs import segment_sums
 from megatron_infifpo.losses import CHOSEN
 from megatron_infifpo.methods import Method
-from megatron_infifpo.models.packed import run_packed, to_device
+from megatron_infifpo.rows import Row
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.storage.checkpoints import TRACKER
 from megatron_infifpo.training.metrics import preference_metrics, sft_metrics, waste_metrics
 from megatron_infifpo.training.objective import pair_losses
 

@@ -4,11 +4,11 @@ import argparse
 import warnings
 from pathlib import Path
 
-from megatron_infifpo.checkpoint.layout import HF_FOLDER
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.storage.checkpoints import HF_FOLDER
+from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 _NAMES = {"tokenizer_sha256": "tokenizer", "chat_template_sha256": "chat template"}
 

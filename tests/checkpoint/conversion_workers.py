@@ -17,15 +17,15 @@ def megatron_argument_names() -> list[str]:
 
 def build(hf: str, layout: dict[str, Any]) -> list:
     """Build this rank's chunks of the model of a Hugging Face folder."""
-    from megatron_infifpo.models.architecture import read_hf_config
-    from megatron_infifpo.models.families import megatron_args
-    from megatron_infifpo.models.gpt import (
+    from megatron_infifpo.engine.gpt import (
         build_model,
         forward_only_arguments,
     )
+    from megatron_infifpo.families import megatron_args
+    from megatron_infifpo.families.architecture import read_hf_config
 
     args = forward_only_arguments(megatron_args(read_hf_config(hf)), **layout)
-    from megatron_infifpo.models.parallel import initialize_parallel
+    from megatron_infifpo.engine.parallel import initialize_parallel
 
     initialize_parallel(args)
     return build_model(args)
@@ -36,8 +36,8 @@ def load_both(hf: str, checkpoint: str, layout: dict[str, Any]) -> dict[str, Any
     import torch
     from megatron.core import dist_checkpointing
 
-    from megatron_infifpo.checkpoint.hf_weights import load_into_model
-    from megatron_infifpo.checkpoint.layout import find_checkpoint
+    from megatron_infifpo.convert.hf_weights import load_into_model
+    from megatron_infifpo.storage.checkpoints import find_checkpoint
 
     models = build(hf, layout)
 
@@ -71,8 +71,8 @@ def save_with_megatron(hf: str, checkpoint: str, layout: dict[str, Any]) -> None
     import torch
     from megatron.core import dist_checkpointing, parallel_state
 
-    from megatron_infifpo.checkpoint.hf_weights import load_into_model
-    from megatron_infifpo.models.architecture import read_hf_config
+    from megatron_infifpo.convert.hf_weights import load_into_model
+    from megatron_infifpo.families.architecture import read_hf_config
 
     vocab_size = read_hf_config(hf)["vocab_size"]
     models = build(hf, layout)
@@ -104,8 +104,8 @@ def megatrons_own_arguments(checkpoint: str, flags: list[str]) -> dict[str, Any]
 
 def convert(function: str, source: str, target: str, options: dict[str, Any]) -> None:
     """Import or export as one of several ranks."""
-    from megatron_infifpo.checkpoint.hf_export import export_checkpoint
-    from megatron_infifpo.checkpoint.hf_import import import_checkpoint
+    from megatron_infifpo.convert.hf_export import export_checkpoint
+    from megatron_infifpo.convert.hf_import import import_checkpoint
 
     functions = {"import_checkpoint": import_checkpoint, "export_checkpoint": export_checkpoint}
     functions[function](source, target, **options)

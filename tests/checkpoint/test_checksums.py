@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_infifpo.checkpoint import checksums
-from megatron_infifpo.checkpoint.checksums import Checksums, verify_share
-from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.convert.fingerprint import weights_fingerprint
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.storage import checksums
+from megatron_infifpo.storage.checksums import Checksums, verify_share
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from tiny import assert_same_weights, load_weights
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
-from megatron_infifpo.checkpoint.hf_export import export_checkpoint
-from megatron_infifpo.checkpoint.hf_import import import_checkpoint
-from megatron_infifpo.checkpoint.summary import describe
+from megatron_infifpo.convert.fingerprint import weights_fingerprint
+from megatron_infifpo.convert.hf_export import export_checkpoint
+from megatron_infifpo.convert.hf_import import import_checkpoint
+from megatron_infifpo.convert.summary import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA3 = {

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from tiny import load_weights
 
-from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
-from megatron_infifpo.checkpoint.hf_export import export_checkpoint
-from megatron_infifpo.checkpoint.hf_import import import_checkpoint
-from megatron_infifpo.checkpoint.layout import TRACKER, find_checkpoint
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.convert.fingerprint import weights_fingerprint
+from megatron_infifpo.convert.hf_export import export_checkpoint
+from megatron_infifpo.convert.hf_import import import_checkpoint
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.storage.checkpoints import TRACKER, find_checkpoint
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_interruption_leaves_nothing(tmp_path, hf, monkeypatch):
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_infifpo.checkpoint.hf_import.carry", interrupt)
+    monkeypatch.setattr("megatron_infifpo.convert.hf_import.carry", interrupt)
     with pytest.raises(KeyboardInterrupt):
         import_checkpoint(hf, tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
@@ -274,7 +274,7 @@ def test_broken_checkpoint_files(tmp_path, megatron):
 
 def test_a_layer_that_the_files_do_not_hold(megatron):
     """Never what happens to be in memory."""
-    from megatron_infifpo.checkpoint.torch_dist import TorchDistCheckpoint
+    from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint
 
     checkpoint = TorchDistCheckpoint(megatron / "release")
     with pytest.raises(UserError, match="does not hold all of"):

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.models.families import (
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.families import (
     check_tensor_parallel,
     megatron_args,
     tensor_parallel_sizes,

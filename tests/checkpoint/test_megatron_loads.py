@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 from tiny import assert_same_weights, load_weights
 
-from megatron_infifpo.checkpoint.hf_export import export_checkpoint
-from megatron_infifpo.checkpoint.hf_import import import_checkpoint
-from megatron_infifpo.checkpoint.summary import describe
-from megatron_infifpo.models.architecture import read_hf_config
-from megatron_infifpo.models.families import megatron_args
+from megatron_infifpo.convert.hf_export import export_checkpoint
+from megatron_infifpo.convert.hf_import import import_checkpoint
+from megatron_infifpo.convert.summary import describe
+from megatron_infifpo.families import megatron_args
+from megatron_infifpo.families.architecture import read_hf_config
 
 LAYOUTS = {
     "tp1": (1, {}),
@@ -151,7 +151,7 @@ def test_verify_refuses_another_model(ranks, models, tmp_path):
 
 
 def test_worst_tensor_with_nan(models, tmp_path):
-    from megatron_infifpo.checkpoint.verify import worst_tensor
+    from megatron_infifpo.checks.conversion import worst_tensor
 
     hf, megatron = models("llama")
     weights = load_weights(hf)

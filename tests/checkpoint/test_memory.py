@@ -7,8 +7,8 @@ import sys
 import torch
 from launcher import ROOT
 
-from megatron_infifpo.checkpoint.safetensors_io import SafetensorsWriter
-from megatron_infifpo.models.families import weight_mapping
+from megatron_infifpo.families import weight_mapping
+from megatron_infifpo.storage.safetensors_io import SafetensorsWriter
 
 CONFIG = {
     "model_type": "llama", "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 8192,
@@ -22,7 +22,7 @@ def peak():
     # Of this program alone: ru_maxrss would begin with the one that started it.
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if "VmHWM" in l)
 import torch, torch.distributed.checkpoint
-import megatron_infifpo.checkpoint.hf_import, megatron_infifpo.checkpoint.hf_export
+import megatron_infifpo.convert.hf_import, megatron_infifpo.convert.hf_export
 before = peak()
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="tool")["main"]()

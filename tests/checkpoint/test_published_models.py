@@ -11,15 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import assert_same_weights
 
-from megatron_infifpo.checkpoint.hf_export import export_checkpoint
-from megatron_infifpo.checkpoint.hf_import import import_checkpoint
-from megatron_infifpo.models.families import (
+from megatron_infifpo.convert.hf_export import export_checkpoint
+from megatron_infifpo.convert.hf_import import import_checkpoint
+from megatron_infifpo.families import (
     FAMILIES,
     megatron_args,
     tensor_parallel_sizes,
     weight_mapping,
 )
-from megatron_infifpo.models.published import PUBLISHED
+from megatron_infifpo.families.published import PUBLISHED
 
 SIZES = {
     "phi-4": (14_659_507_200, [1, 2, 5, 10]),
@@ -128,7 +128,7 @@ def test_gemma_that_also_reads_images(tmp_path):
     """The language model inside is imported, under a config.json of its own."""
     from safetensors.torch import save_file
 
-    from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
+    from megatron_infifpo.convert.fingerprint import weights_fingerprint
 
     text = tiny.save_model(tmp_path / "text", "gemma3")
     weights = tiny.load_weights(text)

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron_infifpo.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.storage.safetensors_io import SafetensorsFile, SafetensorsWriter
 
 TENSORS = {
     "b.weight": torch.arange(12.0).view(3, 4),

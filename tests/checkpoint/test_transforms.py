@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_infifpo.checkpoint.transforms import FUSED_QKV, GATE_UP, IDENTITY, QKV, Dims
+from megatron_infifpo.families.transforms import FUSED_QKV, GATE_UP, IDENTITY, QKV, Dims
 
 
 @st.composite

@@ -9,11 +9,11 @@ import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_infifpo.data.logprob_writer import LogprobWriter
-from megatron_infifpo.data.records import RESPONSES, PreferenceRecord, records_fingerprint, reply
-from megatron_infifpo.data.token_dataset import TokenDataset
-from megatron_infifpo.data.token_writer import write_token_dataset
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.records.records import RESPONSES, PreferenceRecord, records_fingerprint, reply
+from megatron_infifpo.references.logprob_writer import LogprobWriter
+from megatron_infifpo.tokens.dataset import TokenDataset
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
+from megatron_infifpo.tokens.writer import write_token_dataset
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

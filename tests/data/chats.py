@@ -1,6 +1,6 @@
 """Small conversations, with and without tools."""
 
-from megatron_infifpo.data.messages import Message
+from megatron_infifpo.records.messages import Message
 
 
 def said(*turns: str) -> list[Message]:

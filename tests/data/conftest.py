@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_infifpo.cli import run
+from megatron_infifpo.commands.entry import run
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

@@ -5,8 +5,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from builders import byte_tokenizer
 
-from megatron_infifpo.data.records import PreferenceRecord
-from megatron_infifpo.data.tokenization import ChatTokenizer, RefusedRecordError, TokenizedRecord
+from megatron_infifpo.records.records import PreferenceRecord
+from megatron_infifpo.tokens.tokenization import ChatTokenizer, RefusedRecordError, TokenizedRecord
 
 VOCABULARY = 40
 

@@ -9,8 +9,9 @@ from builders import record, write_scores, write_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.batching import (
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.references.sources import Source, SourcesConfig
+from megatron_infifpo.rows.batching import (
     EvaluationLoader,
     PreferenceLoader,
     evaluation_steps,
@@ -18,9 +19,8 @@ from megatron_infifpo.data.batching import (
     plan_evaluation,
     plan_step,
 )
-from megatron_infifpo.data.packing import collate
-from megatron_infifpo.data.preference_dataset import PreferenceDataset, PreferencePair
-from megatron_infifpo.data.sources import Source, SourcesConfig
+from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset, PreferencePair
 
 LENGTHS = st.lists(st.integers(2, 5000), min_size=1, max_size=60).map(np.array)
 # Machines with few cores miss deadlines; nothing is kept between runs.

@@ -1,8 +1,8 @@
 import pytest
 from builders import byte_tokenizer, write_jsonl, write_scores
 
-from megatron_infifpo.data.records import read_records, records_fingerprint
-from megatron_infifpo.data.token_dataset import TokenDataset
+from megatron_infifpo.records.records import read_records, records_fingerprint
+from megatron_infifpo.tokens.dataset import TokenDataset
 
 
 @pytest.fixture

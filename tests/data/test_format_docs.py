@@ -6,11 +6,11 @@ from pathlib import Path
 
 from builders import byte_tokenizer, write_jsonl, write_scores
 
-from megatron_infifpo.data.record_forms import FORMS, form_of
-from megatron_infifpo.data.records import read_records
-from megatron_infifpo.data.token_dataset import TokenDataset
-from megatron_infifpo.data.token_writer import write_token_dataset
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.records.forms import FORMS, form_of
+from megatron_infifpo.records.records import read_records
+from megatron_infifpo.tokens.dataset import TokenDataset
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
+from megatron_infifpo.tokens.writer import write_token_dataset
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "file-formats.md"
 

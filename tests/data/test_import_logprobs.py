@@ -12,14 +12,14 @@ import yaml
 from builders import byte_tokenizer, record, write_jsonl, write_tokens
 from marks import Marking
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.records import read_records
-from megatron_infifpo.data.sources import read_sources
-from megatron_infifpo.data.tokenization import ChatTokenizer
-from megatron_infifpo.scoring.imported import import_tokens
-from megatron_infifpo.scoring.published import import_published
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import read_records
+from megatron_infifpo.references.imported import import_tokens
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.published import import_published
+from megatron_infifpo.references.sources import read_sources
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 # The numbers of the example in the paper's repository, of 241 and 283 tokens.
 PUBLISHED = {

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from chats import CALL, CALLING, QUESTION, TWO, said
 
-from megatron_infifpo.data.messages import BadRecordError, Message, read_messages
+from megatron_infifpo.records.messages import BadRecordError, Message, read_messages
 
 ASSISTANT = {"role": "assistant", "content": ""}
 DEVELOPER = {"role": "developer", "content": "x"}

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from builders import record, write_scores, write_tokens
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.sources import Source, SourcesConfig
-from megatron_infifpo.data.token_dataset import TokenDataset
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import resolve
+from megatron_infifpo.references.sources import Source, SourcesConfig
 from megatron_infifpo.report.collect import read_pairs
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.tokens.dataset import TokenDataset
 
 RECORDS = [record(i, domain=("math", "code")[i % 2]) for i in range(8)]
 

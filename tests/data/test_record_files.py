@@ -13,9 +13,9 @@ import pytest
 from builders import write_jsonl
 from chats import CALLING, QUESTION, SUM, TWO
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.record_files import stems
-from megatron_infifpo.data.records import ReadReport, read_records
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.files import stems
+from megatron_infifpo.records.records import ReadReport, read_records
 
 GOOD = {"id": "a", "domain": "math", "prompt": "1+1?", "chosen": "2", "rejected": "3"}
 USER = {"role": "user", "content": "1+1?"}

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from chats import CALLING, QUESTION, SUM, THREE, TWO, said
 
-from megatron_infifpo.data.messages import BadRecordError
-from megatron_infifpo.data.record_forms import FORMS
-from megatron_infifpo.data.records import PreferenceRecord, canonical_bytes, parse_record, reply
+from megatron_infifpo.records.forms import FORMS
+from megatron_infifpo.records.messages import BadRecordError
+from megatron_infifpo.records.records import PreferenceRecord, canonical_bytes, parse_record, reply
 
 PAIR = {"chosen": "2", "rejected": "3"}
 TURNS = said("u:hi", "a:hello", "u:1+1?")

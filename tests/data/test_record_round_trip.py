@@ -5,9 +5,9 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_infifpo.data.messages import ROLES, BadRecordError, Message
-from megatron_infifpo.data.records import PreferenceRecord, parse_record, reply
-from megatron_infifpo.data.split import to_json
+from megatron_infifpo.records.messages import ROLES, BadRecordError, Message
+from megatron_infifpo.records.records import PreferenceRecord, parse_record, reply
+from megatron_infifpo.records.split import to_json
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
 FILLED = TEXT.filter(str.strip) | st.sampled_from(

@@ -4,15 +4,15 @@ import sys
 import pytest
 from builders import record, write_jsonl
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.messages import BadRecordError, reply
-from megatron_infifpo.data.records import (
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.messages import BadRecordError, reply
+from megatron_infifpo.records.records import (
     ReadReport,
     parse_record,
     read_records,
     records_fingerprint,
 )
-from megatron_infifpo.data.rendered_text import rendered_mark
+from megatron_infifpo.records.rendered_text import rendered_mark
 
 GOOD = {"id": "a", "domain": "math", "prompt": "1+1?", "chosen": "2", "rejected": "3"}
 USER = {"role": "user", "content": "1+1?"}
@@ -129,9 +129,9 @@ def test_fingerprint_depends_on_content_and_order_only():
 
 
 def test_the_module_is_light():
-    code = "import sys, megatron_infifpo.data.records; print(sorted(sys.modules))"
+    code = "import sys, megatron_infifpo.records.records; print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    assert "'megatron_infifpo.data.records'" in loaded
+    assert "'megatron_infifpo.records.records'" in loaded
     for heavy in ("torch", "numpy", "transformers", "megatron.core", "pyarrow"):
         assert f"'{heavy}'" not in loaded
 

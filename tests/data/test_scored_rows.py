@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_infifpo.data.encoding import scored_marks
-from megatron_infifpo.data.packing import collate
-from megatron_infifpo.data.preference_dataset import PreferencePair
 from megatron_infifpo.logprobs import segment_sums
 from megatron_infifpo.methods import resolve
+from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.preference_dataset import PreferencePair
+from megatron_infifpo.tokens.encoding import scored_marks
 from megatron_infifpo.training.objective import pair_losses
 
 CALM = settings(deadline=None, database=None, max_examples=60)

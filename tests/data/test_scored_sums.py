@@ -9,16 +9,16 @@ import torch
 from builders import manifest_fields, record
 from marks import VOCABULARY, Marking
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.encoding import scored_marks
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.token_dataset import TokenDataset
-from megatron_infifpo.data.token_writer import write_token_dataset
-from megatron_infifpo.data.tokenization import TokenizedRecord
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.scoring import merge
 from megatron_infifpo.scoring.rows import Limits, prepare_shard
 from megatron_infifpo.scoring.shards import ShardFolder
 from megatron_infifpo.scoring.transformers_backend import TransformersBackend
+from megatron_infifpo.tokens.dataset import TokenDataset
+from megatron_infifpo.tokens.encoding import scored_marks
+from megatron_infifpo.tokens.tokenization import TokenizedRecord
+from megatron_infifpo.tokens.writer import write_token_dataset
 
 RECORDS = [record(i, domain="law" if i == 3 else "math", pivot=True) for i in range(30)]
 CHAT = Marking({"r-4": "it has no tools"}, plain=("r-2",))

@@ -7,15 +7,15 @@ import pytest
 from builders import record, write_scores
 from marks import Marking
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.encoding import encode_or_refuse
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.notes import OTHERS, Notes
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.token_dataset import TokenDataset
-from megatron_infifpo.data.token_writer import write_token_dataset
-from megatron_infifpo.data.tokenization import TokenizedRecord
-from megatron_infifpo.data.verify import Check, attempt
+from megatron_infifpo.checks.data import Check, attempt
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.storage.notes import OTHERS, Notes
+from megatron_infifpo.tokens.dataset import TokenDataset
+from megatron_infifpo.tokens.encoding import encode_or_refuse
+from megatron_infifpo.tokens.tokenization import TokenizedRecord
+from megatron_infifpo.tokens.writer import write_token_dataset
 
 RECORDS = [record(i, domain=("math", "code")[i % 2]) for i in range(12)]
 REFUSED = {"r-0": "it has no tools", "r-5": "no systems", "r-6": "no systems"}

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.sources import Source, read_sources
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.references.sources import Source, read_sources
 
 GOOD = """
 initial: logprobs/pivot

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from workers import load_tool
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.records import canonical_bytes, read_records
-from megatron_infifpo.data.split import is_sft
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import canonical_bytes, read_records
+from megatron_infifpo.records.split import is_sft
 
 
 def run(monkeypatch, *argv):

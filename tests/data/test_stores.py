@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from builders import byte_tokenizer, manifest_fields, record, write_scores, write_tokens
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.logprob_writer import LogprobWriter
-from megatron_infifpo.data.notes import format_ranges, parse_ranges
-from megatron_infifpo.data.records import records_fingerprint
-from megatron_infifpo.data.token_dataset import TokenDataset
-from megatron_infifpo.data.token_writer import write_token_dataset
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import records_fingerprint
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.logprob_writer import LogprobWriter
+from megatron_infifpo.storage.notes import format_ranges, parse_ranges
+from megatron_infifpo.tokens.dataset import TokenDataset
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
+from megatron_infifpo.tokens.writer import write_token_dataset
 
 RECORDS = [record(i, domain=("math", "code", "ça")[i % 3]) for i in range(7)]
 

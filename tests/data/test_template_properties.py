@@ -8,8 +8,8 @@ from builders import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_infifpo.data.records import PreferenceRecord
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.records.records import PreferenceRecord
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 SPECIALS = ("<|im_end|>", "<|im_start|>assistant\n", "</s>", "<|eot_id|>")

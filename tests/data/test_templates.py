@@ -7,10 +7,10 @@ import pytest
 import trl
 from builders import CHATML, byte_tokenizer
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.chat_template import RefusedRecordError
-from megatron_infifpo.data.records import PreferenceRecord, reply
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import PreferenceRecord, reply
+from megatron_infifpo.tokens.chat_template import RefusedRecordError
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))

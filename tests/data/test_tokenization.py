@@ -6,10 +6,10 @@ import tokenizers
 from builders import CHATML, byte_tokenizer, record
 from transformers import PreTrainedTokenizerFast
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.flags import PLAIN_TEMPLATE
-from megatron_infifpo.data.records import PreferenceRecord, read_records, reply
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import PreferenceRecord, read_records, reply
+from megatron_infifpo.tokens.flags import PLAIN_TEMPLATE
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Strike out <s>old</s> in HTML?"}

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from test_training import exported, steps_of
 
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.token_dataset import TokenDataset
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.tokens.dataset import TokenDataset
 
 PAIRS = 6
 

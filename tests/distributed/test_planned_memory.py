@@ -3,10 +3,11 @@
 import pytest
 from test_training import BOTH, LAYOUTS
 
-from megatron_infifpo.models.architecture import read_hf_config
-from megatron_infifpo.models.families import megatron_args
-from megatron_infifpo.planning import CPU_KEPT, Plan
-from megatron_infifpo.planning_saves import BY_NAME, BY_RANK, SAVED, SPARING
+from megatron_infifpo.engine.kept import CPU_KEPT
+from megatron_infifpo.families import megatron_args
+from megatron_infifpo.families.architecture import read_hf_config
+from megatron_infifpo.planning.plan import Plan
+from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SAVED, SPARING
 
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
 RECOMPUTE += ["--recompute-num-layers", "1"]

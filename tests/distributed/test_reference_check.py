@@ -8,7 +8,7 @@ import pytest
 from test_bad_input import refused
 from test_training import BOTH, LAYOUTS
 
-from megatron_infifpo.data.documents import Documents
+from megatron_infifpo.storage.documents import Documents
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_texts_are_escaped():
 
 
 def test_no_run(monkeypatch, tmp_path):
-    from megatron_infifpo.cli import UserError
+    from megatron_infifpo.errors import UserError
 
     monkeypatch.setattr("sys.argv", ["make_report.py", str(tmp_path)])
     with pytest.raises(UserError, match="has no run.json"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from megatron_infifpo.data.logprob_store import LogprobStore
+from megatron_infifpo.references.logprob_store import LogprobStore
 
 LAYOUTS = {  # name -> ranks, flags
     "dp2": (2, []),

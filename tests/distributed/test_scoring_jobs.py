@@ -10,7 +10,7 @@ import tiny
 from launcher import RankError
 from test_bad_input import refused
 
-from megatron_infifpo.data.logprob_store import LogprobStore
+from megatron_infifpo.references.logprob_store import LogprobStore
 
 FILES = (".bin", ".idx", "_sums.npy", "_counts.npy", ".json")
 

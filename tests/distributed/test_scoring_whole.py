@@ -10,9 +10,9 @@ from launcher import RankError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Phi3ForCausalLM
 
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.records import read_records
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.records.records import read_records
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 
 def score(ranks, world, model, records, output, *more):

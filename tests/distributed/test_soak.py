@@ -11,7 +11,7 @@ from launcher import RankError
 from safetensors.torch import load_file
 from test_training import BOTH, exported
 
-from megatron_infifpo.checkpoint.layout import find_checkpoint
+from megatron_infifpo.storage.checkpoints import find_checkpoint
 
 KILLS = int(os.environ.get("INFIFPO_SOAK", "3"))
 STEPS = 24

@@ -8,10 +8,10 @@ import tiny
 import torch
 from test_training import LAYOUTS, steps_of
 
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.records import read_records
-from megatron_infifpo.data.token_writer import write_token_dataset
-from megatron_infifpo.data.tokenization import ChatTokenizer, TokenizedRecord
+from megatron_infifpo.records.records import read_records
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
+from megatron_infifpo.tokens.writer import write_token_dataset
 
 
 @pytest.fixture(scope="module")

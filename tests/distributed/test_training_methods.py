@@ -6,11 +6,11 @@ import math
 import pytest
 from test_training import BOTH, LAYOUTS, steps_of
 
-from megatron_infifpo.data.packing import collate
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.sources import read_sources
 from megatron_infifpo.losses import LOSSES
 from megatron_infifpo.methods import METHODS, add_method_flags, method_from_args
+from megatron_infifpo.references.sources import read_sources
+from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.training.objective import pair_losses
 
 

@@ -13,18 +13,18 @@ from typing import Any
 
 import tiny
 
-from megatron_infifpo.checkpoint.hf_export import hf_tensors, open_checkpoint
-from megatron_infifpo.checkpoint.hf_folder import open_hf
-from megatron_infifpo.checkpoint.hf_import import import_checkpoint
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
-from megatron_infifpo.data.records import iter_records, read_records
-from megatron_infifpo.data.sources import check_domains, read_sources
-from megatron_infifpo.data.token_dataset import TokenDataset
-from megatron_infifpo.data.token_writer import write_token_dataset
-from megatron_infifpo.data.tokenization import ChatTokenizer
-from megatron_infifpo.models.architecture import read_hf_config
-from megatron_infifpo.models.families import megatron_args, weight_mapping
+from megatron_infifpo.convert.hf_export import hf_tensors, open_checkpoint
+from megatron_infifpo.convert.hf_folder import open_hf
+from megatron_infifpo.convert.hf_import import import_checkpoint
+from megatron_infifpo.families import megatron_args, weight_mapping
+from megatron_infifpo.families.architecture import read_hf_config
+from megatron_infifpo.records.records import iter_records, read_records
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.sources import check_domains, read_sources
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.tokens.dataset import TokenDataset
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
+from megatron_infifpo.tokens.writer import write_token_dataset
 from megatron_infifpo.training.provenance import differences, read_run
 
 
@@ -150,7 +150,7 @@ def write_good_files(folder: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    from megatron_infifpo.data.logprob_writer import REQUIRED, LogprobWriter
+    from megatron_infifpo.references.logprob_writer import REQUIRED, LogprobWriter
     from megatron_infifpo.training.provenance import FORMAT, VERSION
 
     tiny.save_model(folder / "hf", "llama", seed=1)

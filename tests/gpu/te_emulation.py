@@ -6,7 +6,7 @@ Adam are plain PyTorch, and everything else that is called raises. TE's own atte
 between several libraries, is replaced as a whole by what those document; every call is bound to its
 real signature. One tensor-parallel rank only.
 
-Order: `load`, then `megatron_infifpo.cpu.enable()`, then Megatron.
+Order: `load`, then `megatron_infifpo.patches.cpu.enable()`, then Megatron.
 """
 
 import collections

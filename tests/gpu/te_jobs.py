@@ -12,9 +12,9 @@ def make_job(folder: str, name: str) -> None:
     import workers
     from transformers import AutoTokenizer
 
-    from megatron_infifpo.bench import write_pairs
-    from megatron_infifpo.data.records import iter_records
-    from megatron_infifpo.data.tokenization import ChatTokenizer
+    from megatron_infifpo.bench.jobs import write_pairs
+    from megatron_infifpo.records.records import iter_records
+    from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
     job = Path(folder)
     hf = tiny.save_model(job / "hf", name, seed=1)
@@ -50,9 +50,9 @@ def train(argv: list[str], kind: str | None, old: bool = False) -> dict[str, Any
     import workers
     from megatron.training import get_args
 
-    import megatron_infifpo.train as program
-    from megatron_infifpo.models.layer_kind import KINDS
-    from megatron_infifpo.models.layers import OutputRMSNorm
+    import megatron_infifpo.training.run as program
+    from megatron_infifpo.engine.layer_kind import KINDS
+    from megatron_infifpo.engine.layers import OutputRMSNorm
 
     te_workers.as_on_a_gpu()
     if kind is not None:
@@ -69,7 +69,7 @@ def count_waits(argv: list[str], kind: str | None) -> dict[str, dict[str, int]]:
 
     import megatron.training.training as loop
 
-    from megatron_infifpo.checks.host_waits import counted
+    from megatron_infifpo.gpu_check.host_waits import counted
 
     found: dict[str, collections.Counter[str]] = {}
     for name in ("train_step", "training_log"):

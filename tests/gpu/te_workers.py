@@ -13,7 +13,7 @@ Model = torch.nn.Module
 
 def as_on_a_gpu() -> None:
     """Fuse what a GPU would: the CPU's own arguments leave out what is compiled for CUDA."""
-    from megatron_infifpo import cpu
+    from megatron_infifpo.patches import cpu
 
     needed = ("distributed_backend", "use_cpu_initialization", "num_workers")
     overrides = {name: cpu.argument_overrides()[name] for name in needed}
@@ -22,19 +22,19 @@ def as_on_a_gpu() -> None:
 
 def force_kind(name: str) -> None:
     """Use a kind of layers, whatever the data type: only float32 shows small differences."""
-    import megatron_infifpo.models.gpt as gpt
-    from megatron_infifpo.models.layer_kind import KINDS
+    import megatron_infifpo.engine.gpt as gpt
+    from megatron_infifpo.engine.layer_kind import KINDS
 
     gpt.choose_kind = lambda args: KINDS[name]
 
 
 def build(hf: str, kind: str, bf16: bool = False) -> Model:
     """Build and fill a model, to be trained."""
-    from megatron_infifpo.checkpoint.hf_weights import load_into_model
-    from megatron_infifpo.models.architecture import read_hf_config
-    from megatron_infifpo.models.families import megatron_args
-    from megatron_infifpo.models.gpt import build_model, forward_only_arguments
-    from megatron_infifpo.models.parallel import initialize_parallel
+    from megatron_infifpo.convert.hf_weights import load_into_model
+    from megatron_infifpo.engine.gpt import build_model, forward_only_arguments
+    from megatron_infifpo.engine.parallel import initialize_parallel
+    from megatron_infifpo.families import megatron_args
+    from megatron_infifpo.families.architecture import read_hf_config
 
     force_kind(kind)
     args = forward_only_arguments(megatron_args(read_hf_config(hf)), bf16=bf16)
@@ -46,8 +46,8 @@ def build(hf: str, kind: str, bf16: bool = False) -> Model:
 
 def row_of(seed: int, vocab_size: int, *, shared: bool, multiple: int = 16) -> dict[str, Any]:
     """A padded row of three pairs of unequal lengths, one response of a single token."""
-    from megatron_infifpo.data.packing import collate
-    from megatron_infifpo.data.preference_dataset import PreferencePair
+    from megatron_infifpo.rows.packing import collate
+    from megatron_infifpo.rows.preference_dataset import PreferencePair
 
     rng = np.random.default_rng(seed)
 
@@ -78,7 +78,7 @@ def by_place(model: Model) -> dict[tuple, Tensor]:
 
 def results(model: Model, row: dict[str, Any], vocab_size: int) -> tuple[Tensor, dict]:
     """Log-probs of a row, and the gradients of their weighted sum by place in a checkpoint."""
-    from megatron_infifpo.models.packed import run_packed
+    from megatron_infifpo.engine.packed import run_packed
 
     logprobs = run_packed(model, row, vocab_size)
     weights = torch.linspace(-1.0, 1.5, len(logprobs))
@@ -139,9 +139,9 @@ def reload(folder: str, name: str) -> dict[str, list]:
     import workers
     from megatron.core import dist_checkpointing
 
-    from megatron_infifpo.checkpoint.layout import find_checkpoint
-    from megatron_infifpo.checkpoint.older import accept_older
-    from megatron_infifpo.checkpoint.torch_dist import TorchDistCheckpoint
+    from megatron_infifpo.storage.checkpoints import find_checkpoint
+    from megatron_infifpo.storage.older import accept_older
+    from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint
 
     root = Path(folder)
     hf = str(tiny.save_model(root / "hf", name, seed=6))
@@ -191,7 +191,7 @@ def on_meta(folder: str, name: str) -> dict[str, tuple]:
     from device_rules import CudaMeansMeta, CudaRules, NoConstants
     from transformer_engine.pytorch.ops import RMSNorm
 
-    from megatron_infifpo.models.packed import run_packed, to_device
+    from megatron_infifpo.engine.packed import run_packed, to_device
 
     as_on_a_gpu()
     RMSNorm.pre_first_fuser_forward = lambda self: None  # it would leave `meta` for CUDA
@@ -217,7 +217,7 @@ def fp8_rows(recipe: str, tensor_parallel: int) -> dict[str, bool]:
     from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
     from transformer_engine.pytorch.utils import assert_dim_for_fp8_exec
 
-    from megatron_infifpo.models.layer_kind import row_multiple
+    from megatron_infifpo.engine.layer_kind import row_multiple
 
     args = SimpleNamespace(
         fp8="hybrid", fp8_recipe=recipe, tensor_model_parallel_size=tensor_parallel

@@ -14,6 +14,6 @@ if __name__ == "__main__":
     import te_emulation
 
     te_emulation.load(Path(sys.argv[1]))
-    importlib.import_module("megatron_infifpo.train")  # readies Megatron for the CPU
+    importlib.import_module("megatron_infifpo.training.run")  # readies Megatron for the CPU
     importlib.import_module("te_workers")  # and with it models of transformers, before the forks
     runpy.run_path(str(TESTS / "zygote.py"), run_name="__main__")

@@ -10,7 +10,7 @@ import pytest
 import te_jobs
 import torch
 
-from megatron_infifpo.checks.host_waits import counted
+from megatron_infifpo.gpu_check.host_waits import counted
 
 STEPS = 2
 # Most a step, of any number of rows. A constant: Python numbers, copied to the device.

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from device_rules import CudaRules, NoConstants
 
 import megatron_infifpo.training.step as training_step
-from megatron_infifpo.data.packing import collate
-from megatron_infifpo.data.preference_dataset import PreferencePair
+from megatron_infifpo.engine.layers import PackedAttention
+from megatron_infifpo.engine.packed import row_params
 from megatron_infifpo.logprobs import response_logprobs, vocab_parallel_logprobs
 from megatron_infifpo.losses import LOSSES, loss_options
 from megatron_infifpo.methods import METHODS, Method, resolve
-from megatron_infifpo.models.layers import PackedAttention
-from megatron_infifpo.models.packed import row_params
 from megatron_infifpo.reference import FUSIONS, MARGIN_ANCHORS, MARGIN_SPACES, SELECTIONS
+from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.preference_dataset import PreferencePair
 
 META = torch.device("meta")
 HALVES = (torch.bfloat16, torch.float16)

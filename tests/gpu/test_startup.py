@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from launcher import ROOT
 
-from megatron_infifpo import cpu
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.patches import cpu
 
 HERE = Path(__file__).resolve().parent
 # As a command line does, on a machine whose PyTorch says that there is a GPU, or has a driver.
@@ -19,8 +19,8 @@ situation, program, sys.argv = sys.argv[1], sys.argv[2], sys.argv[2:]
 if situation == "gpu":
     torch.cuda.is_available = lambda: True
 if situation == "driver":
-    import megatron_infifpo.cpu
-    megatron_infifpo.cpu.DRIVER = pathlib.Path("/dev/null")
+    import megatron_infifpo.patches.cpu
+    megatron_infifpo.patches.cpu.DRIVER = pathlib.Path("/dev/null")
 if program.endswith(".py"):
     runpy.run_path(program, run_name="__main__")
 else:
@@ -77,7 +77,7 @@ def test_te_on_a_cpu(broken_te):
 
 def test_stand_ins_hide_te(broken_te):
     """Its Adam and its layers would be chosen for a CPU otherwise."""
-    script = "from megatron_infifpo import cpu; cpu.enable(); import transformer_engine"
+    script = "from megatron_infifpo.patches import cpu; cpu.enable(); import transformer_engine"
     env = os.environ | {"PYTHONPATH": f"{broken_te('no CUDA')}{os.pathsep}{ROOT}"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert "ModuleNotFoundError: import of transformer_engine halted" in done.stderr

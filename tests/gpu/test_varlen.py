@@ -10,11 +10,11 @@ import reference_kernels
 import torch
 import torch.nn.attention.varlen as varlen
 
-import megatron_infifpo.models.layers as layers
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.packing import collate
-from megatron_infifpo.data.preference_dataset import PreferencePair
-from megatron_infifpo.models.packed import row_params
+import megatron_infifpo.engine.layers as layers
+from megatron_infifpo.engine.packed import row_params
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.preference_dataset import PreferencePair
 
 HEADS, GROUPS, SIZE = 4, 2, 16
 SIGNATURE = inspect.signature(varlen.varlen_attn)

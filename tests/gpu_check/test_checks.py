@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 
-from megatron_infifpo.checks import attention, environment, families, head, throughput, training
-from megatron_infifpo.checks.records import (
+from megatron_infifpo.gpu_check import attention, environment, families, head, throughput, training
+from megatron_infifpo.gpu_check.records import (
     FAILED,
     MEASURED,
     MISSED,
@@ -20,8 +20,8 @@ from megatron_infifpo.checks.records import (
     Result,
     read_checks,
 )
-from megatron_infifpo.checks.waits import Waits
-from megatron_infifpo.planning import GIB
+from megatron_infifpo.gpu_check.waits import Waits
+from megatron_infifpo.planning.plan import GIB
 
 CPU = Options("cpu", True, 2, ("tiny",), "", 60.0)
 CUDA = Options("cuda", False, 1, ("7b",), "", 600.0)
@@ -255,9 +255,9 @@ def test_only_an_h100_has_limits(a_gpu, monkeypatch, tmp_path, gpu, expected):
 
 
 def test_pairs_have_the_length_that_is_wanted(tmp_path):
-    from megatron_infifpo.checks.shapes import TOKENS, make_pairs
-    from megatron_infifpo.checks.tiny import save_tokenizer
-    from megatron_infifpo.data.tokenization import ChatTokenizer
+    from megatron_infifpo.gpu_check.shapes import TOKENS, make_pairs
+    from megatron_infifpo.gpu_check.tiny import save_tokenizer
+    from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
     save_tokenizer(tmp_path, TOKENS)
     tokenizer = ChatTokenizer.from_pretrained(tmp_path)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_infifpo.checks import processes
-from megatron_infifpo.checks.records import read_checks
+from megatron_infifpo.gpu_check import processes
+from megatron_infifpo.gpu_check.records import read_checks
 
 ROOT = Path(__file__).resolve().parents[2]
 # The others train, as tests/distributed does, and take minutes: `make gpu-check` runs them all.

@@ -8,8 +8,8 @@ import time
 import pytest
 import sample_groups
 
-from megatron_infifpo.checks import processes
-from megatron_infifpo.checks.records import (
+from megatron_infifpo.gpu_check import processes
+from megatron_infifpo.gpu_check.records import (
     FAILED,
     MEASURED,
     PASSED,
@@ -19,8 +19,8 @@ from megatron_infifpo.checks.records import (
     Result,
     read_checks,
 )
-from megatron_infifpo.checks.report import table, write_json
-from megatron_infifpo.checks.runner import Group, Outcome, run_groups
+from megatron_infifpo.gpu_check.report import table, write_json
+from megatron_infifpo.gpu_check.runner import Group, Outcome, run_groups
 
 
 def group(name: str, seconds: float = 60.0, *, alone: bool = False) -> Group:

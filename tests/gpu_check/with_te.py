@@ -15,11 +15,11 @@ def families(argument: list[str]) -> None:
     te_emulation.load(Path(te))
     import te_workers
 
-    import megatron_infifpo.train  # noqa: F401  (readies Megatron for the CPU)
+    import megatron_infifpo.training.run  # noqa: F401  (readies Megatron for the CPU)
 
     te_workers.as_on_a_gpu()
-    from megatron_infifpo.checks import families as group
-    from megatron_infifpo.checks.records import Options, Recorder
+    from megatron_infifpo.gpu_check import families as group
+    from megatron_infifpo.gpu_check.records import Options, Recorder
 
     group.QUICK = ("qwen2-tied", "gemma3")
     group.check(Options("cpu", True, 1, ("tiny",), folder, 600.0), Recorder("families", path))

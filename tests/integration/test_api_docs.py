@@ -6,8 +6,8 @@ from pathlib import Path
 import tiny
 from launcher import ROOT
 
-from megatron_infifpo.data.logprob_writer import REQUIRED, LogprobWriter
-from megatron_infifpo.data.token_dataset import TOKENIZER_SCHEMA
+from megatron_infifpo.references.logprob_writer import REQUIRED, LogprobWriter
+from megatron_infifpo.tokens.dataset import TOKENIZER_SCHEMA
 
 
 def snippets(page: Path) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 DOMAINS = {"general", "math", "code"}

@@ -9,10 +9,10 @@ import pytest
 import tiny
 from launcher import ROOT
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.logprob_store import LogprobStore
-from megatron_infifpo.data.records import read_records
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import add_method_flags, method_from_args, resolve
+from megatron_infifpo.records.records import read_records
+from megatron_infifpo.references.logprob_store import LogprobStore
 
 DEMO = ROOT / "examples" / "demo"
 

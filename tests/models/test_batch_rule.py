@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_infifpo.models.batch_rule import BatchRule
+from megatron_infifpo.engine.batch_rule import BatchRule
 from megatron_infifpo.scoring import transformers_backend
 from megatron_infifpo.scoring.transformers_backend import TransformersBackend
 

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from megatron_infifpo.checkpoint.fingerprint import weights_fingerprint
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.models.hf_model import check_whole, load_causal_lm, load_classifier
+from megatron_infifpo.convert.fingerprint import weights_fingerprint
+from megatron_infifpo.engine.hf_model import check_whole, load_causal_lm, load_classifier
+from megatron_infifpo.errors import UserError
 
 LAYER = "model.layers.3.self_attn"
 SHAPE = {"num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}

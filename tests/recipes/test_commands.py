@@ -5,7 +5,8 @@ import shlex
 import pytest
 from launcher import ROOT
 
-from megatron_infifpo.cli import UserError, ranks_from_srun
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.ranks import ranks_from_srun
 from megatron_infifpo.recipes.commands import STAGES
 
 TRAINING = (
@@ -59,7 +60,7 @@ def test_training_flags_exist(run_folder, stage, options, monkeypatch):
     """Megatron's parser takes every word."""
     from workers import load_tool  # noqa: F401  (makes the CPU stand-ins)
 
-    import megatron_infifpo.train as program
+    import megatron_infifpo.training.run as program
 
     job = parse(stage, options)
     monkeypatch.setattr("sys.argv", list(job.arguments[1:]))

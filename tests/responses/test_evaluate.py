@@ -14,7 +14,7 @@ from launcher import ROOT
 from safetensors.torch import save_file
 from workers import load_tool
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses import evaluation
 from megatron_infifpo.responses.benchmarks import BENCHMARKS, Benchmark, score_of, table
 from megatron_infifpo.responses.harness import open_harness

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 from workers import load_tool
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.records import plain_text, read_records, reply
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import plain_text, read_records, reply
 from megatron_infifpo.responses.answers import Response
 from megatron_infifpo.responses.labels import Responses, choose_pair
 from megatron_infifpo.responses.prompts import Prompt

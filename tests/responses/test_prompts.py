@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.read_report import ReadReport
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.read_report import ReadReport
 from megatron_infifpo.responses.prompts import read_prompts
 
 USER = {"role": "user", "content": "Say hi."}

@@ -11,12 +11,12 @@ import torch
 from sampled import save_talker
 from transformers import AutoModelForCausalLM
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses.engines import Sampling, TransformersEngine
 from megatron_infifpo.responses.logprob_check import check_engine, open_scorer
 from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.responses.turns import Turns
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 OPTIONS = types.SimpleNamespace(bf16=False, batch=4, trust_remote_code=False, on_bad_record="error")
 

@@ -7,8 +7,8 @@ import torch
 from sampled import answer, choice
 from transformers import AutoModelForCausalLM
 
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.tokenization import ChatTokenizer
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 
 @pytest.fixture

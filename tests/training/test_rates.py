@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.training.rates import check_rates, complete_warm_up, rates
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_infifpo.cli import UserError
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.training.lock import RunLock
 from megatron_infifpo.training.start import find_start
 

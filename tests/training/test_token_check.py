@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from megatron_infifpo.checkpoint.vocabulary import warn_of_tokens_beyond
-from megatron_infifpo.cli import UserError
-from megatron_infifpo.data.preference_dataset import PreferenceDataset
+from megatron_infifpo.convert.vocabulary import warn_of_tokens_beyond
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.training.token_check import check_tokens
 
 

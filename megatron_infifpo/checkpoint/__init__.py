@@ -1,1 +1,0 @@
-"""Conversion between Hugging Face folders and Megatron torch_dist checkpoints, without a model."""

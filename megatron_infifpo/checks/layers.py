@@ -1,0 +1,232 @@
+"""Both models of a conversion, run layer by layer: for models that are larger than memory.
+
+Each side carries its own hidden states through its own layers, so a difference grows as it would in
+the whole model, and the layer that it comes from is named.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_infifpo.convert.hf_export import open_checkpoint, read_entry
+from megatron_infifpo.convert.hf_folder import open_hf
+from megatron_infifpo.convert.hf_weights import fill
+from megatron_infifpo.engine.gpt import build_model, forward_only_arguments
+from megatron_infifpo.engine.packed import packed_params
+from megatron_infifpo.engine.parallel import initialize_parallel
+from megatron_infifpo.families import check_tensor_parallel, family, megatron_args
+from megatron_infifpo.families.mapping import OUTPUT_LAYER, WeightMapping
+
+_EMBEDDING, _FINAL_NORM = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
+_SMALL_VOCABULARY = 128  # of models whose embedding is never used
+
+
+@torch.no_grad()
+def layer_logprobs(
+    hf_dir: str | Path,
+    load_dir: str | Path,
+    ids: list[np.ndarray],
+    *,
+    tensor_parallel: int = 1,
+    bf16: bool = False,
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Log-probs `[tokens - 1]` of each text under both models, on the first rank; else None.
+
+    Prints the layer in which the two sides part most.
+
+    Args:
+        hf_dir, load_dir: Hugging Face folder and Megatron checkpoint.
+        ids: token ids of each text.
+        tensor_parallel: ranks that share Megatron's layers.
+        bf16: compute in bfloat16, else float32.
+
+    Raises:
+        UserError: unusable folders or layout.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    theirs = _HfLayers(hf_dir, dtype)
+    ours = _MegatronLayers(load_dir, tensor_parallel, bf16)
+    first = torch.distributed.get_rank() == 0
+    states = [side.embed(ids) for side in (theirs, ours)]
+    gaps = []
+    for layer in tqdm(range(ours.mapping.num_layers), desc="verify", disable=not first):
+        if first:
+            states[0] = theirs.run(layer, states[0])
+        states[1] = ours.run(layer, states[1])
+        if first:
+            pairs = zip(*states, strict=True)
+            gaps.append(max(float((a - b).norm() / a.norm()) for a, b in pairs))
+    if not first:
+        return None
+    # Rounding apart, a difference is made in one layer and only carried on by the others.
+    before = [1e-6, *gaps]
+    growth = [after / max(1e-6, gap) for gap, after in zip(before, gaps, strict=False)]
+    worst = int(np.nan_to_num(growth, nan=np.inf).argmax())
+    print(
+        f"hidden states part most in layer {worst}: from {before[worst]:.1e} to "
+        f"{gaps[worst]:.1e} of their norm"
+    )
+    both = [side.logprobs(hidden, ids) for side, hidden in ((theirs, states[0]), (ours, states[1]))]
+    return both[0], both[1]
+
+
+def _rows(table: Tensor, ids: list[np.ndarray], scale: float, dtype: torch.dtype) -> list[Tensor]:
+    """Embeddings `[tokens, hidden]` of each text; the scale is rounded to their dtype first."""
+    factor = torch.tensor(scale, dtype=dtype)
+    return [table[torch.from_numpy(text).long()].to(dtype) * factor for text in ids]
+
+
+def _target_logprobs(hidden: Tensor, head: Tensor, text: np.ndarray) -> Tensor:
+    logprobs = (hidden[:-1] @ head.t()).float().log_softmax(-1)
+    return logprobs.gather(1, torch.from_numpy(text[1:]).long()[:, None]).squeeze(1)
+
+
+class _HfLayers:
+    """transformers' layers, one in memory."""
+
+    def __init__(self, directory: str | Path, dtype: torch.dtype):
+        self.weights, self.mapping, _ = open_hf(directory)
+        config = AutoConfig.from_pretrained(directory)
+        self.config = config.get_text_config()
+        self.dtype = dtype
+        self.models: dict[str, Any] = {}
+
+    def _model(self, layer: int) -> Any:
+        """A model of one layer, of this layer's kind."""
+        kinds = getattr(self.config, "layer_types", None)
+        kind = kinds[layer] if kinds else ""
+        if kind not in self.models:
+            config = copy.deepcopy(self.config)
+            config.num_hidden_layers, config.vocab_size = 1, _SMALL_VOCABULARY
+            config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+            if kinds:
+                config.layer_types = [kind]
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+            model.final_norm, model.model.norm = model.model.norm, torch.nn.Identity()
+            self.models[kind] = model
+        return self.models[kind]
+
+    def embed(self, ids: list[np.ndarray]) -> list[Tensor]:
+        scale = getattr(self._model(0).model.embed_tokens, "scalar_embed_scale", 1.0)
+        return _rows(self.weights.load("model.embed_tokens.weight"), ids, scale, self.dtype)
+
+    def run(self, layer: int, states: list[Tensor]) -> list[Tensor]:
+        model, prefix = self._model(layer), f"model.layers.{layer}."
+        state = {
+            name.removeprefix(prefix): self.weights.load(name).to(self.dtype)
+            for name in self.weights.names()
+            if name.startswith(prefix)
+        }
+        model.model.layers[0].load_state_dict(state)
+        return [
+            model.model(inputs_embeds=hidden[None], use_cache=False).last_hidden_state[0]
+            for hidden in states
+        ]
+
+    def logprobs(self, states: list[Tensor], ids: list[np.ndarray]) -> list[Tensor]:
+        norm = self._model(0).final_norm
+        norm.load_state_dict({"weight": self.weights.load("model.norm.weight").to(self.dtype)})
+        tied = OUTPUT_LAYER not in self.mapping.rows
+        head = self.weights.load("model.embed_tokens.weight" if tied else "lm_head.weight")
+        head = head.to(self.dtype)
+        return [_target_logprobs(norm(h), head, t) for h, t in zip(states, ids, strict=True)]
+
+
+class _MegatronLayers:
+    """Megatron's layers at a tensor-parallel size, one in memory."""
+
+    def __init__(self, directory: str | Path, tensor_parallel: int, bf16: bool):
+        self.checkpoint, self.mapping, config = open_checkpoint(directory)
+        self.rows = family(config).rows
+        self.args, self.layout = megatron_args(config), (tensor_parallel, bf16)
+        check_tensor_parallel(self.args, tensor_parallel)
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.models: dict[str, Any] = {}
+        self._model(0)  # and with it the process groups
+
+    def _one_layer(self, layer: int) -> dict[str, Any]:
+        """Megatron arguments of a model that has just this layer."""
+        args = self.args | {"num_layers": 1, "padded_vocab_size": _SMALL_VOCABULARY}
+        args["vocab_size"] = _SMALL_VOCABULARY
+        if args["window_attn_skip_freq"] is not None:
+            args["window_attn_skip_freq"] = [args["window_attn_skip_freq"][layer]]
+        if "local_layers" in args["extras"]:
+            args["extras"] = args["extras"] | {
+                "local_layers": [args["extras"]["local_layers"][layer]]
+            }
+        return args
+
+    def _model(self, layer: int) -> tuple[Any, Any, WeightMapping]:
+        """A model of one layer, of this layer's kind; its final norm apart; its mapping."""
+        args = self._one_layer(layer)
+        kind = str((args["window_attn_skip_freq"], args["extras"]))
+        if kind not in self.models:
+            tensor_parallel, bf16 = self.layout
+            parsed = forward_only_arguments(args, tensor_parallel=tensor_parallel, bf16=bf16)
+            if not self.models:
+                initialize_parallel(parsed)
+            (model,) = build_model(parsed)
+            self.models[kind] = (model, model.decoder.final_layernorm, args)
+        model, norm, args = self.models[kind]
+        model.decoder.final_layernorm = norm  # a parameter like the others, while it is filled
+        return model, norm, WeightMapping(self.rows, args)
+
+    def _fill(self, layer: int) -> tuple[Any, Any]:
+        """Load a layer, and the final norm; the embedding of such a model is not used."""
+        model, norm, small = self._model(layer)
+
+        def read(key: str, index: int | None) -> Tensor:
+            if index is None and key != _FINAL_NORM:
+                return torch.zeros(small.entry(key).shape)
+            entry = self.mapping.entry(key, None if index is None else layer)
+            return read_entry(self.checkpoint, entry)
+
+        fill([model], small, read)
+        model.decoder.final_layernorm = None
+        return model, norm
+
+    def embed(self, ids: list[np.ndarray]) -> list[Tensor]:
+        scale = self.args["extras"].get("embedding_scale", 1.0)
+        table = read_entry(self.checkpoint, self.mapping.entry(_EMBEDDING))
+        return _rows(table, ids, scale, self.dtype)
+
+    def run(self, layer: int, states: list[Tensor]) -> list[Tensor]:
+        model, _ = self._fill(layer)
+        return [self._forward(model, hidden) for hidden in states]
+
+    def _forward(self, model: Any, hidden: Tensor) -> Tensor:
+        length, device = len(hidden), torch.cuda.current_device()
+        borders = torch.tensor([0, length], dtype=torch.int32, device=device)
+        positions = torch.arange(length, device=device)
+        row = {"cu_seqlens": borders, "max_seqlen": length, "segment_lengths": [length]}
+        row["position_ids"] = positions
+        output: Tensor = model(
+            None,
+            None,
+            None,
+            decoder_input=hidden[:, None].to(device),
+            packed_seq_params=packed_params(model, row),
+            output_processor=_hidden_states,
+            output_processor_context={},
+        )
+        return output.squeeze(1).cpu()
+
+    def logprobs(self, states: list[Tensor], ids: list[np.ndarray]) -> list[Tensor]:
+        _, norm = self._fill(self.mapping.num_layers - 1)
+        key = OUTPUT_LAYER if OUTPUT_LAYER in self.mapping.rows else _EMBEDDING
+        head = read_entry(self.checkpoint, self.mapping.entry(key)).to(self.dtype)
+        device = torch.cuda.current_device()
+        normed = [norm(hidden.to(device)).cpu() for hidden in states]
+        return [_target_logprobs(h, head, t) for h, t in zip(normed, ids, strict=True)]
+
+
+def _hidden_states(*, hidden_states: Tensor, **_: Mapping[str, Any]) -> Tensor:
+    """Megatron's `output_processor`: the last layer's output as it is."""
+    return hidden_states

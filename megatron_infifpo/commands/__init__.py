@@ -1,0 +1,1 @@
+"""The subcommands of `infifpo`, one file each."""

@@ -1,0 +1,181 @@
+"""Megatron -> Hugging Face: a folder of safetensors, read layer by layer, without a model."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_infifpo.convert.hf_folder import INDEX
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.families import weight_mapping
+from megatron_infifpo.families.architecture import read_hf_config
+from megatron_infifpo.families.mapping import Entry, WeightMapping
+from megatron_infifpo.storage.checkpoints import (
+    HF_FOLDER,
+    RUN_FILE,
+    carry,
+    check_free,
+    find_checkpoint,
+    new_folder,
+    original_dtype,
+    write_config,
+)
+from megatron_infifpo.storage.safetensors_io import SafetensorsWriter, Scratch
+from megatron_infifpo.storage.share import Share
+from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint
+
+SHARD_BYTES = 5 * 10**9
+
+
+def export_checkpoint(
+    load_dir: str | Path,
+    save_dir: str | Path,
+    dtype: torch.dtype | None = None,
+    iteration: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Convert a Megatron checkpoint, imported or trained at any layout, into a Hugging Face folder.
+
+    Optimizer state and vocabulary padding are left out. One tensor of one layer is in memory at a
+    time. Ranks of torchrun share the files.
+
+    Args:
+        load_dir: a checkpoint with the `hf` folder that import writes and training copies.
+        save_dir: must not exist, or be empty.
+        dtype: of the Hugging Face weights; default: that of the original, from config.json.
+        iteration: which checkpoint; default: the latest.
+        shard_bytes: size at which a new safetensors file begins.
+
+    Raises:
+        UserError: not a checkpoint, tensors that do not fit config.json, or nowhere to write.
+    """
+    check_free(save_dir)
+    checkpoint, mapping, config = open_checkpoint(load_dir, iteration)
+    dtype = dtype or original_dtype(config)
+    shards = _plan_shards(mapping, dtype, shard_bytes)
+    share = Share()
+    mine = [name for number, name in enumerate(shards) if share.mine(number)]
+    count = sum(len(shards[name]) for name in mine)
+    with (
+        new_folder(save_dir, share) as folder,
+        tqdm(total=count, unit="tensor", desc="export", disable=not share.first) as bar,
+    ):
+        for name in mine:
+            _write_shard(folder / name, shards[name], checkpoint, dtype, bar)
+        if share.first:
+            if len(shards) > 1:
+                _write_index(folder, shards, dtype)
+            carry(Path(load_dir) / HF_FOLDER, folder)
+            if (Path(load_dir) / RUN_FILE).is_file():
+                shutil.copyfile(Path(load_dir) / RUN_FILE, folder / f"infifpo_{RUN_FILE}")
+            write_config(folder / "config.json", config, dtype)
+
+
+def _plan_shards(
+    mapping: WeightMapping, dtype: torch.dtype, shard_bytes: int
+) -> dict[str, list[Entry]]:
+    """Spread the entries over files, in order; an entry's tensors stay together."""
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in mapping.entries():
+        size = torch.Size(entry.shape).numel() * dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    count = len(shards)
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, start=1)}
+
+
+def _shapes(entries: list[Entry]) -> dict[str, tuple[int, ...]]:
+    return {
+        name: shape
+        for entry in entries
+        for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
+    }
+
+
+def _write_shard(
+    path: Path, entries: list[Entry], checkpoint: TorchDistCheckpoint, dtype: torch.dtype, bar: tqdm
+) -> None:
+    scratch = Scratch()
+    with SafetensorsWriter(path, _shapes(entries), dtype) as writer:
+        for entry in entries:
+            scratch.clear()
+            parts = entry.to_hf(read_entry(checkpoint, entry, scratch))
+            for name, part in zip(entry.hf_names, parts, strict=True):
+                writer.write(name, part)
+            bar.update()
+
+
+def _write_index(folder: Path, shards: dict[str, list[Entry]], dtype: torch.dtype) -> None:
+    weight_map = {name: file for file, entries in shards.items() for name in _shapes(entries)}
+    numbers = (torch.Size(e.shape).numel() for entries in shards.values() for e in entries)
+    total = sum(numbers) * dtype.itemsize
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def open_checkpoint(
+    load_dir: str | Path, iteration: int | None = None
+) -> tuple[TorchDistCheckpoint, WeightMapping, dict[str, Any]]:
+    """Open a Megatron checkpoint and check that it holds the model of its config.json.
+
+    Raises:
+        UserError: not a checkpoint, or a tensor is missing, surplus or of another shape.
+    """
+    path = find_checkpoint(load_dir, iteration)
+    if not (Path(load_dir) / HF_FOLDER / "config.json").is_file():
+        raise UserError(
+            f"{load_dir} has no {HF_FOLDER}/config.json, which import writes and training copies: "
+            f"copy the folder {HF_FOLDER} of the imported pivot there"
+        )
+    config = read_hf_config(load_dir)
+    mapping = weight_mapping(config)
+    checkpoint = TorchDistCheckpoint(path)
+    checkpoint.check_sizes()
+    found = set(checkpoint.names())
+    for key in sorted(mapping.rows.keys() - found):
+        raise UserError(f"{path}: tensor {key} is missing: hf/config.json asks for it")
+    for key in sorted(found - mapping.rows.keys()):
+        raise UserError(
+            f"{path}: tensor {key} is unknown: hf/config.json describes a model without it"
+        )
+    for row in mapping.rows.values():
+        shape, expected = checkpoint.shape(row.key), mapping.entry(row.key).shape
+        if row.per_layer:
+            expected = (mapping.num_layers, *expected)
+        padded = row.shape[0] == "vocab" and shape[0] >= expected[0] and shape[1:] == expected[1:]
+        if shape != expected and not padded:
+            raise UserError(
+                f"{path}: tensor {row.key} has shape {list(shape)}, but hf/config.json asks for "
+                f"{list(expected)}"
+            )
+    return checkpoint, mapping, config
+
+
+def read_entry(
+    checkpoint: TorchDistCheckpoint, entry: Entry, scratch: Scratch | None = None
+) -> Tensor:
+    """Read one Megatron tensor: of one layer, and without vocabulary padding."""
+    key, rest = entry.row.key, (0,) * len(entry.shape)
+    if entry.layer is None:
+        return checkpoint.read(key, rest, entry.shape, scratch)
+    return checkpoint.read(key, (entry.layer, *rest), (1, *entry.shape), scratch).squeeze(0)
+
+
+def hf_tensors(
+    checkpoint: TorchDistCheckpoint, mapping: WeightMapping
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the Hugging Face tensors that each Megatron tensor becomes, in the dtype on disk."""
+    for entry in mapping.entries():
+        parts = entry.to_hf(read_entry(checkpoint, entry))
+        yield dict(zip(entry.hf_names, parts, strict=True))

@@ -1,0 +1,88 @@
+"""Fill a built, parallel GPTModel from a Hugging Face folder, without a checkpoint in between."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from torch import Tensor
+
+from megatron_infifpo.convert.hf_folder import check_weights, open_hf
+from megatron_infifpo.families.mapping import WeightMapping
+
+
+def load_into_model(models: Sequence[torch.nn.Module], hf_dir: str | Path) -> None:
+    """Copy Hugging Face weights into this rank's model chunks, in place.
+
+    Works at any tensor, pipeline and virtual pipeline layout: Megatron itself says which part of
+    which tensor each parameter is. Weights are cast to the parameters' dtype; rows of the padded
+    vocabulary become zero. One tensor of one layer is in memory at a time.
+
+    Args:
+        models: GPTModel chunks of this rank, one a virtual pipeline stage.
+        hf_dir: config.json and safetensors.
+
+    Raises:
+        UserError: an unsupported model, or tensors that do not fit config.json.
+    """
+    weights, mapping, _ = open_hf(hf_dir)
+    check_weights(weights, mapping)
+
+    def read(key: str, layer: int | None) -> Tensor:
+        entry = mapping.entry(key, layer)
+        return entry.to_megatron([weights.load(name) for name in entry.hf_names])
+
+    fill(models, mapping, read)
+
+
+def fill(
+    models: Sequence[torch.nn.Module],
+    mapping: WeightMapping,
+    read: Callable[[str, int | None], Tensor],
+) -> None:
+    """Copy whole Megatron tensors into this rank's part of a model.
+
+    Args:
+        models: GPTModel chunks of this rank.
+        mapping: of the model.
+        read: returns the tensor of a key, at a layer if it is one of the layers'.
+    """
+    shards = [shard for model in models for shard in _shards(model)]
+    # The gate and the up projection are two shards of one tensor: neighbours share one reading.
+    shards.sort(key=lambda shard: (_layer(shard, mapping) or 0, shard.key))
+    where: tuple[str, int | None] | None = None
+    for shard in shards:
+        if where != (shard.key, _layer(shard, mapping)):
+            where = (shard.key, _layer(shard, mapping))
+            tensor = read(*where)
+        prefix = 0 if where[1] is None else 1
+        _copy_part(shard.data, tensor, shard.global_offset[prefix:])
+
+
+def _shards(model: torch.nn.Module) -> Iterator[ShardedTensor]:
+    """Every parameter of a chunk, with its place in the whole tensor."""
+    state = model.sharded_state_dict()  # type: ignore[operator]
+    apply_factories(state)
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor):
+            yield value
+
+
+def _layer(shard: ShardedTensor, mapping: WeightMapping) -> int | None:
+    assert shard.key in mapping.rows, f"parameter {shard.key} has no row in the model's family"
+    return int(shard.global_offset[0]) if mapping.rows[shard.key].per_layer else None
+
+
+@torch.no_grad()
+def _copy_part(target: Tensor, whole: Tensor, offset: Sequence[int]) -> None:
+    """Copy what `target` covers of `whole`, and zero what lies beyond its end."""
+    part = whole
+    inside = target
+    for dim, start in enumerate(offset):
+        length = max(0, min(target.shape[dim], whole.shape[dim] - start))
+        part = part.narrow(dim, min(start, whole.shape[dim]), length)
+        inside = inside.narrow(dim, 0, length)
+    if inside.shape != target.shape:
+        target.zero_()
+    inside.copy_(part)

@@ -1,0 +1,64 @@
+"""What a checkpoint is, in a few lines."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_infifpo.convert.hf_export import open_checkpoint
+from megatron_infifpo.convert.hf_folder import check_weights, open_hf
+from megatron_infifpo.families import megatron_args, tensor_parallel_sizes
+from megatron_infifpo.storage.checkpoints import find_checkpoint
+
+
+def describe(directory: str | Path, iteration: int | None = None) -> dict[str, str]:
+    """Describe a Hugging Face folder or a Megatron checkpoint; the values are for reading.
+
+    Raises:
+        UserError: neither kind of folder, or its tensors do not fit its config.json.
+    """
+    directory = Path(directory)
+    if (directory / "config.json").is_file():
+        weights, mapping, config = open_hf(directory)
+        dtypes = set(check_weights(weights, mapping))
+        facts = {"format": "Hugging Face safetensors"}
+    else:
+        checkpoint, mapping, config = open_checkpoint(directory, iteration)
+        dtypes = {checkpoint.dtype(key) for key in mapping.rows}
+        facts = {
+            "format": "Megatron torch_dist",
+            "iteration": find_checkpoint(directory, iteration).name,
+        }
+    args = megatron_args(config)
+    parameters = sum(torch.Size(entry.shape).numel() for entry in mapping.entries())
+    tied = not args["untie_embeddings_and_output_weights"]
+    return facts | {
+        "family": config["model_type"],
+        "layers": str(args["num_layers"]),
+        "hidden size": f"{args['hidden_size']}, MLP {args['ffn_hidden_size']}",
+        "heads": f"{args['num_attention_heads']} of {args['kv_channels']}, "
+        f"{args['num_query_groups']} key-value",
+        "vocabulary": f"{args['padded_vocab_size']}, {'tied' if tied else 'untied'}",
+        "context": str(args["max_position_embeddings"]),
+        "parameters": f"{parameters:,}",
+        "dtype": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+        "flags": " ".join(_flags_of_its_own(args)),
+        "legal TP": ", ".join(map(str, tensor_parallel_sizes(args))),
+    }
+
+
+def _flags_of_its_own(args: dict[str, Any]) -> list[str]:
+    """Flags that Megatron-LM itself needs beside --use-checkpoint-args, which leaves them out."""
+    if args["extras"]:
+        return ["none: Megatron-LM's GPT model lacks this family's layers"]
+    flags = [f"--norm-epsilon {args['layernorm_epsilon']!r}"]
+    if args["qk_layernorm"]:
+        flags.append("--qk-layernorm")
+    if args["window_size"] is not None:
+        flags.append(f"--window-size {args['window_size'][0]},{args['window_size'][1]}")
+    if args["window_attn_skip_freq"] is not None:
+        pattern = ",".join(map(str, args["window_attn_skip_freq"]))
+        flags.append(f"--window-attn-skip-freq [{pattern}]")
+    if args["use_rope_scaling"]:
+        flags.append("--use-rope-scaling")
+    return flags

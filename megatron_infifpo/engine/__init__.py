@@ -1,0 +1,1 @@
+"""What runs a model: Megatron's with our layers, and transformers'."""

@@ -1,0 +1,178 @@
+"""Kinds of layers: what a model's layers are made of, chosen once and read everywhere.
+
+A kind is independent of the device: the CPU runs local layers as a GPU does. A family may adapt the
+layers of any kind, by `FamilyLayers` of its own.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_infifpo.engine.kept import LOCAL_KEPT, TE_ATTENTION_KEPT, TE_KEPT, Kept
+from megatron_infifpo.engine.layers import OutputRMSNorm, PackedAttention, RMSNorm
+from megatron_infifpo.engine.packed import row_params, te_params
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.families.common import FamilyLayers
+from megatron_infifpo.rows import Row
+
+# Tokens that FP8 products of Transformer Engine take a multiple of where values are scaled in
+# blocks; else 16, for their backward pass.
+FP8_TOKENS = {"mxfp8": 32, "blockwise": 128}
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What the layers of a model are made of.
+
+    Attributes:
+        name: its key in `KINDS`.
+        arguments: Megatron arguments that it leaves no choice about.
+        layer: specification of a layer, from the configuration.
+        norm: of what is normalised outside of a linear layer: heads, outputs, the last layer.
+        params: from a collated row to what the layers are told of it.
+        rotates_by_row: whether `params` has every token's position, else Megatron counts.
+        shares_prompts: whether a segment's keys may begin with a prompt that lies elsewhere.
+        kept: what a layer keeps of a token for its backward pass, on a GPU.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    layer: Callable[[TransformerConfig], ModuleSpec]
+    norm: Callable[[], Any]
+    params: Callable[[Row], PackedSeqParams]
+    rotates_by_row: bool
+    shares_prompts: bool
+    kept: Kept
+
+    def block(
+        self, family: FamilyLayers, config: TransformerConfig, vp_stage: int | None
+    ) -> TransformerBlockSubmodules:
+        """Layers of this pipeline stage, and the norm after the last."""
+        norm = self.norm()
+        layer = family.adapt(self.layer(config), norm)
+        count = get_num_layers_to_build(config, vp_stage)
+        return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
+def _local_layer(config: TransformerConfig) -> ModuleSpec:
+    """Megatron's local modules, our norm and our attention."""
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        normalization=config.normalization, qk_layernorm=config.qk_layernorm
+    )
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = OutputRMSNorm
+    return layer
+
+
+def _te_attention_layer(config: TransformerConfig) -> ModuleSpec:
+    """Transformer Engine's modules, its attention included."""
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+
+
+def _te_layer(config: TransformerConfig) -> ModuleSpec:
+    """Transformer Engine's modules, and our attention."""
+    layer = _te_attention_layer(config)
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    return layer
+
+
+def _te_norm() -> Any:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+_TE: dict[str, Any] = {"transformer_impl": "transformer_engine"}
+_LOCAL: dict[str, Any] = {
+    "transformer_impl": "local",
+    "no_persist_layer_norm": True,
+    "apply_rope_fusion": False,
+}
+if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+    _LOCAL["gradient_accumulation_fusion"] = False  # of local linear layers it is Apex's
+
+_ALL = (
+    LayerKind(
+        name="te",
+        arguments=_TE,
+        layer=_te_layer,
+        norm=_te_norm,
+        params=row_params,
+        rotates_by_row=True,
+        shares_prompts=True,
+        kept=TE_KEPT,
+    ),
+    LayerKind(
+        name="te-attention",
+        arguments=_TE,
+        layer=_te_attention_layer,
+        norm=_te_norm,
+        params=te_params,
+        rotates_by_row=False,
+        shares_prompts=False,
+        kept=TE_ATTENTION_KEPT,
+    ),
+    LayerKind(
+        name="local",
+        arguments=_LOCAL,
+        layer=_local_layer,
+        norm=lambda: OutputRMSNorm,
+        params=row_params,
+        rotates_by_row=True,
+        shares_prompts=True,
+        kept=LOCAL_KEPT,
+    ),
+)
+KINDS = {kind.name: kind for kind in _ALL}
+
+
+def choose_kind(args: argparse.Namespace) -> LayerKind:
+    """Choose the layers of a run or of a scoring job; called once.
+
+    Transformer Engine's where it imports, with our attention. Float32 is for the local ones:
+    Transformer Engine would multiply it as TF32, which has 10 bits of it.
+
+    Args:
+        args: Megatron's, not validated; of ours te_attention, where there is one.
+
+    Raises:
+        UserError: a flag that the chosen layers do not have.
+    """
+    half = args.bf16 or args.fp16
+    te = HAVE_TE and half and args.transformer_impl != "local"
+    own = getattr(args, "te_attention", False)
+    why = "--transformer-impl is local" if HAVE_TE and half else "float32 runs on local layers"
+    if not HAVE_TE:
+        why = "Transformer Engine is not installed, or there is no GPU"
+    for flag, given in (("--te-attention", own), ("--fp8-format", args.fp8)):
+        if given and not te:
+            raise UserError(f"{flag} needs Transformer Engine's layers, but {why}: leave it out")
+    return KINDS[("te-attention" if own else "te") if te else "local"]
+
+
+def row_multiple(args: argparse.Namespace) -> int:
+    """Return what a row's tokens are padded to a multiple of, by layout and precision.
+
+    Under sequence parallelism a rank holds its share of them.
+    """
+    products = FP8_TOKENS.get(args.fp8_recipe, 16) if args.fp8 else 1
+    return products * int(args.tensor_model_parallel_size)

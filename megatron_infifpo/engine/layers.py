@@ -1,0 +1,189 @@
+"""Modules of layers that packed preference rows need beyond Megatron's own.
+
+A core attention that takes packed rows with shared prompts, on every kind of layers; and for
+Megatron's local ones an RMSNorm that is legal under sequence parallelism. Checkpoint keys equal
+those of Transformer Engine's layers, so checkpoints move between the two.
+"""
+
+import functools
+import inspect
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+
+from megatron_infifpo.engine.packed import RowParams
+from megatron_infifpo.errors import UserError
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Root-mean-square norm whose weight gradient is reduced under sequence parallelism.
+
+    A zero-centred weight `w` (Gemma) scales by `1 + w`, in float32.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
+        """Take the arguments of Megatron's other norms; the rest does not concern this one."""
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        # Each rank sees its own tokens only: Megatron sums the gradients of weights so marked.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        if not self.zero_centered:
+            return super().forward(x)
+        scale = 1.0 + self.weight.float()
+        return F.rms_norm(x.float(), self.normalized_shape, scale, self.eps).type_as(x)
+
+
+class OutputRMSNorm(RMSNorm):
+    """The same for what no linear layer follows at once: heads, outputs of sublayers, the end.
+
+    Transformer Engine's norm has an (empty) extra state in checkpoints there, and expects one.
+    Before a linear layer its norm is a part of that layer, whose extra state the checkpoint has.
+    """
+
+    def get_extra_state(self) -> None:
+        """Return nothing, which is saved."""
+
+    def set_extra_state(self, state: None) -> None:
+        """Take nothing."""
+
+
+def _flash_takes(query: Tensor) -> bool:
+    """Whether PyTorch's variable-length flash kernel runs on heads `[T, heads, head_dim]`."""
+    half, size = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    return query.device.type != "cpu" and half and size % 8 == 0 and size <= 256
+
+
+@functools.cache
+def _check_flash_kernel() -> None:
+    """Raise UserError if PyTorch's variable-length flash kernel is one without grouped heads."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        raise UserError(
+            f"PyTorch {torch.__version__}'s varlen_attn has no enable_gqa: expected torch >= 2.12"
+        )
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention inside each segment of a packed row, without a mask over the whole row.
+
+    Layers with a sliding window see the last `window + 1` tokens of their segment. The keys of a
+    segment may begin with a prompt that lies elsewhere in the row.
+
+    On CUDA one variable-length flash kernel serves all segments. On the CPU, and for what that
+    kernel does not take (float32, odd or large heads), each segment is one call of PyTorch's
+    scaled-dot-product attention.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: object,
+    ):
+        """Take the arguments of Megatron's other core attentions.
+
+        Raises:
+            ValueError: attention dropout, which would differ between packings.
+        """
+        super().__init__(config)
+        if config.attention_dropout:
+            raise ValueError(
+                f"attention_dropout is {config.attention_dropout}, but packed attention has none: "
+                "pass --attention-dropout 0"
+            )
+        assert attention_type == "self"
+        self.scale = softmax_scale
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        # Tokens before itself that a token sees; -1: all.
+        self.window = config.window_size[0] if windowed else -1
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: object,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: `[T, 1, heads, head_dim]`; `key` and `value`: `[T, 1, groups, head_dim]`.
+            packed_seq_params: a `RowParams`. A segment's queries are the last ones of its keys.
+
+        Returns:
+            `[T, 1, heads * head_dim]`.
+        """
+        row = packed_seq_params
+        assert isinstance(row, RowParams)
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if row.key_rows is not None:
+            key, value = key.index_select(0, row.key_rows), value.index_select(0, row.key_rows)
+        kernel = self._varlen if _flash_takes(query) else self._by_segment
+        return kernel(query, key, value, row).flatten(1).unsqueeze(1)
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, row: RowParams) -> Tensor:
+        """One flash kernel for all segments, `[T, heads, head_dim]`."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        _check_flash_kernel()
+        return varlen_attn(  # type: ignore[return-value]  # one tensor without return_aux
+            query,
+            key,
+            value,
+            row.cu_seqlens_q,
+            row.cu_seqlens_kv,
+            row.max_seqlen_q,
+            row.max_seqlen_kv,
+            scale=self.scale,
+            window_size=(self.window, 0),  # causal
+            enable_gqa=True,
+        )
+
+    def _by_segment(self, query: Tensor, key: Tensor, value: Tensor, row: RowParams) -> Tensor:
+        """One call of PyTorch's attention a segment, `[T, heads, head_dim]`."""
+        gqa = query.shape[1] != key.shape[1]
+        if gqa and query.device.type != "cpu":
+            # PyTorch's memory-efficient kernel takes no grouped heads, and its plain one would hold
+            # the scores of a whole segment.
+            copies = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
+            gqa = False
+        parts = [query.split(row.query_lengths)]
+        parts += [x.split(row.key_lengths) for x in (key, value)]
+        outputs = []
+        for segment in zip(*parts, strict=True):
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in segment)  # [1, heads, L, head_dim]
+            mask = self._mask(q.shape[2], k.shape[2], q.device)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=gqa
+            )
+            outputs.append(out.squeeze(0).transpose(0, 1))
+        return torch.cat(outputs)
+
+    def _mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """Mask `[queries, keys]` of a segment, or None where plain causality will do."""
+        inside = self.window < 0 or keys <= self.window + 1
+        if inside and queries == keys:
+            return None
+        before = keys - queries  # tokens of the shared prompt
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before)
+        return mask if inside else mask.triu(before - self.window)

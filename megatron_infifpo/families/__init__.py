@@ -1,0 +1,134 @@
+"""Model families: from Hugging Face's `config.json` to Megatron arguments and tensor names.
+
+A family is one file that holds a configuration mapping and declarative rows; see
+docs/adding-a-model.md.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.families import gemma3, llama, mistral, phi3, qwen2, qwen3
+from megatron_infifpo.families.common import Family
+from megatron_infifpo.families.mapping import WeightMapping
+
+# By config.json's model_type.
+FAMILIES: dict[str, Family] = {
+    "gemma3": gemma3.FAMILY,
+    "gemma3_text": gemma3.FAMILY,
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "phi3": phi3.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+}
+
+
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+_LARGEST = 1 << 27
+
+
+def family(hf_config: Mapping[str, Any]) -> Family:
+    """Return the family of a `config.json`.
+
+    Raises:
+        UserError: an unknown architecture, or quantized weights.
+    """
+    model_type = hf_config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(
+            f"config.json: model_type is {model_type!r}, expected one of "
+            f"{', '.join(FAMILIES)}: docs/adding-a-model.md says how to add a family"
+        )
+    quantization = hf_config.get("quantization_config")
+    if quantization is not None:
+        known = isinstance(quantization, dict)
+        method = (known and quantization.get("quant_method")) or "an unknown method"
+        raise UserError(
+            f"config.json has a quantization_config ({method}): quantized weights are not "
+            "supported by Megatron: use the original checkpoint, dequantize it first, or score it "
+            "with --backend transformers"
+        )
+    return FAMILIES[model_type]
+
+
+def megatron_args(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """From a Hugging Face configuration to Megatron arguments, by their argparse names.
+
+    `padded_vocab_size` is the model's real vocabulary size, without padding.
+
+    Raises:
+        UserError: an unknown architecture, or a feature that Megatron computes otherwise.
+    """
+    kind = family(hf_config)
+    try:
+        _check_sizes(kind.text_config(hf_config))
+        return kind.megatron_args(hf_config)
+    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise UserError(
+            f"config.json has a value of another type than {hf_config['model_type']} models have "
+            f"({type(error).__name__}: {error}): copy the file again"
+        ) from error
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Refuse sizes that are no sizes, before anybody computes with them."""
+    for name in _SIZES:
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 0 < value <= _LARGEST):
+            raise UserError(f"config.json: {name} is {value!r}, expected a positive integer")
+
+
+def weight_mapping(hf_config: Mapping[str, Any]) -> WeightMapping:
+    """Return the mapping of every tensor of the model that a `config.json` describes."""
+    return WeightMapping(family(hf_config).rows, megatron_args(hf_config))
+
+
+def tensor_parallel_sizes(args: Mapping[str, Any]) -> list[int]:
+    """Tensor-parallel sizes that are legal for a model, ascending.
+
+    Args:
+        args: Megatron arguments, as `megatron_args` returns them.
+    """
+    # Above the number of key-value heads Megatron gathers k and v on every rank in every layer:
+    # no memory is saved where it works, so those sizes are left out.
+    sizes = (args["num_attention_heads"], args["num_query_groups"], args["ffn_hidden_size"])
+    return [tp for tp in range(1, min(sizes) + 1) if all(size % tp == 0 for size in sizes)]
+
+
+def check_pipeline_parallel(args: Mapping[str, Any], pp: int, virtual: int = 1) -> None:
+    """Raise UserError, naming the legal sizes, if layers cannot be split evenly.
+
+    Args:
+        args: Megatron arguments.
+        pp: pipeline stages.
+        virtual: model chunks of each stage.
+    """
+    layers = args["num_layers"]
+    if layers % pp:
+        legal = [str(size) for size in range(1, layers + 1) if layers % size == 0]
+        raise UserError(
+            f"--pipeline-model-parallel-size is {pp}, expected one of {', '.join(legal)}: it must "
+            f"divide the model's {layers} layers"
+        )
+    if (layers // pp) % virtual:
+        each = layers // pp
+        legal = [str(size) for size in range(1, each + 1) if each % size == 0]
+        raise UserError(
+            f"{virtual} virtual stages a pipeline rank, expected one of {', '.join(legal)}: they "
+            f"must divide the rank's {each} layers"
+        )
+
+
+def check_tensor_parallel(args: Mapping[str, Any], tp: int) -> None:
+    """Raise UserError, naming the legal sizes, if the model cannot be split over `tp` ranks."""
+    legal = tensor_parallel_sizes(args)
+    if tp not in legal:
+        raise UserError(
+            f"--tensor-model-parallel-size is {tp}, expected one of {', '.join(map(str, legal))}: "
+            f"it must divide the model's {args['num_attention_heads']} attention heads, "
+            f"{args['num_query_groups']} key-value heads and {args['ffn_hidden_size']} MLP units"
+        )

@@ -1,0 +1,105 @@
+"""The architecture that a converted checkpoint carries, as Megatron arguments."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.families import (
+    check_pipeline_parallel,
+    check_tensor_parallel,
+    megatron_args,
+)
+from megatron_infifpo.storage.beside import check_adapters
+from megatron_infifpo.storage.checkpoints import HF_FOLDER, TRACKER
+
+# The checkpoint's value is a starting point here, not part of the architecture.
+_FREE = ("make_vocab_size_divisible_by", "seq_length", "tokenizer_type", "vocab_size")
+
+# With one of these, stages have as many layers as the user says, and Megatron checks them.
+_OWN_STAGES = (
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "num_layers_per_virtual_pipeline_stage",
+)
+
+
+def read_hf_config(directory: str | Path) -> dict[str, Any]:
+    """Read `config.json` of a Hugging Face folder, or of one carried in a converted checkpoint.
+
+    Raises:
+        UserError: there is none, it cannot be read, or an adapter is beside it.
+    """
+    check_adapters(Path(directory))
+    for path in (Path(directory) / "config.json", Path(directory) / HF_FOLDER / "config.json"):
+        if path.is_file():
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path} is not JSON that can be read ({error}): copy the file again"
+                ) from None
+            if not isinstance(config, dict):
+                raise UserError(f"{path} holds {type(config).__name__}, expected a JSON object")
+            return config
+    raise UserError(
+        f"{directory} has neither config.json nor hf/config.json: expected a Hugging Face folder "
+        "or a checkpoint written by tools/convert_checkpoint.py"
+    )
+
+
+def apply_architecture(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, checkpoint: Path
+) -> None:
+    """Set every architecture argument from the checkpoint.
+
+    Raises:
+        UserError: a flag on the command line contradicts the checkpoint, or the tensor- or
+            pipeline-parallel size is not legal for the model.
+    """
+    for name, value in megatron_args(read_hf_config(checkpoint)).items():
+        given = getattr(args, name, None)
+        if name not in _FREE and given != parser.get_default(name) and given != value:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {given!r}, but the checkpoint in {checkpoint} has "
+                f"{value!r}: leave architecture flags out, they come from the checkpoint"
+            )
+        if name not in _FREE or given is None:
+            setattr(args, name, value)
+    check_tensor_parallel(vars(args), args.tensor_model_parallel_size)
+    if all(getattr(args, name) == parser.get_default(name) for name in _OWN_STAGES):
+        virtual = args.num_virtual_stages_per_pipeline_rank or 1
+        check_pipeline_parallel(vars(args), args.pipeline_model_parallel_size, virtual)
+
+
+def pivot_directory(load: str | None, pretrained: str | None) -> Path:
+    """Return the checkpoint that carries the pivot's architecture: the run's own once it exists.
+
+    Raises:
+        UserError: there is none.
+    """
+    candidates = [Path(directory) for directory in (load, pretrained) if directory is not None]
+    if not candidates:
+        raise UserError("no pivot: give --pretrained-checkpoint DIR, a converted checkpoint")
+    for directory in candidates:
+        if (directory / TRACKER).is_file():
+            return directory
+    raise UserError(
+        f"no checkpoint in {' or '.join(map(str, candidates))}: convert the pivot with "
+        "tools/convert_checkpoint.py import and give its directory to --pretrained-checkpoint"
+    )
+
+
+def carry_architecture(pivot: Path, save: str | None) -> None:
+    """Copy the Hugging Face configuration and tokenizer beside the run's checkpoints."""
+    if save is None or (Path(save) / HF_FOLDER).exists():
+        return
+    aside = Path(save) / f".{HF_FOLDER}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(pivot / "hf", aside)
+    aside.rename(Path(save) / HF_FOLDER)

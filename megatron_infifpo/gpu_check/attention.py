@@ -1,0 +1,164 @@
+"""Group 2: packed attention against float64, forward and backward.
+
+The reference is a plain product with a mask, segment by segment, in float64. What the data type
+explains is measured: the same plain product in it. The kernel may err by `FACTOR` times as much,
+as flash attention's own tests allow.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_infifpo.engine.layers import PackedAttention
+from megatron_infifpo.engine.packed import RowParams, row_params, to_device
+from megatron_infifpo.gpu_check.records import Options, Recorder, Result
+from megatron_infifpo.gpu_check.rows import random_pairs
+from megatron_infifpo.rows import Row
+from megatron_infifpo.rows.packing import collate
+
+FACTOR = 3.0
+HEADS = 8
+SIZES = (64, 96, 128, 256)
+# Tokens of prompts, and of their responses; one of one token.
+PAIRS = ((37, (90, 1)), (150, (64, 33)), (1, (7, 260)))
+WINDOW = 5  # small, so that one token too many shows in bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant of a row's attention."""
+
+    size: int
+    shared: bool
+    window: bool
+    groups: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        """Say it in a few words."""
+        prompts = "shared prompts" if self.shared else "own prompts"
+        window = ", window" if self.window else ""
+        return f"{prompts}{window}, {HEADS} heads on {self.groups} keys"
+
+
+def check(options: Options, record: Recorder) -> None:
+    """Check every head size in bfloat16, and one in float32."""
+    sizes = SIZES if options.cuda or not options.quick else SIZES[:2]
+    plans = [(size, torch.bfloat16) for size in sizes] + [(64, torch.float32)]
+    for size, dtype in plans:
+        cases = [
+            Case(size, shared, window, groups, dtype)
+            for shared, window, groups in itertools.product(
+                (True, False), (False, True), (2,) if options.quick else (2, HEADS)
+            )
+        ]
+        name = f"{str(dtype).removeprefix('torch.')}, head size {size}"
+        backward, again = Result(), Result(0.0, 0.0)
+        with record.check(f"{name}, forward", unit="relative") as forward:
+            for case in cases:
+                errors, limits, difference = compare(case, options.device)
+                forward.worst(errors[0], limits[0], str(case))
+                for error, limit, tensor in zip(errors[1:], limits[1:], "qkv", strict=True):
+                    backward.worst(error, limit, f"{tensor}: {case}")
+                again.value = max(again.value or 0.0, difference)
+        record.result(f"{name}, gradients", backward, unit="relative")
+        record.result(f"{name}, forward again", again, unit="relative")
+
+
+def make_row(shared: bool) -> Row:
+    """Collate a row with segments of one token and a tail of one, as training does."""
+    pairs = random_pairs(PAIRS, 50)
+    total = collate(pairs, share_prompt=shared)["tokens"].numel()
+    return collate(pairs, pad_multiple=total + 1, share_prompt=shared)
+
+
+def compare(case: Case, device: str) -> tuple[list[float], list[float], float]:
+    """Run a case twice.
+
+    Returns:
+        Errors of output, dq, dk and dv, relative to the largest value; their limits; and how far
+        the second output is from the first.
+    """
+    row = make_row(case.shared)
+    if device == "cuda":
+        row = to_device(row)
+    params = row_params(row)
+    generator = torch.Generator().manual_seed(case.size)
+    tokens = row["tokens"].numel()
+
+    def random(heads: int) -> Tensor:
+        values = torch.randn(tokens, 1, heads, case.size, generator=generator, dtype=torch.float64)
+        return values.to(device, case.dtype)
+
+    inputs = [random(HEADS), random(case.groups), random(case.groups)]
+    upstream = random(HEADS).flatten(2)
+    attention = make_attention(case)
+
+    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        output = function(*leaves)
+        gradients = torch.autograd.grad(output, leaves, upstream.to(dtype))
+        return [output.detach().double(), *(x.double() for x in gradients)]
+
+    def ours(*leaves: Tensor) -> Tensor:
+        output: Tensor = attention(*leaves, packed_seq_params=params)
+        return output
+
+    def plain(*leaves: Tensor) -> Tensor:
+        return reference(leaves, params, attention.window)
+
+    exact, noisy = results(plain, torch.float64), results(plain, case.dtype)
+    got, again = results(ours, case.dtype), results(ours, case.dtype)[0]
+    scales = [float(x.abs().max()) for x in exact]
+
+    def errors(found: list[Tensor]) -> list[float]:
+        return [
+            float((a - b).abs().max()) / scale
+            for a, b, scale in zip(found, exact, scales, strict=True)
+        ]
+
+    least = torch.finfo(case.dtype).eps
+    limits = [FACTOR * error + least for error in errors(noisy)]
+    return errors(got), limits, float((got[0] - again).abs().max()) / scales[0]
+
+
+def make_attention(case: Case) -> PackedAttention:
+    """Build the module as a model does."""
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HEADS * case.size,
+        num_attention_heads=HEADS,
+        num_query_groups=case.groups,
+        kv_channels=case.size,
+        attention_dropout=0.0,
+        window_size=(WINDOW, 0) if case.window else None,
+    )
+    return PackedAttention(config, 1, AttnMaskType.causal, "self")
+
+
+def reference(inputs: Sequence[Tensor], row: RowParams, window: int) -> Tensor:
+    """Attention segment by segment, in the data type of the inputs; see `PackedAttention`."""
+    query, key, value = (x.squeeze(1) for x in inputs)
+    if row.key_rows is not None:
+        key, value = key[row.key_rows], value[row.key_rows]
+    copies = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1)
+    outputs, first, first_key = [], 0, 0
+    for queries, keys in zip(row.query_lengths, row.key_lengths, strict=True):
+        q = query[first : first + queries]
+        k, v = (x[first_key : first_key + keys] for x in (key, value))
+        first, first_key = first + queries, first_key + keys
+        scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+        position = torch.arange(keys - queries, keys, device=q.device)[:, None]
+        other = torch.arange(keys, device=q.device)[None]
+        seen = other <= position
+        if window >= 0:
+            seen = seen & (other >= position - window)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(outputs).flatten(1).unsqueeze(1)

@@ -1,1 +1,0 @@
-"""Model families, layer specs, and the construction and use of Megatron's GPTModel."""

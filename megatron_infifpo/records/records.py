@@ -1,0 +1,257 @@
+"""Preference records: files of many forms to one plain form.
+
+Accepted forms: `record_forms.FORMS` (docs/file-formats.md has an example of each).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.conversations import conversation
+from megatron_infifpo.records.fields import (
+    COMMON,
+    check_reply,
+    label,
+    read_tools,
+    refuse_lost,
+    same_reply,
+    system_messages,
+    template_options,
+)
+from megatron_infifpo.records.files import RawRecord, iter_files
+from megatron_infifpo.records.forms import form_of
+from megatron_infifpo.records.messages import (
+    BadRecordError,
+    Message,
+    kind,
+    listed,
+    plain_text,
+    read_messages,
+    reply,
+    short,
+)
+from megatron_infifpo.records.read_report import ReadReport
+from megatron_infifpo.records.rendered_text import rendered_mark
+
+__all__ = [
+    "BadRecordError",
+    "Message",
+    "PreferenceRecord",
+    "ReadReport",
+    "canonical_bytes",
+    "iter_records",
+    "plain_text",
+    "read_messages",
+    "read_records",
+    "records_fingerprint",
+    "reply",
+]
+
+RESPONSES = ("chosen", "rejected", "pivot_chosen")
+"""The order of a record's responses, everywhere."""
+
+ON_BAD = ("error", "skip")
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRecord:
+    """One prompt with a preferred and a rejected response.
+
+    A reply is one assistant message, or several that end with one (assistant, tool, assistant).
+
+    Attributes:
+        id: unique over all files that are read together.
+        domain: such as "math"; sources can be limited to some domains.
+        prompt: messages; the last one is the user's or a tool's.
+        chosen: messages of the preferred response.
+        rejected: messages of the other response.
+        pivot_chosen: messages of the pivot's own best response (WRPO), if there is one.
+        tools: JSON schemas of the functions that the conversation may call.
+        template_options: variables for the chat template, such as `enable_thinking`.
+    """
+
+    id: str
+    domain: str
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    pivot_chosen: tuple[Message, ...] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    template_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def responses(self) -> tuple[tuple[Message, ...], ...]:
+        """The responses in `RESPONSES` order, 2 or 3 of them."""
+        pair = (self.chosen, self.rejected)
+        return pair if self.pivot_chosen is None else (*pair, self.pivot_chosen)
+
+
+def read_records(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    on_bad: str = "error",
+    report: ReadReport | None = None,
+) -> list[PreferenceRecord]:
+    """Read preference files and folders of `datasets` (`record_files.SUFFIXES`).
+
+    Args:
+        paths: the files, read in this order.
+        on_bad: "error" stops at the first bad record, "skip" leaves bad records out.
+        report: receives what was left out, if given.
+
+    Returns:
+        The records in file order.
+
+    Raises:
+        UserError: names file:line (file:record N, from 0, in .json arrays, Parquet and folders),
+            what was found and what was expected.
+    """
+    return list(iter_records(paths, on_bad=on_bad, report=report))
+
+
+def iter_records(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    on_bad: str = "error",
+    report: ReadReport | None = None,
+) -> Iterator[PreferenceRecord]:
+    """Yield what `read_records` returns, one record at a time."""
+    return (record for record, _ in iter_with_raw(paths, on_bad=on_bad, report=report))
+
+
+def iter_with_raw(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    on_bad: str = "error",
+    report: ReadReport | None = None,
+) -> Iterator[tuple[PreferenceRecord, RawRecord]]:
+    """Yield the records of `read_records`, each with what the file has."""
+    if on_bad not in ON_BAD:
+        raise UserError(f"on_bad is {on_bad!r}, expected one of {', '.join(ON_BAD)}")
+    files = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    report = report or ReadReport()
+    first_seen: dict[str, str] = {}
+    with_pivot = None
+    for raw in iter_files(files):
+        try:
+            if raw.error is not None:
+                raise BadRecordError(raw.error)
+            record, ignored = parse_record(raw.value, default_id=raw.default_id)
+            if record.id in first_seen:
+                raise BadRecordError(
+                    f"duplicate id {record.id!r}, first used at {first_seen[record.id]}; "
+                    "expected every id once over all input files"
+                )
+            if with_pivot is not None and with_pivot != (record.pivot_chosen is not None):
+                found, before = ("no ", "has one") if with_pivot else ("", "has none")
+                raise BadRecordError(
+                    f"found {found}'pivot_chosen' although the first record {before}; expected "
+                    "it in every record or in none"
+                )
+        except BadRecordError as error:
+            message = f"{raw.where}: {error}"
+            if on_bad == "error":
+                raise UserError(message) from None
+            report.skipped.append(message)
+            continue
+        first_seen[record.id] = raw.where
+        with_pivot = record.pivot_chosen is not None
+        if ignored:
+            report.ignored.update(ignored)
+        yield record, raw
+    if report.skipped and not first_seen:
+        raise UserError(
+            f"{', '.join(map(str, files))}: none of {len(report.skipped)} records can be used, the "
+            f"first one because of this: {report.skipped[0]}"
+        )
+
+
+def canonical_bytes(record: PreferenceRecord) -> bytes:
+    """Serialise a record for hashing; equal exactly where all its content is.
+
+    Plain replies are strings and tools are there only where a record has some, so that records of
+    text alone have the bytes that they have always had.
+    """
+    fields: list[Any] = [record.id, record.domain, [listed(m) for m in record.prompt]]
+    for messages in record.responses:
+        text = plain_text(messages)
+        fields.append([listed(m) for m in messages] if text is None else text)
+    if record.tools or record.template_options:
+        fields.append({"tools": record.tools, "options": record.template_options})
+    return json.dumps(fields, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+
+
+def records_fingerprint(records: Iterable[PreferenceRecord]) -> str:
+    """Return the sha256 (hex) of the records' content in order; no tokenizer has a part in it."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(canonical_bytes(record))
+    return digest.hexdigest()
+
+
+def parse_record(value: Any, *, default_id: str) -> tuple[PreferenceRecord, set[str]]:
+    """Turn one decoded record of any accepted form into a `PreferenceRecord`.
+
+    Returns:
+        The record, and the names of what it has that nothing uses.
+
+    Raises:
+        BadRecordError: something is missing, malformed, or cannot be scored as it is meant.
+    """
+    if not isinstance(value, dict):
+        raise BadRecordError(f"found {kind(value)}, expected an object with prompt and responses")
+    refuse_lost(value)
+    form = form_of(value)
+    ignored: set[str] = set()
+    parts = form.read(value, ignored)
+    prompt = (*system_messages(value, parts.prompt), *parts.prompt)
+    if prompt[-1:] and prompt[-1]["role"] == "tool":
+        pass  # an empty output is one
+    elif not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
+        raise BadRecordError(
+            f"the prompt's last message is {prompt[-1] if prompt else 'absent'}, expected a "
+            "message of role user that is not empty, or of role tool"
+        )
+    rejected = parts.replies[1]
+    replies = dict(zip(RESPONSES, parts.replies, strict=False))
+    if value.get("pivot_chosen") is not None:
+        found = conversation(value["pivot_chosen"], "pivot_chosen", ignored)
+        if found[: len(parts.prompt)] == parts.prompt:  # a whole conversation
+            found = found[len(parts.prompt) :]
+        replies["pivot_chosen"] = found
+    for name, messages in replies.items():
+        check_reply(messages, name)
+        if name != "rejected" and same_reply(messages, rejected):
+            raise BadRecordError(
+                f"{name!r} equals 'rejected' ({short(messages[-1]['content'])}), expected two "
+                "different responses"
+            )
+    for name, messages in {"prompt": prompt, **replies}.items():
+        _refuse_rendered(messages, name)
+    unused = value.keys() - COMMON - {*form.fields, *parts.used, "pivot_chosen"}
+    ignored |= {str(name) for name in unused if value[name] is not None}
+    record = PreferenceRecord(
+        id=label(value, "id", default_id),
+        domain=label(value, "domain", "general"),
+        prompt=prompt,
+        tools=read_tools(value, parts.tools),
+        template_options=template_options(value),
+        **replies,
+    )
+    return record, ignored
+
+
+def _refuse_rendered(messages: Sequence[Message], name: str) -> None:
+    """Refuse text that a chat template has rendered: each model's own would render it again."""
+    for message in messages:
+        mark = rendered_mark(message["content"], reply=message["role"] == "assistant")
+        if mark is not None:
+            raise BadRecordError(
+                f"{name!r} is rendered by a chat template already (it begins or ends with "
+                f"{mark!r}), expected plain text or messages: every model's own template renders "
+                "them"
+            )

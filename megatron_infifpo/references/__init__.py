@@ -1,0 +1,1 @@
+"""Stored log-probs of models: written, imported, opened, listed in `sources.yaml`."""

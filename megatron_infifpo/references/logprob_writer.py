@@ -1,0 +1,212 @@
+"""Write a log-prob dataset; `logprob_store` says what its files hold."""
+
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.references.logprob_store import FORMAT, VERSION
+from megatron_infifpo.storage.documents import DocumentWriter, publish, write_manifest
+from megatron_infifpo.storage.notes import Notes
+
+REQUIRED = (
+    "model",
+    "weights_sha256",
+    "tokenizer",
+    "records_sha256",
+    "backend",
+    "dtype",
+    "versions",
+)
+
+# log-softmax in float32 may round up to just above 0; more than this is a defect.
+ROUNDING = 1e-5
+SUMMARY = ("_sums.npy", "_counts.npy")
+
+
+class LogprobWriter:
+    """Writes a log-prob dataset record by record; nothing is visible before `finish`.
+
+    As a context manager it finishes on a normal end and discards on an exception.
+    """
+
+    def __init__(
+        self,
+        prefix: str | Path,
+        *,
+        responses: Sequence[str],
+        manifest: dict[str, Any],
+        values: bool = True,
+    ) -> None:
+        """Open a dataset for writing.
+
+        Args:
+            prefix: of the files to write; an older dataset of this name is replaced.
+            responses: names of the R responses, a head of `records.RESPONSES`.
+            manifest: whose log-probs these are; holds at least the fields of `REQUIRED`.
+            values: whether there is a log-prob for every scored token (`add`), or sums only
+                (`add_sums`).
+
+        Raises:
+            ValueError: a field of the manifest is missing.
+        """
+        missing = [name for name in REQUIRED if name not in manifest]
+        if missing:
+            raise ValueError(f"the manifest lacks {', '.join(missing)}, expected all of {REQUIRED}")
+        self.prefix, self.responses, self.fields = str(prefix), list(responses), dict(manifest)
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._documents = DocumentWriter(self.prefix, np.float32) if values else None
+        # Arrays of C numbers: a million records must not become millions of Python objects.
+        self._sums, self._counts = array("d"), array("i")
+        self.notes, self._remarks = Notes(), Notes()
+
+    def __len__(self) -> int:
+        """Return the number of records so far."""
+        return len(self._sums) // len(self.responses)
+
+    def add(
+        self,
+        record_id: str,
+        logprobs: Sequence[np.ndarray],
+        *,
+        note: str | None = None,
+        remarks: Sequence[str] = (),
+    ) -> None:
+        """Append one record.
+
+        Args:
+            record_id: for errors.
+            logprobs: R arrays, of the scored tokens of each response.
+            note: what was done to the record's text, if anything was.
+            remarks: `TokenizedRecord.notes`.
+
+        Raises:
+            UserError: a value is NaN, infinite or above 0.
+            ValueError: not one non-empty array a response.
+        """
+        arrays = [np.asarray(values, dtype=np.float32) for values in logprobs]
+        if len(arrays) != len(self.responses) or any(a.ndim != 1 or not len(a) for a in arrays):
+            raise ValueError(
+                f"record {record_id!r}: shapes {[a.shape for a in arrays]}, expected one "
+                f"non-empty vector for each of {self.responses}"
+            )
+        for name, values in zip(self.responses, arrays, strict=True):
+            self._check(record_id, name, values)
+        arrays = [np.minimum(values, 0.0) for values in arrays]
+        assert self._documents is not None, "this dataset holds sums only"
+        self._documents.add(arrays)
+        for remark in remarks:
+            self._remarks.add(len(self), remark)
+        sums = [float(values.sum(dtype=np.float64)) for values in arrays]
+        self._append(sums, [len(values) for values in arrays], note)
+
+    def add_sums(self, record_id: str, sums: Sequence[float], counts: Sequence[int]) -> None:
+        """Append one record of which only sums `[R]` over `counts` `[R]` tokens are known.
+
+        Raises:
+            UserError: a sum is NaN, infinite or above 0, or a count is not at least 1.
+        """
+        for name, total, count in zip(self.responses, sums, counts, strict=True):
+            self._check(record_id, name, np.array([total]))
+            if count < 1:
+                raise UserError(
+                    f"record {record_id!r}: {count} tokens in {name!r}, expected at least 1"
+                )
+        assert self._documents is None, "this dataset holds every value"
+        self._append([min(float(total), 0.0) for total in sums], counts, None)
+
+    def mask(self, record_id: str, reason: str) -> None:
+        """Append one record that the model takes no part in, and why."""
+        if not reason:
+            raise ValueError(f"record {record_id!r} is masked for no reason")
+        nothing = [0] * len(self.responses)
+        if self._documents is not None:
+            self._documents.add([np.empty(0, dtype=np.float32)] * len(nothing))
+        self._append(nothing, nothing, reason)
+
+    def _append(self, sums: Sequence[float], counts: Sequence[int], note: str | None) -> None:
+        if note:
+            self.notes.add(len(self), note)
+        self._sums.extend(sums)
+        self._counts.extend(counts)
+
+    def _check(self, record_id: str, name: str, values: np.ndarray) -> None:
+        bad = ~np.isfinite(values) | (values > ROUNDING)
+        if bad.any():
+            position = int(bad.argmax())
+            raise UserError(
+                f"record {record_id!r}: log-prob {values[position]} at token {position} of "
+                f"{name!r} under {self.fields['model']}, expected a finite number of at most 0; "
+                "the model's weights or its dtype are at fault"
+            )
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the dataset and return its manifest.
+
+        Raises:
+            UserError: no record was added.
+        """
+        if not len(self):
+            self.discard()
+            raise UserError(
+                f"there are no records to write to {self.prefix}, expected at least one"
+            )
+        if self._documents is not None:
+            self._documents.close()
+        tables: list[np.ndarray] = [
+            np.frombuffer(self._sums, np.float64),
+            np.frombuffer(self._counts, np.int32),
+        ]
+        for suffix, table in zip(SUMMARY, tables, strict=True):
+            with open(f"{self.prefix}{suffix}.partial", "wb") as stream:
+                np.save(stream, table.reshape(len(self), -1))
+        # While files are replaced there is no manifest, so a mix of old and new cannot be opened.
+        for suffix in (".json", ".bin", ".idx"):
+            Path(f"{self.prefix}{suffix}").unlink(missing_ok=True)
+        if self._documents is not None:
+            self._documents.publish()
+        for suffix in SUMMARY:
+            publish(f"{self.prefix}{suffix}")
+        manifest = {
+            **self.fields,
+            "format": FORMAT,
+            "version": VERSION,
+            "count": len(self),
+            "responses": self.responses,
+            "values": self._documents is not None,
+            **self.notes.fields("note"),
+            **self._remarks.fields("remark"),
+        }
+        write_manifest(self.prefix, manifest)
+        return manifest
+
+    def discard(self) -> None:
+        """Delete what was written."""
+        if self._documents is not None:
+            self._documents.discard()
+        for suffix in SUMMARY:
+            Path(f"{self.prefix}{suffix}.partial").unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Finish, or discard after an exception."""
+        try:
+            if error is None:
+                self.finish()
+        except BaseException:
+            self.discard()
+            raise
+        if error is not None:
+            self.discard()

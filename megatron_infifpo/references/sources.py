@@ -1,0 +1,190 @@
+"""sources.yaml: the log-prob datasets of the initial pivot and of the sources.
+
+initial: logprobs/pivot
+sources:
+  - name: qwen2.5-14b
+    logprobs: logprobs/qwen
+  - name: qwen2.5-coder-14b
+    logprobs: logprobs/coder
+    domains: [code]
+    score: {model: models/qwen-coder, tensor-model-parallel-size: 8}
+
+`score` has flags: `true` is a flag alone, a list several values, a mapping one value in JSON, as in
+`chat-template-options: {enable_thinking: false}`.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_infifpo.errors import UserError
+
+# What recipes say of a source themselves, and where from.
+_GIVEN = {
+    "name": "the source's name",
+    "domains": "the source's domains",
+    "input": "the run's preference records",
+    "output": "the source's logprobs",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One source model.
+
+    Attributes:
+        name: unique, for metrics and reports.
+        logprobs: prefix of its log-prob dataset.
+        domains: the domains that it takes part in; None means all.
+        score: flags of tools/score_source.py that recipes score it with, without their dashes:
+            a text, a number, a bool, a list or a mapping each; training ignores them.
+    """
+
+    name: str
+    logprobs: str
+    domains: tuple[str, ...] | None = None
+    score: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SourcesConfig:
+    """The content of a sources.yaml.
+
+    Attributes:
+        initial: prefix of the initial pivot's log-prob dataset.
+        sources: the M sources, in order.
+        path: the file, for errors.
+    """
+
+    initial: str
+    sources: tuple[Source, ...] = ()
+    path: str = "sources.yaml"
+
+
+def read_sources(path: str | Path, *, domains: Sequence[str] | None = None) -> SourcesConfig:
+    """Read a sources.yaml; prefixes in it are relative to the file.
+
+    Args:
+        path: the file.
+        domains: the known domains, to check the sources' against, if given.
+
+    Raises:
+        UserError: not a readable file, an unknown or missing key, a wrong type, a name twice, or
+            an unknown domain.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}), expected a sources.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML ({reason})") from None
+    _check_keys(content, str(path), required=("initial",), optional=("sources",))
+    listed = content.get("sources") or []
+    if not isinstance(listed, list):
+        raise UserError(f"{path}: sources is {listed!r}, expected a list of name and logprobs")
+    sources = tuple(_source(item, f"{path}: sources[{i}]", path) for i, item in enumerate(listed))
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path}: the name {name!r} is used twice, expected unique names")
+    initial = _prefix(content["initial"], f"{path}: initial", path)
+    config = SourcesConfig(initial, sources, str(path))
+    if domains is not None:
+        check_domains(config, domains)
+    return config
+
+
+def check_domains(config: SourcesConfig, known: Sequence[str]) -> None:
+    """Check that every source's domains exist.
+
+    Raises:
+        UserError: names the unknown domain, the known ones and the likely intention.
+    """
+    for source in config.sources:
+        for domain in source.domains or ():
+            if domain not in known:
+                close = difflib.get_close_matches(domain, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise UserError(
+                    f"{config.path}: source {source.name!r} names the domain {domain!r}, expected "
+                    f"one of {', '.join(sorted(known))}{hint}"
+                )
+
+
+def _source(item: Any, where: str, path: Path) -> Source:
+    _check_keys(item, where, required=("name", "logprobs"), optional=("domains", "score"))
+    name, domains, score = item["name"], item.get("domains"), item.get("score") or {}
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f"{where}: name is {name!r}, expected a word")
+    if domains is not None:
+        texts = isinstance(domains, list) and all(isinstance(d, str) for d in domains)
+        if not texts or not domains:
+            raise UserError(
+                f"{where}: domains is {domains!r}, expected a list of names; leave it out for all"
+            )
+        domains = tuple(domains)
+    flags = _flags(score, f"{where}: score")
+    return Source(name, _prefix(item["logprobs"], f"{where}: logprobs", path), domains, flags)
+
+
+def _flags(score: Any, where: str) -> dict[str, Any]:
+    """Check the flags that a source is scored with."""
+    if not isinstance(score, dict):
+        raise UserError(f"{where} is {score!r}, expected flags of tools/score_source.py")
+    for flag, value in score.items():
+        if not isinstance(flag, str) or not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
+            raise UserError(
+                f"{where} has the key {flag!r}, expected a flag of tools/score_source.py without "
+                "its dashes, such as tensor-model-parallel-size"
+            )
+        if flag in _GIVEN:
+            raise UserError(
+                f"{where} has {flag}, which every run gives itself: {_GIVEN[flag]}; leave it out"
+            )
+        one = isinstance(value, str | int | float)
+        several = isinstance(value, list) and value and all(_is_word(v) for v in value)
+        if not (one or several or isinstance(value, dict)):
+            raise UserError(
+                f"{where}: {flag} is {value!r}, expected a text, a number, true or false, a list "
+                "of those, or a mapping (a date: in quotes)"
+            )
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}: {flag} is {value!r}, which JSON cannot hold ({error}): put dates in "
+                "quotes, and give finite numbers"
+            ) from None
+    return dict(score)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _prefix(value: Any, where: str, path: Path) -> str:
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{where} is {value!r}, expected the prefix of a log-prob dataset")
+    return str(path.parent / value)
+
+
+def _check_keys(
+    content: Any, where: str, *, required: tuple[str, ...], optional: tuple[str, ...]
+) -> None:
+    known = (*required, *optional)
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is {content!r}, expected the keys {', '.join(known)}")
+    for key in content:
+        if key not in known:
+            raise UserError(f"{where} has the unknown key {key!r}, expected {', '.join(known)}")
+    for key in required:
+        if content.get(key) is None:
+            raise UserError(f"{where} lacks the key {key!r}, expected {', '.join(known)}")

@@ -1,0 +1,39 @@
+"""The closing table of a scoring job."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_infifpo.references.logprob_store import LogprobStore
+
+
+def print_summary(store: LogprobStore, domains: Sequence[str]) -> None:
+    """Print what was scored: records, masked ones, response tokens, mean log-prob, preference.
+
+    Args:
+        store: the finished dataset of N records.
+        domains: `[N]`, of the records.
+    """
+    print(f"\n{store.manifest['model']} -> {store.prefix}")
+    print(
+        f"{'domain':<12}{'records':>9}{'masked':>8}{'tokens':>12}"
+        f"{'mean log-prob':>15}{'prefers chosen':>16}"
+    )
+    names, codes = np.unique(np.array(domains), return_inverse=True)
+    for code, name in enumerate(names):
+        print(_line(name, store, codes == code))
+    print(_line("all", store, codes >= 0))
+    for kind in ("note", "remark"):
+        for text, count in store.manifest[f"{kind}_counts"].items():
+            print(f"{kind} on {count} records: {text}")
+
+
+def _line(title: str, store: LogprobStore, inside: np.ndarray) -> str:
+    scored = inside & ~store.masked_records
+    sums, counts = store.all_sums[scored], store.token_counts[scored]
+    means = sums / counts
+    total, tokens, kept = float(sums.sum()), int(counts.sum(dtype=np.int64)), int(scored.sum())
+    mean = f"{total / tokens:.3f}" if kept else "-"
+    share = f"{(means[:, 0] > means[:, 1]).mean():.1%}" if kept else "-"
+    masked = int(inside.sum()) - kept
+    return f"{title:<12}{inside.sum():>9}{masked:>8}{tokens:>12}{mean:>15}{share:>16}"

@@ -1,0 +1,147 @@
+"""Pack pairs into a row: one sequence of whole responses, each with its prompt.
+
+`[prompt chosen_1 | prompt rejected_1 | prompt chosen_2 | ...]`: every response is an attention
+segment with its own copy of the prompt, or with one copy for all of its pair.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megatron_infifpo.rows import Row
+from megatron_infifpo.rows.preference_dataset import PreferencePair
+from megatron_infifpo.tokens.encoding import scored_marks
+
+
+def collate(
+    pairs: Sequence[PreferencePair],
+    *,
+    pad_multiple: int = 1,
+    pad_token: int = 0,
+    share_prompt: bool = False,
+) -> Row:
+    """Pack pairs into one row.
+
+    B pairs, R responses, S = B R segments, K scored tokens, T tokens of the row, M sources.
+
+    Args:
+        pairs: B of them, all with R responses and the same sources.
+        pad_multiple: T is padded to a multiple of this (`layer_kind.row_multiple`). The tail is an
+            attention segment of its own and is never scored.
+        pad_token: token of the tail.
+        share_prompt: hold a pair's prompt once, `[prompt chosen | rejected]`: the segments of the
+            other responses have the prompt's keys and values beside their own.
+
+    Returns:
+        tokens int64 `[1, T]`; position_ids int64 `[1, T]`, in the text that a token is of;
+        cu_seqlens int32 `[S + 1]` (one more with a tail), the same as a list segment_lengths `[S]`,
+        max_seqlen int; scored_rows int64 `[K]`,
+        positions whose hidden state predicts a scored token; target_ids int64 `[K]`, those tokens;
+        segment_ids int64 `[K]`, b * R + r; token_counts int64 `[B, R]`, scored ones; indices and
+        domain_codes int64 `[B]`; with log-probs initial_sum_logps float32 `[B, R]`,
+        source_sum_logps float32 `[B, R, M]`, source_token_counts int64 `[B, R, M]`, source_mask
+        bool `[B, M]`; and with shared prompts the segments of the keys, cu_seqlens_kv int32
+        `[S + 1]`, key_lengths, max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in
+        the row.
+    """
+    marks = [mark for pair in pairs for mark in scored_marks(pair.response_ids, pair.scored)]
+    counts = np.array([mark.sum() for mark in marks], dtype=np.int64)
+    scored = np.concatenate(marks)
+    segments = _Segments()
+    for pair in pairs:
+        segments.add(pair, share_prompt)
+    if tail := -segments.total % pad_multiple:
+        segments.pad(np.full(tail, pad_token))
+    targets = np.concatenate([ids for pair in pairs for ids in pair.response_ids])
+    row: Row = {
+        "tokens": torch.from_numpy(np.concatenate(segments.tokens).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(_ranges(segments.positions))[None],
+        "cu_seqlens": _borders(segments.queries),
+        "max_seqlen": max(segments.queries),
+        "segment_lengths": segments.queries,
+        "scored_rows": torch.from_numpy(_ranges(segments.predicting)[scored]),
+        "target_ids": torch.from_numpy(targets[scored].astype(np.int64)),
+        "segment_ids": torch.from_numpy(np.repeat(np.arange(counts.size), counts)),
+        "token_counts": torch.from_numpy(counts.reshape(len(pairs), -1)),
+        "indices": torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
+        "domain_codes": torch.tensor([pair.domain_code for pair in pairs], dtype=torch.int64),
+    }
+    if share_prompt:
+        row["cu_seqlens_kv"], row["max_seqlen_kv"] = _borders(segments.keys), max(segments.keys)
+        row["key_lengths"] = segments.keys
+        row["key_rows"] = torch.from_numpy(_ranges(segments.key_rows))
+    if pairs[0].initial_sum_logps is not None:
+        for name in (
+            "initial_sum_logps",
+            "source_sum_logps",
+            "source_token_counts",
+            "source_mask",
+        ):
+            row[name] = torch.from_numpy(np.stack([getattr(pair, name) for pair in pairs]))
+    return row
+
+
+def pin(row: Row) -> Row:
+    """Put a row into memory from which copying it to a GPU waits for nothing."""
+    return {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in row.items()}
+
+
+@dataclass
+class _Segments:
+    """The segments of a row, in order; pieces are ranges `(start, length)`.
+
+    Attributes:
+        tokens: of the row, piece by piece.
+        queries: tokens of each segment.
+        keys: tokens of each segment's keys.
+        positions: in the text, by segment.
+        key_rows: where the keys lie in the row.
+        predicting: positions that predict a response token, scored or not.
+    """
+
+    tokens: list[np.ndarray] = field(default_factory=list)
+    queries: list[int] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+    positions: list[tuple[int, int]] = field(default_factory=list)
+    key_rows: list[tuple[int, int]] = field(default_factory=list)
+    predicting: list[tuple[int, int]] = field(default_factory=list)
+    total: int = 0
+
+    def add(self, pair: PreferencePair, share_prompt: bool) -> None:
+        """Append a pair's segments, with one prompt or with one for each response."""
+        prompt = len(pair.prompt_ids)
+        for r, ids in enumerate(pair.response_ids):
+            shared = share_prompt and r > 0
+            if not shared:
+                begin = self.total  # of the prompt that this response has
+            self.tokens += [ids] if shared else [pair.prompt_ids, ids]
+            self._append(len(ids) if shared else prompt + len(ids), prompt if shared else 0)
+            self.keys.append(prompt + len(ids))
+            own = self.total - len(ids)
+            self.key_rows += [(begin, prompt), (own, len(ids))]
+            # Hidden row t predicts token t + 1, and the prompt's last one the first of a response.
+            self.predicting += [(begin + prompt - 1, 1), (own, len(ids) - 1)]
+
+    def pad(self, tokens: np.ndarray) -> None:
+        """Append a tail that is never scored."""
+        self.tokens.append(tokens)
+        self.keys.append(len(tokens))
+        self.key_rows.append((self.total, len(tokens)))
+        self._append(len(tokens), 0)
+
+    def _append(self, length: int, position: int) -> None:
+        self.queries.append(length)
+        self.positions.append((position, length))
+        self.total += length
+
+
+def _borders(lengths: Sequence[int]) -> torch.Tensor:
+    """Return where segments of these lengths begin and end, int32 `[S + 1]`."""
+    return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+
+
+def _ranges(pieces: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return start ... start + length - 1 for each piece, joined, int64."""
+    return np.concatenate([np.arange(start, start + length) for start, length in pieces])

@@ -1,0 +1,207 @@
+"""Join of the pivot's tokens with the log-probs of the initial pivot and of every source."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import RESPONSES
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.sources import SourcesConfig, check_domains
+from megatron_infifpo.storage.notes import counted
+from megatron_infifpo.tokens.dataset import TokenDataset
+
+
+@dataclass(slots=True)
+class PreferencePair:
+    """One record, ready to be packed. R responses (1 for SFT, 3 for WRPO, else 2), M sources.
+
+    The log-prob fields are None where no sources were given. The initial pivot's token counts are
+    the scored tokens of `response_ids`.
+
+    Attributes:
+        index: of the record in the token dataset.
+        prompt_ids: int32 `[P]`.
+        response_ids: R arrays of int32, end of turn included.
+        domain_code: index into `PreferenceDataset.domains`.
+        initial_sum_logps: float32 `[R]`.
+        source_sum_logps: float32 `[R, M]`, 0 where masked.
+        source_token_counts: int64 `[R, M]`, 1 where masked, so that a mean is always defined.
+        source_mask: bool `[M]`, true where the source takes part.
+        scored: R arrays of bool, which tokens of `response_ids` are scored; None: all of them.
+    """
+
+    index: int
+    prompt_ids: np.ndarray
+    response_ids: tuple[np.ndarray, ...]
+    domain_code: int = 0
+    initial_sum_logps: np.ndarray | None = None
+    source_sum_logps: np.ndarray | None = None
+    source_token_counts: np.ndarray | None = None
+    source_mask: np.ndarray | None = None
+    scored: tuple[np.ndarray, ...] | None = None
+
+
+class PreferenceDataset:
+    """Pairs by record index.
+
+    Attributes:
+        tokens: the token dataset.
+        initial: the initial pivot's log-probs, or None without sources.
+        sources: the M sources' log-probs.
+        source_names: their names.
+        domains: names by domain code.
+        domain_codes: int64 `[N]`, of the records.
+        source_mask: bool `[N, M]`, which source takes part in which record; with sources only.
+        responses: how many responses of a record are used, R.
+        segment_lengths: int64 `[N]`, tokens of the longest response with its prompt; 0 where the
+            record is masked.
+    """
+
+    def __init__(
+        self,
+        token_prefix: str | Path,
+        sources: SourcesConfig | None = None,
+        *,
+        require_sources: bool = False,
+        responses: int | None = None,
+    ) -> None:
+        """Open all datasets and check that they belong together.
+
+        Args:
+            token_prefix: of the token dataset.
+            sources: the log-prob datasets; None gives tokens only (SFT, scoring).
+            require_sources: refuse a configuration that lists no source.
+            responses: use the first so many of chosen, rejected, pivot_chosen; default: all that
+                the records have.
+
+        Raises:
+            UserError: a dataset is missing, broken or of other records, a domain is unknown, or
+                the records have fewer responses.
+        """
+        self.tokens = TokenDataset(token_prefix)
+        self.responses = responses or len(self.tokens.responses)
+        if self.responses > len(self.tokens.responses):
+            raise UserError(
+                f"record {self.tokens.ids(0)!r} of {token_prefix} has no "
+                f"{RESPONSES[self.responses - 1]!r}, and neither has any other: WRPO compares "
+                f"{', '.join(RESPONSES)}; give the field in every record and prepare them again"
+            )
+        self.domains = self.tokens.domains
+        self.domain_codes = self.tokens.domain_codes.astype(np.int64)
+        self.initial: LogprobStore | None = None
+        self.sources: tuple[LogprobStore, ...] = ()
+        self.source_names: tuple[str, ...] = ()
+        if require_sources and (sources is None or not sources.sources):
+            where = "sources.yaml" if sources is None else sources.path
+            raise UserError(
+                f"{where} lists no source, expected at least one under the key sources for a fused "
+                "reference"
+            )
+        if sources is not None:
+            check_domains(sources, self.domains)
+            self.initial = LogprobStore(sources.initial)
+            self.initial.check_against(self.tokens, same_tokenizer=True)
+            self.sources = tuple(LogprobStore(source.logprobs) for source in sources.sources)
+            for store in self.sources:
+                store.check_against(self.tokens, same_tokenizer=False)
+            self.source_names = tuple(source.name for source in sources.sources)
+            self.source_mask = self._masks(sources)
+        prompts = self.tokens.prompt_lengths.astype(np.int64)
+        lengths = self.tokens.response_lengths[:, : self.responses].astype(np.int64)
+        self._response_tokens = lengths.sum(axis=1)
+        self.segment_lengths = prompts + lengths.max(axis=1)
+
+    def _masks(self, config: SourcesConfig) -> np.ndarray:
+        """Return bool `[N, M]`: which source takes part in which record."""
+        mask = np.empty((len(self), len(self.sources)), dtype=bool)
+        for column, (source, store) in enumerate(zip(config.sources, self.sources, strict=True)):
+            inside = [source.domains is None or domain in source.domains for domain in self.domains]
+            mask[:, column] = np.array(inside)[self.tokens.domain_codes] & ~store.masked_records
+        return mask
+
+    def pair_lengths(self, *, share_prompt: bool = False) -> np.ndarray:
+        """Return int64 `[N]`, tokens of the packed pair: one prompt, or one for each response."""
+        copies = 1 if share_prompt else self.responses
+        return copies * self.tokens.prompt_lengths.astype(np.int64) + self._response_tokens
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        """Return one pair; its arrays are its own and writable."""
+        tokens, used = self.tokens.record(index), slice(self.responses)
+        pair = PreferencePair(
+            int(index),
+            tokens.prompt_ids,
+            tokens.response_ids[used],
+            int(self.domain_codes[index]),
+            scored=tokens.scored and tokens.scored[used],
+        )
+        if self.initial is None:
+            return pair
+        shape = (self.responses, len(self.sources))
+        sums, counts = np.zeros(shape, np.float32), np.ones(shape, np.int64)
+        mask = self.source_mask[index].copy()
+        for column in mask.nonzero()[0].tolist():
+            store = self.sources[column]
+            sums[:, column] = store.sums(index)[used]
+            counts[:, column] = store.token_counts[index][used]
+        pair.initial_sum_logps = self.initial.sums(index)[used].astype(np.float32)
+        pair.source_sum_logps, pair.source_token_counts, pair.source_mask = sums, counts, mask
+        return pair
+
+    def align_domains(self, names: tuple[str, ...]) -> None:
+        """Number the domains as another dataset does: first its names, then our own others."""
+        both = (*names, *(name for name in self.domains if name not in names))
+        code = np.array([both.index(name) for name in self.domains])
+        self.domain_codes, self.domains = code[self.domain_codes], both
+
+    def eligible(self, max_tokens: int) -> np.ndarray:
+        """Return the records that can be trained on.
+
+        Args:
+            max_tokens: longest response with its prompt.
+
+        Returns:
+            int64 indices, ascending, of the records that have tokens, whose segments all fit, and
+            that the initial pivot has log-probs for (without it there is nothing to clip against).
+        """
+        return np.flatnonzero(~np.logical_or.reduce([*self._obstacles(max_tokens).values()]))
+
+    def left_out(self, max_tokens: int) -> dict[str, int]:
+        """Return how many records `eligible` leaves out, by the first reason that holds."""
+        counts, before = {}, np.zeros(len(self), dtype=bool)
+        for reason, holds in self._obstacles(max_tokens).items():
+            counts[reason] = int((holds & ~before).sum())
+            before |= holds
+        return {reason: count for reason, count in counts.items() if count}
+
+    def _obstacles(self, max_tokens: int) -> dict[str, np.ndarray]:
+        """Return bool `[N]` by reason: the records that it keeps from being trained on."""
+        found = {
+            "the chat template refuses them": self.tokens.masked_records,
+            f"longer than --seq-length {max_tokens}": self.segment_lengths > max_tokens,
+        }
+        if self.initial is not None:
+            found["without log-probs of the initial pivot"] = self.initial.masked_records
+        return found
+
+    def require_eligible(self, max_tokens: int) -> np.ndarray:
+        """Return `eligible(max_tokens)`.
+
+        Raises:
+            UserError: no record is eligible.
+        """
+        indices = self.eligible(max_tokens)
+        if not len(indices):
+            shortest = int(self.segment_lengths[~self.tokens.masked_records].min())
+            raise UserError(
+                f"none of the {len(self)} pairs of {self.tokens.prefix} is left "
+                f"({counted(self.left_out(max_tokens))}): the shortest needs {shortest} tokens and "
+                f"--seq-length is {max_tokens}; raise it, or score the initial pivot with a longer "
+                "--context-length"
+            )
+        return indices

@@ -1,0 +1,1 @@
+"""Files: Megatron's indexed documents, safetensors, torch_dist checkpoints, checksums."""

@@ -1,0 +1,175 @@
+"""Folders of checkpoints: where the weights are, what is carried along, and writing them whole."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.storage.beside import drop_code, without_code
+from megatron_infifpo.storage.share import Share
+
+TRACKER = "latest_checkpointed_iteration.txt"
+HF_FOLDER = "hf"
+RUN_FILE = "run.json"  # what a training run was made of
+# config.json's names of the dtypes that weights may have.
+DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What a Hugging Face folder holds beside weights, and what users and licences need.
+CARRIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def find_checkpoint(directory: str | Path, iteration: int | None = None) -> Path:
+    """Return the folder of the torch_dist files of a Megatron checkpoint.
+
+    Args:
+        directory: what Megatron calls --save or --load.
+        iteration: training iteration; default: what the tracker file names.
+
+    Raises:
+        UserError: not a checkpoint, no such iteration, an incomplete one, or another format.
+    """
+    directory = Path(directory)
+    tracker = directory / TRACKER
+    if iteration is None:
+        if not tracker.is_file():
+            raise UserError(
+                f"{directory} is not a Megatron checkpoint: it has no {TRACKER}; expected the "
+                "--save folder of a training or of tools/convert_checkpoint.py import"
+            )
+        latest = tracker.read_text(encoding="utf-8").strip()
+    else:
+        latest = str(iteration)
+    if latest != "release" and not latest.isdecimal():
+        raise UserError(f"{tracker} says {latest!r}, expected a number or `release`")
+    path = directory / (latest if latest == "release" else f"iter_{int(latest):07d}")
+    if not path.is_dir():
+        there = sorted(p.name for p in directory.glob("iter_*")) or ["none"]
+        raise UserError(f"{directory} has no {path.name}: its iterations are {', '.join(there)}")
+    # Megatron writes metadata.json last: without it, saving was interrupted.
+    for name in ("metadata.json", ".metadata"):
+        if not (path / name).is_file():
+            raise UserError(
+                f"{path} has no {name}: it is incomplete or not in the torch_dist format; choose "
+                "another iteration, or save with --ckpt-format torch_dist"
+            )
+    return path
+
+
+def carry(source: Path, target: Path) -> None:
+    """Copy what is not weights from one Hugging Face folder into another.
+
+    Python files are not copied, and so what names them in configurations (`auto_map`) is left out:
+    the families' own classes compute the same.
+    """
+    for pattern in CARRIED:
+        for path in sorted(source.glob(pattern)):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file():
+                shutil.copyfile(path, copy)
+                if copy.suffix == ".json" and copy.name.endswith("config.json"):
+                    drop_code(copy)
+
+
+def original_dtype(config: dict[str, Any]) -> torch.dtype:
+    """Return the dtype that a config.json declares (`torch_dtype` before transformers 5)."""
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if name not in DTYPE_NAMES:
+        raise UserError(
+            f"config.json: dtype is {name!r}, expected one of {', '.join(DTYPE_NAMES)}: "
+            "give --dtype"
+        )
+    return DTYPE_NAMES[name]
+
+
+def write_config(path: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write a model's config.json, declaring a dtype; a file that says so already is left alone."""
+    name = str(dtype).removeprefix("torch.")
+    config = without_code(config)
+    if config.get("dtype", config.get("torch_dtype")) != name:
+        config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": name}
+    if json.loads(path.read_text(encoding="utf-8")) != config:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_free(save: str | Path) -> None:
+    """Raise UserError if `save` holds something already, or is where a disk is mounted."""
+    save = Path(save)
+    if os.path.ismount(save):
+        raise UserError(
+            f"--save {save} is a mount point, to which nothing can be renamed: choose a folder "
+            "inside it"
+        )
+    if save.is_file() or (save.is_dir() and any(save.iterdir())):
+        raise UserError(f"--save {save} exists and is not empty: choose another or remove it")
+
+
+@contextlib.contextmanager
+def new_folder(save: str | Path, share: Share) -> Iterator[Path]:
+    """Yield a folder beside `save`, which becomes `save` if the block succeeds, else is removed.
+
+    All ranks enter and leave it together.
+
+    Raises:
+        UserError: `save` holds something already, or it cannot be written.
+    """
+    save = Path(save).resolve()
+    check_free(save)
+    aside = save.with_name(f".{save.name}.partial")
+    try:
+        if share.first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        share.wait()
+        yield aside
+        share.wait()
+        if share.first:
+            _sync(aside)
+            # An empty folder gives way to a rename.
+            os.rename(aside, save)
+            _sync_one(save.parent)
+        share.wait()
+    except OSError as error:
+        _discard(aside, share)
+        raise UserError(f"cannot write --save {save}: {error}; nothing was left there") from error
+    except BaseException:
+        _discard(aside, share)
+        raise
+
+
+def _discard(aside: Path, share: Share) -> None:
+    """Remove the folder; other ranks may still write, and would fail for a reason of ours."""
+    if share.first:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Put everything in a folder on the disk, so that its new name never shows less than that."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,285 @@
+"""Megatron's indexed format with a fixed number of sequences a document, and JSON manifests.
+
+A thin layer over `megatron.core.datasets.indexed_dataset`: it writes aside and renames, and it
+turns what a broken file does to Megatron's reader (assertions, crashes) into one sentence.
+"""
+
+import contextlib
+import json
+import os
+import struct
+import tokenize
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_infifpo.errors import UserError, user_errors
+from megatron_infifpo.patches import cpu
+
+with user_errors():
+    cpu.before_megatron()
+
+from megatron.core.datasets.indexed_dataset import (  # noqa: E402
+    IndexedDataset,
+    IndexedDatasetBuilder,
+)
+
+
+class DocumentWriter:
+    """Writes `PREFIX.bin` and `PREFIX.idx`, which get these names by `publish`."""
+
+    def __init__(self, prefix: str, dtype: type[np.number]) -> None:
+        """Open a file aside."""
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        self.prefix, self.dtype = prefix, dtype
+        self._aside = {end: f"{prefix}{end}.partial" for end in (".bin", ".idx")}
+        self._builder = IndexedDatasetBuilder(self._aside[".bin"], dtype=dtype)
+
+    def add(self, sequences: Sequence[np.ndarray]) -> None:
+        """Append a document of these sequences; a sequence may be empty."""
+        self._builder.add_document(np.concatenate(sequences), [len(s) for s in sequences])
+
+    def close(self) -> None:
+        """Complete both files, still aside."""
+        self._builder.finalize(self._aside[".idx"])
+
+    def publish(self) -> None:
+        """Give both files their names."""
+        for end in self._aside:
+            publish(self.prefix + end)
+
+    def discard(self) -> None:
+        """Delete what was written aside."""
+        with contextlib.suppress(OSError):  # on a full disk closing fails as writing has
+            self._builder.data_file.close()
+        for aside in self._aside.values():
+            Path(aside).unlink(missing_ok=True)
+
+
+class Documents:
+    """Reads documents of `width` sequences each, memory-mapped.
+
+    Attributes:
+        lengths: int32 `[N, width]`, items of each sequence.
+    """
+
+    def __init__(self, prefix: str, dtype: type[np.number], width: int) -> None:
+        """Open and check the two files; no loop over the documents.
+
+        Raises:
+            UserError: a file is missing, truncated, of another type or of another width.
+        """
+        for end in (".bin", ".idx"):
+            if not os.path.isfile(prefix + end):
+                raise UserError(f"{prefix}{end} is missing, expected it beside the manifest; write "
+                                f"{prefix} again")  # fmt: skip
+        _check_index_size(f"{prefix}.idx")
+        size = os.path.getsize(f"{prefix}.bin")
+        # An empty file cannot be mapped: every record of a source may be masked.
+        try:
+            self._dataset = IndexedDataset(prefix, mmap=size > 0)
+        except AssertionError:
+            raise UserError(f"{prefix}.idx contradicts itself: write it again") from None
+        index = self._dataset.index
+        if index.dtype != dtype:
+            raise UserError(
+                f"{prefix}.idx holds {np.dtype(index.dtype)} values, expected {np.dtype(dtype)}; "
+                "this is another kind of dataset"
+            )
+        borders = self._dataset.document_indices
+        if not np.array_equal(borders, np.arange(len(borders)) * width):
+            raise UserError(
+                f"{prefix}.idx holds documents of other than {width} sequences, expected one for "
+                "each response (and the prompt) of a record"
+            )
+        # Copies: Megatron unmaps the index when the dataset goes, and views would dangle.
+        self.lengths: np.ndarray = index.sequence_lengths.reshape(-1, width).copy()
+        self._starts: np.ndarray = index.sequence_pointers[::width].copy()
+        self._sizes: np.ndarray = self.lengths.sum(axis=1, dtype=np.int64)
+        self._dtype, self._prefix = dtype, prefix
+        sequences = index.sequence_lengths.astype(np.int64)
+        starts = (np.cumsum(sequences) - sequences) * np.dtype(dtype).itemsize
+        if (sequences < 0).any() or not np.array_equal(starts, index.sequence_pointers):
+            raise UserError(f"{prefix}.idx has sequences out of place: write it again")
+        expected = int(self._sizes.sum()) * np.dtype(dtype).itemsize
+        if size != expected:
+            raise UserError(
+                f"{prefix}.bin has {size} bytes, expected {expected} by {prefix}.idx; the file is "
+                "truncated or belongs to another index: write it again"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return len(self._sizes)
+
+    def view(self, index: int) -> np.ndarray:
+        """Return all sequences of one document, joined: read-only, void once this object goes."""
+        count = int(self._sizes[index])
+        if count == 0:
+            return np.empty(0, dtype=self._dtype)
+        return self._dataset.bin_reader.read(self._dtype, count, int(self._starts[index]))
+
+    def document(self, index: int) -> np.ndarray:
+        """Return all sequences of one document, joined, as an array of its own (writable)."""
+        return self.view(index).copy()
+
+    def sequences(self, index: int) -> list[np.ndarray]:
+        """Return the sequences of one document; they share one writable array of its own."""
+        document, start, parts = self.document(index), 0, []
+        for length in self.lengths[index].tolist():
+            parts.append(document[start : start + length])
+            start += length
+        return parts
+
+    def largest(self) -> int:
+        """Return the largest item, or complement of a negative one; -1 where there is none."""
+        total = int(self._sizes.sum())
+        if total == 0:
+            return -1
+        values = self._dataset.bin_reader.read(self._dtype, total, 0)
+        return max(int(values.max()), -1 - int(values.min()))
+
+    def find(self, content: np.ndarray) -> int | None:
+        """Return the first document equal to `content`, if any (vectorised scan)."""
+        if len(content) == 0:
+            return None
+        candidates = np.flatnonzero(self._sizes == len(content))
+        starts = self._starts[candidates] // np.dtype(self._dtype).itemsize
+        total = int(self._sizes.sum())
+        values = self._dataset.bin_reader.read(self._dtype, total, 0) if total else content
+        for offset, wanted in enumerate(content):
+            keep = values[starts + offset] == wanted
+            candidates, starts = candidates[keep], starts[keep]
+        return int(candidates[0]) if len(candidates) else None
+
+
+# The format's magic bytes and version, and the codes of its types.
+_INDEX_HEADER = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1)
+_DTYPE_CODES = range(1, 9)
+
+
+def read_array(path: str, again: str, *, mapped: bool = False) -> np.ndarray:
+    """Read an `.npy` file.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, MemoryError) as error:
+        raise UserError(f"cannot read {path} ({error}); {again}") from None
+    return array
+
+
+def _check_index_size(path: str) -> None:
+    """Refuse an index that is no index, or truncated: Megatron's reader would crash on it."""
+    with open(path, "rb") as stream:
+        header = stream.read(34)
+    if len(header) < 34 or header[:17] != _INDEX_HEADER or header[17] not in _DTYPE_CODES:
+        raise UserError(f"{path} is not an index of Megatron's indexed format; write it again")
+    sequences, borders = struct.unpack("<QQ", header[18:34])
+    expected = 34 + 12 * sequences + 8 * borders
+    if os.path.getsize(path) != expected:
+        raise UserError(
+            f"{path} has {os.path.getsize(path)} bytes, expected {expected} by its header; the "
+            "file is truncated: write it again"
+        )
+
+
+def publish(path: str) -> None:
+    """Give `PATH.partial` its name, once its content is on the disk."""
+    with open(f"{path}.partial", "rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(f"{path}.partial", path)
+
+
+def check_fields(found: Any, schema: Any, where: str) -> None:
+    """Check the types of a JSON value.
+
+    Args:
+        found: the value.
+        schema: a type or a tuple of types; `[schema]` for a list; `{name: schema}` for an object
+            with at least these fields.
+        where: names the value in errors.
+
+    Raises:
+        UserError: another type, or a field that is missing.
+    """
+    if isinstance(schema, dict):
+        kind: Any = dict
+    elif isinstance(schema, list):
+        kind = list
+    else:
+        kind = schema
+    if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+        names = kind if isinstance(kind, tuple) else (kind,)
+        expected = " or ".join(_JSON_NAMES.get(name, name.__name__) for name in names)
+        raise UserError(f"{where} is {str(found)[:40]!r}, expected {expected}: write it again")
+    if isinstance(schema, list):
+        for number, value in enumerate(found):
+            check_fields(value, schema[0], f"{where}[{number}]")
+    elif isinstance(schema, dict):
+        for name, inside in schema.items():
+            if name not in found:
+                raise UserError(f"{where} has no {name!r}: write it again")
+            check_fields(found[name], inside, f"{where}: {name}")
+
+
+_JSON_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
+_JSON_NAMES |= {type(None): "null", bool: "true or false"}
+
+
+def write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
+    """Write `PREFIX.json`, as the last file of a dataset: with it the dataset is complete."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    Path(f"{prefix}.json.partial").write_text(text, encoding="utf-8")
+    publish(f"{prefix}.json")
+
+
+def read_manifest(
+    prefix: str,
+    *,
+    format_name: str,
+    version: int,
+    made_by: str,
+    schema: dict[str, Any],
+    older: str = "",
+) -> dict[str, Any]:
+    """Read `PREFIX.json` and check what it describes.
+
+    Args:
+        prefix: of the dataset.
+        format_name: expected value of "format".
+        version: expected value of "version".
+        made_by: the command that writes such a dataset, for the errors.
+        schema: of its other fields, as `check_fields` takes it.
+        older: what is wrong with earlier versions.
+
+    Raises:
+        UserError: no manifest, not readable, of another format or version.
+    """
+    path = Path(f"{prefix}.json")
+    if not path.is_file():
+        raise UserError(
+            f"the manifest {path} is missing, expected a {format_name} of prefix {prefix}; it is "
+            f"written last, so run {made_by} to its end"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the manifest {path} is broken ({error}); run {made_by} again") from None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != format_name:
+        raise UserError(
+            f"the manifest {path} says format {found!r}, expected {format_name!r}; give the prefix "
+            f"of a dataset written by {made_by}"
+        )
+    if manifest.get("version") != version:
+        raise UserError(
+            f"the manifest {path} says version {manifest.get('version')!r}, expected {version}; "
+            f"write the dataset again with this version's {made_by}{older and f' ({older})'}"
+        )
+    check_fields(manifest, schema, f"the manifest {path}")
+    return manifest

@@ -1,0 +1,1 @@
+"""From records to token ids, by each model's own tokenizer and chat template."""

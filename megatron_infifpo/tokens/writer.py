@@ -1,0 +1,167 @@
+"""Write the pivot's token dataset; `token_dataset` says what its files hold."""
+
+import hashlib
+import itertools
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_infifpo import __version__
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import RESPONSES, PreferenceRecord, canonical_bytes
+from megatron_infifpo.storage.documents import DocumentWriter, publish, write_manifest
+from megatron_infifpo.storage.notes import Notes, counted
+from megatron_infifpo.tokens.dataset import FORMAT, VERSION
+from megatron_infifpo.tokens.encoding import encode_or_refuse
+from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
+
+BATCH = 256  # records tokenized at once; fast tokenizers use threads within a batch
+
+
+def write_token_dataset(
+    records: Iterable[PreferenceRecord],
+    tokenizer: ChatTokenizer,
+    prefix: str | Path,
+    *,
+    source_files: Sequence[str | Path] = (),
+    on_refused: Literal["error", "mask"] = "error",
+) -> dict[str, Any]:
+    """Tokenize records and write the dataset.
+
+    Args:
+        records: in the order that every log-prob dataset has; consumed once.
+        tokenizer: the pivot's.
+        prefix: of the files to write; an older dataset of this name is replaced.
+        source_files: where the records came from, for the manifest.
+        on_refused: what to do with a record that the chat template refuses: stop, or keep its
+            place without tokens, so that training leaves it out.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: no records, or none with tokens; some with and some without `pivot_chosen`; or a
+            record that the chat template refuses.
+    """
+    writer = _Writer(str(prefix))
+    try:
+        for batch in itertools.batched(records, BATCH):
+            for record, found in zip(batch, encode_or_refuse(batch, tokenizer), strict=True):
+                if isinstance(found, str) and on_refused == "error":
+                    raise UserError(
+                        f"record {record.id!r} cannot be scored: {found}; --on-bad-record skip "
+                        "keeps the place of such records without tokens, so that training leaves "
+                        "them out"
+                    )
+                writer.add(record, found)
+        writer.check()
+    except BaseException:
+        writer.discard()
+        raise
+    return writer.finish(
+        {"tokenizer": tokenizer.describe(), "source_files": [str(path) for path in source_files]}
+    )
+
+
+class _Writer:
+    """The files of a token dataset in the making."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.tokens = DocumentWriter(prefix, np.int32)
+        self.ids = DocumentWriter(f"{prefix}_ids", np.uint8)
+        self.domains: dict[str, int] = {}
+        # Arrays of C numbers: a million records must not become millions of Python objects.
+        self.codes, self.scored = array("i"), array("i")
+        self.records_digest, self.tokens_digest = hashlib.sha256(), hashlib.sha256()
+        self.notes, self.remarks, self.width = Notes(), Notes(), 0
+        self.largest_id = -1
+
+    def add(self, record: PreferenceRecord, found: TokenizedRecord | str) -> None:
+        """Append a record, or its place and why it is masked."""
+        width = len(record.responses)
+        self.width = self.width or width
+        if width != self.width:
+            raise UserError(
+                f"record {record.id!r} has {width} responses and the first record has "
+                f"{self.width}, expected 'pivot_chosen' in all records or in none"
+            )
+        if isinstance(found, str):
+            self.notes.add(len(self.codes), found)
+            parts = [np.empty(0, dtype=np.int32)] * (1 + width)
+        else:
+            parts = [found.prompt_ids, *_stored(found)]
+            for remark in found.notes:
+                self.remarks.add(len(self.codes), remark)
+        self.tokens.add(parts)
+        self.scored.extend(int((ids >= 0).sum()) for ids in parts[1:])
+        self.ids.add([np.frombuffer(record.id.encode(), dtype=np.uint8)])
+        self.codes.append(self.domains.setdefault(record.domain, len(self.domains)))
+        self.records_digest.update(canonical_bytes(record))
+        self.tokens_digest.update(np.array([len(ids) for ids in parts], dtype=np.int32).tobytes())
+        joined = np.concatenate(parts)
+        self.tokens_digest.update(joined.tobytes())
+        if len(joined):  # of an id that is not scored its complement is there
+            self.largest_id = max(self.largest_id, int(joined.max()), -1 - int(joined.min()))
+
+    def check(self) -> None:
+        """Check that there is something to write."""
+        if not self.codes:
+            raise UserError(
+                f"there are no records to write to {self.prefix}, expected at least one"
+            )
+        if not any(self.scored):
+            reasons = counted(self.notes.counts())
+            raise UserError(f"none of the {len(self.codes)} records can be scored: {reasons}")
+        if len(self.domains) > 1 << 16:
+            raise UserError(f"found {len(self.domains)} domains, expected at most 65536")
+
+    def discard(self) -> None:
+        """Delete what was written aside."""
+        self.tokens.discard()
+        self.ids.discard()
+
+    def finish(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Give all files their names, and return the manifest."""
+        # While files are replaced there is no manifest, so a mix of old and new cannot be opened.
+        Path(f"{self.prefix}.json").unlink(missing_ok=True)
+        for documents in (self.tokens, self.ids):
+            documents.close()
+            documents.publish()
+        scored = np.frombuffer(self.scored, np.int32).reshape(-1, self.width)
+        codes = np.frombuffer(self.codes, np.int32).astype(np.uint16)
+        _write_array(f"{self.prefix}_scored.npy", scored)
+        _write_array(f"{self.prefix}_domains.npy", codes)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "count": len(self.codes),
+            "responses": list(RESPONSES[: self.width]),
+            "domains": list(self.domains),
+            "records_sha256": self.records_digest.hexdigest(),
+            "tokens_sha256": self.tokens_digest.hexdigest(),
+            "largest_id": self.largest_id,
+            **fields,
+            **self.notes.fields("note"),
+            **self.remarks.fields("remark"),
+            "megatron_infifpo": __version__,
+        }
+        write_manifest(self.prefix, manifest)
+        return manifest
+
+
+def _write_array(path: str, values: np.ndarray) -> None:
+    with open(f"{path}.partial", "wb") as stream:
+        np.save(stream, values)
+    publish(path)
+
+
+def _stored(tokens: TokenizedRecord) -> list[np.ndarray]:
+    """Return the responses' ids as they are stored: complements where they are not scored."""
+    if tokens.scored is None:
+        return list(tokens.response_ids)
+    pairs = zip(tokens.response_ids, tokens.scored, strict=True)
+    return [np.where(mask, ids, ~ids) for ids, mask in pairs]
