@@ -19,7 +19,7 @@ test: $(STAMP) $(TE) lint
 
 # In the environment that trains here: .venv if there is one, else Python as it is.
 gpu-check:
-	$(or $(wildcard $(BIN)/python),python) tools/gpu_check.py
+	$(or $(wildcard $(BIN)/python),python) -m megatron_infifpo gpu-check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

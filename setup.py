@@ -18,6 +18,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_infifpo", "megatron_infifpo.*"]),
+    package_data={"megatron_infifpo.commands.help": ["*.txt"]},
+    entry_points={"console_scripts": ["infifpo = megatron_infifpo.commands.main:main"]},
     python_requires=">=3.12",
     install_requires=[
         "megatron-core[training]==0.19.*",

@@ -1,1 +1,1 @@
-"""The subcommands of `infifpo`, one file each."""
+"""The subcommands of `infifpo`, one file each; `main` says what such a file has."""
