@@ -68,10 +68,10 @@ def run_tool(commands: str | Mapping[str, str]) -> None:
         commands: its name; or names by the first word that chooses between them.
     """
     if isinstance(commands, str):
-        main([commands, *sys.argv[1:]])
+        return main([commands, *sys.argv[1:]])
     first, *rest = sys.argv[1:] or [""]
     if first in commands:
-        main([commands[first], *rest])
+        return main([commands[first], *rest])
     usage = f"usage: {Path(sys.argv[0]).name} {' | '.join(commands)} ...; each has --help"
     print(usage, file=sys.stdout if first in HELP else sys.stderr)
     sys.exit(0 if first in HELP else 2)
