@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_infifpo.convert.hf_export import open_checkpoint, read_entry
 from megatron_infifpo.convert.hf_folder import open_hf
 from megatron_infifpo.convert.hf_weights import fill
-from megatron_infifpo.engine.gpt import build_model, forward_only_arguments
+from megatron_infifpo.engine.gpt import build_model
 from megatron_infifpo.engine.packed import packed_params
-from megatron_infifpo.engine.parallel import initialize_parallel
+from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel
 from megatron_infifpo.families import check_tensor_parallel, family, megatron_args
 from megatron_infifpo.families.mapping import OUTPUT_LAYER, WeightMapping
 
@@ -145,7 +145,8 @@ class _MegatronLayers:
     def __init__(self, directory: str | Path, tensor_parallel: int, bf16: bool):
         self.checkpoint, self.mapping, config = open_checkpoint(directory)
         self.rows = family(config).rows
-        self.args, self.layout = megatron_args(config), (tensor_parallel, bf16)
+        self.args = megatron_args(config)
+        self.layout = ModelLayout(tensor_parallel, bf16=bf16)
         check_tensor_parallel(self.args, tensor_parallel)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.models: dict[str, Any] = {}
@@ -168,11 +169,9 @@ class _MegatronLayers:
         args = self._one_layer(layer)
         kind = str((args["window_attn_skip_freq"], args["extras"]))
         if kind not in self.models:
-            tensor_parallel, bf16 = self.layout
-            parsed = forward_only_arguments(args, tensor_parallel=tensor_parallel, bf16=bf16)
             if not self.models:
-                initialize_parallel(parsed)
-            (model,) = build_model(parsed)
+                initialize_parallel(self.layout)
+            (model,) = build_model(args, self.layout)
             self.models[kind] = (model, model.decoder.final_layernorm, args)
         model, norm, args = self.models[kind]
         model.decoder.final_layernorm = norm  # a parameter like the others, while it is filled

@@ -95,8 +95,7 @@ def _kind(half: bool) -> str:
     """Name of the kind of layers that a run gets without a flag about them."""
     from megatron_infifpo.engine.layer_kind import choose_kind
 
-    flags = {"bf16": half, "fp16": False, "fp8": None, "transformer_impl": "transformer_engine"}
-    return choose_kind(argparse.Namespace(**flags)).name
+    return choose_kind(half=half).name
 
 
 def attention(on_cpu: bool) -> str:

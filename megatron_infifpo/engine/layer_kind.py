@@ -4,7 +4,6 @@ A kind is independent of the device: the CPU runs local layers as a GPU does. A 
 layers of any kind, by `FamilyLayers` of its own.
 """
 
-import argparse
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -145,34 +144,45 @@ _ALL = (
 KINDS = {kind.name: kind for kind in _ALL}
 
 
-def choose_kind(args: argparse.Namespace) -> LayerKind:
+def choose_kind(
+    *,
+    half: bool,
+    fp8: bool = False,
+    transformer_impl: str = "transformer_engine",
+    te_attention: bool = False,
+) -> LayerKind:
     """Choose the layers of a run or of a scoring job; called once.
 
     Transformer Engine's where it imports, with our attention. Float32 is for the local ones:
     Transformer Engine would multiply it as TF32, which has 10 bits of it.
 
     Args:
-        args: Megatron's, not validated; of ours te_attention, where there is one.
+        half: compute in bfloat16 or float16.
+        fp8: with products in FP8.
+        transformer_impl: Megatron's, `local` to do without Transformer Engine.
+        te_attention: with Transformer Engine's attention.
 
     Raises:
         UserError: a flag that the chosen layers do not have.
     """
-    half = args.bf16 or args.fp16
-    te = HAVE_TE and half and args.transformer_impl != "local"
-    own = getattr(args, "te_attention", False)
+    te = HAVE_TE and half and transformer_impl != "local"
     why = "--transformer-impl is local" if HAVE_TE and half else "float32 runs on local layers"
     if not HAVE_TE:
         why = "Transformer Engine is not installed, or there is no GPU"
-    for flag, given in (("--te-attention", own), ("--fp8-format", args.fp8)):
+    for flag, given in (("--te-attention", te_attention), ("--fp8-format", fp8)):
         if given and not te:
             raise UserError(f"{flag} needs Transformer Engine's layers, but {why}: leave it out")
-    return KINDS[("te-attention" if own else "te") if te else "local"]
+    return KINDS[("te-attention" if te_attention else "te") if te else "local"]
 
 
-def row_multiple(args: argparse.Namespace) -> int:
+def row_multiple(tensor_parallel: int, fp8_recipe: str | None = None) -> int:
     """Return what a row's tokens are padded to a multiple of, by layout and precision.
 
     Under sequence parallelism a rank holds its share of them.
+
+    Args:
+        tensor_parallel: ranks a tensor is spread over.
+        fp8_recipe: how values are scaled for products in FP8; None without any.
     """
-    products = FP8_TOKENS.get(args.fp8_recipe, 16) if args.fp8 else 1
-    return products * int(args.tensor_model_parallel_size)
+    products = 1 if fp8_recipe is None else FP8_TOKENS.get(fp8_recipe, 16)
+    return products * tensor_parallel

@@ -1,8 +1,8 @@
 """Start ranks: torch.distributed and Megatron's process groups."""
 
-import argparse
 import datetime
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +11,23 @@ from megatron_infifpo.patches import cpu
 # Ranks of a scoring job drift apart, and all wait while the first reads or merges: the usual ten
 # minutes would end the job.
 WAIT = datetime.timedelta(hours=12)
+_SEED = 1234  # Megatron asks for one; nothing is drawn forward
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """How a model that is only run forward lies on ranks, and in which precision.
+
+    Attributes:
+        tensor_parallel, pipeline_parallel: ranks a tensor and layers are spread over.
+        virtual_pipeline: model chunks a pipeline rank, or None.
+        bf16: weights and activations in bfloat16, else float32.
+    """
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    virtual_pipeline: int | None = None
+    bf16: bool = False
 
 
 def one_rank_by_default() -> None:
@@ -20,17 +37,13 @@ def one_rank_by_default() -> None:
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
 
 
-def initialize_parallel(args: argparse.Namespace) -> None:
-    """Start torch.distributed (as torchrun or srun set it up, or alone) and Megatron's groups.
-
-    Args:
-        args: validated Megatron arguments.
-    """
+def initialize_parallel(layout: ModelLayout) -> None:
+    """Start torch.distributed (as torchrun or srun set it up, or alone) and Megatron's groups."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if not torch.distributed.is_initialized():
-        backend = args.distributed_backend
+        backend = "gloo" if cpu.is_enabled() else "nccl"
         if "WORLD_SIZE" in os.environ:
             if not cpu.is_enabled():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -40,8 +53,6 @@ def initialize_parallel(args: argparse.Namespace) -> None:
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            args.tensor_model_parallel_size,
-            args.pipeline_model_parallel_size,
-            args.virtual_pipeline_model_parallel_size,
+            layout.tensor_parallel, layout.pipeline_parallel, layout.virtual_pipeline
         )
-        model_parallel_cuda_manual_seed(args.seed)
+        model_parallel_cuda_manual_seed(_SEED)

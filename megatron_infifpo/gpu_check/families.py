@@ -133,25 +133,22 @@ def in_megatron(
     """
     from megatron_infifpo.convert.hf_folder import open_hf
     from megatron_infifpo.convert.hf_weights import fill, load_into_model
-    from megatron_infifpo.engine.gpt import build_model, forward_only_arguments
-    from megatron_infifpo.engine.layer_kind import KINDS
+    from megatron_infifpo.engine.gpt import build_model
     from megatron_infifpo.engine.packed import run_packed, to_device
-    from megatron_infifpo.engine.parallel import initialize_parallel
+    from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel
     from megatron_infifpo.families import megatron_args
     from megatron_infifpo.families.architecture import read_hf_config
 
-    architecture = megatron_args(read_hf_config(folder)) | dict(variant.arguments)
-    args = forward_only_arguments(architecture, bf16=variant.bf16)
-    initialize_parallel(args)
-    models = build_model(args)
+    architecture, layout = megatron_args(read_hf_config(folder)), ModelLayout(bf16=variant.bf16)
+    initialize_parallel(layout)
+    models = build_model(architecture, layout, variant.kind)
     load_into_model(models, folder)
     model = models[0].train().requires_grad_(True)
     for parameter in model.parameters():  # as Megatron's data parallelism prepares them
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
         parameter.grad_added_to_main_grad = False
-    shared = KINDS[args.layer_kind].shares_prompts
-    row = to_device(collate(pairs, share_prompt=shared))
-    logprobs = run_packed(model, row, args.padded_vocab_size)
+    row = to_device(collate(pairs, share_prompt=variant.kind.shares_prompts))
+    logprobs = run_packed(model, row, architecture["padded_vocab_size"])
     (logprobs * token_weights(len(logprobs)).to(logprobs)).sum().backward()
     gradients = {name: collected(p).double().cpu() for name, p in model.named_parameters()}
     mapping = open_hf(folder)[1]

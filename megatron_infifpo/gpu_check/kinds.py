@@ -1,6 +1,5 @@
 """Which layers and data types can be checked here. Imports Megatron: after `cpu.enable()`."""
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +16,18 @@ class Variant:
         name: as tables show it.
         bf16: in bfloat16, else in float32.
         flags: of `megatron_infifpo.train`.
-        arguments: Megatron arguments that choose the layers.
+        choice: of the layers, beside their data type: arguments of `choose_kind`.
     """
 
     name: str
     bf16: bool
     flags: tuple[str, ...] = ()
-    arguments: tuple[tuple[str, Any], ...] = ()
+    choice: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def kind(self) -> LayerKind:
+        """Its kind of layers."""
+        return choose_kind(half=self.bf16, **dict(self.choice))
 
 
 LOCAL = ("--transformer-impl", "local")
@@ -43,5 +47,4 @@ def variants() -> dict[Variant, str | None]:
 
 def default_kind(*, bf16: bool) -> LayerKind:
     """Return the layers that a run without any flag about them gets here."""
-    flags = {"bf16": bf16, "fp16": False, "fp8": None, "te_attention": False}
-    return choose_kind(argparse.Namespace(transformer_impl="transformer_engine", **flags))
+    return choose_kind(half=bf16)

@@ -11,12 +11,13 @@ cpu.enable()
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.utils import get_model_config  # noqa: E402
 
 from megatron_infifpo.convert.hf_weights import load_into_model  # noqa: E402
-from megatron_infifpo.engine.gpt import build_model, forward_only_arguments  # noqa: E402
-from megatron_infifpo.engine.layer_kind import KINDS, row_multiple  # noqa: E402
+from megatron_infifpo.engine.gpt import build_model  # noqa: E402
+from megatron_infifpo.engine.layer_kind import row_multiple  # noqa: E402
 from megatron_infifpo.engine.packed import score_rows  # noqa: E402
-from megatron_infifpo.engine.parallel import initialize_parallel  # noqa: E402
+from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel  # noqa: E402
 from megatron_infifpo.families import (  # noqa: E402
     check_pipeline_parallel,
     check_tensor_parallel,
@@ -66,21 +67,16 @@ class MegatronBackend:
         architecture = megatron_args(read_hf_config(directory))
         check_tensor_parallel(architecture, tensor_parallel)
         check_pipeline_parallel(architecture, pipeline_parallel)
-        args = forward_only_arguments(
-            architecture,
-            tensor_parallel=tensor_parallel,
-            pipeline_parallel=pipeline_parallel,
-            bf16=bf16,
-        )
-        initialize_parallel(args)
-        self.models = build_model(args)
+        layout = ModelLayout(tensor_parallel, pipeline_parallel, bf16=bf16)
+        initialize_parallel(layout)
+        self.models = build_model(architecture, layout)
         if (Path(directory) / "config.json").is_file():
             load_into_model(self.models, directory)
         else:
             load_megatron_checkpoint(self.models, directory)
-        self.vocab_size: int = args.padded_vocab_size
-        self.pad_multiple = row_multiple(args)
-        self.shares_prompts = KINDS[args.layer_kind].shares_prompts
+        self.vocab_size: int = architecture["padded_vocab_size"]
+        self.pad_multiple = row_multiple(tensor_parallel)
+        self.shares_prompts = get_model_config(self.models[0]).layer_kind.shares_prompts
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
         self.is_writer = (

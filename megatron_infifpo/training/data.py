@@ -209,7 +209,9 @@ class DatasetsProvider:
             "data_parallel_size": mpu.get_data_parallel_world_size(),
             "num_microbatches": get_num_microbatches(),
             "max_tokens": args.seq_length,
-            "pad_multiple": row_multiple(args),
+            "pad_multiple": row_multiple(
+                args.tensor_model_parallel_size, args.fp8_recipe if args.fp8 else None
+            ),
             "share_prompt": args.share_prompt,
             "pin_memory": not cpu.is_enabled(),
         }

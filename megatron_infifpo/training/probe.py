@@ -87,7 +87,12 @@ def compare(
     mine = records[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()].tolist()
     size = args.micro_batch_size
     groups = [mine[i : i + size] for i in range(0, len(mine), size)]
-    layout = {"pad_multiple": row_multiple(args), "share_prompt": args.share_prompt}
+    layout = {
+        "pad_multiple": row_multiple(
+            args.tensor_model_parallel_size, args.fp8_recipe if args.fp8 else None
+        ),
+        "share_prompt": args.share_prompt,
+    }
     rows = [collate([dataset[i] for i in group], **layout) for group in groups]
     # Interleaved stages take rows by the pipeline's size.
     repeated = -len(rows) % args.pipeline_model_parallel_size if rows and len(models) > 1 else 0

@@ -32,7 +32,7 @@ from megatron_infifpo.engine.gpt import (  # noqa: E402
     fixed_arguments,
     model_config,
     refusals,
-    validate,
+    validated,
 )
 from megatron_infifpo.engine.layer_kind import choose_kind  # noqa: E402
 from megatron_infifpo.engine.parallel import one_rank_by_default  # noqa: E402
@@ -99,15 +99,20 @@ def main() -> None:
     start = find_start(args)
     apply_architecture(args, parser, start.folder)
     train, valid = open_datasets(args, method)
-    kind = choose_kind(args)
+    kind = choose_kind(
+        half=args.bf16 or args.fp16,
+        fp8=bool(args.fp8),
+        transformer_impl=args.transformer_impl,
+        te_attention=args.te_attention,
+    )
     args.layer_kind = kind.name
     override(args, parser, fixed_arguments(kind))
     set_share_prompt(args, method)
     set_schedule(args, method, train, valid)
-    validate(args)
+    args = validated(vars(args))
     news = check_resume(args, start, method)
     with refusals():
-        config = model_config(args)
+        config = model_config(vars(args), kind)
     record = accept_on_first_rank(args, start, method, train, valid)
     if finished := nothing_left(args, start):
         print_rank_0(finished, rank=args.rank)
