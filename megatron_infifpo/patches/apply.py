@@ -22,7 +22,7 @@ def apply_patches(
 
     Args:
         get_schedule: what the training loop is to call for the schedule of a step.
-        finish_save: what ends a save: see `saves.end_with`.
+        finish_save: what ends a save: see `saves.mend_saves`.
     """
     startup.skip_helpers()
     startup.skip_warm_up()
@@ -30,6 +30,6 @@ def apply_patches(
     output_layer.allow_fused_gradients()
     adam.make_resumable()
     learning_rate.take_new_rates()
-    saves.end_with(finish_save)
+    saves.mend_saves(finish_save)
     training_loop.log_each_step_as_it_was()
     training_loop.use_schedule(get_schedule)

@@ -1,7 +1,9 @@
-"""Write the checksums of a checkpoint as soon as it is whole, before the tracker names it.
+"""What every save of a run needs beside Megatron's own: an end, and a copy of what it writes.
 
-Megatron's own (`--verify-integrity`) are made by one rank that reads all files, and a checkpoint
-without them cannot be loaded with the flag. Needless once it shares the work among ranks.
+For Megatron 0.19. Its checksums (`--verify-integrity`) are made by one rank that reads all files,
+and a checkpoint without them cannot be loaded with the flag: needless once it shares the work among
+ranks. Its helper process writes tensors that are on the CPU (of an optimizer that is kept there, or
+of a run on a CPU) out of the memory that the next step changes: needless once it copies them.
 """
 
 import functools
@@ -13,8 +15,8 @@ import megatron.core.dist_checkpointing as checkpointing
 import torch.distributed as dist
 
 
-def end_with(finish_save: Callable[[Path, int, int], None]) -> None:
-    """Let every save of a run end with a function, asynchronous ones included; idempotent.
+def mend_saves(finish_save: Callable[[Path, int, int], None]) -> None:
+    """Let every save end with a function, and write what was there when it began; idempotent.
 
     Args:
         finish_save: takes the folder, this rank and the number of ranks; writes the checksums.
@@ -25,14 +27,28 @@ def end_with(finish_save: Callable[[Path, int, int], None]) -> None:
         return
 
     @functools.wraps(save)
-    def save_and_sum(state: Any, directory: Any, *args: Any, **options: Any) -> Any:
+    def save_whole(state: Any, directory: Any, *args: Any, **options: Any) -> Any:
         request = save(state, directory, *args, **options)
         rank, world = dist.get_rank(), dist.get_world_size()
         finish = functools.partial(finish_save, Path(directory), rank, world)
         if request is None:
             finish()
-        else:
-            request.finalize_fns.append(finish)
+            return None
+        if request.preload_fn is not None:  # None on a rank that has nothing to write
+            copy_from_cpu(request.preload_fn.args[0])
+        request.finalize_fns.append(finish)
         return request
 
-    module.save = save_and_sum
+    module.save = save_whole
+
+
+def copy_from_cpu(buckets: list[Any]) -> None:
+    """Replace tensors on the CPU by copies, in place.
+
+    Args:
+        buckets: what an asynchronous save is about to write, by file: its path, its name, and items
+            with their bytes and with their tensors. Tensors on a GPU are copied by Megatron.
+    """
+    for number, (path, name, (read, tensors)) in enumerate(buckets):
+        own = [(item, t.clone() if t.device.type == "cpu" else t) for item, t in tensors]
+        buckets[number] = (path, name, (read, own))
