@@ -1,4 +1,4 @@
-"""What is changed of Megatron in training."""
+"""All that training changes of Megatron; `cpu` and `signals` are for some runs only."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,7 @@
 """What Megatron does at every start, and what is not for us.
 
-Needless once its wheel holds the Makefile of its data sets' helpers, or does not ask for it, and
-once the warm-up has a flag.
+For Megatron 0.19. Needless once its wheel holds the Makefile of its data sets' helpers, or does not
+ask for it, and once the warm-up has a flag.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Let Megatron's training loop and its evaluation run their steps by a schedule of ours.
 
-Needless once `pretrain` takes a schedule. It takes a communicator, but only with process groups,
+For Megatron 0.19. Needless once `pretrain` takes a schedule. It takes a communicator, but only with process groups,
 and makes those itself.
 """
 

@@ -69,7 +69,7 @@ from megatron_infifpo.training.resume import (  # noqa: E402
     settle_schedule,
 )
 from megatron_infifpo.training.schedule import get_training_schedule  # noqa: E402
-from megatron_infifpo.training.signals import shield_helpers  # noqa: E402
+from megatron_infifpo.patches.signals import shield_helpers  # noqa: E402
 from megatron_infifpo.training.start import Start, find_start  # noqa: E402
 from megatron_infifpo.training.step import TrainingStep  # noqa: E402
 from megatron_infifpo.training.token_check import check_tokens  # noqa: E402

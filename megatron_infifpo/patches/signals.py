@@ -1,7 +1,8 @@
 """Let helper processes survive the signal at which training saves and exits.
 
-SLURM signals every process of a step, and Megatron's checkpoint writer has helpers of its own,
-which the signal would end just when they are needed.
+For Megatron 0.19. SLURM signals every process of a step, and Megatron's checkpoint writer has
+helpers of its own, which the signal would end just when they are needed. Needless once they block
+it themselves.
 """
 
 import functools
