@@ -2,7 +2,7 @@
 
 Everything of a run lies in one folder, and each stage finds there what others left:
 
-    RUN/data/sft.jsonl, preference.jsonl     records (tools/split_preferences.py)
+    RUN/data/sft.jsonl, preference.jsonl     records (infifpo split)
     RUN/data/sft.*, preference.*             token datasets
     RUN/sources.yaml                         the sources, and how each is scored
     RUN/logprobs/NAME.*                      log-prob datasets
@@ -23,6 +23,7 @@ from megatron_infifpo.references.sources import read_sources
 
 RUN = "runs/phi4"
 PIVOT = "models/phi-4"
+PROGRAM = "megatron_infifpo"
 BASELINES = ("dpo", "ipo", "wrpo", "infifpo-ipo", "infifpo-wrpo")
 
 
@@ -32,7 +33,7 @@ class Job:
 
     Attributes:
         name: of the stage, for logs.
-        arguments: what follows `python` on the command line, from the repository's root.
+        arguments: what follows `infifpo` on the command line.
         every_rank: whether all ranks run it together, else one process does.
     """
 
@@ -42,7 +43,16 @@ class Job:
 
     def __str__(self) -> str:
         """As a shell takes it."""
-        return shlex.join(("python", *self.arguments))
+        return shlex.join(("infifpo", *self.arguments))
+
+    @property
+    def python_words(self) -> tuple[str, ...]:
+        """What follows `python`, to start it with.
+
+        As a module, not by the installed script: torchrun, srun and containers start it with the
+        Python that they have, whatever is on PATH, and from a checkout that is not installed.
+        """
+        return ("-m", PROGRAM, *self.arguments)
 
 
 def split_words(text: str, name: str) -> list[str]:
@@ -83,7 +93,7 @@ def convert(run: str = RUN, hf: str = PIVOT, dtype: str = "bf16") -> Job:
     """
     save = f"{run}/pivot"
     flags = ("import", "--hf", hf, "--save", save, "--dtype", dtype)
-    return Job("convert", ("tools/convert_checkpoint.py", *flags))
+    return Job("convert", flags)
 
 
 def prepare(run: str = RUN, hf: str = PIVOT, split: str = "preference", flags: str = "") -> Job:
@@ -93,12 +103,12 @@ def prepare(run: str = RUN, hf: str = PIVOT, split: str = "preference", flags: s
         run: folder of the run.
         hf: the pivot's Hugging Face folder, for its tokenizer and chat template.
         split: `sft` or `preference`; reads RUN/data/SPLIT.jsonl.
-        flags: further ones of tools/prepare_preferences.py.
+        flags: further ones of `infifpo prepare`.
     """
     prefix = f"{run}/data/{split}"
     given = ("--input", f"{prefix}.jsonl", "--tokenizer", hf, "--output", prefix)
     more = split_words(flags, "flags")
-    return Job(f"prepare-{split}", ("tools/prepare_preferences.py", *given, *more))
+    return Job(f"prepare-{split}", ("prepare", *given, *more))
 
 
 def score(
@@ -119,7 +129,7 @@ def score(
         tensor: tensor-parallel size, where the source's `score` does not say another.
         pipeline: pipeline-parallel size, likewise.
         bf16: weights in bfloat16, else float32.
-        flags: further ones of tools/score_source.py.
+        flags: further ones of `infifpo score`.
 
     Raises:
         UserError: there is no such source, or it does not say what model it is.
@@ -148,7 +158,7 @@ def score(
             f"{config.path} has {len(config.sources)} sources, but index is {index}: expected 0 "
             "(the initial pivot) to their number"
         )
-    arguments = ["tools/score_source.py"]
+    arguments = ["score"]
     for option, value in options.items():
         arguments += flag_words(option, value)
     arguments += ["--name", name, "--input", f"{run}/data/preference.jsonl", "--output", output]
@@ -189,10 +199,10 @@ def infifpo(
         seq_length: at most, of a prompt with one response; longer pairs are left out.
         save_interval: steps from one checkpoint to the next.
         bf16: train in bfloat16, else float32.
-        flags: further ones of megatron_infifpo.train, Megatron's included.
+        flags: further ones of `infifpo train`, Megatron's included.
     """
     half = "sft" if method == "sft" else "preference"
-    arguments = ["-m", "megatron_infifpo.train", "--method", method]
+    arguments = ["train", "--method", method]
     arguments += ["--preference-data", f"{run}/data/{half}"]
     if method != "sft":
         arguments += ["--preference-sources", f"{run}/sources.yaml"]
@@ -231,7 +241,7 @@ def export(run: str = RUN, method: str = "infifpo") -> Job:
         method: checkpoint in RUN, such as infifpo or sft.
     """
     flags = ("export", "--load", f"{run}/{method}", "--save", f"{run}/{method}-hf")
-    return Job(f"export-{method}", ("tools/convert_checkpoint.py", *flags))
+    return Job(f"export-{method}", flags)
 
 
 STAGES: dict[str, Callable[..., Job]] = {

@@ -37,9 +37,7 @@ class Words(run.Script):
 
 def task(job: Job) -> run.Script:
     """Make a job a nemo-run task."""
-    module = job.arguments[0] == "-m"
-    path, *arguments = job.arguments[module:]
-    return Words(path=path, args=arguments, m=module, entrypoint="python")
+    return Words(path=commands.PROGRAM, args=[*job.arguments], m=True, entrypoint="python")
 
 
 def title(job: Job) -> str:

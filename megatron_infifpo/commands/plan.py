@@ -1,0 +1,111 @@
+"""Say what a run costs: memory of a GPU at every legal layout, and hours.
+
+    infifpo plan --model phi-4 --gpus 16 --gpu-memory 80
+
+GiB is the most at once: of a step, of the optimizer's update, or of a save. `host` is the memory of
+a node, beside its GPUs, that a save takes.
+
+Hours are for the paper's run by default: three epochs of SFT on 75,000 responses and one of
+preference optimization on 75,000 pairs. They follow from floating-point operations and --mfu, the
+share of a GPU's peak that training reaches. To measure yours, divide the operations by the seconds
+of some steps (Megatron's --log-throughput counts a pair as one text of --seq-length: it misleads).
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.families import megatron_args
+from megatron_infifpo.families.architecture import read_hf_config
+from megatron_infifpo.families.published import PUBLISHED
+from megatron_infifpo.flag_types import positive, real, whole
+from megatron_infifpo.planning.estimate import (
+    LAYERS,
+    SAVINGS,
+    Estimate,
+    PlanningJob,
+    estimate,
+)
+from megatron_infifpo.planning.plan import GIB, PRECISIONS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model, the machine and the run."""
+    parser.add_argument(
+        "--model", required=True, help=f"Hugging Face folder, or one of {', '.join(PUBLISHED)}"
+    )
+    some = real(0.001)
+    parser.add_argument("--gpus", type=whole(1, 100_000), required=True)
+    parser.add_argument("--gpus-per-node", type=positive, default=8, help="(default: 8)")
+    parser.add_argument("--gpu-memory", type=some, default=80.0, help="GiB (default: 80)")
+    parser.add_argument("--gpu-tflops", type=some, default=989.0, help="(default: 989, H100 bf16)")
+    parser.add_argument("--mfu", type=real(0.001, 1), default=0.35, help="0 to 1 (default: 0.35)")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16")
+    parser.add_argument(
+        "--layers",
+        choices=list(LAYERS),
+        help="Transformer Engine's with this program's attention, or its own, or Megatron's local "
+        "ones (default: te; local in float32)",
+    )
+    parser.add_argument(
+        "--torch-adam", action="store_true", help="no Transformer Engine and no apex is installed"
+    )
+    parser.add_argument(
+        "--optimizer-state",
+        choices=list(SAVINGS),
+        default="by-rank",
+        help="as it is saved: by-name is training's --dist-ckpt-optim-fully-reshardable, sparing "
+        "--distrib-optim-fully-reshardable-mem-efficient (default: by-rank, as in training)",
+    )
+    parser.add_argument("--row-tokens", type=positive, default=8192, help="of a micro-batch")
+    parser.add_argument("--global-batch-size", type=positive, default=128, help="(default: 128)")
+    parser.add_argument("--pairs", type=positive, default=75_000, help="(default: 75000)")
+    parser.add_argument("--sft-records", type=whole(0), default=75_000, help="(default: 75000)")
+    parser.add_argument("--sft-epochs", type=positive, default=3, help="(default: 3)")
+    parser.add_argument(
+        "--share-prompt",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="as in training; else a copy of the prompt for each response (default: yes)",
+    )
+    parser.add_argument("--prompt-tokens", type=positive, default=400, help="on average")
+    parser.add_argument("--response-tokens", type=positive, default=600, help="on average")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print one line a layout.
+
+    Raises:
+        UserError: there is no legal one.
+    """
+    name = args.model
+    known = name in PUBLISHED and not Path(name).is_dir()
+    model = megatron_args(PUBLISHED[name] if known else read_hf_config(name))
+    job = PlanningJob(**vars(args) | {"model": model})
+    found = estimate(job)
+    if not found:
+        raise UserError(f"{job.gpus} GPUs fit no legal layout of {name}; see --help")
+    print(
+        f"{name}: {job.plan.parameters / 1e9:.2f} billion parameters, {job.precision}, "
+        f"rows of {job.row_tokens} tokens"
+    )
+    print(
+        f"{'TP':>3}{'PP':>4}{'DP':>4}  recompute{'weights':>9}{'grads':>8}{'optim.':>8}"
+        f"{'activ.':>8}{'head':>6}{'GiB':>7}{'host':>7}{'hours':>8}"
+    )
+    for one in found:
+        print(line(one))
+
+
+def line(one: Estimate) -> str:
+    """A row of the table."""
+    layout, memory = one.layout, one.memory
+    parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
+    text = (
+        f"{layout.tensor:>3}{layout.pipeline:>4}{layout.data:>4}"
+        f"{'full' if one.recompute else 'none':>11}"
+        + "".join(f"{x / GIB:>{9 if i == 0 else 8}.1f}" for i, x in enumerate(parts))
+        + f"{memory.head / GIB:>6.1f}{memory.total / GIB:>7.1f}"
+        + f"{one.host / GIB:>7.0f}{one.hours:>8.1f}"
+    )
+    return text if one.fits else f"{text}  does not fit"
