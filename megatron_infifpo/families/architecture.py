@@ -12,6 +12,7 @@ from megatron_infifpo.families import (
     check_tensor_parallel,
     megatron_args,
 )
+from megatron_infifpo.storage.aside import whole_folder
 from megatron_infifpo.storage.beside import check_adapters
 from megatron_infifpo.storage.checkpoints import HF_FOLDER, TRACKER
 
@@ -99,7 +100,5 @@ def carry_architecture(pivot: Path, save: str | None) -> None:
     """Copy the Hugging Face configuration and tokenizer beside the run's checkpoints."""
     if save is None or (Path(save) / HF_FOLDER).exists():
         return
-    aside = Path(save) / f".{HF_FOLDER}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(pivot / "hf", aside)
-    aside.rename(Path(save) / HF_FOLDER)
+    with whole_folder(Path(save) / HF_FOLDER) as folder:
+        shutil.copytree(pivot / HF_FOLDER, folder, dirs_exist_ok=True)

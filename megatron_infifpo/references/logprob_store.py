@@ -14,28 +14,33 @@ from typing import Any
 import numpy as np
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.storage.documents import Documents, read_array, read_manifest
+from megatron_infifpo.storage.documents import Documents, read_array
+from megatron_infifpo.storage.manifests import Format
 from megatron_infifpo.storage.notes import find_notes
 from megatron_infifpo.tokens.dataset import OLDER, TOKENIZER_SCHEMA, TokenDataset
 
-FORMAT = "megatron_infifpo log-prob dataset"
-VERSION = 3
 MADE_BY = "tools/score_source.py"
-SCHEMA: dict[str, Any] = {
-    "count": int,
-    "responses": [str],
-    "values": bool,
-    "model": str,
-    "weights_sha256": (str, type(None)),
-    "tokenizer": TOKENIZER_SCHEMA,
-    "records_sha256": str,
-    "backend": str,
-    "dtype": (str, type(None)),
-    "notes": dict,
-    "note_counts": dict,
-    "remarks": dict,
-    "remark_counts": dict,
-}
+FORMAT = Format(
+    name="megatron_infifpo log-prob dataset",
+    version=3,
+    made_by=MADE_BY,
+    older=OLDER,
+    schema={
+        "count": int,
+        "responses": [str],
+        "values": bool,
+        "model": str,
+        "weights_sha256": (str, type(None)),
+        "tokenizer": TOKENIZER_SCHEMA,
+        "records_sha256": str,
+        "backend": str,
+        "dtype": (str, type(None)),
+        "notes": dict,
+        "note_counts": dict,
+        "remarks": dict,
+        "remark_counts": dict,
+    },
+)
 # Of two descriptions of a tokenizer: where it lies, and whether a template was given by hand.
 _MAY_DIFFER = ("path", "chat_template")
 
@@ -58,14 +63,7 @@ class LogprobStore:
             UserError: a file is missing, truncated or of another format.
         """
         self.prefix = prefix = str(prefix)
-        self.manifest = read_manifest(
-            prefix,
-            format_name=FORMAT,
-            version=VERSION,
-            made_by=MADE_BY,
-            schema=SCHEMA,
-            older=OLDER,
-        )
+        self.manifest = FORMAT.read(prefix)
         self.responses = tuple(self.manifest["responses"])
         self.all_sums = self._array("_sums.npy", np.float64)
         self.token_counts = np.array(self._array("_counts.npy", np.int32))

@@ -9,8 +9,9 @@ from typing import Any, Self
 import numpy as np
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.references.logprob_store import FORMAT, VERSION
-from megatron_infifpo.storage.documents import DocumentWriter, publish, write_manifest
+from megatron_infifpo.references.logprob_store import FORMAT
+from megatron_infifpo.storage.aside import Aside
+from megatron_infifpo.storage.documents import DocumentWriter, write_array
 from megatron_infifpo.storage.notes import Notes
 
 REQUIRED = (
@@ -59,7 +60,8 @@ class LogprobWriter:
             raise ValueError(f"the manifest lacks {', '.join(missing)}, expected all of {REQUIRED}")
         self.prefix, self.responses, self.fields = str(prefix), list(responses), dict(manifest)
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._documents = DocumentWriter(self.prefix, np.float32) if values else None
+        self._files = Aside()
+        self._documents = DocumentWriter(self.prefix, np.float32, self._files) if values else None
         # Arrays of C numbers: a million records must not become millions of Python objects.
         self._sums, self._counts = array("d"), array("i")
         self.notes, self._remarks = Notes(), Notes()
@@ -162,34 +164,28 @@ class LogprobWriter:
             np.frombuffer(self._counts, np.int32),
         ]
         for suffix, table in zip(SUMMARY, tables, strict=True):
-            with open(f"{self.prefix}{suffix}.partial", "wb") as stream:
-                np.save(stream, table.reshape(len(self), -1))
-        # While files are replaced there is no manifest, so a mix of old and new cannot be opened.
-        for suffix in (".json", ".bin", ".idx"):
-            Path(f"{self.prefix}{suffix}").unlink(missing_ok=True)
-        if self._documents is not None:
-            self._documents.publish()
-        for suffix in SUMMARY:
-            publish(f"{self.prefix}{suffix}")
+            write_array(f"{self.prefix}{suffix}", table.reshape(len(self), -1), self._files)
         manifest = {
             **self.fields,
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.fields,
             "count": len(self),
             "responses": self.responses,
             "values": self._documents is not None,
             **self.notes.fields("note"),
             **self._remarks.fields("remark"),
         }
-        write_manifest(self.prefix, manifest)
+        FORMAT.write(self.prefix, manifest, self._files)
+        if self._documents is None:  # there may be values of an older dataset of this name
+            for suffix in (".json", ".bin", ".idx"):
+                Path(f"{self.prefix}{suffix}").unlink(missing_ok=True)
+        self._files.publish()
         return manifest
 
     def discard(self) -> None:
         """Delete what was written."""
         if self._documents is not None:
-            self._documents.discard()
-        for suffix in SUMMARY:
-            Path(f"{self.prefix}{suffix}.partial").unlink(missing_ok=True)
+            self._documents.abandon()
+        self._files.discard()
 
     def __enter__(self) -> Self:
         """Return the writer."""

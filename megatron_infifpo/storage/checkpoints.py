@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.storage.aside import whole_folder
 from megatron_infifpo.storage.beside import drop_code, without_code
 from megatron_infifpo.storage.share import Share
 
@@ -133,43 +134,8 @@ def new_folder(save: str | Path, share: Share) -> Iterator[Path]:
     """
     save = Path(save).resolve()
     check_free(save)
-    aside = save.with_name(f".{save.name}.partial")
     try:
-        if share.first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        share.wait()
-        yield aside
-        share.wait()
-        if share.first:
-            _sync(aside)
-            # An empty folder gives way to a rename.
-            os.rename(aside, save)
-            _sync_one(save.parent)
-        share.wait()
+        with whole_folder(save, first=share.first, wait=share.wait) as aside:
+            yield aside
     except OSError as error:
-        _discard(aside, share)
         raise UserError(f"cannot write --save {save}: {error}; nothing was left there") from error
-    except BaseException:
-        _discard(aside, share)
-        raise
-
-
-def _discard(aside: Path, share: Share) -> None:
-    """Remove the folder; other ranks may still write, and would fail for a reason of ours."""
-    if share.first:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Put everything in a folder on the disk, so that its new name never shows less than that."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

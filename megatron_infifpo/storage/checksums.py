@@ -6,7 +6,6 @@ damage, as by a disk, a copy that was cut or a file of another save; it is no si
 """
 
 import json
-import os
 import threading
 import zlib
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.storage.aside import write_text
 
 CHECKSUMS = "checksums.json"
 BLOCK = 16 << 20  # bytes
@@ -45,9 +45,7 @@ def write_checksums(directory: Path, rank: int, world: int) -> None:
         return
     files = {name: entry for part in found for name, entry in sorted(part.items())}
     content = {"algorithm": "crc32", "block_bytes": BLOCK, "files": files}
-    aside = directory / f".{CHECKSUMS}.partial"
-    aside.write_text(json.dumps(content) + "\n", encoding="ascii")
-    os.replace(aside, directory / CHECKSUMS)
+    write_text(directory / CHECKSUMS, json.dumps(content) + "\n")
 
 
 def _file_entry(path: Path) -> dict[str, Any]:

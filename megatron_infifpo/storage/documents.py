@@ -1,22 +1,20 @@
-"""Megatron's indexed format with a fixed number of sequences a document, and JSON manifests.
+"""Megatron's indexed format with a fixed number of sequences a document.
 
-A thin layer over `megatron.core.datasets.indexed_dataset`: it writes aside and renames, and it
-turns what a broken file does to Megatron's reader (assertions, crashes) into one sentence.
+A thin layer over `megatron.core.datasets.indexed_dataset`: it turns what a broken file does to
+Megatron's reader (assertions, crashes) into one sentence.
 """
 
 import contextlib
-import json
 import os
 import struct
 import tokenize
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_infifpo.errors import UserError, user_errors
 from megatron_infifpo.patches import cpu
+from megatron_infifpo.storage.aside import Aside
 
 with user_errors():
     cpu.before_megatron()
@@ -28,14 +26,18 @@ from megatron.core.datasets.indexed_dataset import (  # noqa: E402
 
 
 class DocumentWriter:
-    """Writes `PREFIX.bin` and `PREFIX.idx`, which get these names by `publish`."""
+    """Writes `PREFIX.bin` and `PREFIX.idx`."""
 
-    def __init__(self, prefix: str, dtype: type[np.number]) -> None:
-        """Open a file aside."""
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self.prefix, self.dtype = prefix, dtype
-        self._aside = {end: f"{prefix}{end}.partial" for end in (".bin", ".idx")}
-        self._builder = IndexedDatasetBuilder(self._aside[".bin"], dtype=dtype)
+    def __init__(self, prefix: str, dtype: type[np.number], files: Aside) -> None:
+        """Open the two files aside.
+
+        Args:
+            prefix: of the files.
+            dtype: of their items.
+            files: publishes or discards them, after `close`.
+        """
+        self._index = str(files.path(f"{prefix}.idx"))
+        self._builder = IndexedDatasetBuilder(str(files.path(f"{prefix}.bin")), dtype=dtype)
 
     def add(self, sequences: Sequence[np.ndarray]) -> None:
         """Append a document of these sequences; a sequence may be empty."""
@@ -43,19 +45,12 @@ class DocumentWriter:
 
     def close(self) -> None:
         """Complete both files, still aside."""
-        self._builder.finalize(self._aside[".idx"])
+        self._builder.finalize(self._index)
 
-    def publish(self) -> None:
-        """Give both files their names."""
-        for end in self._aside:
-            publish(self.prefix + end)
-
-    def discard(self) -> None:
-        """Delete what was written aside."""
+    def abandon(self) -> None:
+        """Close what is not to be completed."""
         with contextlib.suppress(OSError):  # on a full disk closing fails as writing has
             self._builder.data_file.close()
-        for aside in self._aside.values():
-            Path(aside).unlink(missing_ok=True)
 
 
 class Documents:
@@ -173,6 +168,12 @@ def read_array(path: str, again: str, *, mapped: bool = False) -> np.ndarray:
     return array
 
 
+def write_array(path: str, values: np.ndarray, files: Aside) -> None:
+    """Write an `.npy` file aside; `files` publish it."""
+    with open(files.path(path), "wb") as stream:
+        np.save(stream, values)
+
+
 def _check_index_size(path: str) -> None:
     """Refuse an index that is no index, or truncated: Megatron's reader would crash on it."""
     with open(path, "rb") as stream:
@@ -193,93 +194,3 @@ def publish(path: str) -> None:
     with open(f"{path}.partial", "rb") as stream:
         os.fsync(stream.fileno())
     os.replace(f"{path}.partial", path)
-
-
-def check_fields(found: Any, schema: Any, where: str) -> None:
-    """Check the types of a JSON value.
-
-    Args:
-        found: the value.
-        schema: a type or a tuple of types; `[schema]` for a list; `{name: schema}` for an object
-            with at least these fields.
-        where: names the value in errors.
-
-    Raises:
-        UserError: another type, or a field that is missing.
-    """
-    if isinstance(schema, dict):
-        kind: Any = dict
-    elif isinstance(schema, list):
-        kind = list
-    else:
-        kind = schema
-    if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
-        names = kind if isinstance(kind, tuple) else (kind,)
-        expected = " or ".join(_JSON_NAMES.get(name, name.__name__) for name in names)
-        raise UserError(f"{where} is {str(found)[:40]!r}, expected {expected}: write it again")
-    if isinstance(schema, list):
-        for number, value in enumerate(found):
-            check_fields(value, schema[0], f"{where}[{number}]")
-    elif isinstance(schema, dict):
-        for name, inside in schema.items():
-            if name not in found:
-                raise UserError(f"{where} has no {name!r}: write it again")
-            check_fields(found[name], inside, f"{where}: {name}")
-
-
-_JSON_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
-_JSON_NAMES |= {type(None): "null", bool: "true or false"}
-
-
-def write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
-    """Write `PREFIX.json`, as the last file of a dataset: with it the dataset is complete."""
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    Path(f"{prefix}.json.partial").write_text(text, encoding="utf-8")
-    publish(f"{prefix}.json")
-
-
-def read_manifest(
-    prefix: str,
-    *,
-    format_name: str,
-    version: int,
-    made_by: str,
-    schema: dict[str, Any],
-    older: str = "",
-) -> dict[str, Any]:
-    """Read `PREFIX.json` and check what it describes.
-
-    Args:
-        prefix: of the dataset.
-        format_name: expected value of "format".
-        version: expected value of "version".
-        made_by: the command that writes such a dataset, for the errors.
-        schema: of its other fields, as `check_fields` takes it.
-        older: what is wrong with earlier versions.
-
-    Raises:
-        UserError: no manifest, not readable, of another format or version.
-    """
-    path = Path(f"{prefix}.json")
-    if not path.is_file():
-        raise UserError(
-            f"the manifest {path} is missing, expected a {format_name} of prefix {prefix}; it is "
-            f"written last, so run {made_by} to its end"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the manifest {path} is broken ({error}); run {made_by} again") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != format_name:
-        raise UserError(
-            f"the manifest {path} says format {found!r}, expected {format_name!r}; give the prefix "
-            f"of a dataset written by {made_by}"
-        )
-    if manifest.get("version") != version:
-        raise UserError(
-            f"the manifest {path} says version {manifest.get('version')!r}, expected {version}; "
-            f"write the dataset again with this version's {made_by}{older and f' ({older})'}"
-        )
-    check_fields(manifest, schema, f"the manifest {path}")
-    return manifest

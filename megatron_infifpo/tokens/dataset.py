@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.storage.documents import Documents, read_array, read_manifest
+from megatron_infifpo.storage.documents import Documents, read_array
+from megatron_infifpo.storage.manifests import Format
 from megatron_infifpo.storage.notes import find_notes, noted
 from megatron_infifpo.tokens.tokenization import TokenizedRecord
 
-FORMAT = "megatron_infifpo token dataset"
-VERSION = 3
 OLDER = "older ones may hold replies behind a prefix that the chat template never renders"
 MADE_BY = "tools/prepare_preferences.py"
 TOKENIZER_SCHEMA: dict[str, Any] = dict.fromkeys(
@@ -36,19 +35,25 @@ TOKENIZER_SCHEMA: dict[str, Any] = dict.fromkeys(
     ),
     (str, type(None)),
 ) | {"chat_template_options": (dict, type(None))}
-SCHEMA: dict[str, Any] = {
-    "count": int,
-    "responses": [str],
-    "domains": [str],
-    "records_sha256": str,
-    "tokens_sha256": str,
-    "tokenizer": TOKENIZER_SCHEMA,
-    "source_files": [str],
-    "notes": dict,
-    "note_counts": dict,
-    "remarks": dict,
-    "remark_counts": dict,
-}
+FORMAT = Format(
+    name="megatron_infifpo token dataset",
+    version=3,
+    made_by=MADE_BY,
+    older=OLDER,
+    schema={
+        "count": int,
+        "responses": [str],
+        "domains": [str],
+        "records_sha256": str,
+        "tokens_sha256": str,
+        "tokenizer": TOKENIZER_SCHEMA,
+        "source_files": [str],
+        "notes": dict,
+        "note_counts": dict,
+        "remarks": dict,
+        "remark_counts": dict,
+    },
+)
 _AGAIN = f"write the dataset again with {MADE_BY}"
 
 
@@ -74,14 +79,7 @@ class TokenDataset:
             UserError: a file is missing, incomplete or of another format.
         """
         self.prefix = prefix = str(prefix)
-        self.manifest = read_manifest(
-            prefix,
-            format_name=FORMAT,
-            version=VERSION,
-            made_by=MADE_BY,
-            schema=SCHEMA,
-            older=OLDER,
-        )
+        self.manifest = FORMAT.read(prefix)
         self.responses = tuple(self.manifest["responses"])
         self.domains = tuple(self.manifest["domains"])
         self.records_sha256: str = self.manifest["records_sha256"]

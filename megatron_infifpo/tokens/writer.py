@@ -12,9 +12,10 @@ import numpy as np
 from megatron_infifpo import __version__
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import RESPONSES, PreferenceRecord, canonical_bytes
-from megatron_infifpo.storage.documents import DocumentWriter, publish, write_manifest
+from megatron_infifpo.storage.aside import Aside
+from megatron_infifpo.storage.documents import DocumentWriter, write_array
 from megatron_infifpo.storage.notes import Notes, counted
-from megatron_infifpo.tokens.dataset import FORMAT, VERSION
+from megatron_infifpo.tokens.dataset import FORMAT
 from megatron_infifpo.tokens.encoding import encode_or_refuse
 from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
 
@@ -58,21 +59,21 @@ def write_token_dataset(
                     )
                 writer.add(record, found)
         writer.check()
+        files = [str(path) for path in source_files]
+        return writer.finish({"tokenizer": tokenizer.describe(), "source_files": files})
     except BaseException:
         writer.discard()
         raise
-    return writer.finish(
-        {"tokenizer": tokenizer.describe(), "source_files": [str(path) for path in source_files]}
-    )
 
 
 class _Writer:
     """The files of a token dataset in the making."""
 
     def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self.tokens = DocumentWriter(prefix, np.int32)
-        self.ids = DocumentWriter(f"{prefix}_ids", np.uint8)
+        self.prefix, self.files = prefix, Aside()
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        self.tokens = DocumentWriter(prefix, np.int32, self.files)
+        self.ids = DocumentWriter(f"{prefix}_ids", np.uint8, self.files)
         self.domains: dict[str, int] = {}
         # Arrays of C numbers: a million records must not become millions of Python objects.
         self.codes, self.scored = array("i"), array("i")
@@ -121,23 +122,20 @@ class _Writer:
 
     def discard(self) -> None:
         """Delete what was written aside."""
-        self.tokens.discard()
-        self.ids.discard()
+        self.tokens.abandon()
+        self.ids.abandon()
+        self.files.discard()
 
     def finish(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Give all files their names, and return the manifest."""
-        # While files are replaced there is no manifest, so a mix of old and new cannot be opened.
-        Path(f"{self.prefix}.json").unlink(missing_ok=True)
         for documents in (self.tokens, self.ids):
             documents.close()
-            documents.publish()
         scored = np.frombuffer(self.scored, np.int32).reshape(-1, self.width)
         codes = np.frombuffer(self.codes, np.int32).astype(np.uint16)
-        _write_array(f"{self.prefix}_scored.npy", scored)
-        _write_array(f"{self.prefix}_domains.npy", codes)
+        write_array(f"{self.prefix}_scored.npy", scored, self.files)
+        write_array(f"{self.prefix}_domains.npy", codes, self.files)
         manifest = {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.fields,
             "count": len(self.codes),
             "responses": list(RESPONSES[: self.width]),
             "domains": list(self.domains),
@@ -149,14 +147,9 @@ class _Writer:
             **self.remarks.fields("remark"),
             "megatron_infifpo": __version__,
         }
-        write_manifest(self.prefix, manifest)
+        FORMAT.write(self.prefix, manifest, self.files)
+        self.files.publish()
         return manifest
-
-
-def _write_array(path: str, values: np.ndarray) -> None:
-    with open(f"{path}.partial", "wb") as stream:
-        np.save(stream, values)
-    publish(path)
 
 
 def _stored(tokens: TokenizedRecord) -> list[np.ndarray]:

@@ -22,19 +22,24 @@ from megatron_infifpo.methods import Method
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.storage.aside import Aside
 from megatron_infifpo.storage.checkpoints import RUN_FILE
-from megatron_infifpo.storage.documents import read_manifest, write_manifest
+from megatron_infifpo.storage.manifests import Format
 from megatron_infifpo.training.lock import RunLock
 from megatron_infifpo.training.resharding import KEPT
 from megatron_infifpo.training.resume import schedule_identity
 from megatron_infifpo.training.start import Start
 
-FORMAT, VERSION = "megatron_infifpo run", 1
-SCHEMA: dict[str, Any] = {
-    "identity": {"method": dict, "seed": int, "seq_length": int, "data": dict},
-    "started_from": {"checkpoint": str},
-    "attempts": [{"iteration": str, "files": dict, "command": [str]}],
-}
+FORMAT = Format(
+    name="megatron_infifpo run",
+    version=1,
+    made_by="a training run",
+    schema={
+        "identity": {"method": dict, "seed": int, "seq_length": int, "data": dict},
+        "started_from": {"checkpoint": str},
+        "attempts": [{"iteration": str, "files": dict, "command": [str]}],
+    },
+)
 SCHEDULE_KEY = "schedule"  # of an identity; flags say by which one a run goes on
 _FILES = ("preference_data", "preference_sources")
 _PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "apex")
@@ -109,7 +114,7 @@ def describe_run(args: argparse.Namespace, found: dict[str, Any], start: Start) 
                 f"{'; '.join(changes)}. Give it what it had, save a new run elsewhere, or pass "
                 "--allow-changed-run"
             )
-    run: dict[str, Any] = {"format": FORMAT, "version": VERSION, "identity": found, "attempts": []}
+    run: dict[str, Any] = FORMAT.fields | {"identity": found, "attempts": []}
     if start.resumed and before is not None:
         run["started_from"], run["attempts"] = before["started_from"], before["attempts"]
     else:
@@ -155,7 +160,8 @@ def record_run(save: str, run: dict[str, Any], pivot: Path, lock: RunLock) -> No
     """
     Path(save).mkdir(parents=True, exist_ok=True)
     lock.take()
-    write_manifest(str(Path(save) / RUN_FILE.removesuffix(".json")), run)
+    with Aside() as files:
+        FORMAT.write(Path(save) / RUN_FILE.removesuffix(".json"), run, files)
     carry_architecture(pivot, save)
 
 
@@ -167,10 +173,7 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     """
     if not (directory / RUN_FILE).is_file():
         return None
-    prefix = str(directory / RUN_FILE.removesuffix(".json"))
-    return read_manifest(
-        prefix, format_name=FORMAT, version=VERSION, made_by="a training run", schema=SCHEMA
-    )
+    return FORMAT.read(directory / RUN_FILE.removesuffix(".json"))
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
