@@ -8,11 +8,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-import job_setup  # noqa: E402
 import pytest  # noqa: E402
-from launcher import Ranks  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+from support import job_setup, tiny, tools  # noqa: E402
+from support.launcher import ROOT, Ranks  # noqa: E402
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,6 +39,24 @@ def ranks(tmp_path_factory):
 def setup(tmp_path_factory, ranks) -> job_setup.Setup:
     """A tiny pivot, two sources, and preference data scored under all three."""
     return job_setup.make(tmp_path_factory.mktemp("job"), ranks)
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory) -> Path:
+    """A tiny Qwen2: tensors of every kind."""
+    return tiny.save_model(tmp_path_factory.mktemp("qwen2") / "hf", "qwen2")
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Run a tool as its command line does; return (exit code, stdout, stderr)."""
+
+    def call(name, *args):
+        with pytest.raises(SystemExit) as caught:
+            tools.command(f"tools/{name}.py", [str(word) for word in args])
+        return (caught.value.code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")

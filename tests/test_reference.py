@@ -270,6 +270,6 @@ def test_losses_need_only_torch():
         "megatron_infifpo.methods, megatron_infifpo.training.objective;"
         "assert not any(m.split('.')[0] in ('megatron', 'transformers') for m in sys.modules)"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[1]
     env = {**os.environ, "PYTHONPATH": str(root)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env)

@@ -7,13 +7,13 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
-from test_training import exported, steps_of
 
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.tokens.dataset import TokenDataset
+from support import tiny
+from support.runs import exported, steps_of
 
 PAIRS = 6
 
@@ -81,10 +81,14 @@ def test_dpo_matches_trl(setup, ranks, tmp_path, layout):
     few.write_text("".join(json.dumps(row) + "\n" for row in pairs_of(setup)))
     tiny.add_turns(few)
     flags = ["--input", str(few), "--output", str(tmp_path / "reference")]
-    ranks(1, "workers:score", ["--backend", "transformers", "--model", str(other), *flags])
+    ranks(
+        1,
+        "support.scoring:score",
+        ["--backend", "transformers", "--model", str(other), *flags],
+    )
     data = tmp_path / "few"
     ranks(
-        1, "workers:run_tool", "prepare_preferences",
+        1, "support.tools:run_tool", "prepare_preferences",
         ["--input", str(few), "--tokenizer", str(setup.hf), "--output", str(data)],
     )  # fmt: skip
     sources = tmp_path / "sources.yaml"
@@ -98,7 +102,7 @@ def test_dpo_matches_trl(setup, ranks, tmp_path, layout):
         "--micro-batch-size", "2", "--lr-decay-style", "constant", "--seq-length", "256",
         "--save", str(tmp_path / "run"), "--save-interval", "1", *layout,
     ]  # fmt: skip
-    results = ranks(max(1, len(layout)), "workers:train", argv)
+    results = ranks(max(1, len(layout)), "support.training:train", argv)
     expected_loss, gradients = trl_loss_and_gradients(
         setup, data, LogprobStore(str(tmp_path / "reference")), tmp_path, beta=0.1
     )

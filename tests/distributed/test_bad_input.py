@@ -6,22 +6,11 @@ import pickle
 import shutil
 
 import pytest
-import tiny
-from launcher import ROOT, RankError
+
+from support import tiny
+from support.launcher import ROOT, refused
 
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
-
-
-def refused(ranks, module: str, argv: list[str]) -> str:
-    """Run a command that must exit with code 2, and return its sentence."""
-    with pytest.raises(RankError) as failure:
-        ranks(1, "workers:command", module, argv)
-    assert failure.value.codes == [2], failure.value
-    log = failure.value.logs[0]
-    assert "Traceback" not in log
-    sentences = [line for line in log.splitlines() if line.startswith("error: ")]
-    assert len(sentences) == 1, log
-    return sentences[0]
 
 
 @pytest.fixture
@@ -63,7 +52,12 @@ def test_option_without_effect(flags, ranks, options, expected):
 def test_wrpo_needs_the_pivots_own_response(setup, flags, ranks, tmp_path, method):
     records = tiny.write_records(tmp_path / "two.jsonl", 8, pivot_chosen=False)
     prepare = ["--input", str(records), "--tokenizer", str(setup.hf)]
-    ranks(1, "workers:run_tool", "prepare_preferences", [*prepare, "--output", str(tmp_path / "d")])
+    ranks(
+        1,
+        "support.tools:run_tool",
+        "prepare_preferences",
+        [*prepare, "--output", str(tmp_path / "d")],
+    )
     argv = flags("--method", method, "--preference-data", str(tmp_path / "d"))
     sentence = refused(ranks, "megatron_infifpo.train", argv)
     assert "record 'two-0'" in sentence and "has no 'pivot_chosen'" in sentence
@@ -87,7 +81,7 @@ def test_impossible_tensor_parallel_size(setup, flags, ranks, tmp_path):
     """Phi-4 has 10 key-value heads; so has this one."""
     shape = {"num_attention_heads": 20, "num_key_value_heads": 10, "hidden_size": 160}
     phi = tiny.save_model(tmp_path / "phi", "phi3", intermediate_size=160, **shape)
-    ranks(1, "workers:run_tool", "convert_checkpoint",
+    ranks(1, "support.tools:run_tool", "convert_checkpoint",
           ["import", "--hf", str(phi), "--save", str(tmp_path / "phi-megatron")])  # fmt: skip
     argv = flags(
         "--pretrained-checkpoint", str(tmp_path / "phi-megatron"),
@@ -122,7 +116,7 @@ def test_architecture_flag_against_the_checkpoint(flags, ranks):
 def test_log_probs_of_other_pairs(setup, flags, ranks, tmp_path):
     other = tiny.write_records(tmp_path / "other.jsonl", 20, seed=99)
     argv = ["--backend", "megatron", "--model", str(setup.hf), "--input", str(other)]
-    ranks(1, "workers:score", [*argv, "--output", str(tmp_path / "other")])
+    ranks(1, "support.scoring:score", [*argv, "--output", str(tmp_path / "other")])
     sources = tmp_path / "sources.yaml"
     sources.write_text(
         f"initial: {setup.folder}/initial\nsources: [{{name: other, logprobs: other}}]\n"
@@ -151,7 +145,7 @@ def test_another_chat_template_than_the_pivots(setup, flags, ranks, tmp_path):
 def test_log_probs_of_other_weights(setup, flags, ranks, tmp_path):
     """The same tokenizer and architecture, but not the pivot that training starts from."""
     other = tiny.save_model(tmp_path / "hf", "llama", seed=77)
-    ranks(1, "workers:run_tool", "convert_checkpoint",
+    ranks(1, "support.tools:run_tool", "convert_checkpoint",
           ["import", "--hf", str(other), "--save", str(tmp_path / "other")])  # fmt: skip
     argv = flags(
         "--pretrained-checkpoint", str(tmp_path / "other"), without=("--pretrained-checkpoint",)
@@ -172,7 +166,7 @@ def test_megatron_features_that_do_not_fit(flags, ranks, option):
     ["megatron_infifpo.train", *(f"tools/{name}.py" for name in TOOLS)],
 )
 def test_help(ranks, program):
-    ranks(1, "workers:command", program, ["--help"])
+    ranks(1, "support.tools:command", program, ["--help"])
     assert "usage:" in ranks.logs[0]
 
 

@@ -1,29 +1,17 @@
 """Megatron's flags in real runs: what they promise is seen, and what must not change does not."""
 
 import pytest
-from test_training import BOTH, steps_of
+
+from support.runs import BOTH, flags, losses
 
 FULL = ["--recompute-granularity", "full", "--recompute-num-layers", "1"]
 PIPELINE = "--pipeline-model-parallel-size"
 
 
-def flags(setup, *more: str, without: tuple[str, ...] = ()) -> list[str]:
-    """Command line of three steps, less some flags."""
-    argv = setup.flags(setup.sources("both", *BOTH), *more)
-    for flag in without:
-        at = argv.index(flag)
-        del argv[at : at + (1 if flag == "--use-distributed-optimizer" else 2)]
-    return argv
-
-
-def losses(results: list[dict]) -> list[float]:
-    return [step["loss"] for step in steps_of(results)]
-
-
 @pytest.fixture(scope="module")
 def plain(setup, ranks):
     """Two data-parallel ranks, without any of the flags."""
-    return ranks(2, "flag_workers:observe", flags(setup))
+    return ranks(2, "support.observed:observe", flags(setup))
 
 
 @pytest.fixture
@@ -31,7 +19,7 @@ def unchanged(setup, ranks, plain):
     """Run with flags that must change neither losses nor gradients; return what was observed."""
 
     def run(world: int, *more: str) -> list[dict]:
-        results = ranks(world, "flag_workers:observe", flags(setup, *more))
+        results = ranks(world, "support.observed:observe", flags(setup, *more))
         assert losses(results) == pytest.approx(losses(plain), abs=1e-4)
         assert results[0]["norms"] == pytest.approx(plain[0]["norms"], rel=1e-4)
         return results
@@ -80,7 +68,7 @@ def test_logs(setup, ranks, plain, tmp_path):
         "--preference-valid-data", str(setup.data), "--preference-valid-sources",
         str(setup.sources("both", *BOTH)), "--eval-interval", "1", "--start-eval-at-iter", "2",
     )  # fmt: skip
-    results = ranks(1, "flag_workers:observe", argv)
+    results = ranks(1, "support.observed:observe", argv)
     assert losses(results) == pytest.approx(losses(plain), abs=1e-4)
     assert len(results[0]["evaluations"]) == 3  # after steps 2 and 3, and at the end
     log = ranks.logs[0]
@@ -164,7 +152,7 @@ def test_fp16(setup, ranks, plain):
         "--min-loss-scale", "2", "--accumulate-allreduce-grads-in-fp32",
     ]  # fmt: skip
     for more, scales in ((scaled, [1024, 2048, 2048]), (["--fp16", "--loss-scale", "8"], [8] * 3)):
-        result = ranks(1, "flag_workers:observe", flags(setup, *more))
+        result = ranks(1, "support.observed:observe", flags(setup, *more))
         assert result[0]["scales"] == scales
         assert losses(result) == pytest.approx(losses(plain), rel=0.01)
 
@@ -174,7 +162,9 @@ def test_reduction_in_bf16(setup, ranks, plain):
     half = ["--bf16", "--grad-reduce-in-bf16", "--micro-batch-size", "1"]
     summed = ["--ddp-reduce-scatter-with-fp32-accumulation"]
     summed += ["--ddp-param-name-patterns-for-fp32-local-accumulation", "all"]
-    runs = [ranks(2, "flag_workers:observe", flags(setup, *half, *more)) for more in ([], summed)]
+    runs = [
+        ranks(2, "support.observed:observe", flags(setup, *half, *more)) for more in ([], summed)
+    ]
     for run in runs:
         assert losses(run) == pytest.approx(losses(plain), rel=0.05)
     assert runs[0][0]["norms"] != runs[1][0]["norms"]

@@ -1,12 +1,12 @@
 """Random configurations, others each day: loss and gradient norm depend on none of them."""
 
-import datetime
 import random
 
 import pytest
-from test_training import BOTH, steps_of
 
-TODAY = datetime.date.today().toordinal()
+from support.runs import BOTH, steps_of
+from support.seeds import seed
+
 METHODS = ("infifpo", "dpo", "ipo", "wrpo", "fpo", "infifpo-ipo", "infifpo-wrpo", "sft")
 # metric -> absolute tolerance in float32; WRPO's alpha moves with the step, not with the layout
 TOLERANCES = {"loss": 1e-4, "logps/margin": 1e-3, "clip-rate": 1e-6}
@@ -14,7 +14,7 @@ TOLERANCES = {"loss": 1e-4, "logps/margin": 1e-3, "clip-rate": 1e-6}
 
 def configuration(number: int) -> tuple[str, int, list[str], bool]:
     """Draw a method, a number of ranks, flags of a layout, and whether it is in bfloat16."""
-    dice = random.Random(f"{TODAY} {number}")
+    dice = random.Random(f"{seed()} {number}")
     tensor, pipeline, data = dice.choice([1, 2]), dice.choice([1, 2]), dice.choice([1, 2])
     if tensor * pipeline * data == 8:
         data = 1
@@ -59,7 +59,7 @@ def run(setup, ranks, method: str, world: int, flags: list[str]) -> dict:
     if method == "sft":
         at = argv.index("--preference-sources")
         del argv[at : at + 2]
-    results = ranks(world, "workers:train", argv)
+    results = ranks(world, "support.training:train", argv)
     return {"steps": steps_of(results), "norms": results[0]["norms"]}
 
 

@@ -22,7 +22,7 @@ def oracle(seed: int, vocab: int, padded: int):
 @pytest.mark.parametrize("chunk_bytes", [2**20, 300])
 def test_matches_log_softmax(ranks, world, vocab, chunk_bytes):
     expected, hidden_grad, weight_grad = oracle(7, vocab, 64)
-    results = ranks(world, "workers:head_gradients", 7, vocab, 64, "float64", chunk_bytes)
+    results = ranks(world, "support.heads:head_gradients", 7, vocab, 64, "float64", chunk_bytes)
     for result in results:
         torch.testing.assert_close(result["logprobs"], expected, atol=1e-12, rtol=0)
         torch.testing.assert_close(result["hidden_grad"], hidden_grad, atol=1e-12, rtol=0)

@@ -5,10 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
-from test_bad_input import refused
-from test_training import BOTH, LAYOUTS
 
 from megatron_infifpo.storage.documents import Documents
+from support.launcher import refused
+from support.runs import BOTH, LAYOUTS
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def spoil(folder, change) -> None:
 def test_agrees_at_every_layout(setup, ranks, layout):
     world, flags = LAYOUTS[layout]
     argv = setup.flags(setup.sources("both", *BOTH), *flags, "--train-iters", "1")
-    ranks(world, "workers:train", argv)
+    ranks(world, "support.training:train", argv)
     line = next(x for x in ranks.logs[0].splitlines() if x.startswith("reference check:"))
     assert "on 20 records the pivot agrees" in line
     assert float(line.split("within ")[1].split()[0]) < 1e-4
@@ -73,9 +73,13 @@ def test_warning_and_tolerance(setup, copies, ranks):
     folder, sources = copies
     spoil(folder, lambda t, n, x: x - 0.5)
     argv = setup.flags(sources, "--train-iters", "1")
-    ranks(2, "workers:train", [*argv, "--reference-check", "warn"])
+    ranks(2, "support.training:train", [*argv, "--reference-check", "warn"])
     assert "the pivot disagrees" in ranks.logs[0] and "disagrees" not in ranks.logs[1]
-    ranks(1, "workers:train", [*argv, "--reference-tolerance", "0.6", "--reference-probes", "5"])
+    ranks(
+        1,
+        "support.training:train",
+        [*argv, "--reference-tolerance", "0.6", "--reference-probes", "5"],
+    )
     assert "on 5 records the pivot agrees" in ranks.logs[0]
 
 
@@ -91,19 +95,19 @@ def test_impossible_values_are_refused(setup, copies, ranks):
 
 @pytest.mark.parametrize("what", ["weight", "gradient"])
 def test_nan_names_the_records(setup, ranks, tmp_path, what):
-    from launcher import RankError
+    from support.launcher import RankError
 
     save = ["--save", str(tmp_path / "run"), "--save-interval", "1"]
     argv = setup.flags(setup.sources("both", *BOTH), *save)
     with pytest.raises(RankError) as caught:
-        ranks(1, "workers:train_with_a_bad_step", argv, 2, what)
+        ranks(1, "support.broken:train_with_a_bad_step", argv, 2, what)
     sentence = caught.value.logs[0].split("error: ")[-1]
     assert "NaN or infinite at step 1" in sentence and "train-" in sentence, caught.value
     # 16 is Megatron's: resume, to see whether it happens again.
     assert caught.value.codes == [2 if what == "weight" else 16]
     if what == "gradient":  # it does: then it is for a person
         with pytest.raises(RankError, match="the step was repeated: .* lower --lr") as caught:
-            ranks(1, "workers:train_with_a_bad_step", argv, 1, what)
+            ranks(1, "support.broken:train_with_a_bad_step", argv, 1, what)
         assert caught.value.codes == [2]
 
 
@@ -111,7 +115,7 @@ def test_resume_is_the_same_run(setup, copies, ranks, tmp_path):
     folder, sources = copies
     save = ["--save", str(tmp_path / "run"), "--save-interval", "1"]
     argv = setup.flags(sources, *save)
-    ranks(1, "workers:train", [*argv, "--exit-interval", "2"])
+    ranks(1, "support.training:train", [*argv, "--exit-interval", "2"])
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["identity"]["method"]["objective"] == "dpo"
     assert run["started_from"]["checkpoint"] == str(setup.pivot.resolve())
@@ -124,7 +128,7 @@ def test_resume_is_the_same_run(setup, copies, ranks, tmp_path):
     sources.write_text("initial: initial\nsources: [{name: other, logprobs: qwen}]\n")
     sentence = refused(ranks, "megatron_infifpo.train", argv)
     assert "data.sources.other is there, but was missing" in sentence
-    ranks(1, "workers:train", [*argv, "--allow-changed-run"])
+    ranks(1, "support.training:train", [*argv, "--allow-changed-run"])
     assert "the pivot has moved by" in ranks.logs[0]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [attempt["iteration"] for attempt in run["attempts"]] == ["0", "2"]

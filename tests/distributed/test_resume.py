@@ -3,10 +3,10 @@
 import shutil
 
 import pytest
-from launcher import RankError
-from test_training import BOTH, LAYOUTS, steps_of
 
 from megatron_infifpo.training.resharding import bucket_size, differences
+from support.launcher import RankError
+from support.runs import BOTH, LAYOUTS, steps_of
 
 SCHEDULE = ["--save-interval", "3", "--train-iters", "6"]
 BY_NAME = ["--dist-ckpt-optim-fully-reshardable"]
@@ -29,7 +29,7 @@ def train(setup, ranks):
 
     def run(folder, world, *flags):
         argv = setup.flags(sources, "--save", str(folder), *SCHEDULE, *flags)
-        results = ranks(world, "workers:train", argv)
+        results = ranks(world, "support.training:train", argv)
         losses = [step["loss"] for step in steps_of(results)]
         return losses, results[0]["norms"]
 
@@ -117,7 +117,7 @@ def test_by_rank_does_not(setup, ranks, half, tmp_path, change):
     before = sorted(run.rglob("*"))
     argv = setup.flags(setup.sources("both", *BOTH), "--save", str(run), *SCHEDULE, *flags)
     with pytest.raises(RankError) as failure:
-        ranks(2, "workers:command", "megatron_infifpo.train", argv)
+        ranks(2, "support.tools:command", "megatron_infifpo.train", argv)
     assert 2 in failure.value.codes, failure.value  # the first to end; others may be killed
     said = "".join(failure.value.logs)
     assert "Traceback" not in said
@@ -143,7 +143,7 @@ def test_the_distributed_optimizer_is_kept(setup, ranks, half, tmp_path):
     argv = setup.flags(setup.sources("both", *BOTH), "--save", str(run), *SCHEDULE)
     argv.remove("--use-distributed-optimizer")
     with pytest.raises(RankError) as failure:
-        ranks(1, "workers:command", "megatron_infifpo.train", argv)
+        ranks(1, "support.tools:command", "megatron_infifpo.train", argv)
     assert failure.value.codes == [2]
     assert "use distributed optimizer was True and is False" in failure.value.logs[0]
 

@@ -4,10 +4,10 @@ import re
 import shutil
 
 import pytest
-from launcher import RankError
-from test_training import BOTH
 
 from megatron_infifpo.training.lock import RunLock
+from support.launcher import RankError
+from support.runs import BOTH
 
 PROGRAM = ("megatron_infifpo.train",)
 SIX = ["--save-interval", "3", "--train-iters", "6"]
@@ -22,14 +22,18 @@ def half(setup, ranks, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("half")
     flags = setup.flags(setup.sources("both", *BOTH), *SIX)
-    ranks(1, "workers:train", [*flags, "--save", str(folder / "run"), "--exit-interval", "3"])
+    ranks(
+        1,
+        "support.training:train",
+        [*flags, "--save", str(folder / "run"), "--exit-interval", "3"],
+    )
 
     def resume(copy, *more, program=(), start=folder / "run"):
         if not copy.exists():
             shutil.copytree(start, copy)
         if program:
-            return ranks(1, "workers:command", *program, [*flags, "--save", str(copy), *more])
-        return ranks(1, "workers:train", [*flags, "--load", str(copy), *more])
+            return ranks(1, "support.tools:command", *program, [*flags, "--save", str(copy), *more])
+        return ranks(1, "support.training:train", [*flags, "--load", str(copy), *more])
 
     return resume
 
@@ -114,7 +118,7 @@ def test_one_step_of_a_warm_up_is_a_step(setup, ranks, tmp_path):
     """At its full rate, and saved though nothing says when."""
     flags = ["--train-iters", "1", "--lr-warmup-fraction", "0.1", "--lr-decay-style", "cosine"]
     argv = setup.flags(setup.sources("both", *BOTH), "--save", str(tmp_path), *flags)
-    assert ranks(1, "workers:train", argv)[0]["rates"] == [1e-3]
+    assert ranks(1, "support.training:train", argv)[0]["rates"] == [1e-3]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
 
 

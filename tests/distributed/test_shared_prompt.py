@@ -1,8 +1,8 @@
 """A prompt computed once for all responses of a pair: the same losses and gradients."""
 
 import pytest
-from test_training import BOTH, LAYOUTS, steps_of
-from test_training_families import pivots  # noqa: F401  (a fixture)
+
+from support.runs import BOTH, LAYOUTS, steps_of
 
 
 def first_steps(setup, ranks, layout: str, *more: str) -> tuple[list[dict], list[float]]:
@@ -10,7 +10,7 @@ def first_steps(setup, ranks, layout: str, *more: str) -> tuple[list[dict], list
     world, flags = LAYOUTS[layout]
     sources = setup.sources("both", *BOTH)
     argv = setup.flags(sources, "--train-iters", "2", "--reference-check", "off", *flags, *more)
-    results = ranks(world, "workers:train", argv)
+    results = ranks(world, "support.training:train", argv)
     return steps_of(results), results[0]["norms"]
 
 
@@ -42,7 +42,7 @@ def test_layouts(setup, ranks, unshared, method, layout):
 @pytest.mark.parametrize(
     "family", ["gemma3", "qwen3", "mistral-window", "qwen2-window", "phi3-partial"]
 )
-def test_families(setup, ranks, pivots, family):  # noqa: F811
+def test_families(setup, ranks, pivots, family):
     """Windows that end inside the prompt or before it, two ropes, partial rotation."""
     _, pivot = pivots(family)
     # transformers gives qwen2's folder a pre-tokenizer that the pairs' tokenizer has not.

@@ -7,11 +7,11 @@ import os
 import random
 
 import pytest
-from launcher import RankError
 from safetensors.torch import load_file
-from test_training import BOTH, exported
 
 from megatron_infifpo.storage.checkpoints import find_checkpoint
+from support.launcher import RankError
+from support.runs import BOTH, exported
 
 KILLS = int(os.environ.get("INFIFPO_SOAK", "3"))
 STEPS = 24
@@ -48,7 +48,7 @@ def test_killed_again_and_again(setup, ranks, tmp_path, saving):
 
     # On the last stage of one layout: two ranks, each with one half of the pairs.
     whole = tmp_path / "whole.txt"
-    ranks(2, "workers:train_until_killed", argv("whole"), str(whole), -1, "step", 1, 0.0)
+    ranks(2, "support.broken:train_until_killed", argv("whole"), str(whole), -1, "step", 1, 0.0)
     expected, dice, survived, runs = losses_of(whole), random.Random(3), 0, 0
     assert len(expected) == STEPS and all(len(losses) == 1 for losses in expected.values())
     while survived < KILLS:
@@ -61,7 +61,7 @@ def test_killed_again_and_again(setup, ranks, tmp_path, saving):
             rank = -1 if stop == ("nobody",) else where[0]
             try:
                 arguments = (argv(folder.name), str(log), rank, *where[1:])
-                ranks(2, "workers:train_until_killed", *arguments)
+                ranks(2, "support.broken:train_until_killed", *arguments)
                 complete = True
             except RankError as error:
                 assert -9 in error.codes and set(error.codes) <= {-9, 0, 1}, error
@@ -76,16 +76,21 @@ def test_killed_again_and_again(setup, ranks, tmp_path, saving):
     assert load_file(tmp_path / "a" / "model.safetensors").keys() == b.keys()
 
 
+def test_a_save_in_the_background_holds_what_was_there_when_it_began(ranks, tmp_path):
+    (tmp_path / "saved").mkdir()
+    assert ranks(1, "support.saves:saved_while_it_changes", str(tmp_path / "saved")) == [1.0]
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(setup, ranks, tmp_path):
     sources = setup.sources("both", *BOTH)
     save = ["--save", str(tmp_path / "run"), "--save-interval", "1"]
     argv = setup.flags(sources, *save, "--reference-probes", "4")
-    ranks(1, "workers:train", [*argv, "--exit-interval", "1"])
+    ranks(1, "support.training:train", [*argv, "--exit-interval", "1"])
     with pytest.raises(RankError) as caught:
-        ranks(1, "workers:train_on_a_full_disk", argv, 100_000)
+        ranks(1, "support.broken:train_on_a_full_disk", argv, 100_000)
     assert caught.value.codes == [2], caught.value
     assert "the checkpoint of step 2 could not be written" in caught.value.logs[0]
     assert "the last good one is step 1" in caught.value.logs[0]
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "1"
-    ranks(1, "workers:train", argv)
+    ranks(1, "support.training:train", argv)
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "3"

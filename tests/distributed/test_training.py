@@ -7,35 +7,10 @@ import sys
 
 import pytest
 import torch
-from launcher import ROOT
 from safetensors.torch import load_file
 
-# name -> ranks, flags
-LAYOUTS = {
-    "tp1": (1, []),
-    "tp2": (2, ["--tensor-model-parallel-size", "2"]),
-    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
-    "dp2": (2, []),
-    "tp2-pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
-    "pp4": (4, ["--pipeline-model-parallel-size", "4"]),
-    "tp2-sp": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
-    "pp2-vpp2": (
-        2,
-        ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"],
-    ),
-}
-BOTH = ("{name: qwen, logprobs: qwen}", "{name: phi, logprobs: phi, domains: [code]}")
-
-
-def steps_of(results: list[dict]) -> list[dict]:
-    """Metrics of each step, from a rank of the last pipeline stage."""
-    return next(r["steps"] for r in reversed(results) if r["steps"][0])
-
-
-def exported(ranks, checkpoint, folder) -> dict[str, torch.Tensor]:
-    """Parameters of a trained checkpoint under their Hugging Face names."""
-    ranks(1, "workers:export", str(checkpoint), str(folder))
-    return load_file(folder / "model.safetensors")
+from support.launcher import ROOT
+from support.runs import BOTH, LAYOUTS, exported, steps_of
 
 
 def distance(a: dict, b: dict) -> float:
@@ -52,7 +27,7 @@ def runs(setup, ranks, tmp_path_factory):
     for name, (world, flags) in LAYOUTS.items():
         save = ["--save", str(folder / name), "--save-interval", "3"]
         argv = setup.flags(sources, *flags, *save)
-        results[name] = ranks(world, "workers:train", argv)
+        results[name] = ranks(world, "support.training:train", argv)
         results[name, "parameters"] = exported(ranks, folder / name, folder / f"{name}-hf")
     return results
 
@@ -86,7 +61,9 @@ def test_pivot_as_its_own_reference(setup, ranks, layout):
     """Whatever the layout, the first loss is ln 2: training sees what the scorer saw."""
     world, flags = LAYOUTS[layout]
     sources = setup.sources("own", "{name: pivot, logprobs: initial}")
-    results = ranks(world, "workers:train", setup.flags(sources, *flags, "--train-iters", "1"))
+    results = ranks(
+        world, "support.training:train", setup.flags(sources, *flags, "--train-iters", "1")
+    )
     first = steps_of(results)[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert first["clip-rate"] == 0.0
@@ -98,7 +75,7 @@ def test_dpo_starts_at_ln_2(setup, ranks, layout):
     world, flags = LAYOUTS[layout]
     sources = setup.sources("both", *BOTH)
     argv = setup.flags(sources, "--method", "dpo", "--train-iters", "1", *flags)
-    assert steps_of(ranks(world, "workers:train", argv))[0]["loss"] == pytest.approx(
+    assert steps_of(ranks(world, "support.training:train", argv))[0]["loss"] == pytest.approx(
         math.log(2), abs=1e-5
     )
 
@@ -115,7 +92,7 @@ def test_overlapped_communication(setup, ranks, runs, layout):
     valid += ["--eval-interval", "1"]
     world = 2 if layout == "dp2" else 4  # two data-parallel ranks
     plain, overlapped = (
-        ranks(world, "workers:train", setup.flags(sources, *flags, *valid, *more))
+        ranks(world, "support.training:train", setup.flags(sources, *flags, *valid, *more))
         for more in ([], overlap)
     )
     expected = [step["loss"] for step in steps_of(runs["tp1"])]
@@ -132,7 +109,7 @@ def test_overlapped_communication(setup, ranks, runs, layout):
 def test_bf16_stays_close(setup, ranks, runs):
     sources = setup.sources("both", *BOTH)
     argv = setup.flags(sources, "--bf16", "--tensor-model-parallel-size", "2")
-    got, expected = steps_of(ranks(2, "workers:train", argv)), steps_of(runs["tp1"])
+    got, expected = steps_of(ranks(2, "support.training:train", argv)), steps_of(runs["tp1"])
     assert [s["loss"] for s in got] == pytest.approx([s["loss"] for s in expected], rel=0.05)
 
 
@@ -141,7 +118,7 @@ def test_metrics_reach_tensorboard(setup, ranks, tmp_path):
 
     sources = setup.sources("both", *BOTH)
     flags = ["--tensorboard-dir", str(tmp_path), "--tensorboard-log-interval", "1"]
-    steps = steps_of(ranks(1, "workers:train", setup.flags(sources, *flags)))
+    steps = steps_of(ranks(1, "support.training:train", setup.flags(sources, *flags)))
     events = EventAccumulator(str(tmp_path)).Reload()
     for name in ("loss", "rewards/accuracy", "logps/margin", "clip-rate", "share/qwen"):
         values = [event.value for event in events.Scalars(name)]
@@ -152,7 +129,7 @@ def test_packing_changes_nothing(setup, ranks):
     """One pair a row, or all eight in one: the mean over pairs is the same."""
     sources = setup.sources("both", *BOTH)
     results = [
-        ranks(1, "workers:train", setup.flags(sources, "--micro-batch-size", size))
+        ranks(1, "support.training:train", setup.flags(sources, "--micro-batch-size", size))
         for size in ("1", "8")
     ]
     a, b = (steps_of(result) for result in results)
@@ -165,7 +142,7 @@ def test_a_token_budget_sets_the_micro_batch(setup, ranks, runs, budget, pairs):
     sources = setup.sources("both", *BOTH)
     argv = setup.flags(sources, "--micro-batch-tokens", budget)
     del argv[argv.index("--micro-batch-size") : argv.index("--micro-batch-size") + 2]
-    steps = steps_of(ranks(1, "workers:train", argv))
+    steps = steps_of(ranks(1, "support.training:train", argv))
     assert f"in micro-batches of {pairs}" in ranks.logs[0]
     expected = [step["loss"] for step in steps_of(runs["tp1"])]
     assert [step["loss"] for step in steps] == pytest.approx(expected, abs=1e-5)
@@ -179,11 +156,13 @@ def test_validation_covers_every_pair_once(setup, ranks):
     sources = setup.sources("both", *BOTH)
     valid = ["--preference-valid-data", str(setup.data), "--preference-valid-sources", str(sources)]
     small = ranks(
-        1, "workers:train", setup.flags(sources, *valid, "--train-iters", "1", "--lr", "0")
+        1,
+        "support.training:train",
+        setup.flags(sources, *valid, "--train-iters", "1", "--lr", "0"),
     )
     large = ranks(
         1,
-        "workers:train",
+        "support.training:train",
         setup.flags(sources, "--global-batch-size", "20", "--train-iters", "1", "--lr", "0"),
     )
     evaluation, step = small[0]["evaluations"][0], steps_of(large)[0]
@@ -196,11 +175,15 @@ def test_bf16_references_fit_bf16_training(setup, ranks, tmp_path, layout):
     """Scored and trained in the same precision and layout, the first loss is ln 2 as in float32."""
     world, flags = LAYOUTS[layout]
     score = ["--backend", "megatron", "--model", str(setup.pivot), "--input", str(setup.records)]
-    ranks(world, "workers:score", [*score, *flags, "--bf16", "--output", str(tmp_path / "pivot")])
+    ranks(
+        world,
+        "support.scoring:score",
+        [*score, *flags, "--bf16", "--output", str(tmp_path / "pivot")],
+    )
     sources = tmp_path / "sources.yaml"
     sources.write_text("initial: pivot\n")
     argv = setup.flags(sources, "--method", "dpo", "--bf16", "--train-iters", "1", *flags)
-    first = steps_of(ranks(world, "workers:train", argv))[0]
+    first = steps_of(ranks(world, "support.training:train", argv))[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 

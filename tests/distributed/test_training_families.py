@@ -4,31 +4,13 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from test_training import LAYOUTS, steps_of
 
 from megatron_infifpo.records.records import read_records
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
 from megatron_infifpo.tokens.writer import write_token_dataset
-
-
-@pytest.fixture(scope="module")
-def pivots(setup, ranks, tmp_path_factory):
-    """Imported tiny pivots by family, for pairs tokenized with the common tokenizer."""
-    folder = tmp_path_factory.mktemp("pivots")
-    made = {}
-
-    def get(family: str):
-        if family not in made:
-            hf = tiny.save_model(folder / f"{family}-hf", family, seed=4)
-            argv = ["import", "--hf", str(hf), "--save", str(folder / family)]
-            ranks(1, "workers:run_tool", "convert_checkpoint", argv)
-            made[family] = hf, folder / family
-        return made[family]
-
-    return get
+from support.runs import LAYOUTS, steps_of
 
 
 class HalfScored(ChatTokenizer):
@@ -91,6 +73,6 @@ def test_gradients(setup, ranks, pivots, data, family):
     layouts = ["tp1", "tp2", "tp2-sp", "pp2"] if family != "llama" else ["tp1"]
     for layout in layouts:
         world, more = LAYOUTS[layout]
-        got = ranks(world, "workers:train", flags(setup, data, pivot, *more))
+        got = ranks(world, "support.training:train", flags(setup, data, pivot, *more))
         assert steps_of(got)[0]["loss"] == pytest.approx(loss, abs=1e-5), layout
         assert got[0]["norms"][0] == pytest.approx(norm, rel=1e-4), layout

@@ -4,7 +4,6 @@ import json
 import math
 
 import pytest
-from test_training import BOTH, LAYOUTS, steps_of
 
 from megatron_infifpo.losses import LOSSES
 from megatron_infifpo.methods import METHODS, add_method_flags, method_from_args
@@ -12,6 +11,7 @@ from megatron_infifpo.references.sources import read_sources
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.training.objective import pair_losses
+from support.runs import BOTH, LAYOUTS, steps_of
 
 
 def sft_flags(setup, *more: str) -> list[str]:
@@ -30,7 +30,7 @@ def method_flags(setup, method: str, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def one_rank(setup, ranks):
     return {
-        method: ranks(1, "workers:train", method_flags(setup, method))
+        method: ranks(1, "support.training:train", method_flags(setup, method))
         for method in ("sft", "wrpo", "infifpo-wrpo")
     }
 
@@ -45,7 +45,7 @@ METHOD_LAYOUTS += [(method, "tp2-pp2") for method in ("sft", "wrpo", "infifpo-wr
 @pytest.mark.parametrize("method, layout", METHOD_LAYOUTS)
 def test_layouts_agree(setup, ranks, one_rank, method, layout):
     world, flags = LAYOUTS[layout]
-    got = ranks(world, "workers:train", method_flags(setup, method, *flags))
+    got = ranks(world, "support.training:train", method_flags(setup, method, *flags))
     expected = one_rank[method]
     assert len(expected[0]["norms"]) == 3
     assert got[0]["norms"] == pytest.approx(expected[0]["norms"], rel=1e-4)
@@ -90,7 +90,7 @@ def test_first_loss_follows_from_the_datasets(setup, ranks, argv):
     """Training computes what the datasets and `pair_losses` say, whose options are tested there."""
     whole = ["--global-batch-size", "20", "--micro-batch-size", "20", "--train-iters", "1"]
     flags = setup.flags(setup.sources("both", *BOTH), *whole, *argv)
-    first = steps_of(ranks(1, "workers:train", flags))[0]
+    first = steps_of(ranks(1, "support.training:train", flags))[0]
     assert first["loss"] == pytest.approx(expected_first_loss(setup, argv), abs=1e-5, rel=1e-5)
 
 
@@ -98,7 +98,7 @@ def test_first_loss_follows_from_the_datasets(setup, ranks, argv):
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "sft"])
 def test_finite_differences_of_the_whole_loss(ranks, name, world):
     """Hidden states to loss: head, sums, fusion and objective, the vocabulary split or not."""
-    for results in ranks(world, "workers:whole_loss_gradients", name, {"sft_weight": 0.2}):
+    for results in ranks(world, "support.heads:whole_loss_gradients", name, {"sft_weight": 0.2}):
         assert len(results) > 25
         for gradient, difference in results:
             assert gradient == pytest.approx(difference, abs=1e-7, rel=1e-6)
@@ -109,7 +109,7 @@ def test_alpha_grows_over_training_and_survives_resume(setup, ranks, tmp_path):
 
     def run(name, *more):
         save = ["--save", str(tmp_path / name), *schedule, *more]
-        return steps_of(ranks(2, "workers:train", method_flags(setup, "wrpo", *save)))
+        return steps_of(ranks(2, "support.training:train", method_flags(setup, "wrpo", *save)))
 
     whole = run("whole")
     assert [step["alpha"] for step in whole] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
@@ -123,7 +123,7 @@ def test_metrics_of_domains_and_sources(setup, ranks):
     flags = setup.flags(
         setup.sources("both", *BOTH), "--global-batch-size", "20", "--train-iters", "1"
     )
-    step = steps_of(ranks(1, "workers:train", flags))[0]
+    step = steps_of(ranks(1, "support.training:train", flags))[0]
     records = [json.loads(line) for line in open(setup.records)]
     code = sum(r["domain"] == "code" for r in records) / len(records)
     for name in ("loss", "logps/margin", "share/qwen"):
@@ -141,18 +141,23 @@ def test_held_out_pairs_with_domains_in_another_order(setup, ranks, tmp_path):
     general_first = [lines[1], lines[2], lines[0], *lines[3:8]]
     records.write_text("\n".join(general_first) + "\n")
     prepare = ["--input", str(records), "--tokenizer", str(setup.hf)]
-    ranks(1, "workers:run_tool", "prepare_preferences", [*prepare, "--output", str(tmp_path / "v")])
+    ranks(
+        1,
+        "support.tools:run_tool",
+        "prepare_preferences",
+        [*prepare, "--output", str(tmp_path / "v")],
+    )
     models = {"initial": setup.pivot, "qwen": setup.folder / "qwen", "phi": setup.folder / "phi"}
     for name, model in models.items():
         flags = ["--backend", "megatron", "--model", str(model), "--input", str(records)]
-        ranks(1, "workers:score", [*flags, "--output", str(tmp_path / name)])
+        ranks(1, "support.scoring:score", [*flags, "--output", str(tmp_path / name)])
     sources = tmp_path / "sources.yaml"
     entries = "".join(f"\n  - {entry}" for entry in BOTH)
     sources.write_text(f"initial: initial\nsources:{entries}\n")
     valid = ["--preference-valid-data", str(tmp_path / "v")]
     valid += ["--preference-valid-sources", str(sources)]
     flags = setup.flags(setup.sources("both", *BOTH), "--train-iters", "1", *valid)
-    evaluation = ranks(1, "workers:train", flags)[0]["evaluations"][0]
+    evaluation = ranks(1, "support.training:train", flags)[0]["evaluations"][0]
     assert evaluation["domain/general/share/phi"] == 0.0
     assert evaluation["domain/code/share/phi"] > 0.0
 
@@ -163,11 +168,11 @@ def test_two_stages(setup, ranks, tmp_path):
     stage = ["--save", str(sft), "--save-interval", "3", "--preference-epochs", "1"]
     argv = sft_flags(setup, *stage)
     position = argv.index("--train-iters")
-    ranks(1, "workers:train", argv[:position] + argv[position + 2 :])
+    ranks(1, "support.training:train", argv[:position] + argv[position + 2 :])
     inputs = ["--input", str(setup.records), "--output", str(tmp_path / "initial")]
-    ranks(1, "workers:score", ["--backend", "megatron", "--model", str(sft), *inputs])
+    ranks(1, "support.scoring:score", ["--backend", "megatron", "--model", str(sft), *inputs])
     sources = tmp_path / "sources.yaml"
     sources.write_text("initial: initial\nsources: [{name: own, logprobs: initial}]\n")
     flags = ["--pretrained-checkpoint", str(sft), "--preference-sources", str(sources)]
-    first = steps_of(ranks(1, "workers:train", setup.flags(sources, *flags)))[0]
+    first = steps_of(ranks(1, "support.training:train", setup.flags(sources, *flags)))[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)

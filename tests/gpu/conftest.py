@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launcher import Ranks
 
-HERE = Path(__file__).resolve().parent
-FOLDER = Path(os.environ.get("INFIFPO_TE", HERE.parents[1] / ".venv" / "te"))
+from support.launcher import ROOT, Ranks
+
+FOLDER = Path(os.environ.get("INFIFPO_TE", ROOT / ".venv" / "te"))
 VERSIONS = ("2.14.0", "2.20.2")  # the oldest that docs/clusters.md recommends, and the newest
 
 
@@ -22,7 +22,7 @@ def te_zygotes(tmp_path_factory) -> Iterator[Callable[[str], Ranks]]:
         if not folder.is_dir():
             pytest.skip(f"no Transformer Engine in {folder}: run tests/gpu/fetch_te.sh .venv")
         if version not in started:
-            command = [str(HERE / "te_zygote.py"), str(folder)]
+            command = ["-m", "support.te_zygote", str(folder)]
             started[version] = Ranks(tmp_path_factory.mktemp(f"te-{version}"), *command)
         return started[version]
 

@@ -7,10 +7,10 @@ once a step, most of it Megatron's: see `STEP`.
 import collections
 
 import pytest
-import te_jobs
 import torch
 
 from megatron_infifpo.gpu_check.host_waits import counted
+from support import te_training as te_jobs
 
 STEPS = 2
 # Most a step, of any number of rows. A constant: Python numbers, copied to the device.
@@ -64,7 +64,7 @@ def jobs(newest_te_ranks, tmp_path_factory):
     def get(family: str) -> str:
         if family not in made:
             made[family] = str(tmp_path_factory.mktemp(f"waits-{family}"))
-            newest_te_ranks(1, "te_jobs:make_job", made[family], family)
+            newest_te_ranks(1, "support.te_training:make_job", made[family], family)
         return made[family]
 
     return get
@@ -74,7 +74,7 @@ def waits_of(ranks, job: str, kind: str, pairs: int) -> tuple[dict[str, int], di
     """Waits of two steps of eight pairs, so many a row, and those of their log lines."""
     flags = ["--bf16", "--use-distributed-optimizer", "--train-iters", str(STEPS)]
     argv = te_jobs.flags(job, *flags, "--micro-batch-size", str(pairs))
-    (found,) = ranks(1, "te_jobs:count_waits", argv, kind)
+    (found,) = ranks(1, "support.te_training:count_waits", argv, kind)
     return found["train_step"], found["training_log"]
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from device_rules import CudaRules, NoConstants
 
 import megatron_infifpo.training.step as training_step
 from megatron_infifpo.engine.layers import PackedAttention
@@ -21,6 +20,7 @@ from megatron_infifpo.methods import METHODS, Method, resolve
 from megatron_infifpo.reference import FUSIONS, MARGIN_ANCHORS, MARGIN_SPACES, SELECTIONS
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferencePair
+from support.device_rules import CudaRules, NoConstants
 
 META = torch.device("meta")
 HALVES = (torch.bfloat16, torch.float16)

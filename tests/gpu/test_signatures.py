@@ -1,6 +1,6 @@
 """What is called, and what is replaced, by names and arguments that other packages may change.
 
-Transformer Engine's are bound to its real ones where te_workers.py runs it.
+Transformer Engine's are bound to its real ones where support/te_layers.py runs it.
 """
 
 import ast

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from launcher import ROOT
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.patches import cpu
+from support.launcher import ROOT
 
 HERE = Path(__file__).resolve().parent
 # As a command line does, on a machine whose PyTorch says that there is a GPU, or has a driver.
@@ -106,5 +106,5 @@ def test_who_asks_for_the_cpu(monkeypatch, asked):
 def test_helpers_and_warm_up(ranks):
     """Not by the CPU's stand-ins, which a GPU does not have: see patches/startup.py."""
     assert "compile_helpers" not in Path(cpu.__file__).read_text(encoding="utf-8")
-    (found,) = ranks(1, "gpu.startup_workers:start_megatron")
+    (found,) = ranks(1, "support.startup:start_megatron")
     assert found == {"helpers before": "megatron.core.datasets.utils", "processes": [], "ops": 0}

@@ -4,7 +4,8 @@ Its Python is real, its kernels are emulated in float32: see te_emulation.py.
 """
 
 import pytest
-import tiny
+
+from support import tiny
 
 # Nats a token, and of a tensor's largest gradient; float32 in another order of sums. Measured:
 # 7.2e-6 and 5.2e-6.
@@ -16,7 +17,7 @@ LAYERS = tiny.SHAPE["num_hidden_layers"]
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_family(te_ranks, tmp_path, family):
     """With our attention, prompts shared or not, and with Transformer Engine's own."""
-    (found,) = te_ranks(1, "te_workers:family", str(tmp_path), family)
+    (found,) = te_ranks(1, "support.te_layers:family", str(tmp_path), family)
     for run, (logprobs, gradients) in found["differences"].items():
         assert logprobs <= LOGPROBS, run
         assert gradients <= GRADIENTS, run
@@ -37,7 +38,7 @@ def test_family(te_ranks, tmp_path, family):
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
 def test_loading(te_ranks, tmp_path, family):
     """Norms of heads, norms after layers: each has an extra state that some kinds expect."""
-    (different,) = te_ranks(1, "te_workers:reload", str(tmp_path), family)
+    (different,) = te_ranks(1, "support.te_layers:reload", str(tmp_path), family)
     origins = ("imported", "local", "te", "old local")
     assert different == {f"{origin} to {kind}": [] for origin in origins for kind in KINDS}
 
@@ -48,7 +49,7 @@ def test_loading(te_ranks, tmp_path, family):
 )
 def test_on_meta(newest_te_ranks, tmp_path, family):
     """Whole models, shared prompts included, never touch the host: `meta` stands for CUDA."""
-    (found,) = newest_te_ranks(1, "te_workers:on_meta", str(tmp_path), family)
+    (found,) = newest_te_ranks(1, "support.te_layers:on_meta", str(tmp_path), family)
     types = {"local bf16": "bfloat16", "local fp32": "float32", "te bf16": "bfloat16"}
     assert found == {run: ("meta", {("meta", f"torch.{kind}")}) for run, kind in types.items()}
 
@@ -57,5 +58,5 @@ def test_on_meta(newest_te_ranks, tmp_path, family):
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_fp8_takes_rows(te_ranks, recipe, tensor_parallel):
     """By Transformer Engine's own checks, on a rank's share of a row."""
-    (found,) = te_ranks(1, "te_workers:fp8_rows", recipe, tensor_parallel)
+    (found,) = te_ranks(1, "support.te_layers:fp8_rows", recipe, tensor_parallel)
     assert found == {"padded": True, "not padded": False}

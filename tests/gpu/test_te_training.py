@@ -6,8 +6,9 @@ Its Python is real, its kernels are emulated: see te_emulation.py.
 from pathlib import Path
 
 import pytest
-import te_jobs
-from launcher import RankError
+
+from support import te_training as te_jobs
+from support.launcher import RankError
 
 KINDS = ("local", "te", "te-attention")
 LAYERS, STEPS, ROWS = 4, 4, 4  # rows a step
@@ -19,13 +20,13 @@ WHOLE = [*PARTS, "--dist-ckpt-optim-fully-reshardable"]
 @pytest.fixture(scope="module")
 def job(newest_te_ranks, tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("te-job"))
-    newest_te_ranks(1, "te_jobs:make_job", folder, "qwen3")  # with norms of heads
+    newest_te_ranks(1, "support.te_training:make_job", folder, "qwen3")  # with norms of heads
     return folder
 
 
 def run(ranks, job: str, kind: str | None, *more: str, old: bool = False) -> dict:
     argv = te_jobs.flags(job, "--train-iters", str(STEPS), *more)
-    (record,) = ranks(1, "te_jobs:train", argv, kind, old)
+    (record,) = ranks(1, "support.te_training:train", argv, kind, old)
     return record
 
 
@@ -84,7 +85,9 @@ def test_scoring(newest_te_ranks, job):
     """The scorer's backend, too; in bfloat16 it takes Transformer Engine's layers by itself."""
     scores = {}
     for kind in (*KINDS, None):
-        ((name, scores[kind]),) = newest_te_ranks(1, "te_workers:score", f"{job}/pivot", kind)
+        ((name, scores[kind]),) = newest_te_ranks(
+            1, "support.te_layers:score", f"{job}/pivot", kind
+        )
         assert name == (kind or "te")
     for kind in ("te", "te-attention"):
         assert (scores[kind] - scores["local"]).abs().max() < 1e-4, kind
@@ -145,8 +148,8 @@ def test_resuming_with_another_adam(
     without = te_jobs.flags(job, *more, "--train-iters", str(STEPS))
     if fused_first:
         run(newest_te_ranks, job, "local", *more, *HALF)
-        (resumed,) = ranks(1, "workers:train", without)
+        (resumed,) = ranks(1, "support.training:train", without)
     else:
-        ranks(1, "workers:train", [*without, *HALF])
+        ranks(1, "support.training:train", [*without, *HALF])
         resumed = run(newest_te_ranks, job, "local", *more)
     assert_goes_on(resumed, straight)

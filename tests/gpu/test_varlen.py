@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import reference_kernels
 import torch
 import torch.nn.attention.varlen as varlen
 
@@ -15,6 +14,7 @@ from megatron_infifpo.engine.packed import row_params
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferencePair
+from support import reference_kernels
 
 HEADS, GROUPS, SIZE = 4, 2, 16
 SIGNATURE = inspect.signature(varlen.varlen_attn)

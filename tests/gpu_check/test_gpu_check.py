@@ -11,8 +11,8 @@ import torch
 
 from megatron_infifpo.gpu_check import processes
 from megatron_infifpo.gpu_check.records import read_checks
+from support.launcher import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # The others train, as tests/distributed does, and take minutes: `make gpu-check` runs them all.
 GROUPS = ("environment", "attention", "waits", "head")
 
@@ -62,7 +62,9 @@ def test_families_on_transformer_engine(tmp_path):
         pytest.skip(f"no Transformer Engine in {folders}: run tests/gpu/fetch_te.sh .venv")
     argument = [str(versions[-1]), str(tmp_path / "models"), str(tmp_path / "checks.jsonl")]
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
-    processes.run("with_te:families", argument, tmp_path / "run", seconds=600, environment=hidden)
+    processes.run(
+        "support.te_families:families", argument, tmp_path / "run", seconds=600, environment=hidden
+    )
     checks = read_checks(tmp_path / "checks.jsonl")
     assert len(checks) == 2 * 4 * 2  # families, kinds of layers, log-probs and gradients
     assert {check.status for check in checks} == {"passed"}

@@ -6,7 +6,6 @@ import os
 import time
 
 import pytest
-import sample_groups
 
 from megatron_infifpo.gpu_check import processes
 from megatron_infifpo.gpu_check.records import (
@@ -21,10 +20,11 @@ from megatron_infifpo.gpu_check.records import (
 )
 from megatron_infifpo.gpu_check.report import table, write_json
 from megatron_infifpo.gpu_check.runner import Group, Outcome, run_groups
+from support import check_groups
 
 
 def group(name: str, seconds: float = 60.0, *, alone: bool = False) -> Group:
-    return Group(name, f"sample_groups:{name}", seconds, alone)
+    return Group(name, f"support.check_groups:{name}", seconds, alone)
 
 
 def run(tmp_path, *names: str, **options) -> Outcome:
@@ -169,7 +169,7 @@ def test_a_line_cut_short_is_left_out(tmp_path):
 
 
 def test_ranks_are_told_who_they_are(tmp_path):
-    target = f"{sample_groups.__name__}:rank"
+    target = f"{check_groups.__name__}:rank"
     found = processes.run(target, {}, tmp_path / "two", seconds=60, ranks=2)
     assert found == [{"rank": 0, "world": 2}, {"rank": 1, "world": 2}]
     (alone,) = processes.run(target, {}, tmp_path / "one", seconds=60)
@@ -179,5 +179,5 @@ def test_ranks_are_told_who_they_are(tmp_path):
 def test_a_failed_rank_ends_the_others_and_is_named(tmp_path):
     start = time.monotonic()
     with pytest.raises(processes.ProcessFailure, match="rank 1: ValueError: rank of no use"):
-        processes.run("sample_groups:rank", {"bad": 1}, tmp_path, seconds=120, ranks=2)
+        processes.run("support.check_groups:rank", {"bad": 1}, tmp_path, seconds=120, ranks=2)
     assert time.monotonic() - start < 60

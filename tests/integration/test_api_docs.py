@@ -3,11 +3,10 @@
 import re
 from pathlib import Path
 
-import tiny
-from launcher import ROOT
-
 from megatron_infifpo.references.logprob_writer import REQUIRED, LogprobWriter
 from megatron_infifpo.tokens.dataset import TOKENIZER_SCHEMA
+from support import tiny
+from support.launcher import ROOT
 
 
 def snippets(page: Path) -> list[str]:

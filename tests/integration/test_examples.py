@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
-from launcher import ROOT
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import add_method_flags, method_from_args, resolve
 from megatron_infifpo.records.records import read_records
 from megatron_infifpo.references.logprob_store import LogprobStore
+from support import tiny
+from support.launcher import ROOT
 
 DEMO = ROOT / "examples" / "demo"
 
@@ -34,7 +34,7 @@ def forked(monkeypatch, ranks):
     def command(self, *words, ranks: int = 0, log=None, start=ranks):
         module, *argv = [str(word) for word in words if word != "-m"]
         program = f"tools/{Path(module).name}" if module.endswith(".py") else module
-        start(max(1, ranks), "workers:command", program, argv)
+        start(max(1, ranks), "support.tools:command", program, argv)
 
     monkeypatch.setattr(job.Job, "command", command)
 

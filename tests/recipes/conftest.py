@@ -1,7 +1,8 @@
 """The folder of a run."""
 
 import pytest
-from launcher import ROOT
+
+from support.launcher import ROOT
 
 
 @pytest.fixture

@@ -3,46 +3,17 @@
 import shlex
 
 import pytest
-from launcher import ROOT
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.ranks import ranks_from_srun
 from megatron_infifpo.recipes.commands import STAGES
-
-TRAINING = (
-    "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --use-distributed-optimizer "
-    "--overlap-grad-reduce --overlap-param-gather --sequence-parallel --bf16 "
-    "--preference-epochs {epochs} --lr {lr} --lr-decay-style cosine "
-    "--lr-warmup-fraction 0.1 --global-batch-size 128 --micro-batch-tokens 8192 --seq-length 4096 "
-    "--pretrained-checkpoint run/{load} --save run/{save} --save-interval 100 --log-interval 1 "
-    "--tensorboard-dir run/{save}/tensorboard --exit-signal-handler"
-)
-SFT = TRAINING.format(epochs=3, lr="1e-06", load="pivot", save="sft")
-INFIFPO = TRAINING.format(epochs=1, lr="1e-07", load="sft", save="infifpo")
-# (stage, options) -> what follows `python`
-GOLDEN = {
-    ("convert", ""): "tools/convert_checkpoint.py import --hf models/phi-4 --save run/pivot "
-    "--dtype bf16",
-    ("prepare", "split=sft"): "tools/prepare_preferences.py --input run/data/sft.jsonl "
-    "--tokenizer models/phi-4 --output run/data/sft",
-    ("score", ""): "tools/score_source.py --bf16 --backend megatron --tensor-model-parallel-size 2 "
-    "--pipeline-model-parallel-size 1 --model run/sft --name initial "
-    "--input run/data/preference.jsonl --output run/logprobs/initial",
-    ("score", "index=4"): "tools/score_source.py --bf16 --backend megatron "
-    "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 1 "
-    "--model models/Qwen2.5-Coder-14B-Instruct --name qwen2.5-coder-14b "
-    "--input run/data/preference.jsonl --output run/logprobs/qwen2.5-coder-14b --domains code",
-    ("sft", ""): f"-m megatron_infifpo.train --method sft --preference-data run/data/sft {SFT}",
-    ("infifpo", "method=infifpo beta=2.5"): "-m megatron_infifpo.train --method infifpo "
-    "--preference-data run/data/preference --preference-sources run/sources.yaml --beta 2.5 "
-    + INFIFPO,
-    ("export", ""): "tools/convert_checkpoint.py export --load run/infifpo --save run/infifpo-hf",
-}
+from support.launcher import ROOT
+from support.stage_commands import GOLDEN
 
 
 def parse(stage: str, options: str):
     """The job that tools/launch.py starts for such options."""
-    from workers import load_tool
+    from support.tools import load_tool
 
     read = load_tool("launch").read_options(stage, ["run=run", *options.split()])
     return STAGES[stage](**read)
@@ -58,9 +29,8 @@ def test_golden(run_folder, stage, options):
 @pytest.mark.parametrize(("stage", "options"), [key for key in GOLDEN if "train" in GOLDEN[key]])
 def test_training_flags_exist(run_folder, stage, options, monkeypatch):
     """Megatron's parser takes every word."""
-    from workers import load_tool  # noqa: F401  (makes the CPU stand-ins)
-
     import megatron_infifpo.training.run as program
+    from support.tools import load_tool  # noqa: F401  (makes the CPU stand-ins)
 
     job = parse(stage, options)
     monkeypatch.setattr("sys.argv", list(job.arguments[1:]))
@@ -89,7 +59,7 @@ def test_refused(run_folder, stage, options, message):
 
 
 def test_several_flags_and_an_open_quote(run_folder):
-    from workers import load_tool
+    from support.tools import load_tool
 
     tool = load_tool("launch")
     words = tool.spread(["train", "--options=tensor=1 'flags=--a \"b c\" --d'", "tensor=2"])
@@ -108,7 +78,7 @@ def test_the_options_of_jobs(run_folder):
     """What job.sh makes of strings and of arrays, read as launch.py reads it."""
     import subprocess
 
-    from workers import load_tool
+    from support.tools import load_tool
 
     values = """A='x=1 flags="--a b"'; B=(y=2 flags="--c 'd e'" z=); C=; """
     job = (ROOT / "examples" / "slurm" / "job.sh").read_text()
@@ -143,7 +113,7 @@ def test_flags_of_a_source(run_folder):
 
 @pytest.mark.parametrize("words", [["slurm.time=1"], ["--nodes", "2"], ["--detach"]])
 def test_options_without_effect(run_folder, monkeypatch, words):
-    from workers import load_tool
+    from support.tools import load_tool
 
     monkeypatch.setattr("sys.argv", ["launch.py", "sft", "--dry-run", *words])
     with pytest.raises(UserError, match="has no effect here: choose an --executor"):

@@ -3,8 +3,9 @@
 import io
 
 import pytest
-from test_commands import GOLDEN
-from workers import load_tool
+
+from support.stage_commands import GOLDEN
+from support.tools import load_tool
 
 pytest.importorskip("nemo_run", reason="nemo-run is not installed")
 

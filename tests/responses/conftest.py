@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from sampled import ChatServer, save_talker
-from workers import load_tool
+
+from support.talkers import ChatServer, save_talker
+from support.tools import load_tool
 
 
 @pytest.fixture(scope="session")

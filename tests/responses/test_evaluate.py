@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
-from launcher import ROOT
 from safetensors.torch import save_file
-from workers import load_tool
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses import evaluation
 from megatron_infifpo.responses.benchmarks import BENCHMARKS, Benchmark, score_of, table
 from megatron_infifpo.responses.harness import open_harness
+from support import tiny
+from support.launcher import ROOT
+from support.tools import load_tool
 
 TASK = """
 task: colours

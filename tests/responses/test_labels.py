@@ -3,16 +3,16 @@
 import json
 
 import pytest
-import tiny
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
-from workers import load_tool
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import plain_text, read_records, reply
 from megatron_infifpo.responses.answers import Response
 from megatron_infifpo.responses.labels import Responses, choose_pair
 from megatron_infifpo.responses.prompts import Prompt
+from support import tiny
+from support.tools import load_tool
 
 CHECKS = """
 def length(prompt, response):

@@ -6,9 +6,7 @@ import sys
 import types
 
 import pytest
-import tiny
 import torch
-from sampled import save_talker
 from transformers import AutoModelForCausalLM
 
 from megatron_infifpo.errors import UserError
@@ -17,6 +15,8 @@ from megatron_infifpo.responses.logprob_check import check_engine, open_scorer
 from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.responses.turns import Turns
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
+from support import tiny
+from support.talkers import save_talker
 
 OPTIONS = types.SimpleNamespace(bf16=False, batch=4, trust_remote_code=False, on_bad_record="error")
 

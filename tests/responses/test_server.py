@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from sampled import answer, choice
 from transformers import AutoModelForCausalLM
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
+from support.talkers import answer, choice
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 import sys
 from pathlib import Path
 
-import cluster as slurm
 import pytest
-import tiny
-from launcher import ROOT
+
+from support import slurm_cluster as slurm
+from support import tiny
+from support.launcher import ROOT
 
 
 @pytest.fixture(scope="session")

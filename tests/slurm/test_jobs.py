@@ -5,9 +5,10 @@ import re
 import signal
 
 import pytest
-from cluster import NODES, Cluster, wait_until
-from launcher import ROOT
 from safetensors.torch import load_file
+
+from support.launcher import ROOT
+from support.slurm_cluster import NODES, Cluster, wait_until
 
 pytestmark = pytest.mark.slurm
 SCRIPTS = ROOT / "examples" / "slurm"

@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from cluster import Cluster
-from launcher import ROOT
 from safetensors.torch import load_file
+
+from support.launcher import ROOT
+from support.slurm_cluster import Cluster
 
 pytestmark = pytest.mark.slurm
 pytest.importorskip("nemo_run", reason="nemo-run is not installed")

@@ -6,12 +6,12 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
-import tiny
 
 from megatron_infifpo.convert.vocabulary import warn_of_tokens_beyond
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.training.token_check import check_tokens
+from support import tiny
 
 
 @pytest.fixture

@@ -1,0 +1,71 @@
+"""What layers keep for the backward pass and what a save needs, on paper and in real runs."""
+
+import pytest
+
+from megatron_infifpo.engine.kept import CPU_KEPT
+from megatron_infifpo.families import megatron_args
+from megatron_infifpo.families.architecture import read_hf_config
+from megatron_infifpo.planning.plan import Plan
+from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SAVED, SPARING
+from support.runs import BOTH, LAYOUTS
+
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
+RECOMPUTE += ["--recompute-num-layers", "1"]
+
+
+@pytest.mark.parametrize("share", ["--share-prompt", "--no-share-prompt"])
+@pytest.mark.parametrize("layout", ["tp1", "tp2-sp", "pp2"])
+def test_kept(setup, ranks, layout, share):
+    """Within 15 %, on every rank."""
+    world, flags = LAYOUTS[layout]
+    argv = setup.flags(setup.sources("both", *BOTH), *flags, share)
+    results = ranks(world, "support.training:kept_bytes", argv)
+    plan = Plan(megatron_args(read_hf_config(setup.hf)), "fp32", CPU_KEPT)
+    stages = 2 if layout == "pp2" else 1
+    for rank, found in enumerate(results):
+        gathered = found["keys"] / found["tokens"] if share == "--share-prompt" else 0.0
+        token = plan.layers / stages * plan.activation_bytes(gathered)
+        token += plan.end_bytes() * (rank >= stages - 1)
+        planned = found["tokens"] * token / (2 if layout == "tp2-sp" else 1)
+        assert found["kept"] == pytest.approx(planned, rel=0.15), (rank, found)
+
+
+def test_recomputed(setup, ranks):
+    """Only the input of each layer is kept."""
+    argv = setup.flags(setup.sources("both", *BOTH), *RECOMPUTE)
+    found = ranks(1, "support.training:kept_bytes", argv)[0]
+    plan = Plan(megatron_args(read_hf_config(setup.hf)), "fp32", CPU_KEPT)
+    planned = found["tokens"] * (plan.layers * plan.hidden * 4 + plan.end_bytes())
+    assert found["kept"] == pytest.approx(planned, rel=0.15)
+
+
+SAVINGS = {
+    "by-rank": (BY_RANK, []),
+    "by-name": (BY_NAME, ["--dist-ckpt-optim-fully-reshardable"]),
+    "sparing": (
+        SPARING,
+        ["--dist-ckpt-optim-fully-reshardable", "--distrib-optim-fully-reshardable-mem-efficient"],
+    ),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", SAVINGS)
+def test_saved(setup, ranks, tmp_path, name, precision):
+    """What two data-parallel ranks gather, and what each then writes."""
+    saving, flags = SAVINGS[name]
+    more = ["--bf16"] if precision == "bf16" else []
+    argv = setup.flags(setup.sources("both", *BOTH), "--save", str(tmp_path / "run"), *flags, *more)
+    results = ranks(2, "support.saves:save_bytes", argv)
+    weight = 2 if precision == "bf16" else 4
+    written = 0.0
+    for rank, found in enumerate(results):
+        parameters = found["parameters"]
+        planned = saving.gathered_bytes(parameters, 2, first=rank == 0)
+        # Gloo may hold on to one value a moment longer.
+        assert 0.98 * planned <= found["gathered"] <= 1.02 * planned + 4 * parameters, (rank, found)
+        planned = saving.written_bytes(parameters, 2, weight, first=rank == 0)
+        # Whole parameters are dealt to ranks, and few are here.
+        assert found["written"] == pytest.approx(planned, rel=0.3), (rank, found)
+        written += found["written"]
+    assert written == pytest.approx((SAVED + weight) * parameters, rel=0.02)

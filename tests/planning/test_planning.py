@@ -1,0 +1,148 @@
+"""Costs on paper: parameters of the published models, memory by layout, operations."""
+
+import pytest
+import torch
+
+from megatron_infifpo.engine.kept import TE_KEPT
+from megatron_infifpo.families import megatron_args, tensor_parallel_sizes
+from megatron_infifpo.families.published import PUBLISHED
+from megatron_infifpo.planning.plan import Layout, Plan, layouts
+from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SPARING
+from support.saves import LiveBytes
+from support.tools import load_tool
+
+SIZES = {"phi-4": 14_659_507_200, "mistral-small-24b": 23_572_403_200}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters(name):
+    """Norms and biases, which are left out, are less than a thousandth."""
+    assert Plan(megatron_args(PUBLISHED[name])).parameters == pytest.approx(SIZES[name], rel=1e-3)
+
+
+def test_every_rank_holds_its_share():
+    """What all ranks hold together is the model, whatever the layout."""
+    model = megatron_args(PUBLISHED["phi-4"])
+    plan = Plan(model)
+    for layout in layouts(16, tensor_parallel_sizes(model), 40, 8, 128):
+        assert layout.tensor * layout.pipeline * layout.data == 16
+        stages = plan.stages(layout, 1000, 8)
+        weights = layout.tensor * sum(stage.weights for stage in stages)
+        assert weights == pytest.approx(2 * plan.parameters)
+        optimizer = layout.tensor * layout.data * sum(stage.optimizer for stage in stages)
+        assert optimizer == pytest.approx(12 * plan.parameters)
+
+
+def test_what_shrinks_memory():
+    plan = Plan(megatron_args(PUBLISHED["phi-4"]))
+
+    def total(*layout, **options):
+        return plan.memory(Layout(*layout), 8192, 16, **options).total
+
+    whole = total(1, 1, 16)
+    assert total(2, 1, 8) < whole and total(1, 2, 8) < whole
+    assert total(1, 1, 16, recompute=True) < whole
+    first = plan.memory(Layout(2, 4, 2), 8192, 16)
+    assert first.activations == plan.memory(Layout(2, 1, 8), 8192, 16).activations, (
+        "the first stage keeps as many rows in flight as there are stages"
+    )
+
+
+def test_legal_layouts():
+    """Phi-4 splits by 5 and 10, but a node of 8 GPUs does not; and a batch of 128 not by 5."""
+    sizes = tensor_parallel_sizes(megatron_args(PUBLISHED["phi-4"]))
+    found = layouts(40, sizes, 40, 8, 128)
+    assert found and all(x.tensor in (1, 2) and 128 % x.data == 0 for x in found)
+    assert {x.tensor for x in layouts(5, sizes, 40, 8, 128)} == {1, 5}
+
+
+def test_saves():
+    """Phi-4, 14.66 billion parameters, on two nodes of eight GPUs; in billions of bytes."""
+    plan = Plan(megatron_args(PUBLISHED["phi-4"]))
+    quarter, half = Layout(2, 2, 4), Layout(2, 1, 8)
+
+    def host(layout, saving):
+        return plan.host_memory(layout, saving, 8) / 1e9
+
+    def gpu(layout, saving):
+        return plan.memory(layout, 8192, 16, saving=saving).save / 1e9
+
+    for layout in (quarter, half):
+        # Every parameter, its float32 copy and two moments are written once.
+        assert host(layout, BY_RANK) == pytest.approx(14 * 14.66 / 2, rel=1e-3)
+        assert gpu(layout, BY_RANK) == gpu(layout, SPARING) == 0
+    # All that is gathered, on each of eight ranks; while it is, 12 bytes a parameter more, and the
+    # rank's own share.
+    assert host(quarter, BY_NAME) == pytest.approx(8 * (24 + 12 / 4) * 14.66 / 4, rel=1e-3)
+    assert host(half, BY_NAME) == pytest.approx(8 * (24 + 12 / 8) * 14.66 / 2, rel=1e-3)
+    assert gpu(quarter, BY_NAME) == pytest.approx(18.3, abs=0.1)
+    assert gpu(half, BY_NAME) == pytest.approx(33.0, abs=0.1)
+    # Two ranks of eight gather; the others send.
+    sparing = 2 * (24 + 12 / 4) + 6 * 12 / 4
+    assert host(quarter, SPARING) == pytest.approx(sparing * 14.66 / 4, rel=1e-3)
+
+
+def test_moments_of_a_run():
+    """The update and a save come after the activations are gone."""
+    plan = Plan(megatron_args(PUBLISHED["phi-4"]))
+    layout = Layout(2, 2, 4)
+    fused, plain = (plan.memory(layout, 64, 1, fused_adam=fused) for fused in (True, False))
+    assert fused.update == 0 and plain.update == pytest.approx(plain.optimizer / 3)
+    state = plain.weights + plain.gradients + plain.optimizer
+    assert plain.total == state + plain.update, "a short row's activations are less"
+    long = plan.memory(layout, 8192, 16, fused_adam=False)
+    assert long.total == state + long.activations + long.head
+    saved = plan.memory(layout, 8192, 16, saving=BY_NAME, recompute=True)
+    assert saved.total == state + saved.save
+
+
+def test_the_update_of_pytorch():
+    """What AdamW's kernels over lists, which it takes on a GPU, hold at once."""
+    weight = torch.nn.Parameter(torch.zeros(1000))
+    weight.grad = torch.ones(1000)
+    adam = torch.optim.AdamW([weight], foreach=True)
+    adam.step()
+    with LiveBytes() as live:
+        adam.step()
+    assert live.peak == pytest.approx(4 * 1000, rel=0.1)
+
+
+def test_fp8():
+    """Two bytes a parameter of linear layers more, and none of the tables."""
+    model = megatron_args(PUBLISHED["phi-4"])
+    plans = [Plan(model, precision, TE_KEPT) for precision in ("bf16", "fp8")]
+    weights = [plan.memory(Layout(1, 1, 1), 8192, 1).weights for plan in plans]
+    assert weights[1] - weights[0] == 2 * plans[0].layers * plans[0].layer_parameters
+
+
+def test_operations():
+    """Six a parameter and token, attention's own, and the head's eight for scored tokens only."""
+    plan = Plan(megatron_args(PUBLISHED["phi-4"]))
+    layers = plan.layers * plan.layer_parameters
+    assert plan.operations(1000, 0, 0) == 6 * layers * 1000
+    head = plan.operations(1000, 100, 0) - plan.operations(1000, 0, 0)
+    assert head == 8 * plan.table_parameters * 100
+    attention = plan.operations(1000, 0, 4000) / plan.operations(1000, 0, 0) - 1
+    assert attention == pytest.approx(0.060, abs=0.001)
+
+
+def test_the_command(ranks):
+    ranks(1, "support.tools:run_tool", "plan_run", ["--model", "phi-4", "--gpus", "16"])
+    lines = ranks.logs[0].splitlines()
+    assert "14.66 billion parameters" in ranks.logs[0]
+    assert sum("does not fit" in line for line in lines) == 6
+    fits = [line for line in lines if line.strip()[:1].isdigit() and "does not fit" not in line]
+    hours = [float(line.split()[-1]) for line in fits]
+    assert hours == sorted(hours) and len(fits) == 10
+
+
+@pytest.mark.parametrize(
+    "flag", ["--mfu", "--gpu-memory", "--gpu-tflops", "--gpus", "--row-tokens", "--pairs"]
+)
+def test_numbers_that_are_none(flag, capsys):
+    parser = load_tool("plan_run").make_parser()
+    for value in ("0", "-1", "nan", "inf", "x"):
+        with pytest.raises(SystemExit) as stopped:
+            parser.parse_args(["--model", "m", "--gpus", "8", flag, value])
+        assert stopped.value.code == 2
+        assert f"argument {flag}: {value!r}, expected a" in capsys.readouterr().err

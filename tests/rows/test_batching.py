@@ -1,0 +1,356 @@
+import collections
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.references.sources import Source, SourcesConfig
+from megatron_infifpo.rows.batching import (
+    EvaluationLoader,
+    PreferenceLoader,
+    evaluation_steps,
+    fitting_micro_batch_size,
+    plan_evaluation,
+    plan_step,
+)
+from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset, PreferencePair
+from support.datasets import record, write_scores, write_tokens
+
+LENGTHS = st.lists(st.integers(2, 5000), min_size=1, max_size=60).map(np.array)
+# Machines with few cores miss deadlines; nothing is kept between runs.
+CALM = settings(deadline=None, database=None)
+SEEDS = st.integers(0, 2**32)
+
+
+def flat(rows):
+    return [sample for row in rows for sample in row]
+
+
+@CALM
+@given(LENGTHS, SEEDS, st.integers(0, 50), st.integers(1, 40), st.data())
+def test_a_step_has_exactly_its_pairs_at_any_layout(lengths, seed, step, batch, data):
+    rows = data.draw(st.integers(1, batch))
+    plan = plan_step(lengths, seed=seed, step=step, global_batch_size=batch, rows=rows)
+    assert len(plan) == rows and all(plan) and len(flat(plan)) == batch
+    # No pair comes more often than the epochs that the step touches.
+    epochs = (step * batch + batch - 1) // len(lengths) - step * batch // len(lengths) + 1
+    assert max(collections.Counter(flat(plan)).values()) <= epochs
+    one_row = plan_step(lengths, seed=seed, step=step, global_batch_size=batch, rows=1)
+    assert sorted(flat(plan)) == sorted(flat(one_row))
+    again = plan_step(lengths, seed=seed, step=step, global_batch_size=batch, rows=rows)
+    assert plan == again
+    loads = [int(lengths[row].sum()) for row in plan]
+    assert loads == sorted(loads, reverse=True)  # like lengths are neighbours
+    # Longest-first gives at most one pair of imbalance.
+    assert max(loads) - min(loads) <= lengths[flat(plan)].max()
+
+
+@CALM
+@given(LENGTHS, SEEDS, st.integers(1, 40))
+def test_an_epoch_covers_every_pair_once(lengths, seed, batch):
+    n = len(lengths)
+    steps = batch  # n * batch samples: exactly `batch` epochs
+    stream = [
+        flat(plan_step(lengths, seed=seed, step=s, global_batch_size=batch, rows=1))
+        for s in range(min(steps * n // batch, 60))
+    ]
+    counts = collections.Counter(flat(stream))
+    total = len(flat(stream))
+    assert set(counts.values()) <= {total // n, total // n + 1}
+    if total % n == 0:
+        assert set(counts.values()) == {total // n} and len(counts) == n
+
+
+def test_epochs_and_seeds_differ_and_the_order_is_fixed():
+    lengths = np.full(50, 7)
+
+    def order(seed, epoch):
+        steps = range(epoch * 50, epoch * 50 + 50)
+        one = {"global_batch_size": 1, "rows": 1}
+        return [plan_step(lengths, seed=seed, step=s, **one)[0][0] for s in steps]
+
+    orders = [order(1, 0), order(1, 1), order(2, 0)]
+    assert all(sorted(o) == list(range(50)) for o in orders)
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+    # Written down: a run must resume with the same order under another version of NumPy.
+    assert orders[0][:8] == [3, 5, 24, 27, 43, 44, 42, 26]
+
+
+@CALM
+@given(st.integers(1, 200), st.integers(1, 40), st.data())
+def test_an_evaluation_takes_every_pair_once(count, batch, data):
+    rows = data.draw(st.integers(1, batch))
+    lengths = np.arange(1, count + 1)
+    if count < rows:
+        with pytest.raises(UserError, match=f"validation has {count} pairs for {rows} rows"):
+            evaluation_steps(count, batch, rows)
+        return
+    steps = evaluation_steps(count, batch, rows)
+    plans = [plan_evaluation(lengths, step=s, steps=steps, rows=rows) for s in range(steps)]
+    assert sorted(flat(flat(plans))) == list(range(count))
+    assert all(all(plan) and len(plan) == rows for plan in plans)
+    assert plan_evaluation(lengths, step=steps, steps=steps, rows=rows) == plans[0]
+
+
+@st.composite
+def pairs(draw, sources=2):
+    responses = draw(st.integers(2, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 9999)))
+    made = []
+    for index in range(draw(st.integers(1, 5))):
+        lengths = [draw(st.integers(1, 9)) for _ in range(responses)]
+        made.append(
+            PreferencePair(
+                index=100 + index,
+                prompt_ids=rng.integers(0, 99, draw(st.integers(1, 9)), dtype=np.int32),
+                response_ids=tuple(rng.integers(0, 99, n, dtype=np.int32) for n in lengths),
+                domain_code=index % 2,
+                initial_sum_logps=-rng.random(responses, dtype=np.float32),
+                source_sum_logps=-rng.random((responses, sources), dtype=np.float32),
+                source_token_counts=rng.integers(1, 9, (responses, sources)),
+                source_mask=rng.random(sources) < 0.5,
+            )
+        )
+    return made
+
+
+@CALM
+@given(pairs(), st.integers(1, 8))
+def test_a_row_holds_whole_pairs(batch, multiple):
+    row = collate(batch, pad_multiple=multiple, pad_token=7)
+    segments = [(pair, ids) for pair in batch for ids in pair.response_ids]
+    responses = len(batch[0].response_ids)
+    tokens, borders = row["tokens"][0], row["cu_seqlens"].tolist()
+    total = sum(len(p.prompt_ids) + len(ids) for p, ids in segments)
+    tail = len(tokens) - total
+    assert len(tokens) % multiple == 0 and 0 <= tail < multiple
+    assert (tokens[total:] == 7).all()
+    assert borders[0] == 0 and borders[-1] == len(tokens)
+    assert len(borders) == len(segments) + 1 + (tail > 0)
+    assert row["max_seqlen"] == max(np.diff(borders))
+    positions = row["position_ids"][0]
+    scored = collections.defaultdict(list)
+    for t, target, segment in zip(
+        *(row[k].tolist() for k in ("scored_rows", "target_ids", "segment_ids")), strict=True
+    ):
+        assert borders[segment] <= t and t + 1 < borders[segment + 1]  # never over a border
+        assert tokens[t + 1] == target
+        scored[segment].append(t)
+    for s, (pair, ids) in enumerate(segments):
+        start, end = borders[s], borders[s + 1]
+        assert tokens[start:end].tolist() == [*pair.prompt_ids, *ids]
+        assert positions[start:end].tolist() == list(range(end - start))
+        # From the last position of the prompt, which predicts the first response token, to the
+        # last but one, which predicts the end of the turn.
+        first = start + len(pair.prompt_ids) - 1
+        assert scored[s] == list(range(first, end - 1))
+        assert tokens[scored[s][0] + 1] == ids[0] and tokens[scored[s][-1] + 1] == ids[-1]
+        assert row["token_counts"][s // responses, s % responses] == len(ids) == len(scored[s])
+    assert positions[total:].tolist() == list(range(tail))
+    assert row["indices"].tolist() == [pair.index for pair in batch]
+    assert row["domain_codes"].tolist() == [pair.domain_code for pair in batch]
+
+
+@CALM
+@given(pairs(), st.integers(1, 8))
+def test_a_shared_prompt_is_there_once(batch, multiple):
+    """Its keys, gathered, are those of the row with copies; every other thing is the same."""
+    row = collate(batch, pad_multiple=multiple, share_prompt=True)
+    copies = collate(batch, pad_multiple=1)
+    tokens = row["tokens"][0]
+    total = sum(len(p.prompt_ids) + sum(len(ids) for ids in p.response_ids) for p in batch)
+    assert len(tokens) == total + -total % multiple
+    wanted = copies["tokens"][0]
+    key_tokens, key_positions = (
+        x[0][row["key_rows"]] for x in (row["tokens"], row["position_ids"])
+    )
+    assert torch.equal(key_tokens[: len(wanted)], wanted)
+    assert torch.equal(key_positions[: len(wanted)], copies["position_ids"][0])
+    segments = len(copies["cu_seqlens"])
+    assert torch.equal(row["cu_seqlens_kv"][:segments], copies["cu_seqlens"])
+    assert row["max_seqlen_kv"] == max(np.diff(row["cu_seqlens_kv"]))
+    assert row["cu_seqlens"][-1] == len(tokens) and row["cu_seqlens_kv"][-1] == len(key_tokens)
+    for name in ("target_ids", "segment_ids", "token_counts", "indices", "initial_sum_logps"):
+        assert torch.equal(row[name], copies[name]), name
+    # Each segment's queries are the last of its keys.
+    for q, k in zip(row["cu_seqlens"].tolist()[1:], row["cu_seqlens_kv"].tolist()[1:], strict=True):
+        assert row["key_rows"][k - 1] == q - 1
+    # A token is predicted by the one before it in its text, wherever that lies.
+    texts = zip(row["scored_rows"].tolist(), copies["scored_rows"].tolist(), strict=True)
+    for here, there in texts:
+        assert row["position_ids"][0, here] == copies["position_ids"][0, there]
+        assert tokens[here] == wanted[there]
+
+
+@CALM
+@given(pairs())
+def test_types_and_shapes(batch):
+    row = collate(batch, pad_multiple=4)
+    b, r, m, k = len(batch), len(batch[0].response_ids), 2, row["scored_rows"].numel()
+    expected = {
+        "tokens": (torch.int64, (1, row["tokens"].shape[1])),
+        "position_ids": (torch.int64, tuple(row["tokens"].shape)),
+        "cu_seqlens": (torch.int32, tuple(row["cu_seqlens"].shape)),
+        "scored_rows": (torch.int64, (k,)),
+        "target_ids": (torch.int64, (k,)),
+        "segment_ids": (torch.int64, (k,)),
+        "token_counts": (torch.int64, (b, r)),
+        "indices": (torch.int64, (b,)),
+        "domain_codes": (torch.int64, (b,)),
+        "initial_sum_logps": (torch.float32, (b, r)),
+        "source_sum_logps": (torch.float32, (b, r, m)),
+        "source_token_counts": (torch.int64, (b, r, m)),
+        "source_mask": (torch.bool, (b, m)),
+    }
+    found = {k: (v.dtype, tuple(v.shape)) for k, v in row.items() if torch.is_tensor(v)}
+    assert found == expected and isinstance(row["max_seqlen"], int)
+    np.testing.assert_array_equal(row["source_mask"][-1].numpy(), batch[-1].source_mask)
+    bare = [PreferencePair(p.index, p.prompt_ids, p.response_ids) for p in batch]
+    assert set(row) - set(collate(bare)) == {
+        "initial_sum_logps",
+        "source_sum_logps",
+        "source_token_counts",
+        "source_mask",
+    }
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loader")
+    records = [record(i) for i in range(23)]
+    tokens = write_tokens(folder, records)
+    write_scores(folder / "pivot", records, tokens.response_lengths, masked=[4])
+    write_scores(folder / "one", records, tokens.response_lengths + 1, seed=1)
+    config = SourcesConfig(str(folder / "pivot"), (Source("one", str(folder / "one")),))
+    return PreferenceDataset(tokens.prefix, config)
+
+
+def loader(dataset, rank=0, ranks=1, micro=2, kind=PreferenceLoader, **options):
+    options = {"global_batch_size": 8, "max_tokens": 1000, "pad_multiple": 4} | options
+    return kind(
+        dataset,
+        data_parallel_rank=rank,
+        data_parallel_size=ranks,
+        num_microbatches=micro,
+        **options,
+    )
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a
+    )
+
+
+@settings(CALM, max_examples=20)
+@given(st.integers(0, 9), st.integers(0, 99), st.sampled_from([(1, 1), (2, 2), (4, 1), (2, 4)]))
+def test_resume_continues_the_uninterrupted_stream(dataset, step, seed, layout):
+    ranks, micro = layout
+    for rank in range(ranks):
+        whole = loader(dataset, rank, ranks, micro, seed=seed)
+        rest = itertools.islice(whole, step * micro, (step + 2) * micro)
+        resumed = loader(dataset, rank, ranks, micro, seed=seed, start_step=step)
+        for a, b in zip(rest, resumed, strict=False):
+            assert equal(a, b)
+
+
+def test_every_layout_trains_on_the_same_pairs(dataset):
+    def taken(ranks, micro, steps=3):
+        loaders = [loader(dataset, rank, ranks, micro, seed=5) for rank in range(ranks)]
+        return [
+            sorted(
+                index
+                for one in loaders
+                for _ in range(micro)
+                for index in next(one)["indices"].tolist()
+            )
+            for _ in range(steps)
+        ]
+
+    expected = taken(1, 1)
+    assert all(len(step) == 8 and 4 not in step for step in expected)  # 4: masked by the pivot
+    for layout in ((1, 4), (2, 2), (4, 2), (8, 1)):
+        assert taken(*layout) == expected
+
+
+def test_evaluation_covers_the_held_out_pairs_again_and_again(dataset):
+    ranks, micro = 2, 2
+    loaders = [loader(dataset, r, ranks, micro, EvaluationLoader) for r in range(ranks)]
+    steps = loaders[0].steps
+    rounds = []
+    for _ in range(2):
+        rows = [next(one) for one in loaders for _ in range(steps * micro)]
+        rounds.append(sorted(index for row in rows for index in row["indices"].tolist()))
+    assert rounds[0] == rounds[1] == [i for i in range(23) if i != 4]
+
+
+def test_long_pairs_are_left_out(dataset):
+    limit = int(np.median(dataset.segment_lengths))
+    rows = itertools.islice(loader(dataset, max_tokens=limit), 20)
+    seen = {index for row in rows for index in row["indices"].tolist()}
+    assert seen == set(dataset.eligible(limit).tolist())
+    with pytest.raises(UserError, match="none of the 23 pairs .* --seq-length is 3"):
+        loader(dataset, max_tokens=3)
+
+
+def test_batch_sizes(dataset):
+    with pytest.raises(UserError, match="--global-batch-size is 8 pairs for 16 rows"):
+        loader(dataset, ranks=8)
+    with pytest.warns(UserWarning, match="only 22 pairs"):
+        large = loader(dataset, global_batch_size=50, micro=1)
+    counts = collections.Counter(next(large)["indices"].tolist())
+    assert sum(counts.values()) == 50 and set(counts.values()) == {2, 3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader(dataset, global_batch_size=22)
+
+
+def test_rows_of_one_micro_batch_are_of_like_length():
+    lengths = np.random.default_rng(0).integers(100, 4000, 512)
+    plan = plan_step(lengths, seed=0, step=0, global_batch_size=128, rows=32)
+    loads = np.array([lengths[row].sum() for row in plan]).reshape(8, 4)
+    assert (np.ptp(loads, axis=1) / loads.mean(axis=1)).max() < 0.05
+
+
+def test_a_token_budget_holds_in_every_step():
+    lengths = np.random.default_rng(0).integers(100, 4000, 700)
+    run = {"seed": 3, "steps": 12, "global_batch_size": 64}
+    sizes = {}
+    for budget in (4_000, 9_000, 30_000, 10**6):
+        size = fitting_micro_batch_size(lengths, budget, data_parallel_size=4, **run)
+        sizes[budget] = size
+        for fits, candidate in ((True, size), (False, 2 * size)):
+            if 64 % (4 * candidate):
+                continue
+            plans = [
+                plan_step(lengths, seed=3, step=s, global_batch_size=64, rows=64 // candidate)
+                for s in range(12)
+            ]
+            longest = max(lengths[row].sum() for plan in plans for row in plan)
+            assert (longest <= budget) == fits, (budget, candidate)
+    assert sizes[4_000] == 1 and sizes[10**6] == 16
+    assert list(sizes.values()) == sorted(sizes.values())
+    with pytest.raises(UserError, match="longest pair has 39"):
+        fitting_micro_batch_size(lengths, 3_000, data_parallel_size=4, **run)
+
+
+def test_no_rank_gets_all_the_longest_rows(dataset):
+    """What a step wastes is what its loaders say, and little of it is imbalance."""
+    for ranks, micro in ((2, 4), (4, 2), (2, 2)):
+        loaders = [loader(dataset, rank, ranks, micro, seed=1) for rank in range(ranks)]
+        for _ in range(2):
+            rows = [[next(one) for _ in range(micro)] for one in loaders]
+            loads = [sum(row["tokens"].numel() for row in share) for share in rows]
+            used = sum(int(dataset.pair_lengths()[r["indices"]].sum()) for s in rows for r in s)
+            imbalance = 1 - sum(loads) / (ranks * max(loads))
+            waste = {"imbalance": imbalance, "padding": 1 - used / sum(loads)}
+            for row in (row for share in rows for row in share):
+                found = {name: row[f"waste/{name}"].tolist() for name in waste}
+                assert found == {name: pytest.approx([x, 1.0]) for name, x in waste.items()}
+            assert [row["ends_step"] for row in rows[0]] == [False] * (micro - 1) + [True]

@@ -1,0 +1,90 @@
+"""Per-token log-probs of Megatron and transformers on the same packed rows, in float32."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_infifpo.scoring.transformers_backend import TransformersBackend
+from support import tiny
+
+TOLERANCE = 1e-4
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+
+
+def make_row(ids: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Pack sequences into a row that scores every token but the first of each."""
+    lengths = torch.tensor([len(x) for x in ids])
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
+    tokens = torch.tensor([t for x in ids for t in x])
+    scored = torch.cat([torch.arange(a, b - 1) for a, b in zip(starts, ends, strict=True)])
+    return {
+        "tokens": tokens[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seqlens": torch.cat([torch.zeros(1), ends]).int(),
+        "max_seqlen": int(lengths.max()),
+        "segment_lengths": lengths.tolist(),
+        "scored_rows": scored,
+        "target_ids": tokens[scored + 1],
+    }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    # 307 is prime: every TP pads the vocabulary.
+    return {
+        name: tiny.save_model(folder / name, name, vocab_size=307, seed=i)
+        for i, name in enumerate(tiny.FAMILIES)
+    }
+
+
+def compare(ranks, hf: Path, rows: list[dict], tp: int, pp: int, folder: Path) -> float:
+    """Largest difference of a token's log-prob."""
+    torch.save(rows, folder / "rows.pt")
+    # In this process, which is free of the CPU stand-ins.
+    expected = TransformersBackend(hf)(rows)
+    results = ranks(
+        tp * pp, "support.scoring:megatron_logprobs", str(hf), str(folder / "rows.pt"), tp, pp
+    )
+    writers = [result for result in results if result is not None]
+    assert len(writers) == 1, "exactly one rank of a model replica writes"
+    differences = [(a - b).abs().max() for a, b in zip(writers[0], expected, strict=True)]
+    return float(torch.stack(differences).max())
+
+
+@pytest.mark.parametrize("tp, pp", LAYOUTS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_tiny_models(models, ranks, tmp_path, family, tp, pp):
+    generator = torch.Generator().manual_seed(5)
+    rows = [
+        make_row([torch.randint(0, 307, (n,), generator=generator).tolist() for n in lengths])
+        for lengths in ([31, 17, 52], [100], [9, 3, 64, 4])  # multiples of TP as the loader pads
+    ]
+    assert compare(ranks, models[family], rows, tp, pp, tmp_path) <= TOLERANCE
+
+
+def real_row(model: Path, shared_data: Path) -> dict:
+    """Eight real texts of 61 to 200 tokens."""
+    import json
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lines = (shared_data / "c4_demo.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    ids = [tokenizer(json.loads(line)["text"])["input_ids"][:200] for line in lines]
+    ids[-1] = ids[-1][: len(ids[-1]) - sum(map(len, ids)) % 3]  # a multiple of every TP
+    return make_row(ids)
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 1), (3, 1), (1, 2)])
+def test_smollm2(smollm2, ranks, shared_data, tmp_path, tp, pp):
+    rows = [real_row(smollm2, shared_data)]
+    assert compare(ranks, smollm2, rows, tp, pp, tmp_path) <= TOLERANCE
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 1), (1, 2)])
+def test_gemma(gemma, ranks, shared_data, tmp_path, tp, pp):
+    rows = [real_row(gemma, shared_data)]
+    assert compare(ranks, gemma, rows, tp, pp, tmp_path) <= TOLERANCE

@@ -1,0 +1,117 @@
+"""Log-probs of scored tokens, from records to a data set, against a loop over transformers."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.scoring import merge
+from megatron_infifpo.scoring.rows import Limits, prepare_shard
+from megatron_infifpo.scoring.shards import ShardFolder
+from megatron_infifpo.scoring.transformers_backend import TransformersBackend
+from megatron_infifpo.tokens.dataset import TokenDataset
+from megatron_infifpo.tokens.encoding import scored_marks
+from megatron_infifpo.tokens.tokenization import TokenizedRecord
+from megatron_infifpo.tokens.writer import write_token_dataset
+from support import tiny
+from support.datasets import manifest_fields, record
+from support.marks import VOCABULARY, Marking
+
+RECORDS = [record(i, domain="law" if i == 3 else "math", pivot=True) for i in range(30)]
+CHAT = Marking({"r-4": "it has no tools"}, plain=("r-2",))
+SIZE = 5  # records of a shard
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return TransformersBackend(tiny.save_model(folder, "qwen3", vocab_size=VOCABULARY + 4))
+
+
+def score(backend, folder, limits, monkeypatch) -> LogprobStore:
+    """Score the records shard by shard, and merge the shards."""
+    shards = ShardFolder(folder / "out.shards")
+    shards.open({})
+    groups = [RECORDS[i : i + SIZE] for i in range(0, len(RECORDS), SIZE)]
+    for number, group in enumerate(groups):
+        shard = prepare_shard(
+            number, group, CHAT, limits, vocab_size=VOCABULARY, row_tokens=70, pad_multiple=1
+        )
+        said = list(zip(shard.notes, shard.remarks, strict=True))
+        shards.write(number, group, said, shard.unpack(backend(shard.rows)))
+    monkeypatch.setattr(merge, "read_shards", lambda *args, **options: enumerate(groups))
+    plan = manifest_fields(RECORDS) | {
+        "count": len(RECORDS),
+        "responses": ["chosen", "rejected", "pivot_chosen"],
+    }
+    args = SimpleNamespace(
+        output=str(folder / "out"), input=["x"], shard_records=SIZE, on_bad_record="error"
+    )
+    merge.merge(args, shards, CHAT, limits, plan)
+    return LogprobStore(folder / "out")
+
+
+@torch.no_grad()
+def by_loop(backend, tokens: TokenizedRecord, room: int) -> list[np.ndarray]:
+    """Log-probs of the scored tokens of each response, one text and one token at a time."""
+    found = []
+    for ids, mark in zip(
+        tokens.response_ids, scored_marks(tokens.response_ids, tokens.scored), strict=True
+    ):
+        text = torch.from_numpy(np.concatenate([tokens.prompt_ids, ids])).long()[None]
+        logprobs = backend.model(text, use_cache=False).logits[0].float().log_softmax(-1)
+        first = len(tokens.prompt_ids)
+        places = [t for t in range(first, min(text.shape[1], room)) if mark[t - first]]
+        found.append(np.array([float(logprobs[t - 1, text[0, t]]) for t in places]))
+    return found
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("context", [100, 9])
+def test_a_data_set_is_what_a_loop_finds(backend, tmp_path, monkeypatch, cut, context):
+    store = score(backend, tmp_path, Limits(context, cut, ["math"]), monkeypatch)
+    seen = {"whole": 0, "cut": 0, "too long": 0, "cut to nothing": 0}
+    for i, r in enumerate(RECORDS):
+        if r.id in CHAT.refused or r.domain == "law":
+            refused = "the chat template refuses it: it has no tools"
+            wanted = refused if r.id in CHAT.refused else "outside the domains math"
+            assert store.masked(i) and store.note(i) == wanted
+            continue
+        tokens = CHAT.encode(r)
+        longest = len(tokens.prompt_ids) + max(map(len, tokens.response_ids))
+        expected = by_loop(backend, tokens, context)
+        nothing = not all(map(len, expected))
+        if longest > context and (not cut or nothing):
+            seen["cut to nothing" if cut else "too long"] += 1
+            assert (
+                store.masked(i) and store.note(i) == f"longer than the context of {context} tokens"
+            )
+            continue
+        seen["cut" if longest > context else "whole"] += 1
+        note = f"responses cut to the context of {context} tokens"
+        assert store.note(i) == (note if longest > context else None)
+        assert store.counts(i).tolist() == list(map(len, expected))
+        assert store.remarks(i) == ([] if tokens.scored is None else ["marked"])
+        for r, values in enumerate(expected):
+            np.testing.assert_allclose(store.logprobs(i, r), values, atol=2e-5)
+            assert store.sums(i)[r] == pytest.approx(values.sum(), abs=1e-4)
+    assert seen["whole"] and (context == 100 or sum(map(bool, seen.values())) == 2 + cut)
+    notes = store.manifest["note_counts"]
+    assert (
+        notes["outside the domains math"] == notes["the chat template refuses it: it has no tools"]
+    )
+    example = store.manifest["example"]
+    assert set(example) == {"id", "prompt", "chosen", "chosen_not_scored"}
+    if context == 100:  # as the pivot's, it fits the tokens of the same tokenizer
+        write_token_dataset(RECORDS, CHAT, tmp_path / "t", on_refused="mask")
+        store.manifest["tokenizer"] = CHAT.describe()
+        store.check_against(TokenDataset(tmp_path / "t"), same_tokenizer=True)
+
+
+def test_no_record_can_be_scored(backend, tmp_path, monkeypatch):
+    expected = "scored: 28 longer than the context of 1 tokens; 1 outside the domains math; 1 the"
+    with pytest.raises(UserError, match=expected):
+        score(backend, tmp_path, Limits(1, False, ["math"]), monkeypatch)

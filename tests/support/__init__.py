@@ -1,0 +1,1 @@
+"""What tests share: models, data, jobs, real ranks and what ranks run."""

@@ -1,0 +1,92 @@
+"""The log-prob head on ranks: gradients, alone and under a whole loss."""
+
+import torch
+
+
+def head_gradients(seed: int, vocab: int, padded: int, dtype: str, chunk_bytes: int) -> dict:
+    """Log-prob head over all ranks as one tensor-parallel group, and its gradients."""
+    import torch.distributed as dist
+
+    from megatron_infifpo.logprobs import vocab_parallel_logprobs
+
+    dist.init_process_group("gloo")
+    generator = torch.Generator().manual_seed(seed)
+    rows, hidden_size = 13, 16
+    hidden = torch.randn(rows, hidden_size, generator=generator, dtype=torch.float64)
+    weight = torch.randn(padded, hidden_size, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    upstream = torch.randn(rows, generator=generator, dtype=torch.float64)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    kind = getattr(torch, dtype)
+    shard = weight.chunk(world)[rank].to(kind).requires_grad_()
+    hidden = hidden.to(kind).requires_grad_()
+    logprobs = vocab_parallel_logprobs(
+        hidden, shard, targets, vocab_size=vocab, group=dist.group.WORLD, chunk_bytes=chunk_bytes
+    )
+    upstream = upstream.to(logprobs.dtype)
+    first = torch.autograd.grad(logprobs, (hidden, shard), upstream, retain_graph=True)
+    logprobs.backward(upstream)
+    again = [(a - b.grad).abs().max().item() for a, b in zip(first, (hidden, shard), strict=True)]
+    dist.all_reduce(hidden.grad)
+    return {
+        "again": max(again),
+        "logprobs": logprobs.detach(),
+        "hidden_grad": hidden.grad,
+        "weight_grad": shard.grad,
+    }
+
+
+def whole_loss_gradients(name: str, options: dict) -> list[tuple[float, float]]:
+    """From hidden states over the head, sums, fusion and loss: gradients and finite differences.
+
+    Float64, the vocabulary split over all ranks; (autograd, central difference) at some entries.
+    """
+    import torch.distributed as dist
+
+    from megatron_infifpo.logprobs import segment_sums, vocab_parallel_logprobs
+    from megatron_infifpo.methods import resolve
+    from megatron_infifpo.training.objective import pair_losses
+
+    dist.init_process_group("gloo")
+    generator = torch.Generator().manual_seed(17)
+    method, pairs, vocab = resolve(name, **options), 3, 12
+    counts = torch.tensor([[2, 3, 1], [1, 1, 4], [5, 2, 2]])[:, : method.responses]
+    tokens = int(counts.sum())
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight = random(tokens, 6) - 0.5, 3 * (random(vocab, 6) - 0.5)
+    targets = torch.randint(0, vocab, (tokens,), generator=generator)
+    segment_ids = torch.arange(counts.numel()).repeat_interleave(counts.flatten())
+    row = {
+        "token_counts": counts,
+        "initial_sum_logps": -3 * random(*counts.shape) * counts,
+        "source_sum_logps": -5 * random(*counts.shape, 3) * counts[..., None],
+        "source_token_counts": counts[..., None].expand(-1, -1, 3),
+        "source_mask": torch.tensor([[True] * 3, [True, False, True], [False] * 3]),
+    }
+    world, rank = dist.get_world_size(), dist.get_rank()
+
+    def loss(hidden: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
+        logprobs = vocab_parallel_logprobs(
+            hidden, shard, targets, vocab_size=vocab, group=dist.group.WORLD
+        )
+        sums = segment_sums(logprobs, segment_ids, counts.numel()).view(pairs, -1)
+        return pair_losses(method, row, sums, progress=0.5)[0].sum()
+
+    parts = hidden.clone().requires_grad_(), weight.chunk(world)[rank].clone().requires_grad_()
+    loss(*parts).backward()
+    dist.all_reduce(parts[0].grad)
+    weight_grad = [torch.empty_like(parts[1].grad) for _ in range(world)]
+    dist.all_gather(weight_grad, parts[1].grad)
+    results = []
+    for tensor, grad in ((hidden, parts[0].grad), (weight, torch.cat(weight_grad))):
+        for index in range(0, tensor.numel(), 5):
+            ends, original = [], tensor.view(-1)[index].item()
+            for sign in (1, -1):
+                tensor.view(-1)[index] = original + sign * 1e-6
+                ends.append(loss(hidden, weight.chunk(world)[rank]).item())
+            tensor.view(-1)[index] = original
+            results.append((grad.reshape(-1)[index].item(), (ends[0] - ends[1]) / 2e-6))
+    return results

@@ -1,0 +1,62 @@
+"""A tiny pivot, two sources and preference data, made once through the program's commands."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from support import tiny
+from support.launcher import ROOT
+
+
+class Setup:
+    """Folders of a tiny preference-training job."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.hf = folder / "hf"
+        self.pivot = folder / "pivot"
+        self.data = folder / "train"
+        self.records = folder / "train.jsonl"
+
+    def sources(self, name: str, *entries: str) -> Path:
+        """Write a sources.yaml of the given entries over the scored datasets."""
+        path = self.folder / f"{name}.yaml"
+        lines = "\n".join(f"  - {entry}" for entry in entries)
+        path.write_text(f"initial: initial\nsources:\n{lines}\n")
+        return path
+
+    def flags(self, sources: Path, *more: str) -> list[str]:
+        """Command line of a training run of three steps of eight pairs."""
+        return [
+            "--preference-data", str(self.data), "--preference-sources", str(sources),
+            "--pretrained-checkpoint", str(self.pivot), "--train-iters", "3",
+            "--global-batch-size", "8", "--micro-batch-size", "2", "--lr", "1e-3",
+            "--lr-decay-style", "constant", "--seq-length", "256", "--log-interval", "1",
+            "--use-distributed-optimizer", *more,
+        ]  # fmt: skip
+
+
+def command(*words: object) -> subprocess.CompletedProcess:
+    """Run one of the program's commands as a user would."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def make(folder: Path, ranks) -> Setup:
+    """Import the pivot, prepare the pairs, score them under the pivot and two sources."""
+    job = Setup(folder)
+    tiny.save_model(job.hf, "llama", seed=1)
+    tiny.write_records(job.records, 20)
+    command("tools/convert_checkpoint.py", "import", "--hf", job.hf, "--save", job.pivot)
+    prepare = ["--input", job.records, "--tokenizer", job.hf, "--output", job.data]
+    command("tools/prepare_preferences.py", *prepare)
+    models = {"initial": job.pivot}
+    models["qwen"] = tiny.save_model(job.folder / "qwen", "qwen2", vocab_size=290, seed=2)
+    models["phi"] = tiny.save_model(job.folder / "phi", "phi3", vocab_size=310, seed=3)
+    for name, model in models.items():
+        flags = ["--backend", "megatron", "--model", str(model), "--input", str(job.records)]
+        ranks(1, "support.scoring:score", [*flags, "--output", str(job.folder / name)])
+    return job

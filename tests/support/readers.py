@@ -1,0 +1,186 @@
+"""Every reader of files that a stranger may have written: what it reads, and how.
+
+A reader is called with a folder that holds a good set of files, one of them damaged.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_infifpo.convert.hf_export import hf_tensors, open_checkpoint
+from megatron_infifpo.convert.hf_folder import open_hf
+from megatron_infifpo.convert.hf_import import import_checkpoint
+from megatron_infifpo.families import megatron_args, weight_mapping
+from megatron_infifpo.families.architecture import read_hf_config
+from megatron_infifpo.records.records import iter_records, read_records
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.sources import check_domains, read_sources
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.tokens.dataset import TokenDataset
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
+from megatron_infifpo.tokens.writer import write_token_dataset
+from megatron_infifpo.training.provenance import differences, read_run
+from support import tiny
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One kind of input.
+
+    Attributes:
+        files: which of the good files are damaged, as patterns.
+        read: reads the folder.
+        text: whether values inside JSON are changed, beside bytes.
+    """
+
+    files: tuple[str, ...]
+    read: Callable[[Path], object]
+    text: bool = False
+
+
+def read_tokens(folder: Path) -> None:
+    tokens = TokenDataset(folder / "pairs")
+    for i in range(len(tokens)):
+        tokens.sequences(i), tokens.ids(i), tokens.domain(i)
+    tokens.find("x")
+
+
+def read_logprobs(folder: Path) -> None:
+    store = LogprobStore(folder / "logprobs")
+    store.check_against(TokenDataset(folder / "pairs"), same_tokenizer=True)
+    for i in range(len(store)):
+        store.note(i)
+        for response in range(len(store.responses)):
+            store.logprobs(i, response)
+
+
+def read_joined(folder: Path) -> None:
+    dataset = PreferenceDataset(folder / "pairs", read_sources(folder / "sources.yaml"))
+    for i in dataset.eligible(512):
+        dataset[i]
+
+
+def read_sources_yaml(folder: Path) -> None:
+    check_domains(read_sources(folder / "sources.yaml"), ("math", "code", "general"))
+
+
+def read_config(folder: Path) -> None:
+    config = read_hf_config(folder / "hf")
+    megatron_args(config)
+    weight_mapping(config)
+
+
+def read_safetensors(folder: Path) -> None:
+    weights, _, _ = open_hf(folder / "hf")
+    for name in weights.names():
+        weights.load(name)
+
+
+def read_checkpoint(folder: Path) -> None:
+    checkpoint, mapping, _ = open_checkpoint(folder / "pivot")
+    for _ in hf_tensors(checkpoint, mapping):
+        pass
+
+
+def read_run_file(folder: Path) -> None:
+    found = read_run(folder)
+    if found is not None:
+        differences(found["identity"], {"seed": 1})
+
+
+READERS = {
+    "jsonl": Reader(("a.jsonl",), lambda f: list(iter_records([f / "a.jsonl"])), text=True),
+    "json": Reader(("a.json",), lambda f: list(iter_records([f / "a.json"])), text=True),
+    "gzip": Reader(("a.jsonl.gz",), lambda f: list(iter_records([f / "a.jsonl.gz"]))),
+    "parquet": Reader(("a.parquet",), lambda f: list(iter_records([f / "a.parquet"]))),
+    "forms": Reader(("forms.jsonl",), lambda f: list(iter_records([f / "forms.jsonl"])), text=True),
+    "csv": Reader(("a.csv",), lambda f: list(iter_records([f / "a.csv"]))),
+    "zstd": Reader(("a.jsonl.zst",), lambda f: list(iter_records([f / "a.jsonl.zst"]))),
+    "folder": Reader(("folder/*",), lambda f: list(iter_records([f / "folder"]))),
+    "sources.yaml": Reader(("sources.yaml",), read_sources_yaml),
+    "token manifest": Reader(("pairs.json",), read_tokens, text=True),
+    "token dataset": Reader(("pairs.*", "pairs_*"), read_tokens),
+    "log-prob manifest": Reader(("logprobs.json",), read_logprobs, text=True),
+    "log-prob dataset": Reader(("logprobs.*", "logprobs_*"), read_logprobs),
+    "joined": Reader(("pairs*", "logprobs*", "sources.yaml"), read_joined),
+    "config.json": Reader(("hf/config.json",), read_config, text=True),
+    "safetensors": Reader(("hf/model.safetensors",), read_safetensors),
+    "checkpoint": Reader(("pivot/*.txt", "pivot/release/*", "pivot/release/.*"), read_checkpoint),
+    "run.json": Reader(("run.json",), read_run_file, text=True),
+}
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": [1, None]}}}
+CALLING = {
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    "chat_template_kwargs": {"enable_thinking": True},
+    "prompt": [{"role": "user", "content": [{"type": "text", "text": "f?"}]}],
+    "chosen": [
+        {"role": "assistant", "content": None, "reasoning_content": "f", "tool_calls": [CALL]},
+        {"role": "tool", "content": "1", "name": "f", "tool_call_id": "c"},
+        {"role": "assistant", "content": "1"},
+    ],
+    "rejected": "no",
+}
+
+
+def write_tables(folder: Path, table: Any) -> None:
+    """Write a table in the other forms that records come in."""
+    import pyarrow
+    import pyarrow.csv
+
+    with pyarrow.output_stream(folder / "a.jsonl.zst", compression="zstd") as stream:
+        stream.write((folder / "a.jsonl").read_bytes())
+    texts = [n for n in table.column_names if pyarrow.types.is_string(table.schema.field(n).type)]
+    pyarrow.csv.write_csv(table.select(texts), folder / "a.csv")
+    (folder / "folder").mkdir()
+    with pyarrow.ipc.new_stream(folder / "folder" / "data.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (folder / "folder" / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+
+
+def write_good_files(folder: Path) -> None:
+    """Write one good set of everything."""
+    import numpy as np
+    import pyarrow
+    import pyarrow.parquet
+
+    from megatron_infifpo.references.logprob_writer import REQUIRED, LogprobWriter
+    from megatron_infifpo.training.provenance import FORMAT
+
+    tiny.save_model(folder / "hf", "llama", seed=1)
+    tiny.write_records(folder / "a.jsonl", 6)
+    lines = (folder / "a.jsonl").read_text().splitlines()
+    (folder / "a.json").write_text(f"[{','.join(lines)}]")
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
+    table = pyarrow.Table.from_pylist([json.loads(line) for line in lines])
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    write_tables(folder, table)
+    page = Path(__file__).resolve().parents[2] / "docs" / "file-formats.md"
+    (forms,) = re.findall(r"```jsonl\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    (folder / "forms.jsonl").write_text(forms + json.dumps(CALLING) + "\n")
+    records = read_records([folder / "a.jsonl"])
+    tokenizer = ChatTokenizer.from_pretrained(folder / "hf")
+    write_token_dataset(records, tokenizer, folder / "pairs", source_files=[folder / "a.jsonl"])
+    tokens = TokenDataset(folder / "pairs")
+    manifest = dict.fromkeys(REQUIRED, "x") | {"versions": {}, "weights_sha256": "0" * 64}
+    manifest |= {"tokenizer": tokens.manifest["tokenizer"], "records_sha256": tokens.records_sha256}
+    with LogprobWriter(
+        folder / "logprobs", responses=tokens.responses, manifest=manifest
+    ) as writer:
+        for i, record in enumerate(records):
+            values = [np.linspace(-3, -1, len(ids)) for ids in tokens.response_ids(i)]
+            writer.add(record.id, values, note="cut" if i == 2 else None)
+    (folder / "sources.yaml").write_text(
+        "initial: logprobs\nsources:\n  - name: a\n    logprobs: logprobs\n"
+        "    domains: [code]\n    score: {model: models/a, bf16: true}\n"
+    )
+    import_checkpoint(folder / "hf", folder / "pivot")
+    identity = {"seed": 1, "seq_length": 8, "method": {"beta": 0.1}, "data": {"a": "b"}}
+    attempt = {"iteration": "0", "files": {}, "command": ["train"]}
+    run = FORMAT.fields | {"identity": identity, "attempts": [attempt]}
+    (folder / "run.json").write_text(json.dumps(run | {"started_from": {"checkpoint": "x"}}))

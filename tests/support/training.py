@@ -1,0 +1,74 @@
+"""Training as one of several ranks, and what is recorded of it."""
+
+import sys
+from typing import Any
+
+import torch
+
+
+def train(argv: list[str]) -> dict[str, Any]:
+    """Run `python -m megatron_infifpo.train ARGV` as one rank, and record what it computed.
+
+    Returns the metrics of every step (on the last pipeline stage), gradient norms, learning rates,
+    evaluations.
+    """
+    import megatron.training.training as loop
+
+    import megatron_infifpo.training.run as program
+
+    record: dict[str, Any] = {"steps": [], "norms": [], "rates": [], "evaluations": []}
+    original, evaluate = loop.train_step, loop.evaluate
+
+    def train_step(*args, **kwargs):
+        record["rates"].append(args[3].param_groups[0]["lr"])
+        result = original(*args, **kwargs)
+        record["steps"].append({k: v.item() for k, v in result[0].items()})
+        record["norms"].append(float(result[5]))
+        return result
+
+    def evaluate_and_record(*args, **kwargs):
+        result = evaluate(*args, **kwargs)
+        record["evaluations"].append({k: float(v) for k, v in result[0].items()})
+        return result
+
+    loop.train_step, loop.evaluate = train_step, evaluate_and_record
+    sys.argv = ["train", *argv]
+    try:
+        program.main()
+    except SystemExit as stop:  # Megatron's --exit-interval
+        if stop.code:
+            raise
+    return record
+
+
+def kept_bytes(argv: list[str]) -> dict[str, float]:
+    """Train one step, and count what the layers' forward pass keeps for the backward pass.
+
+    Returns bytes of the largest row's saved tensors, parameters left out, and that row's tokens.
+    """
+    import megatron_infifpo.training.run  # noqa: F401  (readies Megatron for the CPU)
+    import megatron_infifpo.training.step as step
+
+    found: dict[str, float] = {"tokens": 0.0}
+    original = step.run_packed
+
+    def run_packed(model, row, vocab_size):
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = original(model, row, vocab_size)
+        if row["tokens"].numel() > found["tokens"]:
+            found.update(tokens=row["tokens"].numel(), kept=sum(kept.values()))
+            found["keys"] = row["key_rows"].numel() if "key_rows" in row else found["tokens"]
+        return output
+
+    step.run_packed = run_packed
+    train([*argv, "--train-iters", "1"])
+    return found
