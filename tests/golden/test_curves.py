@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from write_curves import curve, path_of
 
 from megatron_infifpo.methods import METHODS
+from support.golden import curve, path_of
 
 # Relative. One machine gives the same bits again; other instructions and another number of threads
 # moved them by 7e-6 in the eighth step.
