@@ -40,6 +40,25 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class EngineOptions:
+    """How a model on this machine is run.
+
+    Attributes:
+        bf16: weights in bfloat16, else float32.
+        batch: prompts at once, of transformers.
+        tensor_model_parallel_size: GPUs of the model, of vLLM.
+        trust_remote_code: run code that comes with the model.
+        skip_refused: leave prompts out that the chat template refuses; else that is an error.
+    """
+
+    bf16: bool = False
+    batch: int = 8
+    tensor_model_parallel_size: int = 1
+    trust_remote_code: bool = False
+    skip_refused: bool = False
+
+
+@dataclass(frozen=True)
 class Measured:
     """One response with the engine's own log-probs, at temperature 1.
 
@@ -79,7 +98,9 @@ class Engine(Protocol):
 class TransformersEngine:
     """Samples with transformers, in batches padded on the left."""
 
-    def __init__(self, model: str, chat: ChatTokenizer, how: Sampling, options: Any) -> None:
+    def __init__(
+        self, model: str, chat: ChatTokenizer, how: Sampling, options: EngineOptions
+    ) -> None:
         """Load the model.
 
         Raises:
@@ -99,7 +120,7 @@ class TransformersEngine:
             chat,
             network.generation_config,
             context=getattr(config, "max_position_embeddings", None),
-            skip=options.on_bad_record == "skip",
+            skip=options.skip_refused,
         )
         # What the model's files prefer (penalties, top-k) would act without a word.
         network.generation_config = GenerationConfig()

@@ -20,7 +20,7 @@ import yaml
 from megatron_infifpo.convert.fingerprint import weights_fingerprint
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses.benchmarks import BENCHMARKS, Benchmark
-from megatron_infifpo.storage.documents import publish
+from megatron_infifpo.storage.aside import write_text
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
 
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*")
@@ -65,9 +65,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(path: Path, found: Mapping[str, Any]) -> None:
     """Write a result whole or not at all."""
-    aside = Path(f"{path}.partial")
-    aside.write_text(json.dumps(found, indent=2, default=_plain) + "\n", encoding="utf-8")
-    publish(str(path))
+    write_text(path, json.dumps(found, indent=2, default=_plain) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """lm-evaluation-harness: tasks that can be loaded, models whose weights are all there, results."""
 
-import argparse
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +15,39 @@ from megatron_infifpo.responses.benchmarks import Benchmark
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
 
 
-def open_harness(tasks: set[str | None], args: argparse.Namespace) -> Any:
+@dataclass(frozen=True)
+class HarnessOptions:
+    """How the harness runs models and tasks.
+
+    Attributes:
+        engine: "transformers" or "vllm".
+        tensor_model_parallel_size: GPUs of a model, of vLLM.
+        dtype: of the weights, as PyTorch calls it.
+        batch: requests at once, or "auto".
+        limit: only so many questions of each task.
+        tasks: folder with task files of the user's.
+        chat_template_options: variables for the models' templates.
+        run_code: run what the model writes.
+        trust_remote_code: run code that comes with a model.
+    """
+
+    engine: str = "transformers"
+    tensor_model_parallel_size: int = 1
+    dtype: str = "bfloat16"
+    batch: int | str = "auto"
+    limit: int | None = None
+    tasks: str | None = None
+    chat_template_options: Mapping[str, Any] = field(default_factory=dict)
+    run_code: bool = False
+    trust_remote_code: bool = False
+
+
+def open_harness(tasks: set[str | None], folder: str | None = None) -> Any:
     """Open lm-evaluation-harness and try to load tasks, which needs their files and data.
+
+    Args:
+        tasks: names.
+        folder: with task files of the user's.
 
     Raises:
         UserError: the harness, a task or its data is not there.
@@ -26,8 +58,8 @@ def open_harness(tasks: set[str | None], args: argparse.Namespace) -> Any:
         raise UserError("lm-evaluation-harness is missing: pip install lm-eval") from None
     wanted = sorted(filter(None, tasks))
     # To list the harness's own tasks takes many seconds, and the user's may not need them.
-    for defaults in (False, True) if args.tasks else (True,):
-        manager = TaskManager(include_path=args.tasks, include_defaults=defaults)
+    for defaults in (False, True) if folder else (True,):
+        manager = TaskManager(include_path=folder, include_defaults=defaults)
         problem = next(filter(None, (_problem(manager, task) for task in wanted)), "")
         if not problem:
             return manager
@@ -50,27 +82,26 @@ def _problem(manager: Any, task: str) -> str:
     return ""
 
 
-def load(folder: str, args: argparse.Namespace) -> Any:
-    """Load a model into the harness.
-
-    Args:
-        folder: the model's.
-        args: the command line of tools/evaluate.py.
+def load(folder: str, options: HarnessOptions) -> Any:
+    """Load a model, from its folder, into the harness.
 
     Raises:
         UserError: some of its weights are not there.
     """
     from lm_eval.api.registry import get_model
 
-    named = {"batch_size": args.batch, "trust_remote_code": args.trust_remote_code}
-    if args.chat_template_options:
-        named["chat_template_args"] = dict(args.chat_template_options)
-    if args.engine == "vllm":
-        named |= {"pretrained": folder, "dtype": args.dtype, "device": cpu.device()}
-        return get_model("vllm")(tensor_parallel_size=args.tensor_parallel_size, **named)
-    remote = args.trust_remote_code
+    named: dict[str, Any] = {
+        "batch_size": options.batch,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    if options.chat_template_options:
+        named["chat_template_args"] = dict(options.chat_template_options)
+    if options.engine == "vllm":
+        named |= {"pretrained": folder, "dtype": options.dtype, "device": cpu.device()}
+        return get_model("vllm")(tensor_parallel_size=options.tensor_model_parallel_size, **named)
+    remote = options.trust_remote_code
     # The harness would fill weights that are missing with random numbers.
-    model = load_causal_lm(folder, dtype=getattr(torch, args.dtype), trust_remote_code=remote)
+    model = load_causal_lm(folder, dtype=getattr(torch, options.dtype), trust_remote_code=remote)
     rule = BatchRule(model, writes=True)
     if rule.by_length:
         print(f"{folder}: its numbers depend on the texts in a batch: one at a time", flush=True)
@@ -80,8 +111,8 @@ def load(folder: str, args: argparse.Namespace) -> Any:
     return get_model("hf")(pretrained=model.to(cpu.device()), tokenizer=tokenizer, **named)
 
 
-def evaluate(
-    model: Any, benchmark: Benchmark, manager: Any, args: argparse.Namespace
+def run_task(
+    model: Any, benchmark: Benchmark, manager: Any, options: HarnessOptions
 ) -> dict[str, Any]:
     """Run one task; returns its results, and what it was made with.
 
@@ -89,7 +120,7 @@ def evaluate(
         model: from `load`.
         benchmark: the task.
         manager: from `open_harness`.
-        args: the command line of tools/evaluate.py.
+        options: its limit counts, and whether code may run.
     """
     import lm_eval
     import transformers
@@ -103,8 +134,8 @@ def evaluate(
         task_manager=manager,
         apply_chat_template=True,
         fewshot_as_multiturn=True,
-        limit=args.limit,
-        confirm_run_unsafe_code=args.run_code,
+        limit=options.limit,
+        confirm_run_unsafe_code=options.run_code,
         log_samples=False,
     )["results"]
     # Whatever the harness calls them, results are kept.
@@ -115,5 +146,5 @@ def evaluate(
     return {
         "results": {name: value for name, value in results.items() if name != "alias"},
         "versions": {name: str(version) for name, version in versions.items()},
-        "batch": args.batch,
+        "batch": options.batch,
     }

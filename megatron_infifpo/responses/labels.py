@@ -70,7 +70,7 @@ def read_responses(
     skipped: list[str] | None = None,
     dropped: Counter[str] | None = None,
 ) -> dict[str, Responses]:
-    """Join the files that tools/sample_responses.py wrote, by the prompts' ids.
+    """Join the files that `infifpo sample` wrote, by the prompts' ids.
 
     Args:
         paths: the files.
@@ -120,9 +120,7 @@ def _answers(value: Any) -> list[Response]:
     """
     texts = value.get("responses") if isinstance(value, dict) else None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise BadRecordError(
-            "no list of responses, expected a line written by tools/sample_responses.py"
-        )
+        raise BadRecordError("no list of responses, expected a line written by infifpo sample")
     columns = []
     for name, kind, default in (
         ("finish_reasons", str, "stop"),

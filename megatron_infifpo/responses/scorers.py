@@ -1,8 +1,9 @@
 """Judges of responses: a reward model, or a function of the user's."""
 
+import hashlib
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
@@ -20,6 +21,42 @@ from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
 
 Scorer = Callable[[Prompt, Sequence[Response]], list[float]]
 """Takes a prompt and responses to it; returns a score for each answer, higher is better."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reward model, or a function of the user's.
+
+    Attributes:
+        reward_model: folder of a sequence classifier; None where `program` is one.
+        program: `FILE.py:FUNCTION`.
+        bf16: the reward model in bfloat16, else float32.
+        batch: responses at once.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    reward_model: str | None = None
+    program: str | None = None
+    bf16: bool = False
+    batch: int = 8
+    trust_remote_code: bool = False
+
+    @property
+    def identity(self) -> str:
+        """What scores follow from: the function's file, or the model and its precision."""
+        if self.program:
+            code = Path(self.program.rpartition(":")[0]).read_bytes()
+            return f"{self.program} {hashlib.sha256(code).hexdigest()}"
+        return f"{Path(str(self.reward_model)).resolve()} {'bfloat16' if self.bf16 else 'float32'}"
+
+
+def open_judge(judge: Judge) -> Scorer:
+    """Load a judge.
+
+    Raises:
+        UserError: there is none.
+    """
+    return program_scorer(judge.program) if judge.program else reward_scorer(judge)
 
 
 class UnjudgedError(UserError):
@@ -58,19 +95,21 @@ def program_scorer(name: str) -> Scorer:
     return scores
 
 
-def reward_scorer(model: str, *, bf16: bool, batch: int, trust_remote_code: bool) -> Scorer:
+def reward_scorer(judge: Judge) -> Scorer:
     """Load a reward model: a sequence classifier with one score and a chat template.
 
     Raises:
         UserError: it is none.
     """
+    model = judge.reward_model
+    assert model is not None
     network = load_classifier(
         model,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-        trust_remote_code=trust_remote_code,
+        dtype=torch.bfloat16 if judge.bf16 else torch.float32,
+        trust_remote_code=judge.trust_remote_code,
         device_map={"": cpu.device()},
     )
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code=judge.trust_remote_code)
     labels, head = network.config.num_labels, hasattr(network, "score")
     if labels != 1 or not head or not tokenizer.chat_template:
         raise UserError(
@@ -99,7 +138,7 @@ def reward_scorer(model: str, *, bf16: bool, batch: int, trust_remote_code: bool
         # The template writes the BOS.
         ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
         found = [0.0] * len(ids)
-        for group in rule.batches([len(one) for one in ids], batch):
+        for group in rule.batches([len(one) for one in ids], judge.batch):
             texts = [torch.tensor(ids[i], device=network.device) for i in group]
             padded = pad_sequence(texts, batch_first=True)
             mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)

@@ -5,9 +5,9 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +34,56 @@ class RefusedError(Exception):
     """What a server says to a prompt that it does not take."""
 
 
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where a server is, and how it is asked.
+
+    Attributes:
+        url: such as `http://localhost:8000/v1`.
+        key_file: holds the server's key.
+        requests: at once.
+        timeout: seconds of a request.
+        retries: of a request that fails.
+        template_options: variables for the server's chat template.
+        skip_refused: leave prompts out that the server refuses; else that is an error.
+    """
+
+    url: str
+    key_file: str | None = None
+    requests: int = 32
+    timeout: float = 600.0
+    retries: int = 4
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    skip_refused: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is no address.
+
+        Raises:
+            UserError: it is none.
+        """
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(f"--server is {self.url}, expected such as http://localhost:8000/v1")
+
+
 class ServerEngine:
     """Asks a server."""
 
-    def __init__(self, model: str, how: Sampling, options: Any) -> None:
+    def __init__(self, model: str, how: Sampling, options: ServerOptions) -> None:
         """Take the address; nothing is asked yet.
 
         Raises:
             UserError: the file with its key cannot be read.
         """
         self.model, self.how, self.options = model, how, options
-        self.address = options.server.rstrip("/") + "/chat/completions"
+        self.address = options.url.rstrip("/") + "/chat/completions"
         self.headers = {"Content-Type": "application/json"}
-        if options.server_key_file:
+        if options.key_file:
             try:
-                key = Path(options.server_key_file).read_text(encoding="utf-8").strip()
+                key = Path(options.key_file).read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(
-                    f"cannot read --server-key-file {options.server_key_file} ({error}), expected "
+                    f"cannot read --server-key-file {options.key_file} ({error}), expected "
                     "a file that holds the key"
                 ) from None
             self.headers["Authorization"] = f"Bearer {key}"
@@ -67,11 +99,11 @@ class ServerEngine:
                 answer = self._ask(prompt, count, seed, how.temperature, how.top_p, how.max_tokens)
                 return [self._response(choice) for choice in answer]
             except RefusedError as error:
-                if self.options.on_bad_record == "error":
+                if not self.options.skip_refused:
                     raise UserError(f"{self.address} refuses {prompt.id!r}: {error}") from None
                 return [Response("", REFUSED)]
 
-        with ThreadPoolExecutor(self.options.server_requests) as pool:
+        with ThreadPoolExecutor(self.options.requests) as pool:
             return list(pool.map(ask, prompts, counts))
 
     def measure(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Measured]:
@@ -128,15 +160,15 @@ class ServerEngine:
         }
         if prompt.tools:
             question["tools"] = list(prompt.tools)
-        if template_options := self.options.template_options | prompt.template_options:
+        if template_options := {**self.options.template_options, **prompt.template_options}:
             question["chat_template_kwargs"] = template_options
         request = urllib.request.Request(self.address, json.dumps(question).encode(), self.headers)
         problem = ""
-        for attempt in range(self.options.server_retries + 1):
+        for attempt in range(self.options.retries + 1):
             if attempt:
                 time.sleep(min(30, 2 ** (attempt - 1)))
             try:
-                with urllib.request.urlopen(request, timeout=self.options.server_timeout) as answer:
+                with urllib.request.urlopen(request, timeout=self.options.timeout) as answer:
                     choices = json.load(answer)["choices"]
                 if not isinstance(choices, list) or not all(
                     isinstance(one["message"], dict) for one in choices

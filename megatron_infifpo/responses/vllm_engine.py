@@ -6,7 +6,7 @@ from typing import Any
 from megatron_infifpo.engine.hf_model import check_whole
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses.answers import FINISH, REFUSED, Response
-from megatron_infifpo.responses.engines import Measured, NotMeasuredError, Sampling
+from megatron_infifpo.responses.engines import EngineOptions, Measured, NotMeasuredError, Sampling
 from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.responses.turns import Opened, Turns
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
@@ -15,7 +15,9 @@ from megatron_infifpo.tokens.tokenization import ChatTokenizer
 class VllmEngine:
     """Samples with vLLM, offline."""
 
-    def __init__(self, model: str, chat: ChatTokenizer, how: Sampling, options: Any) -> None:
+    def __init__(
+        self, model: str, chat: ChatTokenizer, how: Sampling, options: EngineOptions
+    ) -> None:
         """Load the model.
 
         Raises:
@@ -37,7 +39,7 @@ class VllmEngine:
             generation_config = None
         self.network = vllm.LLM(
             model=model,
-            tensor_parallel_size=options.tensor_parallel_size,
+            tensor_parallel_size=options.tensor_model_parallel_size,
             dtype="bfloat16" if options.bf16 else "float32",
             trust_remote_code=options.trust_remote_code,
         )
@@ -47,7 +49,7 @@ class VllmEngine:
             chat,
             generation_config,
             context=getattr(getattr(engine, "model_config", None), "max_model_len", None),
-            skip=options.on_bad_record == "skip",
+            skip=options.skip_refused,
         )
 
     def sample(

@@ -1,0 +1,79 @@
+"""One HTML page about a training run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.report.collect import method_of, read_curves, read_pairs
+from megatron_infifpo.report.html import Page
+from megatron_infifpo.training.provenance import read_run
+
+
+@dataclass(frozen=True)
+class ReportJob:
+    """What a report is about.
+
+    Attributes:
+        run: --save folder of the run.
+        output: file to write; None is report.html in that folder.
+        tensorboard_dir: None is the folder `tensorboard` in it.
+        trained: prefix of the trained pivot's log-probs, if it was scored.
+        tokenizer: its folder, if it is no longer where it was.
+        shown: pairs of each kind with their texts.
+        trust_remote_code: run code that comes with the tokenizer.
+    """
+
+    run: Path
+    output: Path | None = None
+    tensorboard_dir: Path | None = None
+    trained: str | None = None
+    tokenizer: str | None = None
+    shown: int = 8
+    trust_remote_code: bool = False
+
+
+def write_report(job: ReportJob) -> Path:
+    """Write the page; return its file.
+
+    Raises:
+        UserError: there is no such run, something that the page is made of is missing, or
+            matplotlib is.
+    """
+    found = read_run(job.run)
+    if found is None:
+        raise UserError(f"{job.run} has no run.json: expected the --save folder of a training run")
+    try:
+        from megatron_infifpo.report import sections
+    except ImportError as error:
+        if error.name != "matplotlib":
+            raise
+        raise UserError("matplotlib is missing: pip install megatron-infifpo[report]") from None
+    curves = read_curves(job.tensorboard_dir or job.run / "tensorboard")
+    page = Page(f"Training run {job.run}")
+    sections.summary(page, found, curves)
+    sections.training(page, curves)
+    files = found["attempts"][-1]["files"]
+    if files["preference_sources"] is not None:
+        pairs = read_pairs(
+            files["preference_data"],
+            files["preference_sources"],
+            method_of(found),
+            found["identity"]["seq_length"],
+            job.trained,
+        )
+        sections.models(page, pairs)
+        sections.texts(
+            page,
+            pairs,
+            tokenizer=job.tokenizer,
+            shown=job.shown,
+            trust_remote_code=job.trust_remote_code,
+        )
+    elif job.trained is not None:
+        raise UserError("--trained has no effect: the run was made without preference sources")
+    sections.speed(page, curves)
+    sections.provenance(page, found)
+    output = job.output or job.run / "report.html"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page.render(), encoding="utf-8")
+    return output

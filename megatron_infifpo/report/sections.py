@@ -1,0 +1,187 @@
+"""The sections of a report."""
+
+from typing import Any
+
+import numpy as np
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.report import plots
+from megatron_infifpo.report.collect import Curve, Pairs
+from megatron_infifpo.report.html import Page
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
+
+
+def summary(page: Page, found: dict[str, Any], curves: dict[str, Curve]) -> None:
+    """Say in a few lines what was trained and where it ended."""
+    method = found["identity"]["method"]
+    rows: dict[str, object] = {
+        "objective": method["objective"],
+        "reference": method["reference"] or "none",
+        "beta": method["beta"],
+        "started from": found["started_from"]["checkpoint"],
+        "attempts": len(found["attempts"]),
+    }
+    if method["reference"] == "fused":
+        rows["fusion"] = f"{method['fusion']}, {'clipped' if method['clip'] else 'not clipped'}"
+    for tag in ("loss", "rewards/accuracy", "rewards/margin", "logps/accuracy", "logps/margin"):
+        if tag in curves:
+            steps, values, _ = curves[tag]
+            rows[tag] = f"{values[0]:.4f} at step {steps[0]}, {values[-1]:.4f} at step {steps[-1]}"
+    page.table(rows)
+
+
+def training(page: Page, curves: dict[str, Curve]) -> None:
+    """Draw what training logged."""
+
+    def named(prefix: str, *names: str) -> dict[str, Curve]:
+        tags = names or sorted(t.removeprefix(prefix) for t in curves if t.startswith(prefix))
+        return {name: curves[prefix + name] for name in tags if prefix + name in curves}
+
+    def draw(what: str, *panels: tuple[str, dict[str, Curve]]) -> None:
+        filled = [panel for panel in panels if panel[1]]
+        if filled:
+            page.figure(plots.curves(filled), what)
+
+    page.heading("Training")
+    draw(
+        "loss, accuracy and margin over steps",
+        ("loss", named("", "loss")),
+        ("accuracy", named("", "rewards/accuracy", "logps/accuracy")),
+        ("margin", named("", "rewards/margin", "logps/margin")),
+    )
+    draw(
+        "rewards and log-probs of responses over steps",
+        ("rewards", named("rewards/", "chosen", "rejected", "pivot_chosen")),
+        ("log-probs", named("logps/", "chosen", "rejected", "pivot_chosen")),
+    )
+
+    def by_domain(metric: str) -> dict[str, Curve]:
+        found = {t: c for t, c in curves.items() if t.startswith("domain/")}
+        return {
+            tag.removeprefix("domain/").removesuffix(f"/{metric}"): curve
+            for tag, curve in found.items()
+            if tag.endswith(f"/{metric}")
+        }
+
+    losses, accuracy = by_domain("loss"), by_domain("rewards/accuracy")
+    if losses:
+        draw("by domain over steps", ("loss by domain", losses), ("accuracy by domain", accuracy))
+    if named("share/"):
+        page.heading(
+            "Sources over time",
+            "Share: a source's weight in the references of a step. Clip rate: share of its values "
+            "that clipping replaced by the initial pivot's.",
+        )
+        clips = named("clip-rate/") or named("", "clip-rate")
+        draw("sources over steps", ("share", named("share/")), ("clip rate", clips))
+
+
+def models(page: Page, pairs: Pairs) -> None:
+    """Draw what the models say of the pairs, and who makes the references."""
+    codes = pairs.dataset.domain_codes[pairs.indices]
+    groups = {pairs.dataset.domains[code]: codes == code for code in np.unique(codes)}
+    lengths = pairs.dataset.segment_lengths[pairs.indices]
+    borders = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1.0]).astype(int))
+    for low, high in zip(borders[:-1], borders[1:], strict=True):
+        inside = (lengths >= low) & ((lengths < high) | (high == borders[-1]))
+        if inside.any():
+            groups[f"{low} to {high} tokens"] = inside
+    for weights, when in ((pairs.selected, "at step 0"), (pairs.selected_after, "after training")):
+        if weights is not None:
+            page.heading(f"Which source is the reference, {when}", "By domain, then by length.")
+            page.figure(plots.selection(pairs, weights, groups), f"selected sources {when}")
+    page.heading("What the models say of the responses")
+    page.figure(plots.distributions(pairs), "distributions of mean log-probs")
+    page.heading(
+        "Agreement", "Share of pairs on which two models give the same response the larger mean."
+    )
+    page.figure(plots.agreements(pairs), "agreement between models")
+    accuracy = [["model", "prefers the chosen response"]]
+    for model, name in enumerate(pairs.models):
+        margins = pairs.margins(model)
+        known = np.isfinite(margins)
+        accuracy.append([name, f"{(margins[known] > 0).mean():.3f} of {known.sum()} pairs"])
+    page.table(accuracy)
+
+
+def texts(
+    page: Page,
+    pairs: Pairs,
+    *,
+    tokenizer: str | None = None,
+    shown: int = 8,
+    trust_remote_code: bool = False,
+) -> None:
+    """Show the hardest pairs, and those that training changed most, with their texts.
+
+    Args:
+        page: to write on.
+        pairs: of the run.
+        tokenizer: its folder, if it is no longer where the manifest says.
+        shown: pairs of each kind.
+        trust_remote_code: run code that comes with the tokenizer.
+    """
+    tokens = pairs.dataset.tokens
+    try:
+        chat = ChatTokenizer.reopen(
+            tokens.manifest["tokenizer"], tokenizer, trust_remote_code=trust_remote_code
+        )
+    except UserError as error:
+        page.heading("Pairs")
+        page.note(f"Texts are not shown: {error}")
+        return
+
+    def show(order: np.ndarray, value: np.ndarray, what: str) -> None:
+        for at in order[:shown].tolist():
+            index = int(pairs.indices[at])
+            parts = [chat.tokenizer.decode(ids.tolist()) for ids in tokens.sequences(index)]
+            title = f"{tokens.ids(index)} ({tokens.domain(index)}): {what} {value[at]:.3f}"
+            page.details(title, dict(zip(("prompt", "chosen", "rejected"), parts, strict=False)))
+
+    margins = pairs.margins(0)
+    page.heading("The hardest pairs", "Lowest margin of the initial pivot, nats a token.")
+    show(np.argsort(margins), margins, "margin")
+    if "trained pivot" in pairs.models:
+        moved = pairs.margins(len(pairs.models) - 1) - margins
+        page.heading("The most changed pairs", "Largest change of the margin, nats a token.")
+        show(np.argsort(-np.abs(moved)), moved, "margin changed by")
+
+
+def speed(page: Page, curves: dict[str, Curve]) -> None:
+    """Draw seconds a step and the wasted share."""
+    steps, _, clock = curves.get("loss") or next(iter(curves.values()))
+    panels: list[tuple[str, dict[str, Curve]]] = []
+    if len(steps) > 2:
+        seconds = np.diff(clock) / np.diff(steps)
+        panels.append(("seconds a step", {"seconds": (steps[1:], seconds, clock[1:])}))
+    waste = {tag.removeprefix("waste/"): c for tag, c in curves.items() if tag.startswith("waste/")}
+    panels += [("wasted share of a step", waste)] if waste else []
+    if panels:
+        page.heading("Throughput and waste")
+        page.figure(plots.curves(panels), "seconds a step and waste over steps")
+
+
+def provenance(page: Page, found: dict[str, Any]) -> None:
+    """List what the run is made of."""
+    page.heading("Provenance", "From run.json beside the checkpoints.")
+    data = found["identity"]["data"]
+    rows = [["what", "weights", "log-probs", "data type", "records"]]
+    stores = {"initial pivot": data.get("initial"), **data.get("sources", {})}
+    for name, store in stores.items():
+        if store is not None:
+            weights = (store["weights_sha256"] or "unknown")[:12]
+            values = [weights, store["logprobs_sha256"][:12], store["dtype"]]
+            rows.append([name, *values, store.get("takes_part_in", "all")])
+    page.table({"records": data["records_sha256"][:12], "seed": found["identity"]["seed"]})
+    page.table(rows)
+    for attempt in found["attempts"]:
+        versions = ", ".join(f"{name} {v}" for name, v in attempt["versions"].items())
+        ranks = f"{attempt['layout']['world_size']} ranks on {attempt['device']}"
+        page.details(
+            f"{attempt['started']}, from step {attempt['iteration']}, {ranks}",
+            {
+                "command": " ".join(attempt["command"]),
+                "versions": f"{versions}; revision {attempt['git_revision']}",
+                "layout": str(attempt["layout"]),
+            },
+        )

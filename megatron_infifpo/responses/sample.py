@@ -1,0 +1,212 @@
+"""Sample responses of a model to prompts, once its log-probs are seen to be those of scoring."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from megatron_infifpo.engine.hf_model import check_folder
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.read_report import ReadReport
+from megatron_infifpo.responses.completing import Wanted
+from megatron_infifpo.responses.engines import (
+    Engine,
+    EngineOptions,
+    NotMeasuredError,
+    Sampling,
+    TransformersEngine,
+)
+from megatron_infifpo.responses.logprob_check import TOLERANCE, check_engine, open_scorer
+from megatron_infifpo.responses.prompts import Prompt, read_prompts
+from megatron_infifpo.responses.sampling import run_job
+from megatron_infifpo.responses.server import ServerEngine, ServerOptions
+from megatron_infifpo.responses.vllm_engine import VllmEngine
+from megatron_infifpo.tokens.options import TokenizerOptions, open_tokenizer
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
+
+LOCAL: dict[str, Callable[..., Engine]] = {"transformers": TransformersEngine, "vllm": VllmEngine}
+
+
+@dataclass(frozen=True)
+class EngineCheck:
+    """How an engine's log-probs are compared with the scorer's.
+
+    Attributes:
+        prompts: how many; 0: they are not.
+        model: folder to compare a server with; None: the model's, where that is one.
+        tolerance: nats, of a token; None: what the engine's precision asks for.
+        only: sample nothing, and fail where they differ.
+    """
+
+    prompts: int = 4
+    model: str | None = None
+    tolerance: float | None = None
+    only: bool = False
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    """What is sampled from what.
+
+    Attributes:
+        input: files with prompts, each FILE or FILE=COUNT.
+        model: Hugging Face folder, or the name that a server knows.
+        output: .jsonl; None only where nothing is sampled.
+        name: of the model in the output; None: the folder's.
+        domain: of prompts that do not say theirs.
+        domains: sample only for these; empty: for all.
+        on_bad_record: "error" or "skip".
+        how: each response is sampled.
+        wanted: how many responses of which kind.
+        engine: one of `LOCAL`, or "server".
+        options: of an engine on this machine.
+        server: of a server.
+        tokenizer: how it is used.
+        check: of the engine.
+        shard_prompts: prompts of a shard.
+        part: (i, n): this process does every n-th shard from the i-th on.
+    """
+
+    input: Sequence[str]
+    model: str
+    output: Path | None
+    name: str | None = None
+    domain: str | None = None
+    domains: Sequence[str] = ()
+    on_bad_record: str = "error"
+    how: Sampling = field(default_factory=Sampling)
+    wanted: Wanted = field(default_factory=lambda: Wanted(4))
+    engine: str = "transformers"
+    options: EngineOptions = field(default_factory=EngineOptions)
+    server: ServerOptions | None = None
+    tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
+    check: EngineCheck = field(default_factory=EngineCheck)
+    shard_prompts: int = 64
+    part: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot go together.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if self.output is None and not self.check.only:
+            raise UserError("--output is missing: expected the file to write")
+        if self.how.temperature < 0 or not 0 < self.how.top_p <= 1:
+            raise UserError("expected --temperature from 0 on and --top-p above 0, up to 1")
+        if self.check.only and not self.check.prompts:
+            raise UserError("--check-only and --check 0 exclude each other")
+        if (self.engine == "server") != (self.server is not None):
+            raise UserError("--engine server and --server URL go together: give both or none")
+        if self.engine != "server" and self.check.model:
+            raise UserError("--check-model is for --engine server: others have the model itself")
+
+
+def sample(job: SamplingJob) -> bool:
+    """Sample what is missing; return whether the output is complete.
+
+    Raises:
+        UserError: a bad prompt, an engine that is not there or (with `check.only`) whose log-probs
+            differ, or an output that is there already.
+    """
+    if job.output is not None and job.output.exists():
+        raise UserError(f"{job.output} exists: delete it or choose another name")
+    prompts = read(job)
+    engine, chat = open_engine(job)
+    compare(job, engine, chat, prompts)
+    if job.check.only:
+        return False
+    assert job.output is not None
+    options, model = job.options, job.name or Path(job.model).resolve().name
+    plan = {"model": model, "engine": job.engine, "bf16": options.bf16, "batch": options.batch}
+    plan["chat_template"] = job.tokenizer.chat_template
+    plan["template_options"] = dict(job.tokenizer.chat_template_options)
+    if chat is not None and job.engine != "server":
+        plan |= {"folder": str(Path(job.model).resolve()), **chat.fingerprint()}
+    return run_job(
+        prompts,
+        engine,
+        job.output,
+        plan | asdict(job.how),
+        job.wanted,
+        shard_prompts=job.shard_prompts,
+        part=job.part,
+    )
+
+
+def read(job: SamplingJob) -> list[Prompt]:
+    """Read the prompts of the wanted domains, and say how many there are of each.
+
+    Raises:
+        UserError: a bad one, or there are none.
+    """
+    report = ReadReport()
+    prompts = read_prompts(job.input, domain=job.domain, on_bad=job.on_bad_record, report=report)
+    report.show()
+    domains = Counter(prompt.domain for prompt in prompts)
+    print(f"{len(prompts)} prompts: {', '.join(f'{n} {name}' for name, n in domains.items())}")
+    if job.domains:
+        prompts = [prompt for prompt in prompts if prompt.domain in job.domains]
+    if not prompts:
+        raise UserError(f"no prompt of {' '.join(job.input)} is left to sample for")
+    return prompts
+
+
+def open_engine(job: SamplingJob) -> tuple[Engine, ChatTokenizer | None]:
+    """Load the model and its tokenizer, or take a server's address.
+
+    Returns:
+        The engine, and the tokenizer; None where only a server knows it.
+
+    Raises:
+        UserError: an engine that is not there, or options that have no effect.
+    """
+    if job.server is None:
+        check_folder(job.model)
+        chat = open_tokenizer(job.model, job.tokenizer)
+        return LOCAL[job.engine](job.model, chat, job.how, job.options), chat
+    folder = job.check.model or job.model
+    if job.check.model:
+        check_folder(folder)
+    known = job.check.model or (Path(folder) / "config.json").is_file()
+    if job.tokenizer.chat_template and not known:
+        raise UserError("--chat-template has no effect: the server has the template")
+    engine = ServerEngine(job.model, job.how, job.server)
+    return engine, open_tokenizer(folder, job.tokenizer) if known else None
+
+
+def compare(
+    job: SamplingJob, engine: Engine, chat: ChatTokenizer | None, prompts: list[Prompt]
+) -> None:
+    """Compare the engine's log-probs with the scorer's, and say what came of it.
+
+    Raises:
+        UserError: with `check.only`, they differ or cannot be compared.
+    """
+    if not job.check.prompts:
+        return
+    options = job.options
+    coarse = options.bf16 or job.engine != "transformers"  # servers have bfloat16, mostly
+    tolerance = job.check.tolerance or TOLERANCE[coarse]
+    try:
+        if chat is None:
+            raise NotMeasuredError("no model's folder to score them with: give --check-model")
+        try:
+            scorer = open_scorer(
+                job.check.model or job.model,
+                engine,
+                bf16=options.bf16,
+                trust_remote_code=options.trust_remote_code,
+            )
+        except (UserError, torch.OutOfMemoryError) as error:
+            raise NotMeasuredError(str(error)) from None
+        found = check_engine(engine, prompts[: job.check.prompts], chat, scorer, job.how.seed)
+        fine, said = found.agrees(tolerance), found.sentence(tolerance, chat.path)
+    except NotMeasuredError as error:
+        fine, said = False, f"the engine's log-probs are not checked: {error}"
+    if job.check.only and not fine:
+        raise UserError(said)
+    print(said if fine else f"warning: {said}", file=sys.stdout if fine else sys.stderr)
