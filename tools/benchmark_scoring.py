@@ -21,8 +21,8 @@ from megatron_infifpo.bench.jobs import alternate, on_gpu, peak_mib, table
 from megatron_infifpo.commands.entry import run
 from megatron_infifpo.flag_types import positive
 from megatron_infifpo.records.records import read_records
+from megatron_infifpo.scoring.job import BACKENDS
 from megatron_infifpo.scoring.rows import Limits, ShardRows, prepare_shard
-from megatron_infifpo.scoring.score import BACKENDS
 from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
 
 PEER = "padded"
@@ -67,13 +67,10 @@ def measure(args: argparse.Namespace) -> dict:
     if args.only == PEER:
         score = padded(args, encoded)
     else:
-        options = {"trust_remote_code": False} | dict.fromkeys(
-            ("tensor_parallel", "pipeline_parallel"), 1
-        )
-        backend = BACKENDS[args.only](args.model, bf16=args.bf16, **options)
+        backend = BACKENDS[args.only].load(args.model, bf16=args.bf16)
         shard = prepare_shard(
             0, records, tokenizer, Limits(1 << 30), vocab_size=backend.vocab_size,
-            row_tokens=args.row_tokens, pad_multiple=1, share_prompt=backend.shares_prompts,
+            row_tokens=args.row_tokens, layout=backend.layout,
         )  # fmt: skip
         score = packed(backend, shard)
     score(2)

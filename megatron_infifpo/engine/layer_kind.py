@@ -28,6 +28,7 @@ from megatron_infifpo.engine.packed import row_params, te_params
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families.common import FamilyLayers
 from megatron_infifpo.rows import Row
+from megatron_infifpo.rows.layout import RowLayout
 
 # Tokens that FP8 products of Transformer Engine take a multiple of where values are scaled in
 # blocks; else 16, for their backward pass.
@@ -57,6 +58,24 @@ class LayerKind:
     rotates_by_row: bool
     shares_prompts: bool
     kept: Kept
+
+    def row_layout(
+        self,
+        tensor_parallel: int,
+        *,
+        fp8_recipe: str | None = None,
+        share_prompt: bool | None = None,
+    ) -> RowLayout:
+        """Return the layout of the rows that such layers take.
+
+        Args:
+            tensor_parallel: ranks that compute a row together.
+            fp8_recipe: Megatron's name of how FP8 is scaled; None without FP8.
+            share_prompt: None: where the layers can.
+        """
+        shared = self.shares_prompts if share_prompt is None else share_prompt
+        products = 1 if fp8_recipe is None else FP8_TOKENS.get(fp8_recipe, 16)
+        return RowLayout(tensor_parallel, products, shared)
 
     def block(
         self, family: FamilyLayers, config: TransformerConfig, vp_stage: int | None
@@ -173,16 +192,3 @@ def choose_kind(
         if given and not te:
             raise UserError(f"{flag} needs Transformer Engine's layers, but {why}: leave it out")
     return KINDS[("te-attention" if te_attention else "te") if te else "local"]
-
-
-def row_multiple(tensor_parallel: int, fp8_recipe: str | None = None) -> int:
-    """Return what a row's tokens are padded to a multiple of, by layout and precision.
-
-    Under sequence parallelism a rank holds its share of them.
-
-    Args:
-        tensor_parallel: ranks a tensor is spread over.
-        fp8_recipe: how values are scaled for products in FP8; None without any.
-    """
-    products = 1 if fp8_recipe is None else FP8_TOKENS.get(fp8_recipe, 16)
-    return products * tensor_parallel

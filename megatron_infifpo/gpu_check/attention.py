@@ -19,6 +19,7 @@ from megatron_infifpo.engine.packed import RowParams, row_params, to_device
 from megatron_infifpo.gpu_check.records import Options, Recorder, Result
 from megatron_infifpo.gpu_check.rows import random_pairs
 from megatron_infifpo.rows import Row
+from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.packing import collate
 
 FACTOR = 3.0
@@ -73,8 +74,8 @@ def check(options: Options, record: Recorder) -> None:
 def make_row(shared: bool) -> Row:
     """Collate a row with segments of one token and a tail of one, as training does."""
     pairs = random_pairs(PAIRS, 50)
-    total = collate(pairs, share_prompt=shared)["tokens"].numel()
-    return collate(pairs, pad_multiple=total + 1, share_prompt=shared)
+    total = collate(pairs, RowLayout(share_prompt=shared))["tokens"].numel()
+    return collate(pairs, RowLayout(total + 1, share_prompt=shared))
 
 
 def compare(case: Case, device: str) -> tuple[list[float], list[float], float]:

@@ -147,7 +147,7 @@ def in_megatron(
     for parameter in model.parameters():  # as Megatron's data parallelism prepares them
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
         parameter.grad_added_to_main_grad = False
-    row = to_device(collate(pairs, share_prompt=variant.kind.shares_prompts))
+    row = to_device(collate(pairs, variant.kind.row_layout(1)))
     logprobs = run_packed(model, row, architecture["padded_vocab_size"])
     (logprobs * token_weights(len(logprobs)).to(logprobs)).sum().backward()
     gradients = {name: collected(p).double().cpu() for name, p in model.named_parameters()}

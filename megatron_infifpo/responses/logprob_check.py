@@ -51,11 +51,10 @@ class Scorer:
 
     def __call__(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Tensor:
         """Return the float32 log-probs `[L]` of a response's tokens `[L]`."""
-        from megatron_infifpo.rows.packing import collate
-        from megatron_infifpo.rows.preference_dataset import PreferencePair
+        from megatron_infifpo.rows.packing import collate_text
 
-        ids = [np.asarray(part, dtype=np.int32) for part in (prompt_ids, response_ids)]
-        return self._backend([collate([PreferencePair(0, ids[0], (ids[1],))])])[0]
+        prompt, response = (np.asarray(ids, np.int32) for ids in (prompt_ids, response_ids))
+        return self._backend([collate_text(prompt, response)])[0]
 
 
 @dataclass

@@ -1,9 +1,8 @@
-"""Preference pairs on disk and in batches.
+"""Preference pairs in packed rows.
 
-Top to bottom: `record_files` decodes files, `record_forms` knows the forms that people have,
-`records` makes one plain form of them, `tokenization` makes token ids, `token_dataset` and
-`logprob_store` keep data in Megatron's indexed format, `preference_dataset` joins the pivot's
-tokens with every model's log-probs, `packing` packs pairs into rows, `batching` plans the steps.
+Top to bottom: `preference_dataset` joins the pivot's tokens with every model's log-probs, `layout`
+says how pairs lie in a row, `plan` which pairs share one, `packing` makes its tensors, `loaders`
+hand rows to training.
 """
 
 from typing import Any

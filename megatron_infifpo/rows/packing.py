@@ -11,28 +11,21 @@ import numpy as np
 import torch
 
 from megatron_infifpo.rows import Row
+from megatron_infifpo.rows.layout import PLAIN, RowLayout
 from megatron_infifpo.rows.preference_dataset import PreferencePair
 from megatron_infifpo.tokens.encoding import scored_marks
 
 
-def collate(
-    pairs: Sequence[PreferencePair],
-    *,
-    pad_multiple: int = 1,
-    pad_token: int = 0,
-    share_prompt: bool = False,
-) -> Row:
+def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
     """Pack pairs into one row.
 
     B pairs, R responses, S = B R segments, K scored tokens, T tokens of the row, M sources.
 
     Args:
         pairs: B of them, all with R responses and the same sources.
-        pad_multiple: T is padded to a multiple of this (`layer_kind.row_multiple`). The tail is an
-            attention segment of its own and is never scored.
-        pad_token: token of the tail.
-        share_prompt: hold a pair's prompt once, `[prompt chosen | rejected]`: the segments of the
-            other responses have the prompt's keys and values beside their own.
+        layout: of the row. Where T is padded, the tail is an attention segment of its own, of
+            token 0, and never scored. With shared prompts, `[prompt chosen | rejected]`, the
+            segments of the other responses have the prompt's keys and values beside their own.
 
     Returns:
         tokens int64 `[1, T]`; position_ids int64 `[1, T]`, in the text that a token is of;
@@ -51,9 +44,9 @@ def collate(
     scored = np.concatenate(marks)
     segments = _Segments()
     for pair in pairs:
-        segments.add(pair, share_prompt)
-    if tail := -segments.total % pad_multiple:
-        segments.pad(np.full(tail, pad_token))
+        segments.add(pair, layout.share_prompt)
+    if tail := layout.padding(segments.total):
+        segments.pad(tail)
     targets = np.concatenate([ids for pair in pairs for ids in pair.response_ids])
     row: Row = {
         "tokens": torch.from_numpy(np.concatenate(segments.tokens).astype(np.int64))[None],
@@ -68,7 +61,7 @@ def collate(
         "indices": torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
         "domain_codes": torch.tensor([pair.domain_code for pair in pairs], dtype=torch.int64),
     }
-    if share_prompt:
+    if layout.share_prompt:
         row["cu_seqlens_kv"], row["max_seqlen_kv"] = _borders(segments.keys), max(segments.keys)
         row["key_lengths"] = segments.keys
         row["key_rows"] = torch.from_numpy(_ranges(segments.key_rows))
@@ -81,6 +74,13 @@ def collate(
         ):
             row[name] = torch.from_numpy(np.stack([getattr(pair, name) for pair in pairs]))
     return row
+
+
+def collate_text(
+    prompt_ids: np.ndarray, response_ids: np.ndarray, layout: RowLayout = PLAIN
+) -> Row:
+    """Make a row of one prompt and one response, all of whose tokens are scored."""
+    return collate([PreferencePair(0, prompt_ids, (response_ids,))], layout)
 
 
 def pin(row: Row) -> Row:
@@ -124,12 +124,12 @@ class _Segments:
             # Hidden row t predicts token t + 1, and the prompt's last one the first of a response.
             self.predicting += [(begin + prompt - 1, 1), (own, len(ids) - 1)]
 
-    def pad(self, tokens: np.ndarray) -> None:
+    def pad(self, count: int) -> None:
         """Append a tail that is never scored."""
-        self.tokens.append(tokens)
-        self.keys.append(len(tokens))
-        self.key_rows.append((self.total, len(tokens)))
-        self._append(len(tokens), 0)
+        self.tokens.append(np.zeros(count, np.int64))
+        self.keys.append(count)
+        self.key_rows.append((self.total, count))
+        self._append(count, 0)
 
     def _append(self, length: int, position: int) -> None:
         self.queries.append(length)

@@ -9,6 +9,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import RESPONSES
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.sources import SourcesConfig, check_domains
+from megatron_infifpo.rows.layout import PLAIN, RowLayout
 from megatron_infifpo.storage.notes import counted
 from megatron_infifpo.tokens.dataset import TokenDataset
 
@@ -121,10 +122,10 @@ class PreferenceDataset:
             mask[:, column] = np.array(inside)[self.tokens.domain_codes] & ~store.masked_records
         return mask
 
-    def pair_lengths(self, *, share_prompt: bool = False) -> np.ndarray:
-        """Return int64 `[N]`, tokens of the packed pair: one prompt, or one for each response."""
-        copies = 1 if share_prompt else self.responses
-        return copies * self.tokens.prompt_lengths.astype(np.int64) + self._response_tokens
+    def pair_lengths(self, layout: RowLayout = PLAIN) -> np.ndarray:
+        """Return int64 `[N]`, tokens of each pair in a row of this layout."""
+        prompts = self.tokens.prompt_lengths.astype(np.int64)
+        return layout.pair_tokens(prompts, self._response_tokens, self.responses)
 
     def __len__(self) -> int:
         """Return the number of records."""

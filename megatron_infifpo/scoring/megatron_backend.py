@@ -15,7 +15,7 @@ from megatron.core.utils import get_model_config  # noqa: E402
 
 from megatron_infifpo.convert.hf_weights import load_into_model  # noqa: E402
 from megatron_infifpo.engine.gpt import build_model  # noqa: E402
-from megatron_infifpo.engine.layer_kind import row_multiple  # noqa: E402
+from megatron_infifpo.engine.layer_kind import LayerKind  # noqa: E402
 from megatron_infifpo.engine.packed import score_rows  # noqa: E402
 from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel  # noqa: E402
 from megatron_infifpo.families import (  # noqa: E402
@@ -75,8 +75,8 @@ class MegatronBackend:
         else:
             load_megatron_checkpoint(self.models, directory)
         self.vocab_size: int = architecture["padded_vocab_size"]
-        self.pad_multiple = row_multiple(tensor_parallel)
-        self.shares_prompts = get_model_config(self.models[0]).layer_kind.shares_prompts
+        kind: LayerKind = get_model_config(self.models[0]).layer_kind
+        self.layout = kind.row_layout(tensor_parallel)
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
         self.is_writer = (

@@ -12,7 +12,9 @@ from torch import Tensor
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import PreferenceRecord
 from megatron_infifpo.rows import Row
+from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.plan import fill
 from megatron_infifpo.rows.preference_dataset import PreferencePair
 from megatron_infifpo.tokens.encoding import encode_or_refuse
 from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
@@ -94,8 +96,7 @@ def prepare_shard(
     *,
     vocab_size: int,
     row_tokens: int,
-    pad_multiple: int,
-    share_prompt: bool = False,
+    layout: RowLayout,
 ) -> ShardRows:
     """Tokenize, mask and pack the records of a shard.
 
@@ -117,13 +118,10 @@ def prepare_shard(
         if tokens is not None:
             ids, remarks[i] = tokens.response_ids, whole.notes
             pairs[i] = PreferencePair(i, tokens.prompt_ids, ids, scored=tokens.scored)
-            copies = 1 if share_prompt else len(ids)
-            lengths[i] = copies * len(tokens.prompt_ids) + sum(map(len, ids))
-    plan = plan_rows(lengths, row_tokens)
-    rows = [
-        collate([pairs[i] for i in row], pad_multiple=pad_multiple, share_prompt=share_prompt)
-        for row in plan
-    ]
+            prompt = len(tokens.prompt_ids)
+            lengths[i] = layout.pair_tokens(prompt, sum(map(len, ids)), len(ids))
+    plan = fill(lengths, row_tokens)
+    rows = [collate([pairs[i] for i in row], layout) for row in plan]
     return ShardRows(number, records, notes, remarks, plan, rows)
 
 
@@ -136,28 +134,3 @@ def _check_ids(
             f"the tokenizer {tokenizer.path} gives record {record.id!r} the token {highest}, but "
             f"the model has {vocab_size} tokens: it is another model's tokenizer"
         )
-
-
-def plan_rows(lengths: np.ndarray, token_budget: int) -> list[list[int]]:
-    """Pack records into rows of at most `token_budget` tokens, longest first.
-
-    Args:
-        lengths: `[N]` tokens of each record (all its responses, each with its prompt); records of
-            length 0 are masked and left out.
-        token_budget: tokens of a row; a longer record gets a row of its own.
-
-    Returns:
-        Record indices by row.
-    """
-    rows: list[list[int]] = []
-    used = token_budget + 1
-    for index in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[index])
-        if length == 0:
-            break
-        if used + length > token_budget:
-            rows.append([])
-            used = 0
-        rows[-1].append(index)
-        used += length
-    return rows

@@ -9,6 +9,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import positive
 from megatron_infifpo.megatron_flags.check import refuse_yaml, unsupported
 from megatron_infifpo.methods import Method, add_method_flags, flag
+from megatron_infifpo.rows.layout import RowLayout
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -130,7 +131,16 @@ def set_share_prompt(args: argparse.Namespace, method: Method) -> None:
     if args.share_prompt is not None and method.responses == 1:
         raise UserError("--share-prompt has no effect with --method sft: it sees one response")
     if args.share_prompt is None:
-        args.share_prompt = able and method.responses > 1
+        args.share_prompt = able and method.responses != 1
+
+
+def row_layout(args: argparse.Namespace) -> RowLayout:
+    """Return the layout of a run's rows, once its layers and shared prompts are settled."""
+    return KINDS[args.layer_kind].row_layout(
+        args.tensor_model_parallel_size,
+        fp8_recipe=args.fp8_recipe if args.fp8 else None,
+        share_prompt=args.share_prompt,
+    )
 
 
 def override(

@@ -8,19 +8,15 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args
 
-from megatron_infifpo.engine.layer_kind import row_multiple
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import Method, flag
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.references.sources import read_sources
-from megatron_infifpo.rows.batching import (
-    EvaluationLoader,
-    PreferenceLoader,
-    evaluation_steps,
-    fitting_micro_batch_size,
-)
+from megatron_infifpo.rows.loaders import EvaluationLoader, PreferenceLoader
+from megatron_infifpo.rows.plan import evaluation_steps, fitting_micro_batch_size
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.storage.notes import counted
+from megatron_infifpo.training.arguments import row_layout
 from megatron_infifpo.training.reference_check import check_initial_logprobs
 
 NOT_SAVED = "NOTHING IS SAVED, since there is no --save"
@@ -137,7 +133,7 @@ def _set_micro_batch(
             f"{pairs_at_once}: {size}{ranks} data-parallel ranks"
         )
     if args.micro_batch_size is None:
-        lengths = train.pair_lengths(share_prompt=args.share_prompt)
+        lengths = train.pair_lengths(row_layout(args))
         args.micro_batch_size = fitting_micro_batch_size(
             lengths[train.require_eligible(args.seq_length)],
             args.micro_batch_tokens,
@@ -146,10 +142,10 @@ def _set_micro_batch(
             global_batch_size=args.global_batch_size,
             data_parallel_size=ranks,
         )
-    if method.objective.startswith("aot") and args.micro_batch_size < 2:
+    if method.several_pairs and args.micro_batch_size < 2:
         raise UserError(
-            f"--objective {method.objective} sorts the pairs of a row: with --micro-batch-size 1 "
-            "there is nothing to sort and it is dpo; give a larger one"
+            f"--objective {method.objective} compares the pairs of a row: with --micro-batch-size "
+            "1 there is nothing to compare; give a larger one"
         )
 
 
@@ -209,10 +205,7 @@ class DatasetsProvider:
             "data_parallel_size": mpu.get_data_parallel_world_size(),
             "num_microbatches": get_num_microbatches(),
             "max_tokens": args.seq_length,
-            "pad_multiple": row_multiple(
-                args.tensor_model_parallel_size, args.fp8_recipe if args.fp8 else None
-            ),
-            "share_prompt": args.share_prompt,
+            "layout": row_layout(args),
             "pin_memory": not cpu.is_enabled(),
         }
         step, rest = divmod(args.consumed_train_samples, args.global_batch_size)

@@ -15,10 +15,10 @@ from megatron.training.training import (
 )
 from torch import Tensor
 
-from megatron_infifpo.engine.layer_kind import row_multiple
 from megatron_infifpo.engine.packed import score_rows
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.training.arguments import row_layout
 
 PROBES = 64
 
@@ -87,13 +87,8 @@ def compare(
     mine = records[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()].tolist()
     size = args.micro_batch_size
     groups = [mine[i : i + size] for i in range(0, len(mine), size)]
-    layout = {
-        "pad_multiple": row_multiple(
-            args.tensor_model_parallel_size, args.fp8_recipe if args.fp8 else None
-        ),
-        "share_prompt": args.share_prompt,
-    }
-    rows = [collate([dataset[i] for i in group], **layout) for group in groups]
+    layout = row_layout(args)
+    rows = [collate([dataset[i] for i in group], layout) for group in groups]
     # Interleaved stages take rows by the pipeline's size.
     repeated = -len(rows) % args.pipeline_model_parallel_size if rows and len(models) > 1 else 0
     hooks = should_disable_forward_pre_hook(args)

@@ -12,6 +12,7 @@ import torch.nn.attention.varlen as varlen
 import megatron_infifpo.engine.layers as layers
 from megatron_infifpo.engine.packed import row_params
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferencePair
 from support import reference_kernels
@@ -77,7 +78,7 @@ def random_row(rng: np.random.Generator, shared: bool) -> dict:
         PreferencePair(i, ids(12), tuple(ids(9) for _ in range(responses)))
         for i in range(rng.integers(1, 4))
     ]
-    return collate(pairs, pad_multiple=int(rng.choice([1, 4, 8])), share_prompt=shared)
+    return collate(pairs, RowLayout(int(rng.choice([1, 4, 8])), share_prompt=shared))
 
 
 def outputs(module, row: dict, seed: int, groups: int = GROUPS) -> list[torch.Tensor]:

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.references.sources import Source, SourcesConfig
-from megatron_infifpo.rows.batching import (
-    EvaluationLoader,
-    PreferenceLoader,
+from megatron_infifpo.rows.layout import RowLayout
+from megatron_infifpo.rows.loaders import EvaluationLoader, PreferenceLoader
+from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.plan import (
     evaluation_steps,
     fitting_micro_batch_size,
     plan_evaluation,
     plan_step,
 )
-from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset, PreferencePair
 from support.datasets import record, write_scores, write_tokens
 
@@ -123,14 +123,14 @@ def pairs(draw, sources=2):
 @CALM
 @given(pairs(), st.integers(1, 8))
 def test_a_row_holds_whole_pairs(batch, multiple):
-    row = collate(batch, pad_multiple=multiple, pad_token=7)
+    row = collate(batch, RowLayout(multiple))
     segments = [(pair, ids) for pair in batch for ids in pair.response_ids]
     responses = len(batch[0].response_ids)
     tokens, borders = row["tokens"][0], row["cu_seqlens"].tolist()
     total = sum(len(p.prompt_ids) + len(ids) for p, ids in segments)
     tail = len(tokens) - total
     assert len(tokens) % multiple == 0 and 0 <= tail < multiple
-    assert (tokens[total:] == 7).all()
+    assert (tokens[total:] == 0).all()
     assert borders[0] == 0 and borders[-1] == len(tokens)
     assert len(borders) == len(segments) + 1 + (tail > 0)
     assert row["max_seqlen"] == max(np.diff(borders))
@@ -161,8 +161,8 @@ def test_a_row_holds_whole_pairs(batch, multiple):
 @given(pairs(), st.integers(1, 8))
 def test_a_shared_prompt_is_there_once(batch, multiple):
     """Its keys, gathered, are those of the row with copies; every other thing is the same."""
-    row = collate(batch, pad_multiple=multiple, share_prompt=True)
-    copies = collate(batch, pad_multiple=1)
+    row = collate(batch, RowLayout(multiple, share_prompt=True))
+    copies = collate(batch)
     tokens = row["tokens"][0]
     total = sum(len(p.prompt_ids) + sum(len(ids) for ids in p.response_ids) for p in batch)
     assert len(tokens) == total + -total % multiple
@@ -191,7 +191,7 @@ def test_a_shared_prompt_is_there_once(batch, multiple):
 @CALM
 @given(pairs())
 def test_types_and_shapes(batch):
-    row = collate(batch, pad_multiple=4)
+    row = collate(batch, RowLayout(4))
     b, r, m, k = len(batch), len(batch[0].response_ids), 2, row["scored_rows"].numel()
     expected = {
         "tokens": (torch.int64, (1, row["tokens"].shape[1])),
@@ -232,7 +232,7 @@ def dataset(tmp_path_factory):
 
 
 def loader(dataset, rank=0, ranks=1, micro=2, kind=PreferenceLoader, **options):
-    options = {"global_batch_size": 8, "max_tokens": 1000, "pad_multiple": 4} | options
+    options = {"global_batch_size": 8, "max_tokens": 1000, "layout": RowLayout(4)} | options
     return kind(
         dataset,
         data_parallel_rank=rank,

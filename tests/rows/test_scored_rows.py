@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_infifpo.logprobs import segment_sums
 from megatron_infifpo.methods import resolve
+from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferencePair
 from megatron_infifpo.tokens.encoding import scored_marks
@@ -58,7 +59,7 @@ def by_loop(batch):
 @CALM
 @given(marked_pairs(), st.integers(1, 8), st.booleans())
 def test_a_row_scores_the_marked_tokens(batch, multiple, share):
-    row = collate(batch, pad_multiple=multiple, share_prompt=share)
+    row = collate(batch, RowLayout(multiple, share_prompt=share))
     wanted = list(by_loop(batch))
     responses = len(batch[0].response_ids)
     assert row["target_ids"].tolist() == [token for *_, token in wanted]
@@ -86,7 +87,7 @@ def test_losses_are_of_the_marked_tokens(batch, share):
     """DPO on sums and InfiFPO on means, by formulas, from a log-prob for every place in a text."""
     if len(batch[0].response_ids) != 2:
         return
-    row = collate(batch, share_prompt=share)
+    row = collate(batch, RowLayout(share_prompt=share))
 
     def logp(before, token):  # any function of text and token will do
         return -((sum(before) * 7 + token * 3 + len(before)) % 11) / 4 - 0.1

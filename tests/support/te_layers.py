@@ -48,6 +48,7 @@ def build(hf: str, kind: str, bf16: bool = False) -> Model:
 
 def row_of(seed: int, vocab_size: int, *, shared: bool, multiple: int = 16) -> dict[str, Any]:
     """A padded row of three pairs of unequal lengths, one response of a single token."""
+    from megatron_infifpo.rows.layout import RowLayout
     from megatron_infifpo.rows.packing import collate
     from megatron_infifpo.rows.preference_dataset import PreferencePair
 
@@ -61,7 +62,7 @@ def row_of(seed: int, vocab_size: int, *, shared: bool, multiple: int = 16) -> d
         PreferencePair(i, ids(prompt), (ids(chosen), ids(rejected)))
         for i, (prompt, chosen, rejected) in enumerate(lengths)
     ]
-    return collate(pairs, pad_multiple=multiple, share_prompt=shared)
+    return collate(pairs, RowLayout(multiple, share_prompt=shared))
 
 
 def by_place(model: Model) -> dict[tuple, Tensor]:
@@ -217,10 +218,11 @@ def fp8_rows(recipe: str, tensor_parallel: int) -> dict[str, bool]:
     from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
     from transformer_engine.pytorch.utils import assert_dim_for_fp8_exec
 
-    from megatron_infifpo.engine.layer_kind import row_multiple
+    from megatron_infifpo.engine.layer_kind import KINDS
 
     found = {}
-    for name, multiple in (("padded", row_multiple(tensor_parallel, recipe)), ("not padded", 1)):
+    padded = KINDS["te"].row_layout(tensor_parallel, fp8_recipe=recipe).multiple
+    for name, multiple in (("padded", padded), ("not padded", 1)):
         rows = [row_of(seed, 320, shared=False, multiple=multiple) for seed in range(3)]
         taken = []
         for tokens in (row["tokens"].numel() // tensor_parallel for row in rows):
