@@ -1,11 +1,9 @@
 """A tiny pivot, two sources and preference data, made once through the program's commands."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 from support import tiny
-from support.launcher import ROOT
+from support.launcher import Ranks
 
 
 class Setup:
@@ -36,23 +34,15 @@ class Setup:
         ]  # fmt: skip
 
 
-def command(*words: object) -> subprocess.CompletedProcess:
-    """Run one of the program's commands as a user would."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def make(folder: Path, ranks) -> Setup:
+def make(folder: Path, ranks: Ranks) -> Setup:
     """Import the pivot, prepare the pairs, score them under the pivot and two sources."""
     job = Setup(folder)
     tiny.save_model(job.hf, "llama", seed=1)
     tiny.write_records(job.records, 20)
-    command("tools/convert_checkpoint.py", "import", "--hf", job.hf, "--save", job.pivot)
-    prepare = ["--input", job.records, "--tokenizer", job.hf, "--output", job.data]
-    command("tools/prepare_preferences.py", *prepare)
+    convert = ["import", "--hf", str(job.hf), "--save", str(job.pivot)]
+    ranks(1, "support.tools:run_tool", "convert_checkpoint", convert)
+    prepare = ["--input", str(job.records), "--tokenizer", str(job.hf), "--output", str(job.data)]
+    ranks(1, "support.tools:run_tool", "prepare_preferences", prepare)
     models = {"initial": job.pivot}
     models["qwen"] = tiny.save_model(job.folder / "qwen", "qwen2", vocab_size=290, seed=2)
     models["phi"] = tiny.save_model(job.folder / "phi", "phi3", vocab_size=310, seed=3)

@@ -8,17 +8,45 @@ object a line. Each rank writes its pickled result (or its traceback) into `outp
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import traceback
+from multiprocessing.managers import SyncManager
 from pathlib import Path
+from typing import Any
 
 from megatron_infifpo.gpu_check.processes import free_port
 
+FILESYSTEM = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
-def run_rank(request: dict, rank: int, port: int) -> None:
+
+def import_everything() -> None:
+    """Import what every rank would import anew."""
+    import megatron_infifpo.scoring.megatron_backend
+    import megatron_infifpo.training.run  # noqa: F401  (readies Megatron for the CPU)
+
+    importlib.import_module("support.tiny")  # models of all families
+    transformers = importlib.import_module("transformers")
+    for name in ("AutoModelForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast"):
+        getattr(transformers, name)  # imports it
+
+
+def start_queues() -> SyncManager:
+    """Start one process that keeps the queues in which ranks gather what a save has written.
+
+    Megatron starts one for every rank, and each takes seconds to import PyTorch.
+    """
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    manager = multiprocessing.get_context("spawn").Manager()
+    manager.Queue().put(MetadataIndex("any"))  # imports PyTorch there
+    return manager
+
+
+def run_rank(request: dict, rank: int, port: int, queues: SyncManager) -> None:
     """Call the target as one rank and leave its result in a file; never returns."""
     os.setsid()  # a group of its own, for what it starts in turn
     output = Path(request["output"])
@@ -30,6 +58,8 @@ def run_rank(request: dict, rank: int, port: int) -> None:
     os.dup2(log.fileno(), 2)
     code = 0
     try:
+        filesystem_async: Any = importlib.import_module(FILESYSTEM)
+        filesystem_async._results_queue = queues.Queue()
         module, function = request["target"].split(":")
         result = getattr(importlib.import_module(module), function)(*request["args"])
         with open(output / f"rank{rank}.pickle", "wb") as f:
@@ -46,14 +76,14 @@ def run_rank(request: dict, rank: int, port: int) -> None:
         os._exit(code)
 
 
-def serve(request: dict) -> list[int]:
+def serve(request: dict, queues: SyncManager) -> list[int]:
     """Fork the ranks of a request and return their exit codes; one failure ends the others."""
     port = free_port()
     pids = []
     for rank in range(request["world"]):
         pid = os.fork()
         if pid == 0:
-            run_rank(request, rank, port)
+            run_rank(request, rank, port, queues)
         pids.append(pid)
     codes = dict.fromkeys(pids, None)
     while None in codes.values():
@@ -70,7 +100,8 @@ def serve(request: dict) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-if __name__ == "__mp_main__":  # in Megatron's process that writes checkpoints for a rank
+if __name__ == "__mp_main__" and "Manager" not in multiprocessing.current_process().name:
+    # Megatron's process that writes checkpoints for a rank.
     from megatron_infifpo.patches import cpu
 
     cpu.enable(announce=False)
@@ -80,8 +111,7 @@ if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print must not mix with the answers
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # as every command does
-    import megatron_infifpo.scoring.megatron_backend  # noqa: F401
-    import megatron_infifpo.training.run  # noqa: F401
-
+    import_everything()
+    queues = start_queues()
     for line in sys.stdin:
-        print(json.dumps(serve(json.loads(line))), file=answers, flush=True)
+        print(json.dumps(serve(json.loads(line), queues)), file=answers, flush=True)
