@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from megatron_infifpo.references import reference
 from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.layout import PLAIN, RowLayout
 from megatron_infifpo.rows.preference_dataset import PreferencePair
@@ -19,7 +20,7 @@ from megatron_infifpo.tokens.encoding import scored_marks
 def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
     """Pack pairs into one row.
 
-    B pairs, R responses, S = B R segments, K scored tokens, T tokens of the row, M sources.
+    B pairs, R responses, S = B R segments, K scored tokens, T tokens of the row.
 
     Args:
         pairs: B of them, all with R responses and the same sources.
@@ -33,11 +34,10 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
         max_seqlen int; scored_rows int64 `[K]`,
         positions whose hidden state predicts a scored token; target_ids int64 `[K]`, those tokens;
         segment_ids int64 `[K]`, b * R + r; token_counts int64 `[B, R]`, scored ones; indices and
-        domain_codes int64 `[B]`; with log-probs initial_sum_logps float32 `[B, R]`,
-        source_sum_logps float32 `[B, R, M]`, source_token_counts int64 `[B, R, M]`, source_mask
-        bool `[B, M]`; and with shared prompts the segments of the keys, cu_seqlens_kv int32
-        `[S + 1]`, key_lengths, max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in
-        the row.
+        domain_codes int64 `[B]`; where the pairs have stored values of models, these as
+        `references.reference.collate` makes them; and with shared prompts the segments of the keys,
+        cu_seqlens_kv int32 `[S + 1]`, key_lengths, max_seqlen_kv int, and key_rows int64 `[T_kv]`,
+        where they lie in the row.
     """
     marks = [mark for pair in pairs for mark in scored_marks(pair.response_ids, pair.scored)]
     counts = np.array([mark.sum() for mark in marks], dtype=np.int64)
@@ -65,14 +65,8 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
         row["cu_seqlens_kv"], row["max_seqlen_kv"] = _borders(segments.keys), max(segments.keys)
         row["key_lengths"] = segments.keys
         row["key_rows"] = torch.from_numpy(_ranges(segments.key_rows))
-    if pairs[0].initial_sum_logps is not None:
-        for name in (
-            "initial_sum_logps",
-            "source_sum_logps",
-            "source_token_counts",
-            "source_mask",
-        ):
-            row[name] = torch.from_numpy(np.stack([getattr(pair, name) for pair in pairs]))
+    if pairs[0].values is not None:
+        row |= reference.collate([pair.values for pair in pairs if pair.values is not None])
     return row
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import RESPONSES
 from megatron_infifpo.references.logprob_store import LogprobStore
-from megatron_infifpo.references.sources import SourcesConfig, check_domains
+from megatron_infifpo.references.reference import PairValues, References
+from megatron_infifpo.references.sources import SourcesConfig
 from megatron_infifpo.rows.layout import PLAIN, RowLayout
 from megatron_infifpo.storage.notes import counted
 from megatron_infifpo.tokens.dataset import TokenDataset
@@ -16,20 +17,14 @@ from megatron_infifpo.tokens.dataset import TokenDataset
 
 @dataclass(slots=True)
 class PreferencePair:
-    """One record, ready to be packed. R responses (1 for SFT, 3 for WRPO, else 2), M sources.
-
-    The log-prob fields are None where no sources were given. The initial pivot's token counts are
-    the scored tokens of `response_ids`.
+    """One record, ready to be packed. R responses: 1 for SFT, 3 for WRPO, else 2.
 
     Attributes:
         index: of the record in the token dataset.
         prompt_ids: int32 `[P]`.
         response_ids: R arrays of int32, end of turn included.
         domain_code: index into `PreferenceDataset.domains`.
-        initial_sum_logps: float32 `[R]`.
-        source_sum_logps: float32 `[R, M]`, 0 where masked.
-        source_token_counts: int64 `[R, M]`, 1 where masked, so that a mean is always defined.
-        source_mask: bool `[M]`, true where the source takes part.
+        values: what is stored of models; None where no sources were given.
         scored: R arrays of bool, which tokens of `response_ids` are scored; None: all of them.
     """
 
@@ -37,10 +32,7 @@ class PreferencePair:
     prompt_ids: np.ndarray
     response_ids: tuple[np.ndarray, ...]
     domain_code: int = 0
-    initial_sum_logps: np.ndarray | None = None
-    source_sum_logps: np.ndarray | None = None
-    source_token_counts: np.ndarray | None = None
-    source_mask: np.ndarray | None = None
+    values: PairValues | None = None
     scored: tuple[np.ndarray, ...] | None = None
 
 
@@ -49,12 +41,9 @@ class PreferenceDataset:
 
     Attributes:
         tokens: the token dataset.
-        initial: the initial pivot's log-probs, or None without sources.
-        sources: the M sources' log-probs.
-        source_names: their names.
+        references: stored values of the initial pivot and of the sources; None without sources.
         domains: names by domain code.
         domain_codes: int64 `[N]`, of the records.
-        source_mask: bool `[N, M]`, which source takes part in which record; with sources only.
         responses: how many responses of a record are used, R.
         segment_lengths: int64 `[N]`, tokens of the longest response with its prompt; 0 where the
             record is masked.
@@ -91,36 +80,27 @@ class PreferenceDataset:
             )
         self.domains = self.tokens.domains
         self.domain_codes = self.tokens.domain_codes.astype(np.int64)
-        self.initial: LogprobStore | None = None
-        self.sources: tuple[LogprobStore, ...] = ()
-        self.source_names: tuple[str, ...] = ()
         if require_sources and (sources is None or not sources.sources):
             where = "sources.yaml" if sources is None else sources.path
             raise UserError(
                 f"{where} lists no source, expected at least one under the key sources for a fused "
                 "reference"
             )
-        if sources is not None:
-            check_domains(sources, self.domains)
-            self.initial = LogprobStore(sources.initial)
-            self.initial.check_against(self.tokens, same_tokenizer=True)
-            self.sources = tuple(LogprobStore(source.logprobs) for source in sources.sources)
-            for store in self.sources:
-                store.check_against(self.tokens, same_tokenizer=False)
-            self.source_names = tuple(source.name for source in sources.sources)
-            self.source_mask = self._masks(sources)
+        self.references = None if sources is None else References(sources, self.tokens)
         prompts = self.tokens.prompt_lengths.astype(np.int64)
         lengths = self.tokens.response_lengths[:, : self.responses].astype(np.int64)
         self._response_tokens = lengths.sum(axis=1)
         self.segment_lengths = prompts + lengths.max(axis=1)
 
-    def _masks(self, config: SourcesConfig) -> np.ndarray:
-        """Return bool `[N, M]`: which source takes part in which record."""
-        mask = np.empty((len(self), len(self.sources)), dtype=bool)
-        for column, (source, store) in enumerate(zip(config.sources, self.sources, strict=True)):
-            inside = [source.domains is None or domain in source.domains for domain in self.domains]
-            mask[:, column] = np.array(inside)[self.tokens.domain_codes] & ~store.masked_records
-        return mask
+    @property
+    def initial(self) -> LogprobStore | None:
+        """The initial pivot's log-probs, or None without sources."""
+        return None if self.references is None else self.references.initial.store
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the M sources."""
+        return () if self.references is None else self.references.names
 
     def pair_lengths(self, layout: RowLayout = PLAIN) -> np.ndarray:
         """Return int64 `[N]`, tokens of each pair in a row of this layout."""
@@ -134,25 +114,14 @@ class PreferenceDataset:
     def __getitem__(self, index: int) -> PreferencePair:
         """Return one pair; its arrays are its own and writable."""
         tokens, used = self.tokens.record(index), slice(self.responses)
-        pair = PreferencePair(
+        return PreferencePair(
             int(index),
             tokens.prompt_ids,
             tokens.response_ids[used],
             int(self.domain_codes[index]),
-            scored=tokens.scored and tokens.scored[used],
+            None if self.references is None else self.references.take(index, self.responses),
+            tokens.scored and tokens.scored[used],
         )
-        if self.initial is None:
-            return pair
-        shape = (self.responses, len(self.sources))
-        sums, counts = np.zeros(shape, np.float32), np.ones(shape, np.int64)
-        mask = self.source_mask[index].copy()
-        for column in mask.nonzero()[0].tolist():
-            store = self.sources[column]
-            sums[:, column] = store.sums(index)[used]
-            counts[:, column] = store.token_counts[index][used]
-        pair.initial_sum_logps = self.initial.sums(index)[used].astype(np.float32)
-        pair.source_sum_logps, pair.source_token_counts, pair.source_mask = sums, counts, mask
-        return pair
 
     def align_domains(self, names: tuple[str, ...]) -> None:
         """Number the domains as another dataset does: first its names, then our own others."""

@@ -81,8 +81,8 @@ def test_imported_sources_join_the_pivots_tokens(tmp_path):
     import_published([path], [], tmp_path / "again")
     config = read_sources(tmp_path / "again" / "sources.yaml")
     pair = PreferenceDataset(tokens.prefix, config)[1]
-    assert pair.initial_sum_logps.tolist() == [-12, -6]
-    assert pair.source_token_counts.tolist() == [[283] * 3, [294] * 3]
+    assert pair.values.initial_sum_logps.tolist() == [-12, -6]
+    assert pair.values.source_token_counts.tolist() == [[283] * 3, [294] * 3]
 
 
 @pytest.mark.parametrize(

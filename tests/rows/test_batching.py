@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.references.reference import PairValues
 from megatron_infifpo.references.sources import Source, SourcesConfig
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.loaders import EvaluationLoader, PreferenceLoader
@@ -111,10 +112,12 @@ def pairs(draw, sources=2):
                 prompt_ids=rng.integers(0, 99, draw(st.integers(1, 9)), dtype=np.int32),
                 response_ids=tuple(rng.integers(0, 99, n, dtype=np.int32) for n in lengths),
                 domain_code=index % 2,
-                initial_sum_logps=-rng.random(responses, dtype=np.float32),
-                source_sum_logps=-rng.random((responses, sources), dtype=np.float32),
-                source_token_counts=rng.integers(1, 9, (responses, sources)),
-                source_mask=rng.random(sources) < 0.5,
+                values=PairValues(
+                    initial_sum_logps=-rng.random(responses, dtype=np.float32),
+                    source_sum_logps=-rng.random((responses, sources), dtype=np.float32),
+                    source_token_counts=rng.integers(1, 9, (responses, sources)),
+                    source_mask=rng.random(sources) < 0.5,
+                ),
             )
         )
     return made
@@ -210,7 +213,7 @@ def test_types_and_shapes(batch):
     }
     found = {k: (v.dtype, tuple(v.shape)) for k, v in row.items() if torch.is_tensor(v)}
     assert found == expected and isinstance(row["max_seqlen"], int)
-    np.testing.assert_array_equal(row["source_mask"][-1].numpy(), batch[-1].source_mask)
+    np.testing.assert_array_equal(row["source_mask"][-1].numpy(), batch[-1].values.source_mask)
     bare = [PreferencePair(p.index, p.prompt_ids, p.response_ids) for p in batch]
     assert set(row) - set(collate(bare)) == {
         "initial_sum_logps",

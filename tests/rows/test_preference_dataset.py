@@ -30,7 +30,7 @@ def joined(tmp_path):
 def scores(pair):
     """The pair's log-prob fields, all of them there."""
     names = ("initial_sum_logps", "source_sum_logps", "source_token_counts", "source_mask")
-    return [getattr(pair, name) for name in names]
+    return [getattr(pair.values, name) for name in names]
 
 
 def test_pairs_join_tokens_and_scores(joined):
@@ -49,10 +49,11 @@ def test_pairs_join_tokens_and_scores(joined):
         np.testing.assert_allclose(initial, dataset.initial.sums(i), rtol=1e-6)
         assert mask.tolist() == [i != 2, i % 2 == 1]
         assert sums.shape == counts.shape == (2, 2)
-        for m, store in enumerate(dataset.sources):
+        for m, source in enumerate(dataset.references.sources):
+            assert source.takes_part[i] == mask[m]
             if mask[m]:
-                np.testing.assert_allclose(sums[:, m], store.sums(i), rtol=1e-6)
-                assert np.array_equal(counts[:, m], store.counts(i))
+                np.testing.assert_allclose(sums[:, m], source.store.sums(i), rtol=1e-6)
+                assert np.array_equal(counts[:, m], source.store.counts(i))
             else:  # a mean of a masked source is 0 and not a NaN
                 assert not sums[:, m].any()
                 assert (counts[:, m] == 1).all()
@@ -82,7 +83,7 @@ def test_domains_numbered_as_in_another_dataset(joined, tmp_path):
 
 def test_without_sources(joined):
     dataset = PreferenceDataset(joined[0])
-    assert dataset[0].initial_sum_logps is None and dataset.eligible(10**6).size == 8
+    assert dataset[0].values is None and dataset.eligible(10**6).size == 8
     only_initial = PreferenceDataset(joined[0], SourcesConfig(joined[1].initial))
     shapes = [values.shape for values in scores(only_initial[0])]
     assert shapes == [(2,), (2, 0), (2, 0), (0,)]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_infifpo.logprobs import segment_sums
 from megatron_infifpo.methods import resolve
+from megatron_infifpo.references.reference import PairValues
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferencePair
@@ -34,10 +35,12 @@ def marked_pairs(draw):
         made.append(
             PreferencePair(
                 index, rng.integers(0, 30, rng.integers(1, 6), dtype=np.int32), ids,
-                initial_sum_logps=-9 * rng.random(responses, dtype=np.float32),
-                source_sum_logps=-9 * rng.random((responses, sources), dtype=np.float32),
-                source_token_counts=rng.integers(1, 9, (responses, sources)),
-                source_mask=np.array([True, draw(st.booleans())]),
+                values=PairValues(
+                    initial_sum_logps=-9 * rng.random(responses, dtype=np.float32),
+                    source_sum_logps=-9 * rng.random((responses, sources), dtype=np.float32),
+                    source_token_counts=rng.integers(1, 9, (responses, sources)),
+                    source_mask=np.array([True, draw(st.booleans())]),
+                ),
                 scored=marks if draw(st.booleans()) else None,
             )
         )  # fmt: skip
@@ -101,12 +104,14 @@ def test_losses_are_of_the_marked_tokens(batch, share):
     means = resolve("infifpo", fusion="average", clip=False)
     infifpo = pair_losses(means, row, sums, progress=0.0)[0].tolist()
     for b, pair in enumerate(batch):
-        theirs = pair.source_sum_logps / pair.source_token_counts
+        theirs = pair.values.source_sum_logps / pair.values.source_token_counts
         sides = []
         for r in range(2):
             mine = values[b, r]
-            reference = float(theirs[r][pair.source_mask].mean())
-            sides.append((sum(mine) - pair.initial_sum_logps[r], sum(mine) / len(mine) - reference))
+            reference = float(theirs[r][pair.values.source_mask].mean())
+            sides.append(
+                (sum(mine) - pair.values.initial_sum_logps[r], sum(mine) / len(mine) - reference)
+            )
         (w_sum, w_mean), (l_sum, l_mean) = sides
         assert dpo[b] == pytest.approx(math.log1p(math.exp(-0.3 * (w_sum - l_sum))), rel=1e-4)
         wanted = math.log1p(math.exp(-means.beta * (w_mean - l_mean)))
