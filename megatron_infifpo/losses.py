@@ -5,17 +5,28 @@ own chosen]. What the reference is (the initial pivot or a fused source model) a
 are sums or means is decided before, by the method's preset and in `reference.py`.
 
 Names: the log-ratio of a response is `policy - reference`, d the chosen one's minus the rejected
-one's, `beta * log-ratio` the implicit reward. To add a loss, see docs/adding-a-loss.md.
+one's, `beta * log-ratio` the implicit reward.
+
+A loss declares its options at its keyword arguments and what else it needs in `LOSSES`; flags,
+help texts and checks follow from that. To add one, see docs/adding-a-loss.md.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_infifpo.options import Option, declared
+
 CHOSEN, REJECTED, PIVOT_CHOSEN = 0, 1, 2
+
+_WRONG = "share of labels taken to be wrong"
+Smoothing = Annotated[float, Option(_WRONG, range="[0, 0.5)")]
+SomeSmoothing = Annotated[float, Option(_WRONG, range="(0, 0.5)")]
 
 
 def _gap(logps: Tensor) -> Tensor:
@@ -31,7 +42,9 @@ def _logistic(margin: Tensor, label_smoothing: float) -> Tensor:
     return loss
 
 
-def dpo(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def dpo(
+    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: Smoothing = 0.0
+) -> Tensor:
     """`-log sigmoid(beta d)` (Rafailov et al. 2023, eq. 7); smoothed: conservative DPO."""
     return _logistic(beta * _gap(policy - reference), label_smoothing)
 
@@ -46,8 +59,11 @@ def wrpo(
     reference: Tensor,
     *,
     beta: float,
-    alpha: float,
-    label_smoothing: float = 0.0,
+    alpha: Annotated[
+        float,
+        Option("weight of the sources' best response", range="[0, 1]", default=0.1, grows=True),
+    ],
+    label_smoothing: Smoothing = 0.0,
 ) -> Tensor:
     """DPO's with two preferred responses (WRPO, arXiv 2412.03187).
 
@@ -63,7 +79,16 @@ def hinge(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
     return torch.relu(1 - beta * _gap(policy - reference))
 
 
-def robust(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
+def robust(
+    policy: Tensor,
+    reference: Tensor,
+    *,
+    beta: float,
+    label_smoothing: Annotated[
+        float,
+        Option(_WRONG, range="(0, 0.5)", why="which it corrects for; without it, it is dpo"),
+    ],
+) -> Tensor:
     """DPO, unbiased under labels flipped at the rate `label_smoothing` (arXiv 2403.00409)."""
     margin = beta * _gap(policy - reference)
     kept, flipped = F.logsigmoid(margin), F.logsigmoid(-margin)
@@ -71,7 +96,7 @@ def robust(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: f
 
 
 def exo_pair(
-    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 1e-3
+    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: SomeSmoothing = 1e-3
 ) -> Tensor:
     """Reverse KL to the smoothed label over the two responses (EXO, arXiv 2402.00856, eq. 16)."""
     margin = beta * _gap(policy - reference)
@@ -101,7 +126,9 @@ def sppo_hard(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
     return (ratios[:, CHOSEN] - 0.5 / beta) ** 2 + (ratios[:, REJECTED] + 0.5 / beta) ** 2
 
 
-def aot(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def aot(
+    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: Smoothing = 0.0
+) -> Tensor:
     """DPO's between the sorted margins of policy and reference (AOT, arXiv 2406.05882).
 
     It looks at pairs together: it sorts the B pairs that it is given, which in training are those
@@ -113,7 +140,7 @@ def aot(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: floa
 
 
 def aot_unpaired(
-    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0
+    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: Smoothing = 0.0
 ) -> Tensor:
     """DPO's between the sorted log-ratios of all chosen and of all rejected responses.
 
@@ -138,7 +165,11 @@ def apo_down(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
 
 
 def discopop(
-    policy: Tensor, reference: Tensor, *, beta: float, discopop_tau: float = 0.05
+    policy: Tensor,
+    reference: Tensor,
+    *,
+    beta: float,
+    discopop_tau: Annotated[float, Option("temperature", range="(0, 1)")] = 0.05,
 ) -> Tensor:
     """Log-ratio modulated loss, found by search (DiscoPOP, arXiv 2406.08414, eq. 5)."""
     margin = beta * _gap(policy - reference)
@@ -147,39 +178,64 @@ def discopop(
     return mixed + torch.exp(F.logsigmoid(margin / discopop_tau) - margin)
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "dpo": dpo,
-    "ipo": ipo,
-    "wrpo": wrpo,
-    "hinge": hinge,
-    "robust": robust,
-    "exo_pair": exo_pair,
-    "nca_pair": nca_pair,
-    "bco_pair": bco_pair,
-    "sppo_hard": sppo_hard,
-    "aot": aot,
-    "aot_unpaired": aot_unpaired,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "discopop": discopop,
-}
+@dataclass(frozen=True)
+class Loss:
+    """A loss, and what it needs beside the options that its signature declares.
 
-
-def loss_options(objective: str) -> dict[str, bool]:
-    """Options of an objective beside beta: name -> whether it must be given.
-
-    Raises:
-        ValueError: an unknown objective.
+    Attributes:
+        function: `(policy [B, R], reference [B, R], *, beta, **options)` to losses `[B]`. A keyword
+            argument that is a Tensor is a value of the row by that name, such as scores.
+        responses: how many responses of a record it compares, of chosen, rejected, pivot_chosen.
+        lists: it takes all responses that the records have, so many at least.
+        several_pairs: it looks at the pairs of a row together, so `--micro-batch-size` changes it.
+        beta: the published one for sums of log-probs.
     """
-    if objective not in LOSSES:
-        raise ValueError(f"objective is {objective!r}, expected one of {', '.join(LOSSES)}")
-    parameters = inspect.signature(LOSSES[objective]).parameters.values()
-    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "beta"]
-    return {p.name: p.default is p.empty for p in keywords}
+
+    function: Callable[..., Tensor]
+    responses: int = 2
+    lists: bool = False
+    several_pairs: bool = False
+    beta: float = 0.1
+
+    @property
+    def options(self) -> Mapping[str, Option]:
+        """Its options beside beta."""
+        return declared(self.function)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Values of the row that it takes beside log-probs."""
+        parameters = inspect.signature(self.function).parameters.values()
+        names = (p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "beta")
+        return tuple(name for name in names if name not in self.options)
+
+    def __call__(self, policy: Tensor, reference: Tensor, **options: Any) -> Tensor:
+        """Losses `[B]`, unchecked: see `preference_loss`."""
+        return self.function(policy, reference, **options)
+
+
+LOSSES: dict[str, Loss] = {
+    "dpo": Loss(dpo),
+    "ipo": Loss(ipo, beta=0.004),  # its 0.1 is for means
+    "wrpo": Loss(wrpo, responses=3, beta=0.01),
+    "hinge": Loss(hinge),
+    "robust": Loss(robust),
+    "exo_pair": Loss(exo_pair),
+    "nca_pair": Loss(nca_pair),
+    "bco_pair": Loss(bco_pair),
+    "sppo_hard": Loss(sppo_hard),
+    "aot": Loss(aot, several_pairs=True),
+    "aot_unpaired": Loss(aot_unpaired, several_pairs=True),
+    "apo_zero": Loss(apo_zero),
+    "apo_down": Loss(apo_down),
+    "discopop": Loss(discopop),
+}
+# A mean needs a beta larger by about the length of a response: InfiFPO has 2.5 for DPO's 0.1.
+MEANS_FACTOR = 25
 
 
 def preference_loss(
-    objective: str, policy_logps: Tensor, reference_logps: Tensor, *, beta: float, **options: float
+    objective: str, policy_logps: Tensor, reference_logps: Tensor, *, beta: float, **options: Any
 ) -> Tensor:
     """Loss of every pair, unreduced.
 
@@ -188,7 +244,7 @@ def preference_loss(
         policy_logps: `[B, R]` with gradient.
         reference_logps: `[B, R]`, constants.
         beta: strength of the implied KL constraint; for means about 25 times that for sums.
-        options: of the objective: label_smoothing, alpha (wrpo), discopop_tau.
+        options: of the objective: label_smoothing, alpha (wrpo), discopop_tau; and what it reads.
 
     Returns:
         `[B]` losses.
@@ -197,17 +253,18 @@ def preference_loss(
         ValueError: an unknown objective, an option that has no effect for it, one that it needs
             and does not get, or too few responses.
     """
-    known = loss_options(objective)
+    if objective not in LOSSES:
+        raise ValueError(f"objective is {objective!r}, expected one of {', '.join(LOSSES)}")
+    loss = LOSSES[objective]
     for name in options:
-        if name not in known:
+        if name not in loss.options and name not in loss.reads:
             raise ValueError(f"option {name!r} has no effect for objective {objective!r}")
-    for name, required in known.items():
-        if required and name not in options:
+    for name in (*(n for n, option in loss.options.items() if option.required), *loss.reads):
+        if name not in options:
             raise ValueError(f"objective {objective!r} needs the option {name!r}")
-    needed = 3 if objective == "wrpo" else 2
-    if policy_logps.shape[1] < needed:
+    if policy_logps.shape[1] < loss.responses:
         raise ValueError(
-            f"policy_logps is {list(policy_logps.shape)}, expected {needed} responses a pair for "
-            f"objective {objective!r}"
+            f"policy_logps is {list(policy_logps.shape)}, expected {loss.responses} responses a "
+            f"pair for objective {objective!r}"
         )
-    return LOSSES[objective](policy_logps, reference_logps.detach(), beta=beta, **options)
+    return loss(policy_logps, reference_logps.detach(), beta=beta, **options)

@@ -1,16 +1,20 @@
 """Methods: presets over orthogonal options, their command line, and their checks.
 
-A flag overrides one option of the preset. An option that would have no effect is an error, never
-ignored. Training, tools and examples all resolve a method here.
+A flag overrides one option of the preset. Losses and fusions declare the options that are theirs.
+An option that would have no effect is an error, never ignored. Training, tools and examples all
+resolve a method here.
 """
 
 import argparse
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.losses import LOSSES, loss_options
-from megatron_infifpo.reference import FUSIONS, MARGIN_ANCHORS, MARGIN_SPACES, SELECTIONS
+from megatron_infifpo.losses import LOSSES, MEANS_FACTOR, Loss
+from megatron_infifpo.options import Option, described
+from megatron_infifpo.reference import DEFAULT_FUSION, FUSIONS
 
 
 @dataclass(frozen=True)
@@ -22,28 +26,21 @@ class Method:
         reference: "fused" source model or "initial" pivot; None for SFT.
         length_normalization: log-probs are means over response tokens, else sums.
         beta: strength of the implied KL constraint; 0 in a preset: `resolve` fills it in.
-        fusion, clip, margin_space, margin_anchor, selection: see `reference.fuse_reference`.
+        fusion, clip: see `reference.fuse_reference`.
         initial_as_source: the initial pivot competes as one more source.
-        label_smoothing: share of labels taken to be wrong; None: the objective's default.
-        alpha: WRPO's weight of the sources' best response, reached at the end of training.
-        discopop_tau: DiscoPOP's temperature; None: the objective's default.
         sft_weight: weight of an SFT term on the chosen response, a mean over its tokens.
+        options: of the loss and the fusion, by name; what is not here has its default.
     """
 
     objective: str
     reference: str | None
     length_normalization: bool
     beta: float = 0.0
-    fusion: str = "max-margin"
+    fusion: str = DEFAULT_FUSION
     clip: bool = True
-    margin_space: str = "prob"
-    margin_anchor: str = "current"
-    selection: str = "response"
     initial_as_source: bool = False
-    label_smoothing: float | None = None
-    alpha: float | None = None
-    discopop_tau: float | None = None
     sft_weight: float | None = None
+    options: Mapping[str, Any] = field(default=MappingProxyType({}), hash=False)
 
     @property
     def fused(self) -> bool:
@@ -51,18 +48,65 @@ class Method:
         return self.reference == "fused"
 
     @property
-    def responses(self) -> int:
-        """How many of chosen, rejected, pivot_chosen the loss looks at."""
-        return {"sft": 1, "wrpo": 3}.get(self.objective, 2)
+    def loss(self) -> Loss | None:
+        """The preference loss; None for SFT."""
+        return LOSSES.get(self.objective)
 
-    def loss_options(self, progress: float) -> dict[str, float]:
-        """Arguments of the loss beside beta; alpha has grown in proportion to `progress`."""
-        names = loss_options(self.objective)
-        given = {name: getattr(self, name, None) for name in names}
-        options = {name: value for name, value in given.items() if value is not None}
-        if "alpha" in options:
-            options["alpha"] *= progress
-        return options
+    @property
+    def responses(self) -> int | None:
+        """How many of chosen, rejected, pivot_chosen the loss looks at; None: all of a list."""
+        if self.loss is None:
+            return 1
+        return None if self.loss.lists else self.loss.responses
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Values of a row that the loss takes beside log-probs."""
+        return () if self.loss is None else self.loss.reads
+
+    @property
+    def several_pairs(self) -> bool:
+        """Whether the loss depends on which pairs share a row."""
+        return self.loss is not None and self.loss.several_pairs
+
+    @property
+    def growing(self) -> tuple[str, ...]:
+        """Options of the loss that grow over training, so its length matters."""
+        known = self.loss.options if self.loss is not None else {}
+        return tuple(name for name, option in known.items() if option.grows)
+
+    def loss_options(self, progress: float) -> dict[str, Any]:
+        """Arguments of the loss beside beta, when a share `progress` of the training is done."""
+        known = self.loss.options if self.loss is not None else {}
+        given = {name: option for name, option in known.items() if name in self.options}
+        return {name: option.at(self.options[name], progress) for name, option in given.items()}
+
+    @property
+    def fusion_options(self) -> dict[str, Any]:
+        """Arguments of the fusion."""
+        known = FUSIONS[self.fusion].options
+        return {name: self.options.get(name, option.default) for name, option in known.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Return fields and options as one flat mapping, as run.json keeps them.
+
+        Options that are not given have their default if they are a fusion's, None if a loss's.
+        """
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "options"}
+        rest = {n: option.default for f in FUSIONS.values() for n, option in f.options.items()}
+        rest |= dict.fromkeys(name for loss in LOSSES.values() for name in loss.options)
+        return own | rest | dict(self.options)
+
+    @classmethod
+    def from_description(cls, found: Mapping[str, Any]) -> "Method":
+        """Return the method that `describe` described.
+
+        Raises:
+            TypeError: it has a field or an option that this version does not have.
+        """
+        options = {n: v for n, v in found.items() if n in _shared_options() and v is not None}
+        own = {name: value for name, value in found.items() if name not in _shared_options()}
+        return cls(**own, options=MappingProxyType(options))
 
 
 METHODS: dict[str, Method] = {
@@ -76,86 +120,33 @@ METHODS: dict[str, Method] = {
     "infifpo-wrpo": Method("wrpo", "fused", length_normalization=True),
 }
 
-# Published beta for sums: 0.1; WRPO's is 0.01, and IPO's 0.1 is for means. A mean needs a beta
-# larger by about the length of a response: InfiFPO has 2.5 for 0.1.
-_SUMS_BETA = {"ipo": 0.004, "wrpo": 0.01}
-_MEANS_FACTOR = 25
-_WRPO_ALPHA = 0.1
-
-_FUSION_OPTIONS = (
-    "fusion",
-    "clip",
-    "margin_space",
-    "margin_anchor",
-    "selection",
-    "initial_as_source",
-)
-_MAX_MARGIN_OPTIONS = ("margin_space", "margin_anchor", "selection")
-_LOSS_OPTIONS = ("label_smoothing", "alpha", "discopop_tau")
-
-_SWITCH = argparse.BooleanOptionalAction
-# option -> how argparse reads it; the default is always None: what the method says.
-_FLAGS: dict[str, dict[str, Any]] = {
-    "objective": {
-        "choices": list(LOSSES),
-        "help": "preference loss (default: the method's)",
-    },
-    "reference": {
-        "choices": ["initial", "fused"],
-        "help": "the initial pivot, or the fused source model (default: the method's)",
-    },
-    "length_normalization": {
-        "action": _SWITCH,
-        "help": "mean log-probs over response tokens instead of sums (default: the method's)",
-    },
-    "beta": {
-        "type": float,
-        "help": "strength of the KL constraint (default: 0.1 for sums and 2.5 for means; "
-        "ipo 0.004 and 0.1, wrpo 0.01 and 0.25)",
-    },
-    "fusion": {
-        "choices": list(FUSIONS),
-        "help": "how the sources become one reference (default: max-margin)",
-    },
-    "clip": {
-        "action": _SWITCH,
-        "help": "clip sources against the initial pivot before fusion (default: the method's)",
-    },
-    "margin_space": {
-        "choices": MARGIN_SPACES,
-        "help": "compare max-margin's margins as probabilities or log-probs (default: prob)",
-    },
-    "margin_anchor": {
-        "choices": MARGIN_ANCHORS,
-        "help": "measure margins to the current or to the initial pivot (default: current)",
-    },
-    "selection": {
-        "choices": SELECTIONS,
-        "help": "max-margin chooses a source for each response or for the pair (default: response)",
-    },
-    "initial_as_source": {
-        "action": _SWITCH,
-        "help": "the initial pivot competes as one more source (default: no)",
-    },
-    "label_smoothing": {
-        "type": float,
-        "help": "share of labels taken to be wrong, below 0.5, for dpo, wrpo, robust, exo_pair, "
-        "aot and aot_unpaired (default: 0, exo_pair 0.001; robust needs a value)",
-    },
-    "alpha": {
-        "type": float,
-        "help": "WRPO's weight of the sources' best response; grows linearly from 0 to this over "
-        "training (default: 0.1)",
-    },
-    "discopop_tau": {
-        "type": float,
-        "help": "discopop's temperature, above 0 and below 1 (default: 0.05)",
-    },
-    "sft_weight": {
-        "type": float,
-        "help": "add this times the cross-entropy of the chosen response, a mean over its tokens",
-    },
+# The fields of `Method` that have a flag; loss and fusion declare the others.
+_OWN = {
+    "objective": Option("preference loss", choices=LOSSES),
+    "reference": Option(
+        "the initial pivot, or the fused source model", choices=("initial", "fused")
+    ),
+    "length_normalization": Option("mean log-probs over response tokens instead of sums"),
+    "beta": Option("strength of the KL constraint", range="(0, inf)"),
+    "fusion": Option("how the sources become one reference", choices=FUSIONS),
+    "clip": Option("clip sources against the initial pivot before fusion"),
+    "initial_as_source": Option("the initial pivot competes as one more source"),
+    "sft_weight": Option(
+        "add this times the cross-entropy of the chosen response, a mean over its tokens",
+        range="(0, inf)",
+    ),
 }
+
+
+def _shared_options() -> dict[str, dict[str, Option]]:
+    """Options of fusions and losses: by name, then by who takes them."""
+    takes = [(user, fusion.options) for user, fusion in FUSIONS.items()]
+    takes += [(user, loss.options) for user, loss in LOSSES.items()]
+    found: dict[str, dict[str, Option]] = {}
+    for user, options in takes:
+        for name, option in options.items():
+            found.setdefault(name, {})[user] = option
+    return found
 
 
 def add_method_flags(parser: argparse.ArgumentParser) -> None:
@@ -164,8 +155,28 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method", choices=list(METHODS), default="infifpo", help="preset (default: infifpo)"
     )
-    for option, how in _FLAGS.items():
-        group.add_argument(flag(option), default=None, **how)
+    # The default is always None: what the method says.
+    for name, option in _OWN.items():
+        text = f"{option.help} (default: {_usual(name)})"
+        group.add_argument(flag(name), default=None, help=text, **option.parsing())
+    for name, users in _shared_options().items():
+        option = next(iter(users.values()))
+        text = described(option.help, users)
+        group.add_argument(flag(name), default=None, help=text, **option.parsing())
+
+
+def _usual(name: str) -> str:
+    """What a field is in methods: one value, or the method's."""
+    if name == "beta":
+        usual = Loss.beta
+        rest = ", ".join(
+            f"{user} {loss.beta:g} and {loss.beta * MEANS_FACTOR:g}"
+            for user, loss in LOSSES.items()
+            if loss.beta != usual
+        )
+        return f"{usual:g} for sums and {usual * MEANS_FACTOR:g} for means; {rest}"
+    value, *others = {getattr(method, name) for method in METHODS.values()}
+    return "the method's" if others else {False: "no", None: "none"}.get(value, value)
 
 
 def flag(option: str) -> str:
@@ -173,10 +184,18 @@ def flag(option: str) -> str:
     return "--" + option.replace("_", "-")
 
 
-def method_from_args(args: argparse.Namespace) -> Method:
-    """Resolve what `add_method_flags` parsed; errors as `resolve`."""
-    given = {option: getattr(args, option) for option in _FLAGS}
-    return resolve(args.method, **{name: v for name, v in given.items() if v is not None})
+def method_from_options(name: str, options: Mapping[str, Any]) -> Method:
+    """Resolve a method from what `add_method_flags` parsed, None where a flag was not given.
+
+    Args:
+        name: a key of `METHODS`.
+        options: flags by name; those of others are left alone.
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    ours = [option for option in (*_OWN, *_shared_options()) if options.get(option) is not None]
+    return resolve(name, **{option: options[option] for option in ours})
 
 
 def resolve(name: str, **options: Any) -> Method:
@@ -184,80 +203,76 @@ def resolve(name: str, **options: Any) -> Method:
 
     Args:
         name: a key of `METHODS`.
-        options: fields of `Method`.
+        options: fields of `Method`, and options of losses and fusions.
 
     Raises:
-        UserError: an unknown method, an option that has no effect or is missing, or a value out of
-            its range.
+        UserError: an unknown method or option, an option that has no effect or is missing, or a
+            value out of its range.
     """
     if name not in METHODS:
         raise UserError(f"the method is {name!r}, expected one of {', '.join(METHODS)}")
+    preset, shared = METHODS[name], _shared_options()
     for option, value in options.items():
-        choices = _FLAGS[option].get("choices")
-        if choices is not None and value not in choices:
-            raise UserError(f"{flag(option)} is {value!r}, expected one of {', '.join(choices)}")
-    method = replace(METHODS[name], **options)
+        if option in _OWN:
+            _check(option, _OWN[option], value)
+        elif option not in shared:
+            known = ", ".join((*_OWN, *shared))
+            raise UserError(f"{option!r} is no option of a method, expected one of {known}")
+    own = {option: value for option, value in options.items() if option in _OWN}
+    given = {option: value for option, value in options.items() if option in shared}
+    method = replace(preset, **own, options=MappingProxyType({**preset.options, **given}))
     for option in options:
         if reason := _why_useless(name, method, option):
             raise UserError(f"{flag(option)} has no effect {reason}")
-    if method.objective == "sft":
+    if method.loss is None:
         return method
-    for option, required in loss_options(method.objective).items():
-        if required and getattr(method, option) is None and option != "alpha":
-            raise UserError(
-                f"--objective {method.objective} needs {flag(option)}, which it corrects for; "
-                "without it, it is dpo"
-            )
-    if method.objective == "wrpo" and method.alpha is None:
-        method = replace(method, alpha=_WRPO_ALPHA)
     if "beta" not in options:
-        scale = _MEANS_FACTOR if method.length_normalization else 1
-        method = replace(method, beta=_SUMS_BETA.get(method.objective, 0.1) * scale)
-    _check_ranges(method)
-    return method
+        scale = MEANS_FACTOR if method.length_normalization else 1
+        method = replace(method, beta=method.loss.beta * scale)
+    return replace(method, options=MappingProxyType(_completed(method, method.loss)))
+
+
+def _completed(method: Method, loss: Loss) -> dict[str, Any]:
+    """Return the options, with what the loss needs and was not given, all in their ranges."""
+    found = dict(method.options)
+    for name, option in loss.options.items():
+        if option.required and name not in found:
+            if option.default is None:
+                why = f", {option.why}" if option.why else ""
+                raise UserError(f"--objective {method.objective} needs {flag(name)}{why}")
+            found[name] = option.default
+    for name, option in {**FUSIONS[method.fusion].options, **loss.options}.items():
+        if name in found:
+            _check(name, option, found[name])
+    return found
+
+
+def _check(name: str, option: Option, value: Any) -> None:
+    """Refuse a value that an option cannot have."""
+    if expected := option.expected(value):
+        raise UserError(f"{flag(name)} is {value!r}, expected {expected}")
 
 
 def _why_useless(name: str, method: Method, option: str) -> str | None:
     """Say why an option has no effect, or None."""
-    if METHODS[name].objective == "sft":
+    if method.loss is None or METHODS[name].loss is None:
         return "with --method sft, which trains on the chosen responses alone: leave it out"
-    if option in _FUSION_OPTIONS and not method.fused:
+    of_fusions = {each for fusion in FUSIONS.values() for each in fusion.options}
+    if option in {"fusion", "clip", "initial_as_source"} | of_fusions and not method.fused:
         by = "--reference initial" if METHODS[name].fused else f"--method {name}"
         return f"with {by}: the reference is the initial pivot, nothing is fused; leave it out"
-    if option in _MAX_MARGIN_OPTIONS and method.fusion != "max-margin":
-        return f"with --fusion {method.fusion}: it belongs to max-margin"
-    from_initial = method.fusion == "max-margin" and method.margin_anchor == "initial"
-    if option == "initial_as_source" and method.initial_as_source and from_initial:
-        return "with --margin-anchor initial: the initial pivot's own margin is 0, it never wins"
-    one_side = from_initial and method.clip and method.selection == "response"
-    if option == "margin_space" and method.margin_space == "log-prob" and one_side:
-        return (
-            "with --margin-anchor initial and clipped sources: they lie on one side of the anchor, "
-            "where log-probs rank as probabilities do"
-        )
-    if option in _LOSS_OPTIONS and option not in loss_options(method.objective):
-        users = [loss for loss in LOSSES if option in loss_options(loss)]
-        return f"with the objective {method.objective}: it belongs to {', '.join(users)}"
+    if method.fused:
+        fusion = FUSIONS[method.fusion]
+        if option in of_fusions and option not in fusion.options:
+            return f"with --fusion {method.fusion}: it belongs to {_users(option)}"
+        given = (method.clip, method.initial_as_source)
+        if reason := fusion.idle(*given, **method.fusion_options).get(option):
+            return reason
+    if option not in _OWN and option not in of_fusions and option not in method.loss.options:
+        return f"with the objective {method.objective}: it belongs to {_users(option)}"
     return None
 
 
-def _check_ranges(method: Method) -> None:
-    """Refuse values for which the formulas make no sense."""
-    smoothing_above_zero = method.objective in ("robust", "exo_pair")
-    for option, low, high, includes_low, includes_high in (
-        ("beta", 0.0, float("inf"), False, False),
-        ("label_smoothing", 0.0, 0.5, not smoothing_above_zero, False),
-        ("alpha", 0.0, 1.0, True, True),
-        ("discopop_tau", 0.0, 1.0, False, False),
-        ("sft_weight", 0.0, float("inf"), False, False),
-    ):
-        value = getattr(method, option)
-        if value is None:
-            continue
-        above = value >= low if includes_low else value > low
-        below = value <= high if includes_high else value < high
-        if not (above and below):
-            left, right = ("[" if includes_low else "("), ("]" if includes_high else ")")
-            raise UserError(
-                f"{flag(option)} is {value}, expected a number in {left}{low:g}, {high:g}{right}"
-            )
+def _users(option: str) -> str:
+    """Names of the losses or fusions that take an option."""
+    return ", ".join(_shared_options()[option])

@@ -3,14 +3,24 @@
 Pure PyTorch and constant with respect to the policy: no gradient flows through a reference.
 Equations: InfiFPO (arXiv 2505.13878), section 3. A log-prob here is one number a response: the mean
 over its tokens under length normalisation, else the sum.
+
+A fusion declares its options at its keyword arguments; flags, their help and their checks follow.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+
+from megatron_infifpo.options import Option, declared
+
+MARGIN_SPACES = ("prob", "log-prob")
+MARGIN_ANCHORS = ("current", "initial")
+SELECTIONS = ("response", "pair")
+DEFAULT_FUSION = "max-margin"
 
 
 @dataclass(frozen=True)
@@ -58,38 +68,37 @@ def log_probability_margin(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a, b) + log1mexp
 
 
-def _max_margin(clipped: Tensor, mask: Tensor, margins: Tensor) -> Tensor:
+# Every fusion: `(clipped [B, R, M], mask [B, R, M], current [B, R], initial [B, R], **options)` to
+# weights `[B, R, M]`, which `fuse_reference` masks and normalises. Current and initial are the
+# pivot's log-probs as it is and as it was.
+
+
+def max_margin(
+    clipped: Tensor,
+    mask: Tensor,
+    current: Tensor,
+    initial: Tensor,
+    *,
+    margin_space: Annotated[
+        str, Option("compare margins as probabilities or log-probs", choices=MARGIN_SPACES)
+    ] = "prob",
+    margin_anchor: Annotated[
+        str,
+        Option("measure margins to the current or to the initial pivot", choices=MARGIN_ANCHORS),
+    ] = "current",
+    selection: Annotated[
+        str, Option("choose a source for each response or for the pair", choices=SELECTIONS)
+    ] = "response",
+) -> Tensor:
     """One-hot weights of the source that differs most from the anchor; first index wins ties."""
+    anchor = current if margin_anchor == "current" else initial
+    margins = _margins(clipped, anchor, margin_space, selection)
     # A zero margin is -inf in log space: keep it above a masked source.
     floor = torch.finfo(margins.dtype).min
     ranked = margins.clamp_min(floor).masked_fill(~mask, -math.inf)
     # argmax gives no guarantee on ties: take the first index that reaches the maximum.
     best = (ranked == ranked.amax(dim=-1, keepdim=True)).to(torch.int8).argmax(dim=-1)
     return torch.nn.functional.one_hot(best, clipped.shape[-1]).to(clipped.dtype)
-
-
-def _average(clipped: Tensor, mask: Tensor, margins: Tensor) -> Tensor:
-    """Equal weights."""
-    return mask.to(clipped.dtype)
-
-
-def _confidence(clipped: Tensor, mask: Tensor, margins: Tensor) -> Tensor:
-    """Weights proportional to 1 / -log-prob, that is to 1 / log-perplexity for means."""
-    cost = (-clipped).masked_fill(~mask, math.inf)
-    lowest = cost.amin(dim=-1, keepdim=True)
-    # Scaled by the lowest cost, so that a log-prob of exactly 0 takes the limit and not 0 / 0.
-    weights = torch.where(cost == lowest, torch.ones_like(cost), lowest / cost)
-    return weights.masked_fill(~mask, 0.0)
-
-
-FUSIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "max-margin": _max_margin,
-    "average": _average,
-    "confidence": _confidence,
-}
-MARGIN_SPACES = ("prob", "log-prob")
-MARGIN_ANCHORS = ("current", "initial")
-SELECTIONS = ("response", "pair")
 
 
 def _margins(clipped: Tensor, anchor: Tensor, space: str, selection: str) -> Tensor:
@@ -106,6 +115,69 @@ def _margins(clipped: Tensor, anchor: Tensor, space: str, selection: str) -> Ten
     return margins
 
 
+def _idle_in_max_margin(
+    clip: bool,
+    initial_as_source: bool,
+    *,
+    margin_space: str,
+    margin_anchor: str,
+    selection: str,
+) -> dict[str, str]:
+    """Options that change nothing beside the others, and why."""
+    if margin_anchor != "initial":
+        return {}
+    idle = {}
+    if initial_as_source:
+        idle["initial_as_source"] = (
+            "with --margin-anchor initial: the initial pivot's own margin is 0, it never wins"
+        )
+    if margin_space == "log-prob" and clip and selection == "response":
+        idle["margin_space"] = (
+            "with --margin-anchor initial and clipped sources: they lie on one side of the anchor, "
+            "where log-probs rank as probabilities do"
+        )
+    return idle
+
+
+def average(clipped: Tensor, mask: Tensor, current: Tensor, initial: Tensor) -> Tensor:
+    """Equal weights."""
+    return mask.to(clipped.dtype)
+
+
+def confidence(clipped: Tensor, mask: Tensor, current: Tensor, initial: Tensor) -> Tensor:
+    """Weights proportional to 1 / -log-prob, that is to 1 / log-perplexity for means."""
+    cost = (-clipped).masked_fill(~mask, math.inf)
+    lowest = cost.amin(dim=-1, keepdim=True)
+    # Scaled by the lowest cost, so that a log-prob of exactly 0 takes the limit and not 0 / 0.
+    return torch.where(cost == lowest, torch.ones_like(cost), lowest / cost)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A fusion, beside the options that its signature declares.
+
+    Attributes:
+        function: see above.
+        idle: `(clip, initial_as_source, **its options)` to options that then have no effect, and
+            why.
+    """
+
+    function: Callable[..., Tensor]
+    idle: Callable[..., dict[str, str]] = lambda clip, initial_as_source, **options: {}
+
+    @property
+    def options(self) -> Mapping[str, Option]:
+        """Its options."""
+        return declared(self.function)
+
+
+FUSIONS: dict[str, Fusion] = {
+    "max-margin": Fusion(max_margin, _idle_in_max_margin),
+    "average": Fusion(average),
+    "confidence": Fusion(confidence),
+}
+
+
 @torch.no_grad()
 def fuse_reference(
     source_logps: Tensor,
@@ -113,12 +185,10 @@ def fuse_reference(
     policy_logps: Tensor,
     preferred: Tensor,
     *,
-    fusion: str = "max-margin",
+    fusion: str = DEFAULT_FUSION,
     clip: bool = True,
     source_mask: Tensor | None = None,
-    margin_space: str = "prob",
-    margin_anchor: str = "current",
-    selection: str = "response",
+    **options: Any,
 ) -> FusedReference:
     """Fuse the sources' log-probs of every response into one reference.
 
@@ -130,24 +200,24 @@ def fuse_reference(
         fusion: "max-margin" (the source that differs most), "average" or "confidence".
         clip: apply `clip_sources` first.
         source_mask: bool `[B, M]`, false where a source takes no part (its domain, its context).
-        margin_space: measure margins between probabilities ("prob") or "log-prob"s.
-        margin_anchor: measure them to the "current" or to the "initial" pivot.
-        selection: choose a source for each "response" or one for the whole "pair".
+        options: of a fusion, those of others have no effect. Of max-margin: `margin_space`,
+            margins between probabilities ("prob", the default) or "log-prob"s; `margin_anchor`,
+            margins to the "current" (the default) or to the "initial" pivot; `selection`, a source
+            for each "response" (the default) or one for the whole "pair".
 
     Returns:
         A `FusedReference`; where all sources are masked it is the initial pivot.
 
     Raises:
-        ValueError: an unknown fusion, space, anchor or selection, or shapes that do not fit.
+        ValueError: an unknown fusion, option or choice of one, or shapes that do not fit.
     """
-    for name, value, choices in (
-        ("fusion", fusion, tuple(FUSIONS)),
-        ("margin_space", margin_space, MARGIN_SPACES),
-        ("margin_anchor", margin_anchor, MARGIN_ANCHORS),
-        ("selection", selection, SELECTIONS),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+    known = {name: option for one in FUSIONS.values() for name, option in one.options.items()}
+    known["fusion"] = Option("", choices=FUSIONS)
+    for name, value in {"fusion": fusion, **options}.items():
+        if name not in known:
+            raise ValueError(f"{name!r} is no option of a fusion, expected {', '.join(known)}")
+        if expected := known[name].expected(value):
+            raise ValueError(f"{name} is {value!r}, expected {expected}")
     pairs, responses, sources = source_logps.shape
     if initial_logps.shape != (pairs, responses) or policy_logps.shape != (pairs, responses):
         raise ValueError(
@@ -166,12 +236,9 @@ def fuse_reference(
     if clip:
         unclipped, values = values, clip_sources(values, initial_logps, preferred)
         changed = values != unclipped
-    if fusion == "max-margin":
-        anchor = policy_logps if margin_anchor == "current" else initial_logps
-        margins = _margins(values, anchor, margin_space, selection)
-        weights = _max_margin(values, mask, margins)
-    else:
-        weights = FUSIONS[fusion](values, mask, values)
+    chosen = FUSIONS[fusion]
+    own = {name: value for name, value in options.items() if name in chosen.options}
+    weights = chosen.function(values, mask, policy_logps, initial_logps, **own)
     weights = weights.masked_fill(~mask, 0.0)
     total = weights.sum(dim=-1, keepdim=True)
     weights = torch.where(total > 0, weights / total, weights)

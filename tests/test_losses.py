@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_infifpo.losses import CHOSEN, LOSSES, REJECTED, loss_options, preference_loss
+from megatron_infifpo.losses import CHOSEN, LOSSES, REJECTED, preference_loss
 
 
 def log_sigmoid(x: float) -> float:
@@ -56,7 +56,8 @@ OPTIONS = {"label_smoothing": 0.2, "alpha": 0.3, "discopop_tau": 0.4}
 
 def options_of(objective: str, given: bool) -> dict[str, float]:
     """Options that must be given, or all that there are."""
-    return {n: OPTIONS[n] for n, required in loss_options(objective).items() if required or given}
+    known = LOSSES[objective].options
+    return {name: OPTIONS[name] for name, option in known.items() if option.required or given}
 
 
 def oracle(objective: str, policy: list, reference: list, beta: float, options: dict) -> float:
@@ -201,7 +202,8 @@ def test_extreme_log_probs_stay_finite(objective, kind):
 def test_smoothing_zero_is_no_smoothing():
     policy, reference = -torch.rand(2, 6, 3, dtype=torch.float64)
     for objective in LOSSES:
-        if loss_options(objective).get("label_smoothing") is False and objective != "exo_pair":
+        smoothing = LOSSES[objective].options.get("label_smoothing")
+        if smoothing is not None and smoothing.expected(0.0) is None:
             needed = options_of(objective, given=False)
             a = preference_loss(objective, policy, reference, beta=1.0, **needed)
             b = preference_loss(
@@ -232,7 +234,7 @@ def test_losses_of_pairs_do_not_mix():
             for i in range(6)
         ]
         alike = torch.equal(together, torch.cat(alone))
-        assert alike == (objective not in ("aot", "aot_unpaired")), objective
+        assert alike != LOSSES[objective].several_pairs, objective
         order = torch.tensor([3, 0, 5, 1, 4, 2])
         permuted = preference_loss(objective, policy[order], reference[order], beta=1.0, **options)
         assert torch.equal(permuted, together[order]), "each loss belongs to its pair"

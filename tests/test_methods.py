@@ -2,29 +2,39 @@
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.losses import LOSSES
-from megatron_infifpo.methods import METHODS, Method, add_method_flags, method_from_args, resolve
+from megatron_infifpo.methods import (
+    METHODS,
+    Method,
+    add_method_flags,
+    flag,
+    method_from_options,
+    resolve,
+)
+from megatron_infifpo.reference import FUSIONS
 
 PUBLISHED = {
     "sft": Method("sft", None, True),
     "dpo": Method("dpo", "initial", False, beta=0.1),
     "ipo": Method("ipo", "initial", True, beta=0.1),
-    "wrpo": Method("wrpo", "initial", False, beta=0.01, alpha=0.1),
+    "wrpo": Method("wrpo", "initial", False, beta=0.01, options={"alpha": 0.1}),
     "fpo": Method("dpo", "fused", False, beta=0.1, clip=False),
     "infifpo": Method("dpo", "fused", True, beta=2.5),
     "infifpo-ipo": Method("ipo", "fused", True, beta=0.1),
-    "infifpo-wrpo": Method("wrpo", "fused", True, beta=0.25, alpha=0.1),
+    "infifpo-wrpo": Method("wrpo", "fused", True, beta=0.25, options={"alpha": 0.1}),
 }
 
 
 def parse(*argv: str) -> Method:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_method_flags(parser)
-    return method_from_args(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    return method_from_options(args.method, vars(args))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -111,3 +121,30 @@ def test_alpha_grows_with_progress():
     method = resolve("wrpo", alpha=0.4)
     assert [method.loss_options(p)["alpha"] for p in (0.0, 0.5, 1.0)] == [0.0, 0.2, 0.4]
     assert resolve("infifpo").loss_options(0.5) == {}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_description_is_flat_and_comes_back(name):
+    method = resolve(name)
+    described = method.describe()
+    assert Method.from_description(described).describe() == described
+    assert {"margin_space", "selection", "label_smoothing", "discopop_tau"} <= described.keys()
+    with pytest.raises(TypeError, match="colour"):
+        Method.from_description(described | {"colour": "red"})
+
+
+def test_run_of_before_is_the_same_method():
+    """run.json has these fields since it was first written; another value would stop a resume."""
+    before = {
+        "objective": "wrpo", "reference": "fused", "length_normalization": True, "beta": 0.25,
+        "fusion": "max-margin", "clip": True, "margin_space": "prob", "margin_anchor": "current",
+        "selection": "response", "initial_as_source": False, "label_smoothing": None,
+        "alpha": 0.1, "discopop_tau": None, "sft_weight": None,
+    }  # fmt: skip
+    assert resolve("infifpo-wrpo").describe() == before
+
+
+def test_documentation_names_every_option():
+    text = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")
+    for name in (*METHODS, *LOSSES, *FUSIONS, *map(flag, resolve("infifpo").describe())):
+        assert f"`{name}`" in text, name

@@ -11,7 +11,7 @@ import torch
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.losses import CHOSEN, REJECTED
 from megatron_infifpo.methods import Method
-from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.reference import Reference, value
 from megatron_infifpo.references.sources import read_sources
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.training.objective import pair_losses
@@ -55,7 +55,7 @@ def method_of(run: dict[str, Any]) -> Method:
         UserError: another version of this program wrote it, with other fields.
     """
     try:
-        return Method(**run["identity"]["method"])
+        return Method.from_description(run["identity"]["method"])
     except TypeError as error:
         raise UserError(
             f"run.json describes a method that this version does not have ({error}): make the "
@@ -108,39 +108,24 @@ def read_pairs(
         UserError: the data sets do not belong together, or the trained pivot lacks some pairs.
     """
     dataset = PreferenceDataset(data, read_sources(sources), responses=method.responses)
-    assert dataset.initial is not None
+    assert dataset.references is not None
     indices = dataset.require_eligible(max_tokens)
-    used = slice(dataset.responses)
-    initial_sums, counts = _summary(dataset.initial, indices, used)
-    stores = [_summary(store, indices, used) for store in dataset.sources]
-    mask = dataset.source_mask[indices]
-    shape = (*initial_sums.shape, len(stores))
-    source_sums, source_counts = np.zeros(shape), np.ones(shape, np.int64)
-    for column, (sums, tokens) in enumerate(stores):
-        here = mask[:, column]
-        source_sums[here, :, column], source_counts[here, :, column] = sums[here], tokens[here]
-    row = {
-        "initial_sum_logps": torch.from_numpy(initial_sums),
-        "token_counts": torch.from_numpy(counts),
-        "source_sum_logps": torch.from_numpy(source_sums),
-        "source_token_counts": torch.from_numpy(source_counts),
-        "source_mask": torch.from_numpy(mask),
-    }
+    row = dataset.references.table(indices, dataset.responses)
     losses, _, fused = pair_losses(method, row, row["initial_sum_logps"], progress=0.0)
-    source_means = np.where(mask[:, None], source_sums / source_counts, np.nan)
-    means = [(initial_sums / counts)[..., None], source_means]
+    values = value(row, means=True)
+    source_means = np.where(values.mask[:, None], values.sources, np.nan)
+    means = [values.initial[..., None].numpy(), source_means]
     names, after = ("initial pivot", *dataset.source_names), None
     if trained is not None:
-        store = LogprobStore(trained)
-        store.check_against(dataset.tokens, same_tokenizer=True)
-        if missing := int(store.masked_records[indices].sum()):
+        after_training = Reference.open("trained pivot", trained, dataset.tokens, pivot=True)
+        if missing := int((~after_training.takes_part[indices]).sum()):
             raise UserError(
                 f"{trained} has no log-probs of {missing} of the {len(indices)} pairs of this run, "
                 "expected all of them: score the trained pivot as the initial one was scored"
             )
-        sums, _ = _summary(store, indices, used)
+        sums, counts = after_training.table(indices, dataset.responses)
         means.append((sums / counts)[..., None])
-        names = (*names, "trained pivot")
+        names = (*names, after_training.name)
         after = pair_losses(method, row, torch.from_numpy(sums))[2].weights.numpy()
     return Pairs(
         dataset,
@@ -152,12 +137,6 @@ def read_pairs(
         after[:, :2] if method.fused and after is not None else None,
         losses.numpy(),
     )
-
-
-def _summary(
-    store: LogprobStore, indices: np.ndarray, used: slice
-) -> tuple[np.ndarray, np.ndarray]:
-    return store.all_sums[indices][:, used], store.token_counts[indices][:, used].astype(np.int64)
 
 
 def shares(weights: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:

@@ -7,8 +7,9 @@ TensorBoard and W&B, and no entry in its log line.
 import torch
 from torch import Tensor
 
-from megatron_infifpo.losses import CHOSEN, PIVOT_CHOSEN, REJECTED
+from megatron_infifpo.losses import CHOSEN, REJECTED
 from megatron_infifpo.methods import Method
+from megatron_infifpo.records.records import RESPONSES
 from megatron_infifpo.reference import FusedReference
 from megatron_infifpo.rows import Row
 
@@ -46,13 +47,11 @@ def preference_metrics(
     """
     pairs = {"loss": losses}
     for name, scores in (("rewards", method.beta * (policy - reference.logps)), ("logps", policy)):
-        chosen, rejected = scores[:, CHOSEN], scores[:, REJECTED]
-        pairs[f"{name}/accuracy"] = chosen > rejected
-        pairs[f"{name}/margin"] = chosen - rejected
-        pairs[f"{name}/chosen"] = chosen
-        pairs[f"{name}/rejected"] = rejected
-        if scores.shape[1] > PIVOT_CHOSEN:
-            pairs[f"{name}/pivot_chosen"] = scores[:, PIVOT_CHOSEN]
+        if scores.shape[1] > REJECTED:
+            pairs[f"{name}/accuracy"] = scores[:, CHOSEN] > scores[:, REJECTED]
+            pairs[f"{name}/margin"] = scores[:, CHOSEN] - scores[:, REJECTED]
+        for response, column in zip(RESPONSES, scores.unbind(dim=1), strict=False):
+            pairs[f"{name}/{response}"] = column
     if method.fused:
         for index, name in enumerate(source_names):
             pairs[f"share/{name}"] = reference.weights[..., index].mean(dim=1)

@@ -6,6 +6,7 @@ from torch import Tensor
 from megatron_infifpo.losses import CHOSEN, REJECTED, preference_loss
 from megatron_infifpo.methods import Method
 from megatron_infifpo.reference import FusedReference, fuse_reference
+from megatron_infifpo.references import reference as stored
 from megatron_infifpo.rows import Row
 
 
@@ -19,16 +20,13 @@ def references(method: Method, row: Row, policy_logps: Tensor) -> FusedReference
 
     Args:
         method: the resolved method, not SFT.
-        row: initial_sum_logps `[B, R]`, token_counts `[B, R]`, source_sum_logps `[B, R, M]`,
-            source_token_counts `[B, R, M]` and source_mask `[B, M]`.
+        row: with the stored values of models, see `references.reference.collate`.
         policy_logps: `[B, R]` as `response_logps` gives them.
 
     Returns:
         Weights `[B, R, M]`, or `[B, R, M + 1]` with the initial pivot as the last source.
     """
-    initial = response_logps(method, row["initial_sum_logps"], row["token_counts"])
-    sources = response_logps(method, row["source_sum_logps"], row["source_token_counts"])
-    mask = row["source_mask"]
+    initial, sources, mask = stored.value(row, means=method.length_normalization)
     if not method.fused:
         return FusedReference(initial, torch.zeros_like(sources))
     if method.initial_as_source:
@@ -43,9 +41,7 @@ def references(method: Method, row: Row, policy_logps: Tensor) -> FusedReference
         fusion=method.fusion,
         clip=method.clip,
         source_mask=mask,
-        margin_space=method.margin_space,
-        margin_anchor=method.margin_anchor,
-        selection=method.selection,
+        **method.fusion_options,
     )
 
 
@@ -58,7 +54,7 @@ def pair_losses(
         method: the resolved method, not SFT.
         row: see `references`.
         sum_logps: `[B, R]`, the policy's summed log-probs, with gradient.
-        progress: share of training that is done, for WRPO's alpha.
+        progress: share of training that is done, for options that grow over it.
 
     Returns:
         Losses `[B]`, the policy's log-probs `[B, R]` as the method compares them, and the
@@ -67,6 +63,7 @@ def pair_losses(
     policy = response_logps(method, sum_logps, row["token_counts"])
     reference = references(method, row, policy)
     options = method.loss_options(progress)
+    options |= {name: row[name] for name in method.reads if name in row}
     losses = preference_loss(method.objective, policy, reference.logps, beta=method.beta, **options)
     if method.sft_weight is not None:
         mean = sum_logps[:, CHOSEN] / row["token_counts"][:, CHOSEN]

@@ -4,7 +4,6 @@ Manifests chain from records to tokens to log-probs; this file goes on from ther
 """
 
 import argparse
-import dataclasses
 import datetime
 import hashlib
 import subprocess
@@ -48,7 +47,7 @@ _PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "ap
 def identity(args: argparse.Namespace, method: Method, train: PreferenceDataset) -> dict[str, Any]:
     """What must stay the same from the first step of a run to its last, or change knowingly."""
     found: dict[str, Any] = {
-        "method": dataclasses.asdict(method),
+        "method": method.describe(),
         "seed": args.seed,
         "seq_length": args.seq_length,
         "global_batch_size": args.global_batch_size,
@@ -59,7 +58,7 @@ def identity(args: argparse.Namespace, method: Method, train: PreferenceDataset)
         SCHEDULE_KEY: schedule_identity(args),
         "data": data_identity(train),
     }
-    if method.objective.startswith("aot"):  # it compares the pairs of a row with each other
+    if method.several_pairs:
         found["micro_batch_size"] = args.micro_batch_size
     return found
 
@@ -71,12 +70,11 @@ def data_identity(dataset: PreferenceDataset) -> dict[str, Any]:
     found |= {
         name: manifest["tokenizer"][name] for name in ("tokenizer_sha256", "chat_template_sha256")
     }
-    if dataset.initial is not None:
-        found["initial"] = _logprobs(dataset.initial)
-        masks = dataset.source_mask.T
+    if dataset.references is not None:
+        found["initial"] = _logprobs(dataset.references.initial.store)
         found["sources"] = {
-            name: _logprobs(store) | {"takes_part_in": int(mask.sum())}
-            for name, store, mask in zip(dataset.source_names, dataset.sources, masks, strict=True)
+            source.name: _logprobs(source.store) | {"takes_part_in": int(source.takes_part.sum())}
+            for source in dataset.references.sources
         }
     return found
 

@@ -37,9 +37,10 @@ from megatron_infifpo.engine.gpt import (  # noqa: E402
 from megatron_infifpo.engine.layer_kind import choose_kind  # noqa: E402
 from megatron_infifpo.engine.parallel import one_rank_by_default  # noqa: E402
 from megatron_infifpo.families.architecture import apply_architecture  # noqa: E402
-from megatron_infifpo.methods import Method, method_from_args  # noqa: E402
+from megatron_infifpo.methods import Method, method_from_options  # noqa: E402
 from megatron_infifpo.patches import learning_rate, training_loop  # noqa: E402
 from megatron_infifpo.patches.apply import apply_patches  # noqa: E402
+from megatron_infifpo.patches.signals import shield_helpers  # noqa: E402
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset  # noqa: E402
 from megatron_infifpo.storage.checksums import verify_share, write_checksums  # noqa: E402
 from megatron_infifpo.storage.older import accept_older  # noqa: E402
@@ -69,7 +70,6 @@ from megatron_infifpo.training.resume import (  # noqa: E402
     settle_schedule,
 )
 from megatron_infifpo.training.schedule import get_training_schedule  # noqa: E402
-from megatron_infifpo.patches.signals import shield_helpers  # noqa: E402
 from megatron_infifpo.training.start import Start, find_start  # noqa: E402
 from megatron_infifpo.training.step import TrainingStep  # noqa: E402
 from megatron_infifpo.training.token_check import check_tokens  # noqa: E402
@@ -95,7 +95,7 @@ def main() -> None:
     one_rank_by_default()
     args, parser = parse_arguments()
     refuse_unsupported(args, parser)
-    method = method_from_args(args)
+    method = method_from_options(args.method, vars(args))
     start = find_start(args)
     apply_architecture(args, parser, start.folder)
     train, valid = open_datasets(args, method)
@@ -150,7 +150,7 @@ def check_resume(args: argparse.Namespace, start: Start, method: Method) -> list
         UserError: it cannot, or not without being told how.
     """
     check_batch(args, start)
-    news = settle_schedule(args, start, length_matters=method.alpha is not None)
+    news = settle_schedule(args, start, length_matters=bool(method.growing))
     check_optimizer_state(args, start)
     complete_warm_up(args)
     check_rates(args, start.step)

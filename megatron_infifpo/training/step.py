@@ -113,10 +113,10 @@ class TrainingStep:
                 self.method, row, policy, reference, losses, self.source_names, self.domains
             )
         metrics |= waste_metrics(row)
-        if self.method.alpha is not None:
-            alpha = self.method.loss_options(done)["alpha"]
-            metrics["alpha"] = losses.new_full((2,), float(len(losses)))
-            metrics["alpha"][0] *= alpha
+        options = self.method.loss_options(done)
+        for name in self.method.growing:
+            metrics[name] = losses.new_full((2,), float(len(losses)))
+            metrics[name][0] *= options[name]
         return losses.sum(), _count(len(losses), losses), metrics
 
     def check(self, row: Row, sums: Tensor) -> None:

@@ -38,7 +38,7 @@ def flags(setup, tmp_path):
         ("--method sft", "--preference-sources has no effect with --method sft"),
         ("--preference-valid-sources x.yaml", "no effect without --preference-valid-data"),
         ("--preference-epochs 2", "--preference-epochs has no effect with --train-iters"),
-        ("--objective aot --micro-batch-size 1", "--objective aot sorts the pairs of a row"),
+        ("--objective aot --micro-batch-size 1", "--objective aot compares the pairs of a row"),
         ("--sft", "use --method sft"),
         ("--micro-batch-tokens 900", "one of --micro-batch-size (pairs) and --micro-batch-tokens"),
         ("--method sft --share-prompt", "--preference-sources has no effect"),

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from megatron_infifpo.losses import LOSSES
-from megatron_infifpo.methods import METHODS, add_method_flags, method_from_args
+from megatron_infifpo.methods import METHODS, add_method_flags, method_from_options
 from megatron_infifpo.references.sources import read_sources
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
@@ -63,7 +63,8 @@ def expected_first_loss(setup, argv: list[str]) -> float:
 
     parser = argparse.ArgumentParser()
     add_method_flags(parser)
-    method = method_from_args(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    method = method_from_options(args.method, vars(args))
     sources = read_sources(setup.sources("both", *BOTH))
     data = PreferenceDataset(setup.data, sources, responses=method.responses)
     row = collate([data[i] for i in range(len(data))])

@@ -15,9 +15,11 @@ import megatron_infifpo.training.step as training_step
 from megatron_infifpo.engine.layers import PackedAttention
 from megatron_infifpo.engine.packed import row_params
 from megatron_infifpo.logprobs import response_logprobs, vocab_parallel_logprobs
-from megatron_infifpo.losses import LOSSES, loss_options
+from megatron_infifpo.losses import LOSSES
 from megatron_infifpo.methods import METHODS, Method, resolve
 from megatron_infifpo.reference import FUSIONS, MARGIN_ANCHORS, MARGIN_SPACES, SELECTIONS
+from megatron_infifpo.references.reference import PairValues
+from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferencePair
 from support.device_rules import CudaRules, NoConstants
@@ -114,14 +116,16 @@ def row_of(responses: int, *, shared: bool = False, sources: int = 3) -> dict:
             rng.integers(0, 90, 4),
             tuple(rng.integers(0, 90, 3 + r) for r in range(responses)),
             i % 2,
-            np.zeros(responses, np.float32),
-            np.zeros((responses, sources), np.float32),
-            np.ones((responses, sources), np.int64),
-            np.ones(sources, bool),
+            PairValues(
+                np.zeros(responses, np.float32),
+                np.zeros((responses, sources), np.float32),
+                np.ones((responses, sources), np.int64),
+                np.ones(sources, bool),
+            ),
         )
         for i in range(4)
     ]
-    row = collate(pairs, pad_multiple=16, share_prompt=shared)
+    row = collate(pairs, RowLayout(16, share_prompt=shared))
     on_device = {k: v.to(META) if torch.is_tensor(v) else v for k, v in row.items()}
     waste = {name: torch.empty(2, device=META) for name in ("waste/padding", "waste/imbalance")}
     return on_device | waste | {"indices": row["indices"], "ends_step": False}
@@ -161,7 +165,8 @@ def test_methods(loss_of, name):
 
 @pytest.mark.parametrize("objective", LOSSES)
 def test_losses(loss_of, objective):
-    options = {"label_smoothing": 0.1} if loss_options(objective).get("label_smoothing") else {}
+    needed = [n for n, o in LOSSES[objective].options.items() if o.required and o.default is None]
+    options = dict.fromkeys(needed, 0.1)
     loss_of(resolve("infifpo-wrpo" if objective == "wrpo" else "infifpo", objective=objective,
                     sft_weight=0.5, **options))  # fmt: skip
 

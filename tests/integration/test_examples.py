@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.methods import add_method_flags, method_from_args, resolve
+from megatron_infifpo.methods import add_method_flags, method_from_options, resolve
 from megatron_infifpo.records.records import read_records
 from megatron_infifpo.references.logprob_store import LogprobStore
 from support import tiny
@@ -139,7 +139,7 @@ def test_ablation_grid(monkeypatch):
     parser = argparse.ArgumentParser()
     add_method_flags(parser)
     methods = {
-        name: method_from_args(parser.parse_args(["--method", "infifpo", *flags]))
+        name: method_from_options("infifpo", vars(parser.parse_args(flags)))
         for name, (_, flags) in example.VARIANTS.items()
     }
     assert len(set(methods.values())) == len(methods)
