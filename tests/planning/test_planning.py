@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from megatron_infifpo.commands.main import make_parser
 from megatron_infifpo.engine.kept import TE_KEPT
 from megatron_infifpo.families import megatron_args, tensor_parallel_sizes
 from megatron_infifpo.families.published import PUBLISHED
 from megatron_infifpo.planning.plan import Layout, Plan, layouts
 from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SPARING
 from support.saves import LiveBytes
-from support.tools import load_tool
 
 SIZES = {"phi-4": 14_659_507_200, "mistral-small-24b": 23_572_403_200}
 
@@ -140,7 +140,7 @@ def test_the_command(ranks):
     "flag", ["--mfu", "--gpu-memory", "--gpu-tflops", "--gpus", "--row-tokens", "--pairs"]
 )
 def test_numbers_that_are_none(flag, capsys):
-    parser = load_tool("plan_run").make_parser()
+    parser = make_parser("plan")[1]
     for value in ("0", "-1", "nan", "inf", "x"):
         with pytest.raises(SystemExit) as stopped:
             parser.parse_args(["--model", "m", "--gpus", "8", flag, value])

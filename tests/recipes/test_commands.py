@@ -4,18 +4,18 @@ import shlex
 
 import pytest
 
+from megatron_infifpo.commands.main import run_command
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.ranks import ranks_from_srun
 from megatron_infifpo.recipes.commands import STAGES
+from megatron_infifpo.recipes.options import read_options, spread
 from support.launcher import ROOT
 from support.stage_commands import GOLDEN
 
 
 def parse(stage: str, options: str):
     """The job that tools/launch.py starts for such options."""
-    from support.tools import load_tool
-
-    read = load_tool("launch").read_options(stage, ["run=run", *options.split()])
+    read = read_options(stage, ["run=run", *options.split()])
     return STAGES[stage](**read)
 
 
@@ -30,10 +30,9 @@ def test_golden(run_folder, stage, options):
 def test_training_flags_exist(run_folder, stage, options, monkeypatch):
     """Megatron's parser takes every word."""
     import megatron_infifpo.training.run as program
-    from support.tools import load_tool  # noqa: F401  (makes the CPU stand-ins)
 
     job = parse(stage, options)
-    monkeypatch.setattr("sys.argv", list(job.arguments[1:]))
+    monkeypatch.setattr("sys.argv", list(job.arguments))
     args, _ = program.parse_arguments()
     assert args.exit_signal_handler and args.micro_batch_tokens == 8192
 
@@ -59,26 +58,21 @@ def test_refused(run_folder, stage, options, message):
 
 
 def test_several_flags_and_an_open_quote(run_folder):
-    from support.tools import load_tool
-
-    tool = load_tool("launch")
-    words = tool.spread(["train", "--options=tensor=1 'flags=--a \"b c\" --d'", "tensor=2"])
+    words = spread(["train", "--options=tensor=1 'flags=--a \"b c\" --d'", "tensor=2"])
     assert words == ["train", "tensor=1", 'flags=--a "b c" --d', "tensor=2"]
-    assert tool.spread(["--options", "a=1 b=2"]) == ["a=1", "b=2"]
-    read = tool.read_options("sft", ["run=run", *words[1:]])
+    assert spread(["--options", "a=1 b=2"]) == ["a=1", "b=2"]
+    read = read_options("sft", ["run=run", *words[1:]])
     assert read["tensor"] == 2 and STAGES["sft"](**read).arguments[-3:] == ("--a", "b c", "--d")
     for stage in ("sft", "score", "prepare"):
         with pytest.raises(UserError, match='flags=--a "b: No closing quotation, expected words'):
             STAGES[stage](run="run", flags='--a "b')
     with pytest.raises(UserError, match="--options=a 'b: No closing quotation"):
-        tool.spread(["--options=a 'b"])
+        spread(["--options=a 'b"])
 
 
 def test_the_options_of_jobs(run_folder):
     """What job.sh makes of strings and of arrays, read as launch.py reads it."""
     import subprocess
-
-    from support.tools import load_tool
 
     values = """A='x=1 flags="--a b"'; B=(y=2 flags="--c 'd e'" z=); C=; """
     job = (ROOT / "examples" / "slurm" / "job.sh").read_text()
@@ -86,7 +80,7 @@ def test_the_options_of_jobs(run_folder):
     printed = subprocess.check_output(
         ["bash", "-c", f"{function}{values} options A B C"], text=True
     )
-    found = load_tool("launch").spread([f"--options={printed}"])
+    found = spread([f"--options={printed}"])
     assert found == ["x=1", "flags=--a b", "y=2", "flags=--c 'd e'", "z="]
 
 
@@ -112,17 +106,14 @@ def test_flags_of_a_source(run_folder):
 
 
 @pytest.mark.parametrize("words", [["slurm.time=1"], ["--nodes", "2"], ["--detach"]])
-def test_options_without_effect(run_folder, monkeypatch, words):
-    from support.tools import load_tool
-
-    monkeypatch.setattr("sys.argv", ["launch.py", "sft", "--dry-run", *words])
+def test_options_without_effect(run_folder, words):
     with pytest.raises(UserError, match="has no effect here: choose an --executor"):
-        load_tool("launch").main()
+        run_command("launch", ["sft", "--dry-run", *words])
 
 
 def test_shown_as_a_shell_takes_it(run_folder):
     job = parse("sft", "")
-    assert shlex.split(str(job)) == ["python", *job.arguments]
+    assert shlex.split(str(job)) == ["infifpo", *job.arguments]
 
 
 STEP = {

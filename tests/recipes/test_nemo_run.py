@@ -5,13 +5,13 @@ import io
 import pytest
 
 from support.stage_commands import GOLDEN
-from support.tools import load_tool
 
 pytest.importorskip("nemo_run", reason="nemo-run is not installed")
 
 import rich  # noqa: E402
 from nemo_run.core.frontend.console.api import CONSOLE  # noqa: E402
 
+from megatron_infifpo.commands.main import run_command
 from megatron_infifpo.recipes import commands, tasks  # noqa: E402
 
 SLURM = ["--executor", "slurm", "--nodes", "2", "--dry-run", "slurm.account=tests", "run=run"]
@@ -19,15 +19,14 @@ SLURM = ["--executor", "slurm", "--nodes", "2", "--dry-run", "slurm.account=test
 
 @pytest.fixture
 def dry_run(run_folder, monkeypatch, capsys):
-    """What `tools/launch.py NAME ... --dry-run` prints, on one line a job."""
+    """What `infifpo launch NAME ... --dry-run` prints, on one line a job."""
     monkeypatch.setenv("NEMORUN_HOME", str(run_folder.parent / "nemo"))
     for console in (CONSOLE, rich.get_console()):
         monkeypatch.setattr(console, "_width", 2000)  # no line is broken
     monkeypatch.setattr("sys.stdin", io.StringIO())  # which nemo-run hands to its helpers
 
     def show(*words: str) -> list[str]:
-        monkeypatch.setattr("sys.argv", ["launch.py", *words])
-        load_tool("launch").main()
+        run_command("launch", list(words))
         return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
 
     return show
@@ -75,4 +74,4 @@ def test_words_with_spaces(dry_run, run_folder):
     assert line.endswith(expected)
     assert "--container-image 'an image'" in line and "'/a b',/c," in line
     job = commands.export("my run", "it's")
-    assert tasks.task(job).to_command(is_local=True) == list(job.arguments)
+    assert tasks.task(job).to_command(is_local=True) == list(job.python_words)

@@ -1,12 +1,12 @@
-"""tools/make_report.py: one page with pictures, from a real run."""
+"""infifpo report: one page with pictures, from a real run."""
 
 import base64
 import re
 
 import pytest
 
+from megatron_infifpo.commands.main import run_command
 from support.runs import BOTH
-from support.tools import load_tool
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,9 @@ def run(setup, ranks, tmp_path_factory):
 
 
 @pytest.fixture
-def report(run, monkeypatch):
+def report(run):
     def call(*flags: str) -> str:
-        monkeypatch.setattr("sys.argv", ["make_report.py", str(run), *flags])
-        load_tool("make_report").main()
+        run_command("report", [str(run), *flags])
         return (run / "report.html").read_text()
 
     return call
@@ -87,9 +86,8 @@ def test_texts_are_escaped():
     assert "<script>alert" not in page.render() and "<td><td>" not in page.render()
 
 
-def test_no_run(monkeypatch, tmp_path):
+def test_no_run(tmp_path):
     from megatron_infifpo.errors import UserError
 
-    monkeypatch.setattr("sys.argv", ["make_report.py", str(tmp_path)])
     with pytest.raises(UserError, match="has no run.json"):
-        load_tool("make_report").main()
+        run_command("report", [str(tmp_path)])

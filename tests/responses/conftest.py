@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from megatron_infifpo.commands.main import run_command
 from support.talkers import ChatServer, save_talker
-from support.tools import load_tool
 
 
 @pytest.fixture(scope="session")
@@ -25,14 +25,13 @@ def prompts(tmp_path):
 
 
 @pytest.fixture
-def sample(monkeypatch, prompts, tmp_path, talker):
-    """Run tools/sample_responses.py on the prompts; the lines that it wrote."""
+def sample(prompts, tmp_path, talker):
+    """Run `infifpo sample` on the prompts; the lines that it wrote."""
 
     def call(*flags: str, output: str = "out.jsonl"):
         argv = ["--model", str(talker), "--input", str(prompts), "--max-tokens", "8"]
         argv += ["--output", str(tmp_path / output), "--shard-prompts", "4", *flags]
-        monkeypatch.setattr("sys.argv", ["sample_responses.py", *argv])
-        load_tool("sample_responses").main()
+        run_command("sample", argv)
         path = tmp_path / output
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

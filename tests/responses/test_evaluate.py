@@ -1,6 +1,5 @@
 """Evaluation through lm-evaluation-harness, on a small task file and tiny models."""
 
-import argparse
 import json
 import os
 import shutil
@@ -11,13 +10,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from megatron_infifpo.commands.main import run_command
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.responses import evaluate as evaluate_module
 from megatron_infifpo.responses import evaluation
 from megatron_infifpo.responses.benchmarks import BENCHMARKS, Benchmark, score_of, table
 from megatron_infifpo.responses.harness import open_harness
 from support import tiny
 from support.launcher import ROOT
-from support.tools import load_tool
 
 TASK = """
 task: colours
@@ -52,13 +52,13 @@ def evaluate(tmp_path):
 
     def call(*flags: str) -> str:
         argv = ["--tasks", str(tmp_path / "tasks"), "--output", str(tmp_path / "out"), *flags]
-        command([ROOT / "tools" / "evaluate.py", *argv], offline)
+        command(["-m", "megatron_infifpo", "evaluate", *argv], offline)
         return (tmp_path / "out" / "table.md").read_text()
 
     return call
 
 
-def test_two_models_side_by_side(evaluate, tmp_path, monkeypatch):
+def test_two_models_side_by_side(evaluate, tmp_path):
     models = []
     for seed, name in enumerate(("base", "fused")):
         models += ["--model", f"{name}={tiny.save_model(tmp_path / name, 'llama', seed=seed)}"]
@@ -75,36 +75,33 @@ def test_two_models_side_by_side(evaluate, tmp_path, monkeypatch):
     (tmp_path / "out" / "base-colours.json").write_text(json.dumps(kept))
     argv = [*models, *options]
     argv += ["--tasks", str(tmp_path / "tasks"), "--output", str(tmp_path / "out")]
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *argv])
-    load_tool("evaluate").main()
+    run_command("evaluate", argv)
     assert "| colours | 12.30 |" in (tmp_path / "out" / "table.md").read_text()
 
 
 class Harness:
-    """What tools/evaluate.py asks of lm-evaluation-harness, without it."""
+    """What `infifpo evaluate` asks of lm-evaluation-harness, without it."""
 
     def __init__(self, folder, monkeypatch):
-        self.folder, self.tool = folder, load_tool("evaluate")
+        self.folder = folder
         self.results, self.evaluated = {"acc,none": 0.25}, []
-        self.monkeypatch = monkeypatch
-        monkeypatch.setattr(self.tool, "open_harness", lambda tasks, args: None)
-        monkeypatch.setattr(self.tool, "load", lambda folder, args: Path(folder).name)
-        monkeypatch.setattr(self.tool, "evaluate", self.evaluate)
+        monkeypatch.setattr(evaluate_module, "open_harness", lambda tasks, folder: None)
+        monkeypatch.setattr(evaluate_module, "load", lambda folder, options: Path(folder).name)
+        monkeypatch.setattr(evaluate_module, "run_task", self.evaluate)
         (folder / "tasks").mkdir()
         (folder / "data.jsonl").write_text("{}")
         (folder / "tasks" / "colours.yaml").write_text(TASK.format(data=folder / "data.jsonl"))
 
-    def evaluate(self, model, benchmark, manager, args):
+    def evaluate(self, model, benchmark, manager, options):
         self.evaluated.append((model, benchmark.task))
         return {"results": self.results}
 
     def __call__(self, *flags: str) -> list:
         """What is evaluated now."""
         self.evaluated = []
-        fixed = ["evaluate.py", "--tasks", self.folder / "tasks", "--output", self.folder / "out"]
+        fixed = ["--tasks", self.folder / "tasks", "--output", self.folder / "out"]
         fixed += ["--benchmarks", "colours", *flags]
-        self.monkeypatch.setattr("sys.argv", [*map(str, fixed)])
-        self.tool.main()
+        run_command("evaluate", [*map(str, fixed)])
         return self.evaluated
 
 
@@ -230,23 +227,22 @@ def test_a_result_without_its_metric_is_kept_and_told(harness, models):
         (["--model", "x=/", "--tasks", "/nowhere"], "--tasks /nowhere is not a folder"),
     ],
 )
-def test_refused(monkeypatch, tmp_path, flags, message):
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--output", str(tmp_path / "out"), *flags])
+def test_refused(tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        load_tool("evaluate").main()
+        run_command("evaluate", ["--output", str(tmp_path / "out"), *flags])
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--limit", "0"], ["--limit", "-3"], ["--tensor-parallel-size", "0"], ["--batch", "many"],
+        ["--limit", "0"], ["--limit", "-3"], ["--tensor-model-parallel-size", "0"],
+        ["--tensor-parallel-size", "0"], ["--batch", "many"],
         ["--dtype", "bf17"], ["--chat-template-options", "[1]"],
     ],
 )  # fmt: skip
-def test_bad_numbers(monkeypatch, capsys, flags):
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", "x=y", *flags])
+def test_bad_numbers(capsys, flags):
     with pytest.raises(SystemExit) as stopped:
-        load_tool("evaluate").main()
+        run_command("evaluate", ["--model", "x=y", *flags])
     assert stopped.value.code == 2 and "expected" in capsys.readouterr().err.replace(
         "invalid choice", "expected"
     )
@@ -261,14 +257,13 @@ def test_tasks_of_the_user_that_cannot_be_evaluated(tmp_path, monkeypatch):
     )
     text = TASK.format(data=tmp_path / "gone.jsonl")
     (tmp_path / "colours.yaml").write_text(text.replace("task:", "tag: several\ntask:"))
-    args = argparse.Namespace(tasks=str(tmp_path))
     for task, message in (
         ("none", "there is no task 'none'"),
         ("several", "'several' is a tag of several tasks"),
         ("colours", "cannot load the task 'colours' .*gone.jsonl"),
     ):
         with pytest.raises(UserError, match=message):
-            open_harness({task}, args)
+            open_harness({task}, str(tmp_path))
 
 
 def test_tasks_exist_in_the_harness():

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from megatron_infifpo.commands.main import run_command
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import plain_text, read_records, reply
 from megatron_infifpo.responses.answers import Response
 from megatron_infifpo.responses.labels import Responses, choose_pair
 from megatron_infifpo.responses.prompts import Prompt
 from support import tiny
-from support.tools import load_tool
 
 CHECKS = """
 def length(prompt, response):
@@ -49,11 +49,10 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def label(files, tmp_path, monkeypatch):
+def label(files, tmp_path):
     def call(*flags: str, output: str = "pairs.jsonl"):
         argv = ["--input", *files, "--output", str(tmp_path / output), *flags]
-        monkeypatch.setattr("sys.argv", ["label_responses.py", *argv])
-        load_tool("label_responses").main()
+        run_command("label", argv)
         found = read_records([tmp_path / output])
         return {r.id: tuple(map(plain_text, r.responses)) for r in found}
 

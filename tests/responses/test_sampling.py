@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.responses.engines import Sampling, TransformersEngine
+from megatron_infifpo.responses.engines import EngineOptions, Sampling, TransformersEngine
 from megatron_infifpo.responses.logprob_check import check_engine, open_scorer
 from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.responses.turns import Turns
@@ -18,7 +18,7 @@ from megatron_infifpo.tokens.tokenization import ChatTokenizer
 from support import tiny
 from support.talkers import save_talker
 
-OPTIONS = types.SimpleNamespace(bf16=False, batch=4, trust_remote_code=False, on_bad_record="error")
+OPTIONS = EngineOptions(batch=4)
 
 
 def ask(text: str, name: str = "p") -> Prompt:

@@ -1,4 +1,4 @@
-"""What follows `python` in each stage of the recipe, word for word."""
+"""What follows `infifpo` in each stage of the recipe, word for word."""
 
 TRAINING = (
     "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --use-distributed-optimizer "
@@ -10,22 +10,21 @@ TRAINING = (
 )
 SFT = TRAINING.format(epochs=3, lr="1e-06", load="pivot", save="sft")
 INFIFPO = TRAINING.format(epochs=1, lr="1e-07", load="sft", save="infifpo")
-# (stage, options) -> what follows `python`
+# (stage, options) -> what follows `infifpo`
 GOLDEN = {
-    ("convert", ""): "tools/convert_checkpoint.py import --hf models/phi-4 --save run/pivot "
-    "--dtype bf16",
-    ("prepare", "split=sft"): "tools/prepare_preferences.py --input run/data/sft.jsonl "
+    ("convert", ""): "import --hf models/phi-4 --save run/pivot --dtype bf16",
+    ("prepare", "split=sft"): "prepare --input run/data/sft.jsonl "
     "--tokenizer models/phi-4 --output run/data/sft",
-    ("score", ""): "tools/score_source.py --bf16 --backend megatron --tensor-model-parallel-size 2 "
+    ("score", ""): "score --bf16 --backend megatron --tensor-model-parallel-size 2 "
     "--pipeline-model-parallel-size 1 --model run/sft --name initial "
     "--input run/data/preference.jsonl --output run/logprobs/initial",
-    ("score", "index=4"): "tools/score_source.py --bf16 --backend megatron "
+    ("score", "index=4"): "score --bf16 --backend megatron "
     "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 1 "
     "--model models/Qwen2.5-Coder-14B-Instruct --name qwen2.5-coder-14b "
     "--input run/data/preference.jsonl --output run/logprobs/qwen2.5-coder-14b --domains code",
-    ("sft", ""): f"-m megatron_infifpo.train --method sft --preference-data run/data/sft {SFT}",
-    ("infifpo", "method=infifpo beta=2.5"): "-m megatron_infifpo.train --method infifpo "
+    ("sft", ""): f"train --method sft --preference-data run/data/sft {SFT}",
+    ("infifpo", "method=infifpo beta=2.5"): "train --method infifpo "
     "--preference-data run/data/preference --preference-sources run/sources.yaml --beta 2.5 "
     + INFIFPO,
-    ("export", ""): "tools/convert_checkpoint.py export --load run/infifpo --save run/infifpo-hf",
+    ("export", ""): "export --load run/infifpo --save run/infifpo-hf",
 }
