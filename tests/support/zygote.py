@@ -5,7 +5,9 @@ it reads from standard input: `{"world", "target": "module:function", "args", "o
 object a line. Each rank writes its pickled result (or its traceback) into `output`.
 """
 
+import argparse
 import contextlib
+import functools
 import importlib
 import json
 import multiprocessing
@@ -32,6 +34,18 @@ def import_everything() -> None:
     transformers = importlib.import_module("transformers")
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast"):
         getattr(transformers, name)  # imports it
+    remember_help_of_flags()
+
+
+def remember_help_of_flags() -> None:
+    """Let Megatron read its sources for the help of flags here, not in every rank."""
+    from megatron.training.argument_utils import ArgumentGroupFactory as Factory
+    from megatron.training.arguments import add_megatron_arguments
+
+    read: Any = Factory._get_field_docstrings
+    known = functools.cache(lambda source: read(Factory.__new__(Factory), source))
+    Factory._get_field_docstrings = lambda self, source: known(source)  # type: ignore[method-assign]
+    add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
 def start_queues() -> SyncManager:
