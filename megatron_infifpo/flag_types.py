@@ -1,9 +1,13 @@
-"""How flags' values are read: numbers in their ranges."""
+"""How flags' values are read, and checked in the jobs that have them as fields."""
 
 import argparse
 import contextlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection
+from typing import Any
+
+from megatron_infifpo.errors import UserError
 
 
 def positive(text: str) -> int:
@@ -36,3 +40,41 @@ def real(least: float, most: float = math.inf) -> Callable[[str], float]:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a number of at least {least:g}{high}")
 
     return read
+
+
+def flag(field: str) -> str:
+    """Spelling of a job's field on the command line."""
+    return "--" + field.replace("_", "-")
+
+
+def check_choice(field: str, value: Any, choices: Collection[str]) -> None:
+    """Refuse a field of a job that is none of its choices.
+
+    Raises:
+        UserError: it is not.
+    """
+    if value not in choices:
+        raise UserError(f"{flag(field)} is {value!r}, expected one of {', '.join(choices)}")
+
+
+def check_positive(job: Any, *names: str) -> None:
+    """Refuse fields of a job that are neither a whole number above 0 nor None.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in names:
+        value = getattr(job, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise UserError(f"{flag(name)} is {value!r}, expected a whole number of at least 1")
+
+
+def check_files(job: Any, name: str) -> None:
+    """Refuse a field of a job that is not a list of files.
+
+    Raises:
+        UserError: it is one path, or there is none.
+    """
+    paths = getattr(job, name)
+    if isinstance(paths, str | os.PathLike) or not paths:
+        raise UserError(f"{flag(name)} is {paths!r}, expected a list of files")

@@ -1,8 +1,8 @@
 """Compare a Megatron checkpoint with its Hugging Face model, token by token, at a real layout."""
 
-import argparse
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_infifpo.convert.hf_export import hf_tensors, open_checkpoint
-from megatron_infifpo.convert.hf_folder import open_hf
+from megatron_infifpo.checks.weights import worst_tensor
 from megatron_infifpo.engine.hf_model import load_causal_lm
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import megatron_args
 from megatron_infifpo.families.architecture import read_hf_config
-from megatron_infifpo.rows.packing import collate
-from megatron_infifpo.rows.preference_dataset import PreferencePair
+from megatron_infifpo.flag_types import check_positive
+from megatron_infifpo.rows.packing import collate_text
 from megatron_infifpo.scoring.megatron_backend import MegatronBackend
-from megatron_infifpo.storage.safetensors_io import bytes_of
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
 
 # English, code, mathematics and other scripts, short and long.
@@ -63,6 +61,89 @@ class Difference:
         return abs(self.hf - self.megatron)
 
 
+@dataclass(frozen=True)
+class VerificationJob:
+    """A conversion to verify; fields named as the flags of `infifpo verify`.
+
+    Attributes:
+        hf: Hugging Face folder.
+        load: Megatron checkpoint, or another Hugging Face folder.
+        tensor_model_parallel_size, pipeline_model_parallel_size: layout of Megatron's model.
+        by_layers: hold one layer of each model in memory at a time, on the CPU.
+        bf16: compute in bfloat16, else float32.
+        tolerance: largest difference of a token's log-prob; None: `TOLERANCES` of the dtype.
+        texts: a file with one text a line; None: `TEXTS`.
+    """
+
+    hf: str
+    load: str
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    by_layers: bool = False
+    bf16: bool = False
+    tolerance: float | None = None
+    texts: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading a file.
+
+        Raises:
+            UserError: a value out of its range, or one without effect.
+        """
+        check_positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
+            raise UserError(f"--tolerance is {self.tolerance}, expected a number of at least 0")
+        if self.by_layers and self.pipeline_model_parallel_size != 1:
+            raise UserError("--pipeline-model-parallel-size has no effect with --by-layers")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What both models compute in."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def largest_accepted(self) -> float:
+        """The tolerance, given or not."""
+        return TOLERANCES[self.dtype] if self.tolerance is None else self.tolerance
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came of a verification; all but the first on the rank alone that has both results.
+
+    Attributes:
+        passed: whether no log-prob differs by more than the tolerance.
+        tolerance: what was accepted.
+        worst: the token whose log-probs differ most.
+        token: its text.
+        layer: by layers, a sentence about the layer in which the two sides part most.
+        weights: of a Megatron checkpoint, a sentence about the weights that differ most.
+    """
+
+    passed: bool
+    tolerance: float = 0.0
+    worst: Difference | None = None
+    token: str = ""
+    layer: str | None = None
+    weights: str | None = None
+
+    def sentences(self) -> list[str]:
+        """Say it; nothing on the other ranks."""
+        worst = self.worst
+        if worst is None:
+            return []
+        said = [
+            self.layer,
+            f"{worst.tokens} tokens: mean difference {worst.mean:.2e}, largest {worst.size:.2e} "
+            f"at text {worst.text}, token {worst.token} {self.token!r}: Hugging Face "
+            f"{worst.hf:.6f}, Megatron {worst.megatron:.6f}",
+            f"{'equal within' if self.passed else 'MISMATCH: above'} the tolerance of "
+            f"{self.tolerance:g}",
+            self.weights,
+        ]
+        return [sentence for sentence in said if sentence]
+
+
 def compare(hf: list[Tensor], megatron: list[Tensor]) -> Difference:
     """Find the largest difference between per-token log-probs; NaN counts as the largest.
 
@@ -80,35 +161,38 @@ def compare(hf: list[Tensor], megatron: list[Tensor]) -> Difference:
     return Difference(text, place + 1, *values, float(joined.mean()), joined.numel())
 
 
-def verify(args: argparse.Namespace) -> int:
-    """Run both models over texts, print the largest difference, and judge it.
+def verify(job: VerificationJob) -> Verification:
+    """Run both models over the same texts, and compare the log-probs of every token.
 
-    Args:
-        args: `hf`, `load`, `texts`, `tensor_model_parallel_size`, `pipeline_model_parallel_size`,
-            `by_layers`, `bf16`, `tolerance`, as tools/convert_checkpoint.py describes them.
+    Ranks of torchrun share Megatron's model at the layout given; all of them must call this.
 
     Returns:
-        Exit code, the same on all ranks: 1 if some log-prob differs by more than the tolerance.
+        What came of it; `passed` is the same on all ranks.
 
     Raises:
         UserError: unusable folders, layout or texts.
     """
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    tolerance = TOLERANCES[dtype] if args.tolerance is None else args.tolerance
-    _check_same_model(args.hf, args.load)
-    tokenizer = load_tokenizer(args.hf)
-    ids = _tokenize(tokenizer, TEXTS if args.texts is None else _read_texts(args.texts))
-    both = _by_layers(args, ids) if args.by_layers else _whole(args, ids, dtype)
-    failed = 0
-    if both is not None:
-        worst = compare(*both)
-        failed = int(not worst.size <= tolerance)
-        _report(worst, tolerance, tokenizer.decode(ids[worst.text][worst.token]), failed)
-        if not (Path(args.load) / "config.json").is_file():
-            print(worst_tensor(args.hf, args.load))
-    verdict = torch.tensor([failed], device=torch.cuda.current_device())
+    _check_same_model(job.hf, job.load)
+    tokenizer = load_tokenizer(job.hf)
+    ids = _tokenize(tokenizer, TEXTS if job.texts is None else _read_texts(job.texts))
+    found = _by_layers(job, ids) if job.by_layers else _whole(job, ids)
+    failed, result = False, Verification(True)
+    if found is not None:
+        hf, megatron, layer = found
+        worst = compare(hf, megatron)
+        failed = not worst.size <= job.largest_accepted
+        is_hf = (Path(job.load) / "config.json").is_file()
+        result = Verification(
+            not failed,
+            job.largest_accepted,
+            worst,
+            tokenizer.decode(ids[worst.text][worst.token]),
+            layer,
+            None if is_hf else worst_tensor(job.hf, job.load),
+        )
+    verdict = torch.tensor([int(failed)], device=torch.cuda.current_device())
     torch.distributed.all_reduce(verdict)
-    return int(verdict.item() > 0)
+    return replace(result, passed=not verdict.item())
 
 
 def _check_same_model(hf_dir: str, load_dir: str) -> None:
@@ -123,68 +207,30 @@ def _check_same_model(hf_dir: str, load_dir: str) -> None:
 
 
 def _whole(
-    args: argparse.Namespace, ids: list[np.ndarray], dtype: torch.dtype
-) -> tuple[list[Tensor], list[Tensor]] | None:
+    job: VerificationJob, ids: list[np.ndarray]
+) -> tuple[list[Tensor], list[Tensor], None] | None:
     """Log-probs of both models, each whole in memory, on the rank that has them."""
     backend = MegatronBackend(
-        args.load,
-        tensor_parallel=args.tensor_model_parallel_size,
-        pipeline_parallel=args.pipeline_model_parallel_size,
-        bf16=args.bf16,
+        job.load,
+        tensor_parallel=job.tensor_model_parallel_size,
+        pipeline_parallel=job.pipeline_model_parallel_size,
+        bf16=job.bf16,
     )
-    rows = [
-        collate(
-            [PreferencePair(i, tokens[:1], (tokens[1:],), domain_code=0)],
-            pad_multiple=backend.pad_multiple,
-        )
-        for i, tokens in enumerate(ids)
-    ]
-    megatron = backend(rows)
+    megatron = backend([collate_text(tokens[:1], tokens[1:], backend.layout) for tokens in ids])
     if backend.is_writer and backend.data_parallel_rank == 0:
-        return hf_logprobs(args.hf, ids, dtype), megatron
+        return hf_logprobs(job.hf, ids, job.dtype), megatron, None
     return None
 
 
 def _by_layers(
-    args: argparse.Namespace, ids: list[np.ndarray]
-) -> tuple[list[Tensor], list[Tensor]] | None:
-    """Log-probs of both models, one layer in memory at a time, on the first rank."""
-    if args.pipeline_model_parallel_size != 1:
-        raise UserError("--pipeline-model-parallel-size has no effect with --by-layers")
+    job: VerificationJob, ids: list[np.ndarray]
+) -> tuple[list[Tensor], list[Tensor], str] | None:
+    """The same, one layer in memory at a time, with the layer in which the sides part most."""
     from megatron_infifpo.checks.layers import layer_logprobs
 
     return layer_logprobs(
-        args.hf, args.load, ids, tensor_parallel=args.tensor_model_parallel_size, bf16=args.bf16
+        job.hf, job.load, ids, tensor_parallel=job.tensor_model_parallel_size, bf16=job.bf16
     )
-
-
-def worst_tensor(hf_dir: str | Path, load_dir: str | Path) -> str:
-    """Compare the weights themselves, as Hugging Face names them; a sentence about the worst."""
-    weights, mapping, _ = open_hf(hf_dir)
-    checkpoint, _, _ = open_checkpoint(load_dir)
-    worst, where = 0.0, ""
-    for group in hf_tensors(checkpoint, mapping):
-        for name, ours in group.items():
-            relative = _gap(weights.load(name), ours)
-            if not relative <= worst:  # NaN is the worst of all
-                worst, where = relative, name
-    if not where:
-        return "all weights are equal to the bit"
-    return f"the weights that differ most: {where}, by {worst:.1e} of its largest value"
-
-
-def _gap(theirs: Tensor, ours: Tensor) -> float:
-    """Largest difference, as a share of the largest value; 0 exactly where the bytes are equal."""
-    if theirs.dtype == ours.dtype and torch.equal(bytes_of(theirs), bytes_of(ours.contiguous())):
-        return 0.0
-    largest = largest_gap = torch.zeros(())
-    # By parts: a float32 copy of an embedding is as large as the model's largest tensors together.
-    for a, b in zip(theirs.split(4096), ours.split(4096), strict=True):
-        gap = (a.float() - b.float()).abs().nan_to_num(nan=torch.inf).max()
-        largest_gap = torch.maximum(largest_gap, gap)
-        largest = torch.maximum(largest, a.float().abs().nan_to_num(0.0, 0.0).max())
-    # Equal numbers in other bytes: another dtype, or the sign of zero.
-    return max(float(largest_gap) / (float(largest) or 1.0), 1e-30)
 
 
 @torch.no_grad()
@@ -217,12 +263,3 @@ def _read_texts(path: str | Path) -> list[str]:
     if not texts:
         raise UserError(f"--texts {path} holds no text: expected a file with one text a line")
     return texts
-
-
-def _report(worst: Difference, tolerance: float, token: str, failed: int) -> None:
-    print(
-        f"{worst.tokens} tokens: mean difference {worst.mean:.2e}, largest {worst.size:.2e} at "
-        f"text {worst.text}, token {worst.token} {token!r}: Hugging Face {worst.hf:.6f}, "
-        f"Megatron {worst.megatron:.6f}"
-    )
-    print(f"{'MISMATCH: above' if failed else 'equal within'} the tolerance of {tolerance:g}")

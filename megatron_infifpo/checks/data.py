@@ -1,11 +1,12 @@
-"""Check token and log-prob datasets against the records that they were made from, value by value.
+"""Check everything that a training run reads, end to end, value by value.
 
 Opening a dataset compares counts and fingerprints; this reads everything, and tokenizes again.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +18,8 @@ from megatron_infifpo.records.records import (
     records_fingerprint,
 )
 from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.sources import SourcesConfig, check_domains, read_sources
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.storage.notes import noted
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.encoding import encode_or_refuse, scored_marks
@@ -24,6 +27,35 @@ from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
 
 BATCH = 256
 _ROUNDING = 1e-6  # of a float64 sum of float32 values, relative
+INITIAL = "initial"
+
+
+@dataclass(frozen=True)
+class DataJob:
+    """Data to check; fields named as the flags of `infifpo check`.
+
+    Attributes:
+        data: prefix of the token dataset.
+        sources: sources.yaml; None: only the tokens are checked.
+        input: the records' files, if they have moved.
+        weights: folders of models, by "initial" or a source's name.
+        run: --save folder of a training run that must have been made of these data.
+    """
+
+    data: str
+    sources: str | None = None
+    input: Sequence[str] = ()
+    weights: Mapping[str, str] = field(default_factory=dict)
+    run: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading a file.
+
+        Raises:
+            UserError: an option without effect.
+        """
+        if self.weights and self.sources is None:
+            raise UserError("--weights has no effect without --sources")
 
 
 @dataclass(frozen=True)
@@ -39,6 +71,43 @@ class Check:
     what: str
     error: str | None = None
     note: str = ""
+
+
+def check_data(job: DataJob) -> Iterator[Check]:
+    """Check data, from records over tokens and log-probs to weights and a run, one by one.
+
+    Records must have the fingerprint that the manifests name; their texts are tokenized again, for
+    the pivot and for every source; every stored log-prob is read; fingerprints of weights are
+    computed where their folders are given.
+
+    Yields:
+        One thing after the other, good or not, as soon as it has been looked at.
+
+    Raises:
+        UserError: a file that cannot be read at all, or weights of an unknown model.
+    """
+    tokens = TokenDataset(job.data)
+    records: list[PreferenceRecord] = []
+
+    def read() -> str:
+        records.extend(read_source_records(tokens, job.input))
+        return f"{len(records)}, fingerprint {tokens.records_sha256[:12]}"
+
+    yield attempt("records", read)
+    if records:
+        yield attempt(f"tokens in {job.data}", lambda: check_tokens(tokens, records))
+    if job.sources:
+        config = read_sources(job.sources)
+        yield attempt(job.sources, lambda: _check_domains(config, tokens))
+        prefixes = {INITIAL: config.initial} | {s.name: s.logprobs for s in config.sources}
+        if unknown := job.weights.keys() - prefixes.keys():
+            names = ", ".join(prefixes)
+            raise UserError(f"--weights {sorted(unknown)[0]}=: expected one of {names}")
+        for name, prefix in prefixes.items():
+            yield from _check_model(name, prefix, tokens, records, job.weights.get(name))
+    if job.run:
+        run = Path(job.run)
+        yield attempt(f"{run}/run.json", lambda: _check_run(run, job))
 
 
 def attempt(what: str, check: Callable[[], str]) -> Check:
@@ -160,6 +229,62 @@ def check_counts(store: LogprobStore, records: Sequence[PreferenceRecord]) -> st
                 )
             compared += 1
     return f"{compared} records have the tokens of {description['path']}"
+
+
+def _check_domains(config: SourcesConfig, tokens: TokenDataset) -> str:
+    """Check the sources' domains."""
+    check_domains(config, tokens.domains)
+    return f"{len(config.sources)} sources, domains {', '.join(tokens.domains)}"
+
+
+def _check_model(
+    name: str, prefix: str, tokens: TokenDataset, records: list[PreferenceRecord], model: str | None
+) -> Iterator[Check]:
+    """Check one model's log-probs; its weights, too, where its folder is given."""
+    try:
+        store = LogprobStore(prefix)
+    except UserError as error:
+        yield Check(name, str(error))
+        return
+    initial = name == INITIAL
+    yield attempt(f"{name}, log-probs", lambda: check_logprobs(store, tokens, initial=initial))
+    if records:
+        yield attempt(f"{name}, tokens", lambda: check_counts(store, records))
+    if model is not None:
+        yield attempt(f"{name}, weights", lambda: _check_weights(store, model))
+
+
+def _check_weights(store: LogprobStore, model: str) -> str:
+    """Compare the fingerprint of a model's weights."""
+    from megatron_infifpo.convert.fingerprint import weights_fingerprint
+
+    expected = store.manifest["weights_sha256"]
+    if expected is None:
+        return "imported: its weights are unknown"
+    found = weights_fingerprint(model)
+    if found != expected:
+        raise UserError(
+            f"{model} has weights of fingerprint {found[:12]}, but {store.prefix} was scored with "
+            f"{expected[:12]}: score it again"
+        )
+    return f"{model}, fingerprint {found[:12]}"
+
+
+def _check_run(run: Path, job: DataJob) -> str:
+    """Compare the data with what a run says that it is made of."""
+    from megatron_infifpo.training.provenance import data_identity, differences, read_run
+
+    found = read_run(run)
+    if found is None:
+        raise UserError(f"{run} has no run.json: expected the --save folder of a training run")
+    used = found["identity"]["data"]
+    if "initial" in used and not job.sources:
+        raise UserError("the run has sources: give --sources, too")
+    config = read_sources(job.sources) if job.sources and "initial" in used else None
+    changes = differences(used, data_identity(PreferenceDataset(job.data, config)))
+    if changes:
+        raise UserError(f"it was made of other data: {'; '.join(changes)}")
+    return f"{len(found['attempts'])} attempts on these data"
 
 
 def _batches(

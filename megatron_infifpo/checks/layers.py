@@ -36,10 +36,10 @@ def layer_logprobs(
     *,
     tensor_parallel: int = 1,
     bf16: bool = False,
-) -> tuple[list[Tensor], list[Tensor]] | None:
+) -> tuple[list[Tensor], list[Tensor], str] | None:
     """Log-probs `[tokens - 1]` of each text under both models, on the first rank; else None.
 
-    Prints the layer in which the two sides part most.
+    With a sentence about the layer in which the two sides part most.
 
     Args:
         hf_dir, load_dir: Hugging Face folder and Megatron checkpoint.
@@ -69,12 +69,12 @@ def layer_logprobs(
     before = [1e-6, *gaps]
     growth = [after / max(1e-6, gap) for gap, after in zip(before, gaps, strict=False)]
     worst = int(np.nan_to_num(growth, nan=np.inf).argmax())
-    print(
+    layer = (
         f"hidden states part most in layer {worst}: from {before[worst]:.1e} to "
         f"{gaps[worst]:.1e} of their norm"
     )
     both = [side.logprobs(hidden, ids) for side, hidden in ((theirs, states[0]), (ours, states[1]))]
-    return both[0], both[1]
+    return both[0], both[1], layer
 
 
 def _rows(table: Tensor, ids: list[np.ndarray], scale: float, dtype: torch.dtype) -> list[Tensor]:

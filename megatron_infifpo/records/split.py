@@ -1,10 +1,77 @@
 """Split preference records in two, one part for SFT and one for preference optimization."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from megatron_infifpo.records.records import RESPONSES, PreferenceRecord, listed, plain_text
+from tqdm import tqdm
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.read_report import ReadReport
+from megatron_infifpo.records.records import (
+    RESPONSES,
+    PreferenceRecord,
+    iter_records,
+    listed,
+    plain_text,
+)
+from megatron_infifpo.storage.aside import Aside
+
+
+def split_records(
+    files: Sequence[str],
+    sft: Path,
+    preference: Path,
+    *,
+    share: float = 0.5,
+    seed: int = 0,
+    on_bad: str = "error",
+) -> tuple[int, int]:
+    """Write each record to one of two files, by its prompt.
+
+    Args:
+        files: of preference records, in order.
+        sft, preference: .jsonl to write.
+        share, seed: see `is_sft`.
+        on_bad: what to do with malformed records: "error" or "skip".
+
+    Returns:
+        How many records are in the SFT part, and in the preference part.
+
+    Raises:
+        UserError: bad records, an empty part, or nowhere to write.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"--share is {share}, expected a number between 0 and 1")
+    outputs = (preference, sft)
+    if preference.resolve() == sft.resolve():
+        raise UserError(f"--sft and --preference are both {sft}, expected two files")
+    for path in outputs:
+        if path.suffix != ".jsonl":
+            raise UserError(f"{path} is to be written as JSON lines, expected a name in .jsonl")
+        if path.exists():
+            raise UserError(f"{path} exists: delete it or choose another name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    counts, report = [0, 0], ReadReport()
+    records = iter_records(files, on_bad=on_bad, report=report)
+    with Aside() as aside, contextlib.ExitStack() as stack:
+        written = [
+            stack.enter_context(aside.path(path).open("w", encoding="utf-8")) for path in outputs
+        ]
+        for record in tqdm(records, desc="split", unit=" records"):
+            part = is_sft(record, share=share, seed=seed)
+            written[part].write(json.dumps(to_json(record), ensure_ascii=False) + "\n")
+            counts[part] += 1
+        report.show()
+        if not all(counts):
+            raise UserError(
+                f"one part of {' '.join(files)} is empty ({counts[1]} records for SFT, "
+                f"{counts[0]} pairs); give more records or another --share or --seed"
+            )
+    return counts[1], counts[0]
 
 
 def is_sft(record: PreferenceRecord, *, share: float = 0.5, seed: int = 0) -> bool:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,8 @@ from megatron_infifpo.responses.answers import CUT, UNKNOWN
 from megatron_infifpo.responses.completing import Wanted, complete, to_line
 from megatron_infifpo.responses.engines import Engine
 from megatron_infifpo.responses.prompts import Prompt
-from megatron_infifpo.storage.documents import publish
+from megatron_infifpo.storage.aside import whole_file
+from megatron_infifpo.storage.sharded_job import ShardedJob
 
 
 def run_job(
@@ -47,68 +47,40 @@ def run_job(
     Raises:
         UserError: shards of another job are there.
     """
-    folder = Path(f"{output}.shards")
     content = json.dumps([asdict(prompt) for prompt in prompts], default=str)
     plan = {**plan, **asdict(wanted), "prompts": len(prompts), "shard_prompts": shard_prompts}
     plan["prompts_sha256"] = hashlib.sha256(content.encode()).hexdigest()
-    _claim(folder, plan)
+    job = ShardedJob(output, ".jsonl")
+    job.claim(plan)
     shards = [prompts[i : i + shard_prompts] for i in range(0, len(prompts), shard_prompts)]
-    paths = [folder / f"{number:06d}.jsonl" for number in range(len(shards))]
-    todo = [n for n in range(part[0], len(shards), part[1]) if not paths[n].exists()]
-    done = sum(path.exists() for path in paths)
-    if done:
+    missing = job.missing(len(shards))
+    if done := len(shards) - len(missing):
         print(f"{done} of {len(shards)} shards are there already")
+    todo = [number for number in missing if number % part[1] == part[0]]
     with tqdm(total=sum(len(shards[n]) for n in todo), unit="prompt", desc="sample") as bar:
         for number in todo:
             answers = complete(engine, shards[number], wanted, (plan["seed"], number))
-            lines = [
-                json.dumps(to_line(prompt, found, wanted, plan["model"]), ensure_ascii=False)
-                for prompt, found in zip(shards[number], answers, strict=True)
-            ]
-            aside = Path(f"{paths[number]}.partial")
-            aside.write_text("\n".join([*lines, ""]), encoding="utf-8")
-            publish(str(paths[number]))
+            with job.writing(number) as file:
+                for prompt, found in zip(shards[number], answers, strict=True):
+                    line = to_line(prompt, found, wanted, plan["model"])
+                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             bar.update(len(shards[number]))
-    if not all(path.exists() for path in paths):
+    if job.missing(len(shards)):
         return False
-    _join(paths, output)
-    shutil.rmtree(folder, ignore_errors=True)
+    _join(job, len(shards), output)
+    job.remove()
     return True
 
 
-def _join(paths: Sequence[Path], output: Path) -> None:
+def _join(job: ShardedJob, count: int, output: Path) -> None:
     """Write the output; several parts may do so at once, with the same bytes."""
-    aside = Path(f"{output}.{os.getpid()}.partial")
     try:
-        with aside.open("wb") as whole:
-            for path in paths:
-                with path.open("rb") as shard:
-                    shutil.copyfileobj(shard, whole)
-            whole.flush()
-            os.fsync(whole.fileno())
-        os.replace(aside, output)
-    except FileNotFoundError:
-        aside.unlink(missing_ok=True)
-        if not output.exists():  # else another part has joined them, and removed the shards
+        with whole_file(output, by_process=True) as aside, aside.open("wb") as whole:
+            for shard in job.files(count):
+                shutil.copyfileobj(shard, whole)
+    except UserError:
+        if not output.exists():  # else another part has joined the shards, and removed them
             raise
-
-
-def _claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Write down what the shards in a folder are, or compare."""
-    path = folder / "plan.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for name in plan:
-            if before.get(name) != plan[name]:
-                raise UserError(
-                    f"{folder} holds shards of another job: its {name} is {before.get(name)!r}, "
-                    f"this one's is {plan[name]!r}; delete it or choose another --output"
-                )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(f"{path}.{os.getpid()}.partial")
-    aside.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
 
 
 def outcome(output: Path, max_tokens: int) -> list[str]:

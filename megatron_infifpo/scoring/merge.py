@@ -1,6 +1,5 @@
 """Join the finished shards of a scoring job into its log-prob dataset."""
 
-import argparse
 from typing import Any
 
 from tqdm import tqdm
@@ -10,34 +9,34 @@ from megatron_infifpo.records.records import PreferenceRecord
 from megatron_infifpo.references.logprob_store import MADE_BY, LogprobStore
 from megatron_infifpo.references.logprob_writer import LogprobWriter
 from megatron_infifpo.references.summary import print_summary
+from megatron_infifpo.scoring.job import ScoringJob
 from megatron_infifpo.scoring.rows import Limits
-from megatron_infifpo.scoring.shards import ShardFolder, read_shards
+from megatron_infifpo.scoring.shards import read_records, read_shard
 from megatron_infifpo.storage.notes import counted
+from megatron_infifpo.storage.sharded_job import ShardedJob
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 
 def merge(
-    args: argparse.Namespace,
-    folder: ShardFolder,
+    job: ScoringJob,
+    shards: ShardedJob,
     tokenizer: ChatTokenizer,
     limits: Limits,
     plan: dict[str, Any],
 ) -> None:
-    """Join the finished shards into the log-prob dataset and print what was scored."""
-    fields = {
-        **plan,
-        "made_by": MADE_BY,
-        "source_files": args.input,
-        "example": None,
-    }
-    shards = set(range(-(-plan["count"] // args.shard_records)))
+    """Join the finished shards into the log-prob dataset and print what was scored.
+
+    Raises:
+        UserError: a shard is damaged, the records have changed, or none of them was scored.
+    """
+    fields = {**plan, "made_by": MADE_BY, "source_files": list(job.input), "example": None}
+    count = -(-plan["count"] // job.shard_records)
     domains: list[str] = []
     bar = tqdm(desc="merge", total=plan["count"], unit=" records")
-    with bar, LogprobWriter(args.output, responses=plan["responses"], manifest=fields) as writer:
-        for number, records in read_shards(
-            args.input, args.shard_records, shards, on_bad=args.on_bad_record
-        ):
-            for record, (note, remarks), values in folder.read(number, records):
+    with bar, LogprobWriter(job.output, responses=plan["responses"], manifest=fields) as writer:
+        numbered = read_records(job, set(range(count)))
+        for (number, records), file in zip(numbered, shards.files(count), strict=True):
+            for record, (note, remarks), values in read_shard(file, number, records):
                 domains.append(record.domain)
                 if not any(map(len, values)):
                     writer.mask(record.id, note or "")
@@ -48,7 +47,7 @@ def merge(
             bar.update(len(records))
         if len(writer) != plan["count"]:
             raise UserError(
-                f"{', '.join(args.input)}: there are {len(writer)} records now, expected the "
+                f"{', '.join(job.input)}: there are {len(writer)} records now, expected the "
                 f"{plan['count']} of before; they have changed while they were scored"
             )
         if writer.fields["example"] is None:
@@ -56,9 +55,9 @@ def merge(
                 f"no record can be scored: {counted(writer.notes.counts())}; choose another "
                 "--context-length, or another source"
             )
-    store = LogprobStore(args.output)
+    store = LogprobStore(job.output)
     store.logprobs(0, 0)  # opens every file
-    folder.remove()
+    shards.remove()
     print_summary(store, domains)
 
 

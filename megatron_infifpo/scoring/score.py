@@ -1,6 +1,5 @@
 """Score preference records under one model: shard, run, resume, merge."""
 
-import argparse
 import hashlib
 import os
 from collections.abc import Iterator
@@ -23,94 +22,77 @@ from megatron_infifpo.records.records import (
 )
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.rows.prefetch import prefetch
+from megatron_infifpo.scoring.job import ScoringJob
 from megatron_infifpo.scoring.merge import merge
 from megatron_infifpo.scoring.ranks import Progress, on_first_rank, rank
 from megatron_infifpo.scoring.rows import Limits, ShardRows, prepare_shard
-from megatron_infifpo.scoring.shards import ShardFolder, different, read_shards
-from megatron_infifpo.tokens.flags import open_tokenizer
+from megatron_infifpo.scoring.shards import read_records, write_shard
+from megatron_infifpo.storage.sharded_job import ShardedJob, different
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_infifpo.tokens.options import open_tokenizer
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
-
-def _megatron(directory: str, **options: Any) -> Any:
-    from megatron_infifpo.scoring.megatron_backend import MegatronBackend
-
-    if options.pop("trust_remote_code"):
-        raise UserError(
-            "--trust-remote-code has no effect with --backend megatron, which runs its own model"
-        )
-    return MegatronBackend(directory, **options)
+MAY_MOVE = ("path",)  # in a plan: the same tokenizer may lie elsewhere now
 
 
-def _transformers(directory: str, **options: Any) -> Any:
-    from megatron_infifpo.scoring.transformers_backend import TransformersBackend
+def score(job: ScoringJob) -> None:
+    """Score every response of the records, into a log-prob dataset; alone or on many ranks.
 
-    return TransformersBackend(directory, **options)
+    Finished shards are kept: an interrupted job goes on where it was, on any number of ranks.
+    Output that is complete already is left as it is. Prints a progress bar and a summary.
 
-
-# A backend holds this rank's part of a model; called with collated rows it returns their log-probs.
-BACKENDS = {"megatron": _megatron, "transformers": _transformers}
-
-
-def score(args: argparse.Namespace) -> None:
-    """Run one scoring job, as `tools/score_source.py` describes its arguments.
+    Args:
+        job: what is scored; all ranks have the same. `LogprobStore(job.output)` opens the result.
 
     Raises:
         UserError: bad records, an unusable model or layout, or output of another job.
     """
-    tokenizer = _open_tokenizer(args)
-    limits = _limits(args)
-    folder = ShardFolder(Path(f"{args.output}.shards"))
-    if Path(f"{args.output}.json").exists():
+    tokenizer = _open_tokenizer(job)
+    limits = _limits(job)
+    shards = ShardedJob(job.output, ".npz", free=MAY_MOVE)
+    if Path(f"{job.output}.json").exists():
         if rank() == 0:
-            _check_finished(args, _plan(args, tokenizer, limits, _scan(args, limits)))
-            folder.remove()  # a job may be killed when all but this is done
+            _check_finished(job, _plan(job, tokenizer, limits, _scan(job, limits)))
+            shards.remove()  # a job may be killed when all but this is done
         return
     # Found out before a large model is loaded, and by one rank only.
     scanned = {}
     if rank() == 0:
-        _check_writable(folder.folder)
-        scanned = _scan(args, limits)
-    backend = BACKENDS[args.backend](
-        args.model,
-        tensor_parallel=args.tensor_model_parallel_size,
-        pipeline_parallel=args.pipeline_model_parallel_size,
-        bf16=args.bf16,
-        trust_remote_code=args.trust_remote_code,
-    )
+        _check_writable(shards.folder)
+        scanned = _scan(job, limits)
+    model = job.load_model()
 
     def start() -> tuple[dict[str, Any], list[int]]:
-        plan = _plan(args, tokenizer, limits, scanned)
-        plan |= {"device": _device(), "share_prompt": backend.shares_prompts}
-        folder.open(plan)
-        shards = range(-(-plan["count"] // args.shard_records))
-        return plan, [s for s in shards if not folder.is_finished(s)]
+        plan = _plan(job, tokenizer, limits, scanned)
+        plan |= {"device": _device(), "share_prompt": model.layout.share_prompt}
+        shards.claim(plan)
+        return plan, shards.missing(-(-plan["count"] // job.shard_records))
 
     # All ranks must agree on what is finished, whatever view of the folder each of them has.
     plan, todo = on_first_rank(start)
-    mine = todo[backend.data_parallel_rank :: backend.data_parallel_size]
-    total, size = plan["count"], args.shard_records
+    mine = todo[model.data_parallel_rank :: model.data_parallel_size]
+    total, size = plan["count"], job.shard_records
     finished = total - sum(min(size, total - s * size) for s in todo)
     title = f"score {plan['model']}"
-    with Progress(title, total, finished, shards=len(todo), counts=backend.is_writer) as progress:
-        for shard in prefetch(_shards(args, tokenizer, limits, backend, set(mine))):
-            _score_shard(shard, folder, backend, progress)
+    with Progress(title, total, finished, shards=len(todo), counts=model.is_writer) as progress:
+        for shard in prefetch(_rows(job, tokenizer, limits, model, set(mine))):
+            _score_shard(shard, shards, model, progress)
         progress.wait()
-    on_first_rank(lambda: merge(args, folder, tokenizer, limits, plan))
+    on_first_rank(lambda: merge(job, shards, tokenizer, limits, plan))
 
 
-def _open_tokenizer(args: argparse.Namespace) -> ChatTokenizer:
+def _open_tokenizer(job: ScoringJob) -> ChatTokenizer:
     """Load the model's tokenizer; another one must not pass for it."""
-    carried = Path(args.model) / "hf"
-    own = carried if carried.is_dir() else Path(args.model)
-    if args.tokenizer is None:
-        return open_tokenizer(own, args)
-    tokenizer = open_tokenizer(args.tokenizer, args)
+    carried = Path(job.model) / "hf"
+    own = carried if carried.is_dir() else Path(job.model)
+    if job.tokenizer is None:
+        return open_tokenizer(own, job.tokenizer_options)
+    tokenizer = open_tokenizer(job.tokenizer, job.tokenizer_options)
     if any(own.glob("tokenizer*")):
-        found = load_tokenizer(own, trust_remote_code=args.trust_remote_code)
+        found = load_tokenizer(own, trust_remote_code=job.tokenizer_options.trust_remote_code)
         if tokenizer_fingerprint(found) != tokenizer.fingerprint()["tokenizer_sha256"]:
             raise UserError(
-                f"--tokenizer {args.tokenizer} is another tokenizer than the model's own in "
+                f"--tokenizer {job.tokenizer} is another tokenizer than the model's own in "
                 f"{own}; leave the flag out"
             )
     return tokenizer
@@ -130,34 +112,34 @@ def _device() -> str:
     return torch.cuda.get_device_name()
 
 
-def _limits(args: argparse.Namespace) -> Limits:
+def _limits(job: ScoringJob) -> Limits:
     """Read the model's context from its config.json, and check the flags against it."""
-    config = read_hf_config(args.model)
+    config = read_hf_config(job.model)
     context = config.get("text_config", config).get("max_position_embeddings")
-    if context is None and args.context_length is None:
+    if context is None and job.context_length is None:
         raise UserError(
-            f"{args.model}/config.json has no max_position_embeddings; say with --context-length "
+            f"{job.model}/config.json has no max_position_embeddings; say with --context-length "
             "how many tokens the model takes"
         )
-    if context is not None and args.context_length is not None and args.context_length > context:
+    if context is not None and job.context_length is not None and job.context_length > context:
         raise UserError(
-            f"--context-length is {args.context_length}, but {args.model} takes {context} tokens "
+            f"--context-length is {job.context_length}, but {job.model} takes {context} tokens "
             "(max_position_embeddings)"
         )
-    return Limits(args.context_length or context, args.over_context == "cut", args.domains)
+    return Limits(job.context_length or context, job.over_context == "cut", job.domains)
 
 
-def _scan(args: argparse.Namespace, limits: Limits) -> dict[str, Any]:
+def _scan(job: ScoringJob, limits: Limits) -> dict[str, Any]:
     """Read all records once: are they well-formed, how many, which."""
     report = ReadReport()
     digest, count, domains, responses = hashlib.sha256(), 0, set(), 0
-    for record in iter_records(args.input, on_bad=args.on_bad_record, report=report):
+    for record in iter_records(job.input, on_bad=job.on_bad_record, report=report):
         digest.update(canonical_bytes(record))
         domains.add(record.domain)
         count, responses = count + 1, len(record.responses)
     report.show()
     if not count:
-        raise UserError(f"there are no records in {', '.join(args.input)}, expected at least one")
+        raise UserError(f"there are no records in {', '.join(job.input)}, expected at least one")
     for domain in limits.domains or ():
         if domain not in domains:
             raise UserError(
@@ -171,23 +153,23 @@ def _scan(args: argparse.Namespace, limits: Limits) -> dict[str, Any]:
 
 
 def _plan(
-    args: argparse.Namespace, tokenizer: ChatTokenizer, limits: Limits, scanned: dict[str, Any]
+    job: ScoringJob, tokenizer: ChatTokenizer, limits: Limits, scanned: dict[str, Any]
 ) -> dict[str, Any]:
     """All that a job's numbers depend on."""
     return {
         **scanned,
-        "model": args.name or Path(args.model).resolve().name,
-        "weights_sha256": weights_fingerprint(args.model),
+        "model": job.model_name,
+        "weights_sha256": weights_fingerprint(job.model),
         "tokenizer": tokenizer.describe(),
-        "backend": args.backend,
-        "dtype": "bfloat16" if args.bf16 else "float32",
-        "tensor_parallel": args.tensor_model_parallel_size,
-        "pipeline_parallel": args.pipeline_model_parallel_size,
+        "backend": job.backend,
+        "dtype": "bfloat16" if job.bf16 else "float32",
+        "tensor_parallel": job.tensor_model_parallel_size,
+        "pipeline_parallel": job.pipeline_model_parallel_size,
         "context_length": limits.context_length,
-        "over_context": args.over_context,
-        "domains": args.domains,
-        "shard_records": args.shard_records,
-        "row_tokens": args.row_tokens,
+        "over_context": job.over_context,
+        "domains": job.domains and list(job.domains),
+        "shard_records": job.shard_records,
+        "row_tokens": job.row_tokens,
         "versions": {
             "megatron_infifpo": __version__,
             "torch": torch.__version__,
@@ -196,52 +178,46 @@ def _plan(
     }
 
 
-def _check_finished(args: argparse.Namespace, plan: dict[str, Any]) -> None:
+def _check_finished(job: ScoringJob, plan: dict[str, Any]) -> None:
     """Accept output that this very job has written, and refuse any other."""
-    found = LogprobStore(args.output).manifest
-    if difference := different(plan, {name: found.get(name) for name in plan}):
+    found = LogprobStore(job.output).manifest
+    if difference := different(plan, {name: found.get(name) for name in plan}, MAY_MOVE):
         raise UserError(
-            f"{args.output}.json exists and is of another job: {difference}; delete it or choose "
+            f"{job.output}.json exists and is of another job: {difference}; delete it or choose "
             "another --output"
         )
-    LogprobStore(args.output).logprobs(0, 0)  # opens every file
-    print(f"{args.output} is complete already")
+    LogprobStore(job.output).logprobs(0, 0)  # opens every file
+    print(f"{job.output} is complete already")
 
 
-def _shards(
-    args: argparse.Namespace,
-    tokenizer: ChatTokenizer,
-    limits: Limits,
-    backend: Any,
-    wanted: set[int],
+def _rows(
+    job: ScoringJob, tokenizer: ChatTokenizer, limits: Limits, model: Any, wanted: set[int]
 ) -> Iterator[ShardRows]:
     """Read and pack this rank's shards, one after the other."""
-    for number, records in read_shards(
-        args.input, args.shard_records, wanted, on_bad=args.on_bad_record
-    ):
+    for number, records in read_records(job, wanted):
         yield prepare_shard(
             number,
             records,
             tokenizer,
             limits,
-            vocab_size=backend.vocab_size,
-            row_tokens=args.row_tokens,
-            pad_multiple=backend.pad_multiple,
-            share_prompt=backend.shares_prompts,
+            vocab_size=model.vocab_size,
+            row_tokens=job.row_tokens,
+            layout=model.layout,
         )
 
 
-def _score_shard(shard: ShardRows, folder: ShardFolder, backend: Any, progress: Progress) -> None:
+def _score_shard(shard: ShardRows, shards: ShardedJob, model: Any, progress: Progress) -> None:
     """Score one shard and write it, from the rank that holds the results."""
     masked = len(shard.records) - sum(len(row) for row in shard.plan)
     progress.add(masked, 0)
     # The schedules of Megatron cannot run no row at all: every record may be masked.
     outputs = []
     if shard.rows:
-        outputs = backend(
+        outputs = model(
             shard.rows, lambda row: progress.add(len(row["indices"]), row["tokens"].numel())
         )
-    if backend.is_writer:
+    if model.is_writer:
         said = list(zip(shard.notes, shard.remarks, strict=True))
-        folder.write(shard.number, shard.records, said, shard.unpack(outputs))
+        with shards.writing(shard.number) as file:
+            write_shard(file, shard.records, said, shard.unpack(outputs))
         progress.wrote()

@@ -17,6 +17,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.logprobs import chunk_bytes_on
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.rows import Row
+from megatron_infifpo.rows.layout import PLAIN
 
 LOGITS_BYTES = 2**30
 # A batch's shortest segment has at least this share of the tokens of its longest.
@@ -31,27 +32,22 @@ class TransformersBackend:
     """
 
     name = "transformers"
-    pad_multiple = 1
-    shares_prompts = False
+    layout = PLAIN
 
     def __init__(
         self,
         directory: str | Path,
         *,
         tensor_parallel: int = 1,
-        pipeline_parallel: int = 1,
         bf16: bool = False,
         trust_remote_code: bool = False,
     ):
         """Load the model.
 
         Raises:
-            UserError: pipeline parallelism, tensor parallelism over some of the ranks only, or a
-                model that is not whole.
+            UserError: tensor parallelism over some of the ranks only, or a model that is not whole.
         """
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        if pipeline_parallel != 1:
-            raise UserError("--backend transformers has no pipeline parallelism: use megatron")
         if tensor_parallel not in (1, world):
             raise UserError(
                 f"--backend transformers shards a model over all ranks or none: "

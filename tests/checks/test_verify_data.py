@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from support.tools import load_tool
+from support.tools import run_tool
 
 
 @pytest.fixture
@@ -25,13 +25,12 @@ def data(setup, tmp_path):
 
 
 @pytest.fixture
-def verify(data, monkeypatch, capsys):
+def verify(data, capsys):
     """Exit code, and the lines that it prints."""
 
     def call(*flags: str) -> tuple[int, list[str]]:
         argv = ["--data", str(data / "train"), "--sources", str(data / "sources.yaml"), *flags]
-        monkeypatch.setattr("sys.argv", ["verify_data.py", *argv])
-        code = load_tool("verify_data").main()
+        code = run_tool("verify_data", argv)
         return code, capsys.readouterr().out.splitlines()
 
     return call

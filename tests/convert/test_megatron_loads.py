@@ -151,7 +151,7 @@ def test_verify_refuses_another_model(ranks, models, tmp_path):
 
 
 def test_worst_tensor_with_nan(models, tmp_path):
-    from megatron_infifpo.checks.conversion import worst_tensor
+    from megatron_infifpo.checks.weights import worst_tensor
 
     hf, megatron = models("llama")
     weights = load_weights(hf)

@@ -1,17 +1,18 @@
 """Log-probs of scored tokens, from records to a data set, against a loop over transformers."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.rows.layout import PLAIN
 from megatron_infifpo.scoring import merge
+from megatron_infifpo.scoring.job import ScoringJob
 from megatron_infifpo.scoring.rows import Limits, prepare_shard
-from megatron_infifpo.scoring.shards import ShardFolder
+from megatron_infifpo.scoring.shards import write_shard
 from megatron_infifpo.scoring.transformers_backend import TransformersBackend
+from megatron_infifpo.storage.sharded_job import ShardedJob
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.encoding import scored_marks
 from megatron_infifpo.tokens.tokenization import TokenizedRecord
@@ -33,24 +34,23 @@ def backend(tmp_path_factory):
 
 def score(backend, folder, limits, monkeypatch) -> LogprobStore:
     """Score the records shard by shard, and merge the shards."""
-    shards = ShardFolder(folder / "out.shards")
-    shards.open({})
+    shards = ShardedJob(folder / "out", ".npz")
+    shards.claim({})
     groups = [RECORDS[i : i + SIZE] for i in range(0, len(RECORDS), SIZE)]
     for number, group in enumerate(groups):
         shard = prepare_shard(
-            number, group, CHAT, limits, vocab_size=VOCABULARY, row_tokens=70, pad_multiple=1
+            number, group, CHAT, limits, vocab_size=VOCABULARY, row_tokens=70, layout=PLAIN
         )
         said = list(zip(shard.notes, shard.remarks, strict=True))
-        shards.write(number, group, said, shard.unpack(backend(shard.rows)))
-    monkeypatch.setattr(merge, "read_shards", lambda *args, **options: enumerate(groups))
+        with shards.writing(number) as file:
+            write_shard(file, group, said, shard.unpack(backend(shard.rows)))
+    monkeypatch.setattr(merge, "read_records", lambda *args: enumerate(groups))
     plan = manifest_fields(RECORDS) | {
         "count": len(RECORDS),
         "responses": ["chosen", "rejected", "pivot_chosen"],
     }
-    args = SimpleNamespace(
-        output=str(folder / "out"), input=["x"], shard_records=SIZE, on_bad_record="error"
-    )
-    merge.merge(args, shards, CHAT, limits, plan)
+    job = ScoringJob("transformers", "x", ["x"], str(folder / "out"), shard_records=SIZE)
+    merge.merge(job, shards, CHAT, limits, plan)
     return LogprobStore(folder / "out")
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from support.tools import load_tool
+from support.tools import run_tool
 
 
 def megatron_argument_names() -> list[str]:
@@ -120,5 +120,4 @@ def import_with_full_disk(source: str, target: str) -> None:
 
 def verify(argv: list[str]) -> int:
     """Run `tools/convert_checkpoint.py verify ARGV` as one rank; return its exit code."""
-    sys.argv = ["convert_checkpoint", "verify", *argv]
-    return load_tool("convert_checkpoint").main() or 0
+    return run_tool("convert_checkpoint", ["verify", *argv]) or 0

@@ -1,10 +1,11 @@
 """The programs in tools/ and modules with a command line, run in this process."""
 
-import importlib
 import importlib.util
+import runpy
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
+from unittest import mock
 
 from support.launcher import ROOT
 
@@ -23,17 +24,26 @@ def load_tool(name: str) -> ModuleType:
     return module
 
 
-def run_tool(name: str, argv: list[str]) -> None:
-    """Run the main of a file in tools/ as one rank."""
+def run_tool(name: str, argv: list[str]) -> int | None:
+    """Run a file in tools/ as its command line does, but raise its errors; return its exit code."""
+    from megatron_infifpo.commands import entry
+    from megatron_infifpo.commands import main as commands
+
+    codes = []
+
+    def call(main: Callable[[], int | None]) -> None:
+        codes.append(main())
+
     sys.argv = [name, *argv]
-    load_tool(name).main()
+    with mock.patch.object(entry, "run", call), mock.patch.object(commands, "run", call):
+        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+    return codes[0]
 
 
 def command(program: str, argv: list[str]) -> None:
     """Run a program (a module, or tools/NAME.py) as its command line does, exit code included."""
-    from megatron_infifpo.commands.entry import run
-
-    is_tool = program.startswith("tools/")
-    module = load_tool(Path(program).stem) if is_tool else importlib.import_module(program)
     sys.argv = [program, *argv]
-    run(module.main)
+    if program.startswith("tools/"):
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__")

@@ -1,20 +1,39 @@
-"""Flags of the tools that read preference records and tokenize them."""
+"""Flags that several commands have, and what is made of them."""
 
 import argparse
+import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.records.flags import add_record_flags as add_record_flags
+from megatron_infifpo.records.records import ON_BAD
+from megatron_infifpo.tokens.options import TokenizerOptions
 from megatron_infifpo.tokens.rendering import REASONING, SCORE
-from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
-# A reply that is the last message ends with the end of text, as base models have seen it.
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
-    "{{ eos_token if loop.last and message['role'] == 'assistant' else '\\n\\n' }}{% endfor %}"
-)
+
+def fields_of(args: argparse.Namespace, job: type) -> dict[str, Any]:
+    """Return the fields of a job, a dataclass, that a command line has."""
+    names = {field.name for field in dataclasses.fields(job)}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def add_record_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which records to read."""
+    parser.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="preference records, in order: .jsonl, .json, .csv (also .gz, .zst), .parquet, or "
+        "folders that datasets saved (docs/file-formats.md)",
+    )
+    parser.add_argument(
+        "--on-bad-record",
+        choices=ON_BAD,
+        default="error",
+        help="stop at the first malformed record, or leave such records out, then in every "
+        "command (default: error)",
+    )
 
 
 def add_tokenizer_flags(parser: argparse._ActionsContainer, *, scored: bool = True) -> None:
@@ -51,30 +70,15 @@ def add_tokenizer_flags(parser: argparse._ActionsContainer, *, scored: bool = Tr
         )
 
 
-def open_tokenizer(path: str | Path, args: argparse.Namespace) -> ChatTokenizer:
-    """Load a tokenizer as `add_tokenizer_flags` describes.
+def tokenizer_options(args: argparse.Namespace) -> TokenizerOptions:
+    """Return what `add_tokenizer_flags` read.
 
     Raises:
-        UserError: nothing loadable, no template, or an unreadable one.
+        UserError: --chat-template-options is not a JSON object.
     """
-    template = args.chat_template
-    if template == "plain":
-        template = PLAIN_TEMPLATE
-    elif template is not None:
-        try:
-            template = Path(template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read --chat-template {args.chat_template} ({error}), expected a Jinja "
-                "file or 'plain'"
-            ) from None
-    return ChatTokenizer.from_pretrained(
-        path,
-        template=template,
-        options=read_options(args.chat_template_options),
-        score=getattr(args, "score", "last"),
-        reasoning=getattr(args, "score_reasoning", "auto"),
-        trust_remote_code=args.trust_remote_code,
+    options = read_options(args.chat_template_options)
+    return TokenizerOptions(
+        **fields_of(args, TokenizerOptions) | {"chat_template_options": options}
     )
 
 

@@ -1,0 +1,228 @@
+"""One record as training sees it: tokens, every model's log-probs, the fused reference."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.methods import Method, resolve
+from megatron_infifpo.records.records import iter_records
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.reference import value
+from megatron_infifpo.references.sources import read_sources
+from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset, PreferencePair
+from megatron_infifpo.tokens.encoding import scored_marks
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
+from megatron_infifpo.training.objective import pair_losses
+
+EDGE = 6  # tokens shown on each side of a border
+
+
+@dataclass(frozen=True)
+class InspectionJob:
+    """A record to look at; fields named as the flags of `infifpo inspect`.
+
+    Attributes:
+        data: prefix of the token dataset.
+        id: of the record.
+        sources: sources.yaml; None: only tokens are shown.
+        tokenizer: folder, if it is no longer where the dataset was made with it.
+        tokens: show every model's prompt, and its tokens of each response with their log-probs.
+        trust_remote_code: run code that comes with the tokenizers.
+        method: how the record is used.
+    """
+
+    data: str
+    id: str
+    sources: str | None = None
+    tokenizer: str | None = None
+    tokens: bool = False
+    trust_remote_code: bool = False
+    method: Method = field(default_factory=lambda: resolve("infifpo"))
+
+
+def inspect_record(job: InspectionJob) -> Iterator[str]:
+    """Show a record as training sees it, at step 0, when the policy is the initial pivot.
+
+    Yields:
+        Text, to be printed line by line.
+
+    Raises:
+        UserError: data that cannot be read, or no such record.
+    """
+    method = job.method
+    config = read_sources(job.sources) if job.sources else None
+    fused = config is not None and method.fused
+    dataset = PreferenceDataset(job.data, config, require_sources=fused, responses=method.responses)
+    index = dataset.tokens.find(job.id)
+    if index is None:
+        raise UserError(
+            f"{job.data} has no record {job.id!r}, expected an id such as {dataset.tokens.ids(0)!r}"
+        )
+    tokenizer = ChatTokenizer.reopen(
+        dataset.tokens.manifest["tokenizer"],
+        job.tokenizer,
+        trust_remote_code=job.trust_remote_code,
+    )
+    pair = dataset[index]
+    yield f"record {job.id!r}, index {index}, domain {dataset.tokens.domain(index)}"
+    if dataset.tokens.masked_records[index]:
+        yield f"masked: {dataset.tokens.note(index)}; training leaves this pair out"
+        return
+    for remark in dataset.tokens.remarks(index):
+        yield f"remark: {remark}"
+    yield from _tokens(pair, dataset.tokens.responses[: method.responses], tokenizer)
+    if dataset.initial is not None:
+        yield from _models_table(dataset, pair)
+        if job.tokens:
+            yield from _scored_tokens(dataset, index, job.trust_remote_code)
+        yield from _reference(dataset, pair, method)
+
+
+def _tokens(
+    pair: PreferencePair, names: tuple[str, ...], tokenizer: ChatTokenizer
+) -> Iterator[str]:
+    """Prompt and responses decoded, and the ids around each border."""
+    hf = tokenizer.tokenizer
+
+    def ids(part: np.ndarray) -> str:
+        return " ".join(f"{i}:{hf.decode([i])!r}" for i in part.tolist())
+
+    yield f"\nprompt, {len(pair.prompt_ids)} tokens, not scored:"
+    yield hf.decode(pair.prompt_ids.tolist())
+    marks = scored_marks(pair.response_ids, pair.scored)
+    for name, response, mark in zip(names, pair.response_ids, marks, strict=True):
+        yield f"\n{name}, {len(response)} tokens, {int(mark.sum())} of them scored:"
+        yield hf.decode(response.tolist())
+        for number, part in enumerate(_unscored_parts(response, mark), 1):
+            yield f"  not scored, {number}: {hf.decode(part.tolist())!r}"
+        yield f"  border: ... {ids(pair.prompt_ids[-EDGE:])}  |  {ids(response[:EDGE])} ..."
+        yield f"  end:    ... {ids(response[-EDGE:])}"
+
+
+def _unscored_parts(ids: np.ndarray, mark: np.ndarray) -> list[np.ndarray]:
+    """Return the runs of tokens that are not scored."""
+    borders = np.flatnonzero(np.diff(mark)) + 1
+    parts = zip(np.split(ids, borders), np.split(mark, borders), strict=True)
+    return [part for part, scored in parts if not scored.all()]
+
+
+def _models(dataset: PreferenceDataset) -> list[tuple[str, LogprobStore]]:
+    """Name and log-probs of the initial pivot and of every source."""
+    references = dataset.references
+    assert references is not None
+    sources = [(source.name, source.store) for source in references.sources]
+    return [("initial pivot", references.initial.store), *sources]
+
+
+def _models_table(dataset: PreferenceDataset, pair: PreferencePair) -> Iterator[str]:
+    """How each model was scored, then its sum, tokens and mean for each response."""
+    yield "\nhow they were scored"
+    for name, store in _models(dataset):
+        yield f"{name:<24}{_origin(store.manifest)}"
+    yield "\nlog-probs"
+    yield f"{'model':<24}{'response':<14}{'sum':>12}{'tokens':>8}{'mean':>10}"
+    for column, (name, store) in enumerate(_models(dataset), start=-1):
+        note = store.note(pair.index)
+        if store.masked(pair.index):
+            yield f"{name:<24}masked: {note}"
+            continue
+        assert pair.values is not None
+        if column >= 0 and not pair.values.source_mask[column]:
+            note = "masked: its domains do not include this record's"
+        sums, counts = store.sums(pair.index), store.counts(pair.index)
+        for response, total, count in zip(store.responses, sums, counts, strict=True):
+            line = f"{name:<24}{response:<14}{total:>12.4f}{count:>8}{total / count:>10.4f}"
+            yield f"{line}  {note}" if note else line
+
+
+def _origin(manifest: dict[str, Any]) -> str:
+    """Say in a line where log-probs come from and what its model was shown."""
+    chat = manifest["tokenizer"]
+    made = f"{manifest['model']}, {manifest['backend']}, {manifest['dtype']}"
+    if chat["path"] is None:
+        return f"{made}; tokenizer and chat template unknown"
+    template = "chat template given by hand; " if chat["chat_template"] else ""
+    return (
+        f"{made}; tokenizer {chat['path']}; {template}system message {chat['system_message']}; "
+        f"a turn ends with {chat['end_of_turn']!r}"
+    )
+
+
+def _scored_tokens(
+    dataset: PreferenceDataset, index: int, trust_remote_code: bool
+) -> Iterator[str]:
+    """Each model's prompt and response tokens: `[not scored]`, or with the log-prob."""
+    files, record_id = dataset.tokens.manifest["source_files"], dataset.tokens.ids(index)
+    records = iter_records(files, on_bad="skip")
+    record = next((r for r in records if r.id == record_id), None)
+    if record is None:
+        raise UserError(f"--tokens needs the record's text, but {record_id!r} is not in {files}")
+    for name, store in _models(dataset):
+        yield f"\n{name}: what it was shown, and the log-probs of its tokens"
+        known = store.has_values and store.manifest["tokenizer"]["path"] is not None
+        if store.masked(index) or not known:
+            yield f"  none: {store.note(index) or 'imported without tokens or without values'}"
+            continue
+        try:
+            chat = ChatTokenizer.reopen(
+                store.manifest["tokenizer"], trust_remote_code=trust_remote_code
+            )
+        except UserError as error:
+            yield f"  not shown: {error}"
+            continue
+        rendered, tokens, decode = chat.render(record), chat.encode(record), chat.tokenizer.decode
+        yield f"the template renders: {rendered.prompt}"
+        if (shown := decode(tokens.prompt_ids.tolist())) != rendered.prompt:
+            yield f"its tokens read: {shown}"
+        marks = scored_marks(tokens.response_ids, tokens.scored)
+        for r, (response, mark) in enumerate(zip(store.responses, marks, strict=True)):
+            values = iter(store.logprobs(index, r).tolist())
+            shown = []
+            for token, scored in zip(tokens.response_ids[r].tolist(), mark.tolist(), strict=True):
+                value = next(values, None) if scored else None
+                if scored and value is None:
+                    break  # it was cut
+                shown.append(
+                    f"[{decode([token])!r}]"
+                    if value is None
+                    else f"{decode([token])!r} {value:.3f}"
+                )
+            yield f"{response}, rendered: {rendered.replies[r].text}"
+            yield f"{response}, tokens: " + " ".join(shown)
+
+
+def _reference(dataset: PreferenceDataset, pair: PreferencePair, method: Method) -> Iterator[str]:
+    """Each source's clipped value and share, the reference, and the first loss."""
+    assert dataset.initial is not None
+    if dataset.initial.masked(pair.index):
+        yield "\nno reference: the initial pivot has no log-probs; training leaves this pair out"
+        return
+    if method.reference is None:
+        yield "\nno reference: SFT"
+        return
+    row = collate([pair])
+    losses, initial, fused = pair_losses(method, row, row["initial_sum_logps"], progress=0.0)
+    compared = "means" if method.length_normalization else "sums"
+    yield f"\nreference at step 0: {method.reference}, {compared}, {method.objective}'s loss"
+    yield f"{'response':<14}{'source':<24}{'value':>12}{'clipped to':>12}{'share':>8}"
+    sources = value(row, means=method.length_normalization).sources
+    names = dataset.source_names if method.fused else ()
+    for r, response in enumerate(dataset.tokens.responses[: method.responses]):
+        own = initial[0, r].item()
+        for m, name in enumerate(names):
+            if not row["source_mask"][0, m]:
+                yield f"{response:<14}{name:<24}{'masked':>12}"
+                continue
+            changed = fused.clipped is not None and bool(fused.clipped[0, r, m])
+            clipped = f"{own:.4f}" if changed else "-"
+            share = fused.weights[0, r, m].item()
+            yield f"{response:<14}{name:<24}{sources[0, r, m]:>12.4f}{clipped:>12}{share:>8.3f}"
+        if method.initial_as_source:
+            share = fused.weights[0, r, -1].item()
+            yield f"{response:<14}{'initial pivot':<24}{own:>12.4f}{'-':>12}{share:>8.3f}"
+        yield f"{response:<14}{'reference':<24}= {fused.logps[0, r]:.4f} (initial pivot {own:.4f})"
+    yield f"loss {losses.item():.4f}"

@@ -1,0 +1,24 @@
+"""Print what a checkpoint is: format, family, sizes, dtype, and the flags that it needs.
+
+infifpo describe --load ckpt/phi-4
+"""
+
+import argparse
+
+from megatron_infifpo.commands.export import add_iteration
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which checkpoint."""
+    parser.add_argument(
+        "--load", required=True, metavar="DIR", help="Megatron checkpoint or Hugging Face folder"
+    )
+    add_iteration(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print a line a fact."""
+    from megatron_infifpo.convert.summary import describe
+
+    for name, value in describe(args.load, args.iteration).items():
+        print(f"{name:<12} {value}")

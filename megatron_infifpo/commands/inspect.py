@@ -1,0 +1,42 @@
+"""Show one record as training sees it: tokens, every model's log-probs, the fused reference.
+
+    infifpo inspect --data data/train --sources sources.yaml --id train-17
+
+The method's flags are those of training. The reference is that of step 0, when the policy is the
+initial pivot.
+"""
+
+import argparse
+
+from megatron_infifpo.commands.flags import fields_of
+from megatron_infifpo.methods import add_method_flags, method_from_options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which record, and how it is used."""
+    parser.add_argument("--data", required=True, metavar="PREFIX", help="of the token dataset")
+    parser.add_argument("--id", required=True, help="of the record")
+    parser.add_argument("--sources", metavar="FILE", help="sources.yaml; without it only tokens")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="if it is no longer where the dataset was made with it"
+    )
+    parser.add_argument(
+        "--tokens",
+        action="store_true",
+        help="print every model's prompt, and its tokens of each response with their log-probs",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the tokenizers"
+    )
+    add_method_flags(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the record."""
+    from megatron_infifpo.checks.inspection import InspectionJob, inspect_record
+
+    given = fields_of(args, InspectionJob) | {
+        "method": method_from_options(args.method, vars(args))
+    }
+    for line in inspect_record(InspectionJob(**given)):
+        print(line)

@@ -1,0 +1,95 @@
+"""Score every response of preference records under one model, into a log-prob dataset.
+
+The model speaks its own language: its tokenizer, its chat template. Run it alone or on many ranks;
+rerun the same command after an interruption, on any number of ranks, and finished shards are kept.
+
+    infifpo score --backend transformers --model qwen2.5-14b-instruct \\
+        --input train.jsonl --output logprobs/qwen
+
+    torchrun --nproc-per-node 8 -m megatron_infifpo score --backend megatron --model pivot \\
+        --tensor-model-parallel-size 2 --bf16 --input train.jsonl --output logprobs/pivot
+"""
+
+import argparse
+
+from megatron_infifpo.commands.flags import (
+    add_record_flags,
+    add_tokenizer_flags,
+    fields_of,
+    tokenizer_options,
+)
+from megatron_infifpo.flag_types import positive
+from megatron_infifpo.scoring.job import BACKENDS, OVER_CONTEXT, ScoringJob
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a scoring job."""
+    parser.add_argument(
+        "--backend",
+        choices=list(BACKENDS),
+        required=True,
+        help="megatron: tensor and pipeline parallel, packed rows; transformers: any causal LM",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="Hugging Face folder or (megatron) converted checkpoint",
+    )
+    add_record_flags(parser)
+    parser.add_argument(
+        "--output", required=True, metavar="PREFIX", help="of the log-prob dataset to write"
+    )
+    parser.add_argument("--name", help="the model's name in the manifest (default: its folder)")
+    parser.add_argument("--tensor-model-parallel-size", type=positive, default=1, metavar="N")
+    parser.add_argument("--pipeline-model-parallel-size", type=positive, default=1, metavar="N")
+    parser.add_argument(
+        "--bf16", action="store_true", help="weights in bfloat16 (default: float32)"
+    )
+    what = parser.add_argument_group("what is scored")
+    what.add_argument(
+        "--domains",
+        nargs="+",
+        metavar="DOMAIN",
+        help="score records of these domains only and mask the others (default: all)",
+    )
+    what.add_argument(
+        "--context-length",
+        type=positive,
+        metavar="N",
+        help="tokens of a prompt with one response (default, and at most: the model's context)",
+    )
+    what.add_argument(
+        "--over-context",
+        choices=OVER_CONTEXT,
+        default="mask",
+        help="a record with a longer response is masked, or its responses are cut, which the "
+        "manifest notes (default: mask)",
+    )
+    what.add_argument(
+        "--tokenizer", metavar="DIR", help="for a model folder without one (default: the model's)"
+    )
+    add_tokenizer_flags(what)
+    work = parser.add_argument_group("how the work is divided")
+    work.add_argument(
+        "--row-tokens",
+        type=positive,
+        default=8192,
+        metavar="N",
+        help="tokens of a packed row (default: 8192)",
+    )
+    work.add_argument(
+        "--shard-records",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="records of a shard, the unit of work and of resuming (default: 256)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score."""
+    job = ScoringJob(**fields_of(args, ScoringJob), tokenizer_options=tokenizer_options(args))
+    from megatron_infifpo.scoring.score import score
+
+    score(job)

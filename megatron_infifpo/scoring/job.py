@@ -1,0 +1,133 @@
+"""What a scoring job is: which records, which model, run by which backend."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import check_choice, check_files, check_positive
+from megatron_infifpo.records.records import ON_BAD
+from megatron_infifpo.tokens.options import TokenizerOptions
+
+OVER_CONTEXT = ("mask", "cut")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run a model.
+
+    Attributes:
+        load: called with a model's folder and the options, it returns this rank's part of the
+            model, which gives log-probs of collated rows when it is called with them.
+        takes: names of its options.
+    """
+
+    load: Callable[..., Any]
+    takes: tuple[str, ...]
+
+
+def _megatron(directory: str, **options: Any) -> Any:
+    from megatron_infifpo.scoring.megatron_backend import MegatronBackend
+
+    return MegatronBackend(directory, **options)
+
+
+def _transformers(directory: str, **options: Any) -> Any:
+    from megatron_infifpo.scoring.transformers_backend import TransformersBackend
+
+    return TransformersBackend(directory, **options)
+
+
+BACKENDS = {
+    "megatron": Backend(_megatron, ("tensor_parallel", "pipeline_parallel", "bf16")),
+    "transformers": Backend(_transformers, ("tensor_parallel", "bf16", "trust_remote_code")),
+}
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """Preference records to score under one model; fields named as the flags of `infifpo score`.
+
+    Attributes:
+        backend: a key of `BACKENDS`.
+        model: Hugging Face folder or (megatron) converted checkpoint.
+        input: files of preference records, in order.
+        output: prefix of the log-prob dataset to write.
+        on_bad_record: "error": stop at the first malformed record; "skip": leave such ones out.
+        name: the model's name in the manifest; None: its folder's.
+        tensor_model_parallel_size, pipeline_model_parallel_size: layout; the other ranks are data
+            parallel.
+        bf16: weights in bfloat16, else float32.
+        domains: score records of these alone and mask the others; None: all.
+        context_length: tokens of a prompt with one response; at most, and for None, the model's.
+        over_context: "mask" a record with a longer response, or "cut" its responses.
+        tokenizer: folder, for a model without one; None: the model's.
+        tokenizer_options: how it is used, and what of a reply is scored.
+        row_tokens: tokens of a packed row.
+        shard_records: records of a shard, the unit of work and of resuming.
+    """
+
+    backend: str
+    model: str
+    input: Sequence[str]
+    output: str
+    on_bad_record: str = "error"
+    name: str | None = None
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    bf16: bool = False
+    domains: Sequence[str] | None = None
+    context_length: int | None = None
+    over_context: str = "mask"
+    tokenizer: str | None = None
+    tokenizer_options: TokenizerOptions = TokenizerOptions()
+    row_tokens: int = 8192
+    shard_records: int = 256
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading a file.
+
+        Raises:
+            UserError: a value out of its range, or one without effect.
+        """
+        check_choice("backend", self.backend, BACKENDS)
+        check_files(self, "input")
+        check_choice("on_bad_record", self.on_bad_record, ON_BAD)
+        check_choice("over_context", self.over_context, OVER_CONTEXT)
+        check_positive(
+            self,
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_length",
+            "row_tokens",
+            "shard_records",
+        )
+        takes = BACKENDS[self.backend].takes
+        if self.tokenizer_options.trust_remote_code and "trust_remote_code" not in takes:
+            raise UserError(
+                f"--trust-remote-code has no effect with --backend {self.backend}, which runs its "
+                "own model"
+            )
+        if self.pipeline_model_parallel_size != 1 and "pipeline_parallel" not in takes:
+            raise UserError(f"--backend {self.backend} has no pipeline parallelism: use megatron")
+
+    def load_model(self) -> Any:
+        """Load this rank's part of the model.
+
+        Raises:
+            UserError: an unusable model or layout.
+        """
+        backend = BACKENDS[self.backend]
+        options = {
+            "tensor_parallel": self.tensor_model_parallel_size,
+            "pipeline_parallel": self.pipeline_model_parallel_size,
+            "bf16": self.bf16,
+            "trust_remote_code": self.tokenizer_options.trust_remote_code,
+        }
+        return backend.load(self.model, **{name: options[name] for name in backend.takes})
+
+    @property
+    def model_name(self) -> str:
+        """What the manifest calls the model."""
+        return self.name or Path(self.model).resolve().name
