@@ -20,73 +20,86 @@ INDEX = "model.safetensors.index.json"
 _DERIVED = "rotary_emb.inv_freq"
 
 
+def open_files(
+    directory: str | Path, rename: Callable[[str], str | None] = str
+) -> dict[str, tuple[SafetensorsFile, str]]:
+    """Open a Hugging Face folder's safetensors.
+
+    Args:
+        directory: of the files.
+        rename: from names in the files to others; None leaves a tensor out.
+
+    Returns:
+        By name, the file of every tensor and its name in there.
+
+    Raises:
+        UserError: no such folder, no safetensors in it, or a broken file.
+    """
+    found: dict[str, tuple[SafetensorsFile, str]] = {}
+    for path in _paths(Path(directory)):
+        file = SafetensorsFile(path)
+        for name in file.shapes:
+            known = rename(name)
+            if known is None or known.endswith(_DERIVED):
+                continue
+            if known in found:
+                raise UserError(
+                    f"{directory}: tensor {known} is in {found[known][0].path.name} and in "
+                    f"{path.name}: remove the file that does not belong there"
+                )
+            found[known] = (file, name)
+    return found
+
+
+def _paths(directory: Path) -> list[Path]:
+    """The folder's files of weights."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a folder: expected a Hugging Face checkpoint")
+    single, index = directory / "model.safetensors", directory / INDEX
+    found = [single] if single.is_file() else []
+    if index.is_file():
+        indexed = _indexed(index)
+        # transformers would load the single file, and other programs those of the index.
+        if found and indexed != found:
+            raise UserError(
+                f"{directory} holds model.safetensors and an index of other files "
+                f"({indexed[0].name}): remove one of both models"
+            )
+        found = indexed
+    if found:
+        check_strangers(directory, found)
+        return found
+    if any(directory.glob("*.bin")):
+        raise UserError(
+            f"{directory} holds pickled weights (*.bin), which can run code when loaded: "
+            "expected model.safetensors, convert them with save_pretrained on a machine "
+            "where you trust them"
+        )
+    raise UserError(f"{directory} holds neither model.safetensors nor {INDEX}")
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        found = [index.with_name(Path(name).name) for name in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        found = []
+    if not found:
+        raise UserError(
+            f"{index} is not an index: expected a JSON object with a weight_map of "
+            "tensor names to file names; copy the file again"
+        )
+    return found
+
+
 class HfWeights:
     """The language model's tensors in a Hugging Face folder, by their names in a family's rows."""
 
     def __init__(self, directory: str | Path, rename: Callable[[str], str | None] = str):
-        """Open the folder's safetensors.
-
-        Args:
-            directory: of the files.
-            rename: from names in the files to the family's; None leaves a tensor out.
-
-        Raises:
-            UserError: no such folder, no safetensors in it, or a broken file.
-        """
+        """Open the folder's safetensors; arguments and errors as those of `open_files`."""
         self.directory = Path(directory)
-        self._files: dict[str, tuple[SafetensorsFile, str]] = {}
-        for path in self._paths():
-            file = SafetensorsFile(path)
-            for name in file.shapes:
-                known = rename(name)
-                if known is None or known.endswith(_DERIVED):
-                    continue
-                if known in self._files:
-                    other = self._files[known][0].path.name
-                    raise UserError(
-                        f"{self.directory}: tensor {known} is in {other} and in {path.name}: "
-                        "remove the file that does not belong there"
-                    )
-                self._files[known] = (file, name)
-
-    def _paths(self) -> list[Path]:
-        if not self.directory.is_dir():
-            raise UserError(f"{self.directory} is not a folder: expected a Hugging Face checkpoint")
-        single, index = self.directory / "model.safetensors", self.directory / INDEX
-        found = [single] if single.is_file() else []
-        if index.is_file():
-            indexed = self._indexed(index)
-            # transformers would load the single file, and other programs those of the index.
-            if found and indexed != found:
-                raise UserError(
-                    f"{self.directory} holds model.safetensors and an index of other files "
-                    f"({indexed[0].name}): remove one of both models"
-                )
-            found = indexed
-        if found:
-            check_strangers(self.directory, found)
-            return found
-        if any(self.directory.glob("*.bin")):
-            raise UserError(
-                f"{self.directory} holds pickled weights (*.bin), which can run code when loaded: "
-                "expected model.safetensors, convert them with save_pretrained on a machine "
-                "where you trust them"
-            )
-        raise UserError(f"{self.directory} holds neither model.safetensors nor {INDEX}")
-
-    def _indexed(self, index: Path) -> list[Path]:
-        """The files that an index names."""
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            found = [self.directory / Path(name).name for name in sorted(names)]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            found = []
-        if not found:
-            raise UserError(
-                f"{index} is not an index: expected a JSON object with a weight_map of "
-                "tensor names to file names; copy the file again"
-            )
-        return found
+        self._files = open_files(directory, rename)
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted, without buffers that follow from the configuration."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from megatron_infifpo.convert.hf_folder import HfWeights, some
+from megatron_infifpo.convert.hf_folder import open_files, some
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families.architecture import read_hf_config
 
@@ -92,7 +92,7 @@ def check_folder(directory: str | Path) -> dict[str, Any]:
             f"{directory} has no config.json, expected a Hugging Face folder; a Megatron "
             "checkpoint needs --backend megatron, or to be exported first"
         )
-    HfWeights(directory)
+    open_files(directory)
     return config
 
 

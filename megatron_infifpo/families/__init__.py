@@ -1,7 +1,7 @@
 """Model families: from Hugging Face's `config.json` to Megatron arguments and tensor names.
 
-A family is one file that holds a configuration mapping and declarative rows; see
-docs/adding-a-model.md.
+A family is a configuration mapping and declarative rows: a file, or a folder where its layers
+differ too; see docs/adding-a-model.md.
 """
 
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ def megatron_args(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         _check_sizes(kind.text_config(hf_config))
         return kind.megatron_args(hf_config)
-    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
+    except (TypeError, AttributeError, ArithmeticError) as error:  # no KeyError: that is ours
         raise UserError(
             f"config.json has a value of another type than {hf_config['model_type']} models have "
             f"({type(error).__name__}: {error}): copy the file again"

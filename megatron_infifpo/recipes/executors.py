@@ -5,6 +5,7 @@ own, or adds it to `EXECUTORS`. It is called with the nodes, the ranks of a node
 command line gives it as `NAME.KEY=VALUE`.
 """
 
+import inspect
 import os
 import shlex
 import sys
@@ -107,6 +108,7 @@ def executor(name: str, nodes: int, ranks: int, **options: Any) -> Any:
     if name not in known:
         raise UserError(f"--executor is {name!r}, expected one of here, {', '.join(known)}")
     try:
-        return known[name](nodes, ranks, **options)
-    except TypeError as error:
+        inspect.signature(known[name]).bind(nodes, ranks, **options)
+    except TypeError as error:  # not one of the executor's own
         raise UserError(f"executor {name!r}: {error}") from None
+    return known[name](nodes, ranks, **options)

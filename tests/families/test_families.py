@@ -1,11 +1,13 @@
 """From config.json to Megatron arguments: real configurations, both generations of rope fields."""
 
+import dataclasses
 import math
 
 import pytest
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import (
+    FAMILIES,
     check_tensor_parallel,
     megatron_args,
     tensor_parallel_sizes,
@@ -113,3 +115,11 @@ def test_every_argument_is_one_of_megatrons(ranks):
     # Two are ours: the family, and what it has and Megatron has no argument for.
     for config in (LLAMA31, {"model_type": "gemma3_text"}):
         assert megatron_args(config).keys() <= {*known, "family", "extras"}
+
+
+def test_a_defect_of_a_family_does_not_blame_the_file(monkeypatch):
+    """A key that our own code looks for in vain is nothing that a user can mend."""
+    broken = dataclasses.replace(FAMILIES["phi3"], megatron_args=lambda config: {}["no such key"])
+    monkeypatch.setitem(FAMILIES, "phi3", broken)
+    with pytest.raises(KeyError, match="no such key"):
+        megatron_args(PHI4)
