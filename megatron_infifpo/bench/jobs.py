@@ -166,7 +166,7 @@ def recorded_training(
     Returns:
         losses (on the last pipeline stage, else NaN) and norms of the gradient, by step.
     """
-    import megatron_infifpo.training.run as program  # first: it readies Megatron for the CPU
+    from megatron_infifpo.training.run import RunConfig, train  # readies Megatron for the CPU
     import megatron.training.training as loop  # isort: skip
 
     record: dict[str, list[float]] = {"losses": [], "norms": []}
@@ -180,9 +180,9 @@ def recorded_training(
         return result
 
     loop.train_step = train_step
-    sys.argv = ["train", *argv]
+    sys.argv = ["train", *argv]  # which run.json tells
     try:
-        program.main()
+        train(RunConfig.from_arguments(argv))
     except SystemExit as stop:  # Megatron's --exit-interval
         if stop.code:
             raise

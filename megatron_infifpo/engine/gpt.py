@@ -7,7 +7,6 @@ build the same model, forward only, with `build_model`.
 import argparse
 import contextlib
 import io
-import os
 import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,7 +21,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_infifpo.engine.layer_kind import LayerKind, choose_kind
 from megatron_infifpo.engine.packed import RowRope
-from megatron_infifpo.engine.parallel import ModelLayout
+from megatron_infifpo.engine.parallel import ModelLayout, rank_and_size
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import FAMILIES
 from megatron_infifpo.patches import cpu
@@ -107,11 +106,12 @@ def _forward_only(
     """Validated Megatron arguments of a model that is only run forward."""
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     values = vars(parser.parse_args([])) | architecture | fixed_arguments(kind)
+    rank, world_size = rank_and_size()
     values |= {
         "bf16": layout.bf16,
         "gradient_accumulation_fusion": False,  # there are no gradients
-        "rank": int(os.environ.get("RANK", "0")),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "rank": rank,
+        "world_size": world_size,
         "tensor_model_parallel_size": layout.tensor_parallel,
         "pipeline_model_parallel_size": layout.pipeline_parallel,
         "num_virtual_stages_per_pipeline_rank": layout.virtual_pipeline,

@@ -1,8 +1,8 @@
 """The architecture that a converted checkpoint carries, as Megatron arguments."""
 
-import argparse
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,28 +54,33 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     )
 
 
-def apply_architecture(
-    args: argparse.Namespace, parser: argparse.ArgumentParser, checkpoint: Path
-) -> None:
-    """Set every architecture argument from the checkpoint.
+def architecture(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], checkpoint: Path
+) -> dict[str, Any]:
+    """Megatron arguments of the architecture that a checkpoint carries, by name.
+
+    Args:
+        given: flags of the command line.
+        defaults: their defaults.
+        checkpoint: its folder.
 
     Raises:
         UserError: a flag on the command line contradicts the checkpoint, or the tensor- or
             pipeline-parallel size is not legal for the model.
     """
-    for name, value in megatron_args(read_hf_config(checkpoint)).items():
-        given = getattr(args, name, None)
-        if name not in _FREE and given != parser.get_default(name) and given != value:
+    found = megatron_args(read_hf_config(checkpoint))
+    for name, value in found.items():
+        flag = given.get(name)
+        if name not in _FREE and flag not in (defaults.get(name), value):
             raise UserError(
-                f"--{name.replace('_', '-')} is {given!r}, but the checkpoint in {checkpoint} has "
+                f"--{name.replace('_', '-')} is {flag!r}, but the checkpoint in {checkpoint} has "
                 f"{value!r}: leave architecture flags out, they come from the checkpoint"
             )
-        if name not in _FREE or given is None:
-            setattr(args, name, value)
-    check_tensor_parallel(vars(args), args.tensor_model_parallel_size)
-    if all(getattr(args, name) == parser.get_default(name) for name in _OWN_STAGES):
-        virtual = args.num_virtual_stages_per_pipeline_rank or 1
-        check_pipeline_parallel(vars(args), args.pipeline_model_parallel_size, virtual)
+    check_tensor_parallel(found, given["tensor_model_parallel_size"])
+    if all(given[name] == defaults[name] for name in _OWN_STAGES):
+        virtual = given["num_virtual_stages_per_pipeline_rank"] or 1
+        check_pipeline_parallel(found, given["pipeline_model_parallel_size"], virtual)
+    return {k: v for k, v in found.items() if k not in _FREE or given.get(k) is None}
 
 
 def pivot_directory(load: str | None, pretrained: str | None) -> Path:

@@ -1,7 +1,7 @@
 """Ask of given arguments which of Megatron's flags cannot be, and why."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
@@ -48,20 +48,27 @@ def spelling(parser: argparse.ArgumentParser, name: str, value: Any) -> str:
     return actions[0].option_strings[0 if value else -1]
 
 
-def unsupported(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+def defaults(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Defaults by name, as parsing gives them: not all are `parser.get_default`'s.
+
+    That skips a None where two flags share a name.
+    """
+    return {action.dest: action.default for action in reversed(parser._actions)}
+
+
+def unsupported(given: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[str]:
     """Say in a sentence each which flags, or values, or combinations of flags do not work.
 
     Args:
-        args: as parsed: nothing is set or validated yet.
+        given: values of all flags by name, as parsed.
         parser: Megatron's, with flags of ours or without.
     """
-    # Not `parser.get_default`, which skips a None where two flags share a name.
-    defaults = {action.dest: action.default for action in reversed(parser._actions)}
+    as_parsed = defaults(parser)
     working: dict[str, str] = {}  # name -> spelling
     sentences: dict[str, str] = {}
     for title, action in flags(parser):
-        name, value = action.dest, getattr(args, action.dest, None)
-        if value == defaults[name]:
+        name, value = action.dest, given.get(action.dest)
+        if value == as_parsed[name]:
             continue
         option = spelling(parser, name, value)
         why = refusal(title, name, value)
@@ -72,11 +79,11 @@ def unsupported(args: argparse.Namespace, parser: argparse.ArgumentParser) -> li
     found = list(sentences.values())
     for need in NEEDS:
         useless = [working[name] for name in need.names.split() if name in working]
-        if useless and not need.holds(args):
+        if useless and not need.holds(given):
             verb, it = ("has", "it") if len(useless) == 1 else ("have", "them")
             options = " and ".join(useless)
             found.append(f"{options} {verb} no effect without {need.what}: leave {it} out")
-    return found + [conflict.message for conflict in CONFLICTS if conflict.holds(args)]
+    return found + [conflict.message for conflict in CONFLICTS if conflict.holds(given)]
 
 
 def refusal(group: str, name: str, value: Any) -> str | None:

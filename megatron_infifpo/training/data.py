@@ -1,69 +1,55 @@
-"""Data of a training run: open it, derive the schedule from it, hand loaders to Megatron."""
+"""Data of a training run: open it, and derive from it how long the run is."""
 
-import argparse
-from collections.abc import Callable
-
-import torch
-from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training import get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.methods import Method, flag
-from megatron_infifpo.patches import cpu
+from megatron_infifpo.methods import Method
 from megatron_infifpo.references.sources import read_sources
-from megatron_infifpo.rows.loaders import EvaluationLoader, PreferenceLoader
+from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.plan import evaluation_steps, fitting_micro_batch_size
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.storage.notes import counted
-from megatron_infifpo.training.arguments import row_layout
-from megatron_infifpo.training.reference_check import check_initial_logprobs
+from megatron_infifpo.training.config import RunConfig
+from megatron_infifpo.training.settings import Run
 
 NOT_SAVED = "NOTHING IS SAVED, since there is no --save"
 
 
-def open_datasets(
-    args: argparse.Namespace, method: Method
-) -> tuple[PreferenceDataset, PreferenceDataset | None]:
-    """Open the training pairs and the held-out ones, if there are any.
+@dataclass(frozen=True)
+class Datasets:
+    """The training pairs, and the held-out ones, if there are any."""
+
+    train: PreferenceDataset
+    valid: PreferenceDataset | None
+
+
+def open_datasets(config: RunConfig) -> Datasets:
+    """Open what a run trains and validates on.
 
     Raises:
-        UserError: a flag is missing or has no effect, or a dataset does not fit.
+        UserError: a dataset cannot be read, or does not fit.
     """
-    if args.preference_data is None:
-        raise UserError("--preference-data is missing: the prefix of the pivot's token dataset")
-    valid = args.preference_valid_data
-    useless, why = [], "without --preference-valid-data"
-    if method.reference is None:
-        useless = ["preference_sources", "preference_valid_sources"]
-        useless += ["reference_check", "reference_probes", "reference_tolerance"]
-        why = "with --method sft, which has no reference"
-    elif valid is None:
-        useless = ["preference_valid_sources"]
-    for name in useless:
-        if getattr(args, name) is not None:
-            raise UserError(f"{flag(name)} has no effect {why}: leave it out")
-    train = _open(args.preference_data, args.preference_sources, "--preference-sources", method)
-    if valid is None:
-        return train, None
-    held_out = _open(valid, args.preference_valid_sources, "--preference-valid-sources", method)
-    if held_out.source_names != train.source_names:
-        found, expected = (", ".join(data.source_names) for data in (held_out, train))
+    train = _open(config.preference_data, config.preference_sources, config.method)
+    if config.preference_valid_data is None:
+        return Datasets(train, None)
+    valid = _open(config.preference_valid_data, config.preference_valid_sources, config.method)
+    if valid.source_names != train.source_names:
+        found, expected = (", ".join(data.source_names) for data in (valid, train))
         raise UserError(
-            f"{args.preference_valid_sources} lists the sources {found}; expected those of "
-            f"{args.preference_sources}, in the same order: {expected}"
+            f"{config.preference_valid_sources} lists the sources {found}; expected those of "
+            f"{config.preference_sources}, in the same order: {expected}"
         )
     # One list of names for the metrics of both.
-    train.align_domains(held_out.domains)
-    held_out.align_domains(train.domains)
-    return train, held_out
+    train.align_domains(valid.domains)
+    valid.align_domains(train.domains)
+    return Datasets(train, valid)
 
 
-def _open(prefix: str, sources: str | None, sources_flag: str, method: Method) -> PreferenceDataset:
-    if method.reference is None:
-        return PreferenceDataset(prefix, responses=method.responses)
+def _open(prefix: str, sources: str | None, method: Method) -> PreferenceDataset:
     if sources is None:
-        raise UserError(f"{sources_flag} is missing: sources.yaml names the log-probs of {prefix}")
+        return PreferenceDataset(prefix, responses=method.responses)
     return PreferenceDataset(
         prefix,
         read_sources(sources),
@@ -72,149 +58,94 @@ def _open(prefix: str, sources: str | None, sources_flag: str, method: Method) -
     )
 
 
-def set_schedule(
-    args: argparse.Namespace,
-    method: Method,
-    train: PreferenceDataset,
-    valid: PreferenceDataset | None,
-) -> None:
-    """Set the length of training and of validation from the data, where no flag does.
+def lengths(
+    config: RunConfig, given: Mapping[str, Any], datasets: Datasets, rows: RowLayout
+) -> dict[str, Any]:
+    """Lengths of training, of validation, of rows and of micro-batches, where no flag has them.
+
+    Args:
+        config: the run as it was asked for.
+        given: Megatron's arguments by name, with the model's architecture.
+        datasets: what the run trains and validates on.
+        rows: how its pairs lie in rows.
+
+    Returns:
+        Megatron arguments by name.
 
     Raises:
         UserError: a batch that cannot be laid out, or no pair that fits.
     """
-    if (args.micro_batch_size is None) == (args.micro_batch_tokens is None):
-        raise UserError("give one of --micro-batch-size (pairs) and --micro-batch-tokens")
-    if args.global_batch_size is None:
-        raise UserError("give --global-batch-size, in pairs")
-    if args.seq_length is None:
-        args.seq_length = min(4096, args.max_position_embeddings)
-    usable = len(train.require_eligible(args.seq_length))
-    epochs = args.preference_epochs
-    if epochs is not None and epochs < 1:
-        raise UserError(f"--preference-epochs is {epochs}, expected at least 1")
-    if args.train_iters is None and args.train_samples is None:
-        args.train_iters = max(1, usable * (epochs or 1) // args.global_batch_size)
-    elif epochs is not None:
-        other = "--train-iters" if args.train_samples is None else "--train-samples"
-        raise UserError(f"--preference-epochs has no effect with {other}: give one of them")
-    steps = args.train_iters or args.train_samples // args.global_batch_size
-    if args.eval_interval is None:
+    train, pairs = datasets.train, given["global_batch_size"]
+    found = {
+        "seq_length": given["seq_length"] or min(4096, given["max_position_embeddings"]),
+        "train_iters": given["train_iters"],
+    }
+    usable = train.require_eligible(found["seq_length"])
+    if given["train_iters"] is None and given["train_samples"] is None:
+        found["train_iters"] = max(1, len(usable) * (config.preference_epochs or 1) // pairs)
+    steps = found["train_iters"] or given["train_samples"] // pairs
+    if given["eval_interval"] is None:
         # Only at the end, where Megatron evaluates in any case.
-        args.eval_interval = steps + 1
-    if args.save is not None and args.save_interval is None:
-        args.save_interval = max(1, steps)  # at the end
-    replica = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    if args.world_size % replica:
+        found["eval_interval"] = steps + 1
+    if given["save"] is not None and given["save_interval"] is None:
+        found["save_interval"] = max(1, steps)  # at the end
+    ranks = _data_parallel_size(given)
+    size = given["micro_batch_size"]
+    if pairs % ((size or 1) * ranks):
+        what = f"--micro-batch-size {size} x " if size else ""
         raise UserError(
-            f"{args.world_size} ranks cannot be split into tensor x pipeline parallel groups of "
-            f"{args.tensor_model_parallel_size} x {args.pipeline_model_parallel_size}"
+            f"--global-batch-size is {pairs}, expected a multiple of {(size or 1) * ranks}: "
+            f"{what}{ranks} data-parallel ranks"
         )
-    _set_micro_batch(args, method, train, args.world_size // replica)
-    if valid is None:
-        args.eval_iters = 0
-    else:
-        args.eval_iters = evaluation_steps(
-            len(valid.eligible(args.seq_length)),
-            args.global_batch_size,
-            args.global_batch_size // args.micro_batch_size,
-        )
-
-
-def _set_micro_batch(
-    args: argparse.Namespace, method: Method, train: PreferenceDataset, ranks: int
-) -> None:
-    """Check the size of a micro-batch, or find it from a token budget, for so many DP ranks."""
-    pairs_at_once = (args.micro_batch_size or 1) * ranks
-    if args.global_batch_size % pairs_at_once:
-        size = f"--micro-batch-size {args.micro_batch_size} x " if args.micro_batch_size else ""
-        raise UserError(
-            f"--global-batch-size is {args.global_batch_size}, expected a multiple of "
-            f"{pairs_at_once}: {size}{ranks} data-parallel ranks"
-        )
-    if args.micro_batch_size is None:
-        lengths = train.pair_lengths(row_layout(args))
-        args.micro_batch_size = fitting_micro_batch_size(
-            lengths[train.require_eligible(args.seq_length)],
-            args.micro_batch_tokens,
-            seed=args.seed,
-            steps=args.train_iters or -(-args.train_samples // args.global_batch_size),
-            global_batch_size=args.global_batch_size,
+    if size is None:
+        assert config.micro_batch_tokens is not None
+        found["micro_batch_size"] = size = fitting_micro_batch_size(
+            train.pair_lengths(rows)[usable],
+            config.micro_batch_tokens,
+            seed=given["seed"],
+            steps=found["train_iters"] or -(-given["train_samples"] // pairs),
+            global_batch_size=pairs,
             data_parallel_size=ranks,
         )
-    if method.several_pairs and args.micro_batch_size < 2:
+    if config.method.several_pairs and size < 2:
         raise UserError(
-            f"--objective {method.objective} compares the pairs of a row: with --micro-batch-size "
-            "1 there is nothing to compare; give a larger one"
+            f"--objective {config.method.objective} compares the pairs of a row: with "
+            "--micro-batch-size 1 there is nothing to compare; give a larger one"
         )
+    found["eval_iters"] = 0
+    if datasets.valid is not None:
+        held_out = len(datasets.valid.eligible(found["seq_length"]))
+        found["eval_iters"] = evaluation_steps(held_out, pairs, pairs // size)
+    return found
 
 
-def describe(args: argparse.Namespace, train: PreferenceDataset, done: int) -> str:
+def _data_parallel_size(given: Mapping[str, Any]) -> int:
+    """Return how many ranks share a step.
+
+    Raises:
+        UserError: what a model takes does not divide the ranks.
+    """
+    tensor, pipeline = (given[f"{k}_model_parallel_size"] for k in ("tensor", "pipeline"))
+    ranks: int = given["world_size"]
+    if ranks % (tensor * pipeline):
+        raise UserError(
+            f"{ranks} ranks cannot be split into tensor x pipeline parallel groups of "
+            f"{tensor} x {pipeline}"
+        )
+    return ranks // (tensor * pipeline)
+
+
+def describe(run: Run, train: PreferenceDataset, done: int) -> str:
     """Say how much is about to be trained on, and what is saved; `done` steps are behind."""
-    usable = len(train.eligible(args.seq_length))
-    reasons = counted(train.left_out(args.seq_length))
+    usable = len(train.eligible(run.batch.max_tokens))
+    reasons = counted(train.left_out(run.batch.max_tokens))
     left_out = f" ({reasons})" if reasons else ""
-    steps = args.train_iters or args.train_samples // args.global_batch_size
-    epochs = steps * args.global_batch_size / usable
-    saved = f"saved every {args.save_interval} steps and at the end" if args.save else NOT_SAVED
+    steps, pairs = run.schedule.steps, run.batch.pairs
+    saved = NOT_SAVED
+    if run.folders.save is not None:
+        saved = f"saved every {run.save_interval} steps and at the end"
     return (
         f"pairs: {usable} used, {len(train) - usable} left out{left_out}; {steps} steps of "
-        f"{args.global_batch_size} are {epochs:.2f} epochs, in micro-batches of "
-        f"{args.micro_batch_size}{f'; {done} steps are done' if done else ''}; {saved}"
+        f"{pairs} are {steps * pairs / usable:.2f} epochs, in micro-batches of "
+        f"{run.batch.micro}{f'; {done} steps are done' if done else ''}; {saved}"
     )
-
-
-class DatasetsProvider:
-    """What Megatron calls for data, once the checkpoint is loaded: one call a chunk of the model.
-
-    The first call checks that the loaded model gives the initial pivot's log-probs.
-    """
-
-    is_distributed = True
-
-    def __init__(
-        self,
-        train: PreferenceDataset,
-        valid: PreferenceDataset | None,
-        check_weights: Callable[[], None],
-        on_accepted: Callable[[], None],
-    ):
-        """Take the data, `begin_weights_check`'s end, and what to do once all checks passed."""
-        self.train, self.valid = train, valid
-        self.check_weights, self.on_accepted = check_weights, on_accepted
-        self.unchecked: list[torch.nn.Module] = []
-
-    def keep_models(self, models: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """Hook of Megatron's model builder: remember this rank's chunks."""
-        self.unchecked = models
-        return models
-
-    def __call__(
-        self, samples: list[int], vp_stage: int | None = None
-    ) -> tuple[PreferenceLoader, EvaluationLoader | None, None]:
-        """Return this data-parallel rank's loaders."""
-        args = get_args()
-        if self.unchecked:
-            self.check_weights()
-            check_initial_logprobs(args, self.unchecked, self.train)
-            self.unchecked = []
-            self.on_accepted()
-        layout = {
-            "global_batch_size": args.global_batch_size,
-            "data_parallel_rank": mpu.get_data_parallel_rank(),
-            "data_parallel_size": mpu.get_data_parallel_world_size(),
-            "num_microbatches": get_num_microbatches(),
-            "max_tokens": args.seq_length,
-            "layout": row_layout(args),
-            "pin_memory": not cpu.is_enabled(),
-        }
-        step, rest = divmod(args.consumed_train_samples, args.global_batch_size)
-        if rest:
-            raise UserError(
-                f"--global-batch-size is {args.global_batch_size}, but the checkpoint has seen "
-                f"{args.consumed_train_samples} pairs, which is no multiple of it: pairs would be "
-                "repeated; resume with the batch size of before"
-            )
-        train_loader = PreferenceLoader(self.train, seed=args.seed, start_step=step, **layout)
-        valid_loader = None if self.valid is None else EvaluationLoader(self.valid, **layout)
-        return train_loader, valid_loader, None

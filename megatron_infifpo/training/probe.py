@@ -1,6 +1,5 @@
 """Run the pivot on some records as it is now, and compare it with the initial log-probs."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
+from megatron.training import get_args
 from megatron.training.training import (
     disable_forward_pre_hook,
     enable_forward_pre_hook,
@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_infifpo.engine.packed import score_rows
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
-from megatron_infifpo.training.arguments import row_layout
+from megatron_infifpo.training.settings import Run
 
 PROBES = 64
 
@@ -76,27 +76,26 @@ def probe_records(dataset: PreferenceDataset, max_tokens: int, count: int) -> np
 
 
 def compare(
-    args: argparse.Namespace, models: Sequence[torch.nn.Module], dataset: PreferenceDataset
+    run: Run, models: Sequence[torch.nn.Module], dataset: PreferenceDataset
 ) -> list[Difference]:
     """Score the probe records with the model as it is; all ranks call it, and all get the result.
 
     Every data-parallel replica scores its share, in rows like those of training.
     """
     assert dataset.initial is not None
-    records = probe_records(dataset, args.seq_length, args.reference_probes or PROBES)
+    records = probe_records(dataset, run.batch.max_tokens, run.config.reference_probes or PROBES)
     mine = records[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()].tolist()
-    size = args.micro_batch_size
+    size = run.batch.micro
     groups = [mine[i : i + size] for i in range(0, len(mine), size)]
-    layout = row_layout(args)
-    rows = [collate([dataset[i] for i in group], layout) for group in groups]
+    rows = [collate([dataset[i] for i in group], run.batch.rows) for group in groups]
     # Interleaved stages take rows by the pipeline's size.
-    repeated = -len(rows) % args.pipeline_model_parallel_size if rows and len(models) > 1 else 0
-    hooks = should_disable_forward_pre_hook(args)
+    repeated = -len(rows) % run.layout.pipeline_parallel if rows and len(models) > 1 else 0
+    hooks = should_disable_forward_pre_hook(get_args())
     if hooks:  # they would gather parameters that no optimizer step has changed yet
         disable_forward_pre_hook(models, param_sync=False)
     for model in models:
         model.eval()
-    outputs = score_rows(models, rows + rows[:1] * repeated, args.padded_vocab_size) if rows else []
+    outputs = score_rows(models, rows + rows[:1] * repeated, run.vocab_size) if rows else []
     for model in models:
         model.train()
     if hooks:

@@ -3,7 +3,6 @@
 Manifests chain from records to tokens to log-probs; this file goes on from there to checkpoints.
 """
 
-import argparse
 import datetime
 import hashlib
 import subprocess
@@ -17,7 +16,6 @@ from megatron_infifpo import __version__
 from megatron_infifpo.engine.environment import version
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families.architecture import carry_architecture
-from megatron_infifpo.methods import Method
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
@@ -27,6 +25,7 @@ from megatron_infifpo.storage.manifests import Format
 from megatron_infifpo.training.lock import RunLock
 from megatron_infifpo.training.resharding import KEPT
 from megatron_infifpo.training.resume import schedule_identity
+from megatron_infifpo.training.settings import Run
 from megatron_infifpo.training.start import Start
 
 FORMAT = Format(
@@ -40,26 +39,28 @@ FORMAT = Format(
     },
 )
 SCHEDULE_KEY = "schedule"  # of an identity; flags say by which one a run goes on
+_LAYOUT = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
 _FILES = ("preference_data", "preference_sources")
 _PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "apex")
 
 
-def identity(args: argparse.Namespace, method: Method, train: PreferenceDataset) -> dict[str, Any]:
+def identity(run: Run, train: PreferenceDataset) -> dict[str, Any]:
     """What must stay the same from the first step of a run to its last, or change knowingly."""
+    method, arguments = run.config.method, run.arguments
     found: dict[str, Any] = {
         "method": method.describe(),
-        "seed": args.seed,
-        "seq_length": args.seq_length,
-        "global_batch_size": args.global_batch_size,
-        "dtype": _name(args.params_dtype),
-        "fp8": args.fp8,
-        "clip_grad": args.clip_grad,
-        "optimizer": {name: getattr(args, name) for name in KEPT},
-        SCHEDULE_KEY: schedule_identity(args),
+        "seed": run.batch.seed,
+        "seq_length": run.batch.max_tokens,
+        "global_batch_size": run.batch.pairs,
+        "dtype": run.precision.dtype,
+        "fp8": arguments["fp8"],
+        "clip_grad": arguments["clip_grad"],
+        "optimizer": {name: arguments[name] for name in KEPT},
+        SCHEDULE_KEY: schedule_identity(arguments),
         "data": data_identity(train),
     }
     if method.several_pairs:
-        found["micro_batch_size"] = args.micro_batch_size
+        found["micro_batch_size"] = run.batch.micro
     return found
 
 
@@ -88,12 +89,12 @@ def _logprobs(store: LogprobStore) -> dict[str, Any]:
     }
 
 
-def describe_run(args: argparse.Namespace, found: dict[str, Any], start: Start) -> dict[str, Any]:
+def describe_run(run: Run, found: dict[str, Any], start: Start) -> dict[str, Any]:
     """Compare a resumed run with what it was, and say what it is; the first rank calls it.
 
     Args:
-        args: Megatron's arguments, with the schedule settled.
-        found: `identity` of the run.
+        run: that is about to start.
+        found: its `identity`.
         start: the checkpoint that it begins with.
 
     Returns:
@@ -103,24 +104,24 @@ def describe_run(args: argparse.Namespace, found: dict[str, Any], start: Start) 
         UserError: a resumed run is not what it was, without `--allow-changed-run`.
     """
     before = read_run(start.folder)
-    if start.resumed and before is not None and not args.allow_changed_run:
+    if start.resumed and before is not None and not run.config.allow_changed_run:
         changes = changed_identity(before["identity"], found)
-        changes += _other_pivot(args.pretrained_checkpoint, before["started_from"]["checkpoint"])
+        changes += _other_pivot(run.folders.pretrained, before["started_from"]["checkpoint"])
         if changes:
             raise UserError(
                 f"the run in {start.folder} cannot go on as it is started now: "
                 f"{'; '.join(changes)}. Give it what it had, save a new run elsewhere, or pass "
                 "--allow-changed-run"
             )
-    run: dict[str, Any] = FORMAT.fields | {"identity": found, "attempts": []}
+    content: dict[str, Any] = FORMAT.fields | {"identity": found, "attempts": []}
     if start.resumed and before is not None:
-        run["started_from"], run["attempts"] = before["started_from"], before["attempts"]
+        content |= {name: before[name] for name in ("started_from", "attempts")}
     else:
         origin = {"checkpoint": str(start.folder.resolve()), "iteration": start.tracker}
-        run["started_from"] = origin | ({"run": before["identity"]} if before else {})
-    attempt = _attempt(args, start.tracker if start.resumed else "0")
-    run["attempts"].append(attempt | {SCHEDULE_KEY: found[SCHEDULE_KEY]})
-    return run
+        content["started_from"] = origin | ({"run": before["identity"]} if before else {})
+    attempt = _attempt(run, start.tracker if start.resumed else "0")
+    content["attempts"].append(attempt | {SCHEDULE_KEY: found[SCHEDULE_KEY]})
+    return content
 
 
 def changed_identity(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -193,25 +194,20 @@ def _short(value: Any) -> str:
     return value[:12] if is_hash else "missing" if value is None else repr(value)
 
 
-def _attempt(args: argparse.Namespace, iteration: str) -> dict[str, Any]:
-    layout = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+def _attempt(run: Run, iteration: str) -> dict[str, Any]:
     packages = {name: version(name) for name in _PACKAGES}
     device = "cpu" if cpu.is_enabled() else torch.cuda.get_device_name()
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "iteration": iteration,
         "command": [*sys.argv],
-        "files": {name: _absolute(getattr(args, name)) for name in _FILES},
-        "layout": {name: getattr(args, name) for name in layout},
-        "dtype": _name(args.params_dtype),
+        "files": {name: _absolute(getattr(run.config, name)) for name in _FILES},
+        "layout": {name: run.arguments[name] for name in _LAYOUT},
+        "dtype": run.precision.dtype,
         "device": device,
         "versions": {"megatron_infifpo": __version__, **packages},
         "git_revision": git_revision(),
     }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _absolute(path: str | None) -> str | None:

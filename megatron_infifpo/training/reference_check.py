@@ -1,6 +1,5 @@
 """Refuse references that are not of the pivot that training starts from."""
 
-import argparse
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from megatron_infifpo.records.records import RESPONSES
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.tokens.encoding import scored_marks
 from megatron_infifpo.training.probe import Difference, compare
+from megatron_infifpo.training.settings import Run
 from megatron_infifpo.training.start import Start
 
 # Mean absolute difference of a response's log-probs, in nats a token, that precision explains.
@@ -25,16 +25,14 @@ SHOWN = 3  # worst responses of a failed check
 AROUND = 4  # tokens shown at each end of a response
 
 
-def begin_weights_check(
-    args: argparse.Namespace, start: Start, dataset: PreferenceDataset
-) -> Callable[[], None]:
+def begin_weights_check(run: Run, start: Start, dataset: PreferenceDataset) -> Callable[[], None]:
     """Compare the weights that a fresh run starts from with those that scored as initial pivot.
 
     Rank 0 reads the checkpoint once, in a thread: the other ranks wait for it to join them. A
     resumed run has moved away from those weights and is not checked.
 
     Args:
-        args: validated arguments.
+        run: that is about to start.
         start: the checkpoint that the run begins with.
         dataset: the training pairs with their log-probs.
 
@@ -43,7 +41,7 @@ def begin_weights_check(
         `--reference-check` is warn or off.
     """
     initial = dataset.initial
-    if args.reference_check == "off" or args.rank != 0 or initial is None:
+    if run.config.reference_check == "off" or run.layout.rank != 0 or initial is None:
         return lambda: None
     pivot, expected = start.folder, initial.manifest["weights_sha256"]
     # Of imported log-probs it is not known: the pivot itself must tell, on the probe records.
@@ -55,7 +53,7 @@ def begin_weights_check(
         found = reading.result()
         if found != expected:
             _complain(
-                args,
+                run,
                 f"the log-probs in {initial.prefix} are of other weights ({expected[:12]}) than "
                 f"{pivot} ({found[:12]}), so they are not the initial pivot's: score the pairs "
                 f"with --model {pivot}, or pass --reference-check off if you want another "
@@ -66,7 +64,7 @@ def begin_weights_check(
 
 
 def check_initial_logprobs(
-    args: argparse.Namespace, models: Sequence[torch.nn.Module], dataset: PreferenceDataset
+    run: Run, start: Start, dataset: PreferenceDataset, models: Sequence[torch.nn.Module]
 ) -> None:
     """Run the pivot on the probe records; all ranks call it, once the checkpoint is loaded.
 
@@ -74,29 +72,30 @@ def check_initial_logprobs(
     flags and layouts lie between weights and log-probs. Later it says how far training has moved.
 
     Args:
-        args: Megatron's arguments, with the step that the run is at.
-        models: this rank's chunks of the model.
+        run: that is about to start.
+        start: the checkpoint that it begins with.
         dataset: the training pairs with their log-probs.
+        models: this rank's chunks of the model.
 
     Raises:
         UserError: they differ, unless `--reference-check` is warn or off.
     """
     initial = dataset.initial
-    if args.reference_check == "off" or initial is None:
+    if run.config.reference_check == "off" or initial is None:
         return
-    found = compare(args, models, dataset)
+    found = compare(run, models, dataset)
     records = len({difference.index for difference in found})
-    if args.iteration > 0:
+    if start.step > 0:
         moved = {r: np.mean([d.mean for d in found if d.response == r]) for r in (CHOSEN, REJECTED)}
         print_rank_0(
             f"reference check: on {records} records the pivot has moved by {moved[CHOSEN]:+.4f} "
             f"nats a token of chosen and {moved[REJECTED]:+.4f} of rejected responses since step 0"
         )
         return
-    tolerance = args.reference_tolerance
+    tolerance, dtype = run.config.reference_tolerance, run.precision.dtype
     if tolerance is None:  # the coarser type decides; of imported log-probs it is not known
-        types = [initial.manifest["dtype"], _name(args.params_dtype)]
-        types += ["float8"] if args.fp8 else []
+        types = [initial.manifest["dtype"], dtype]
+        types += ["float8"] if run.precision.fp8 else []
         tolerance = max(TOLERANCES.get(name, TOLERANCES["bfloat16"]) for name in types)
     worst = max(found, key=lambda difference: difference.size)
     if worst.size <= tolerance:
@@ -105,18 +104,15 @@ def check_initial_logprobs(
             f"{worst.size:.2g} nats a token (tolerance {tolerance})"
         )
         return
-    _complain(args, failure(found, tolerance, dataset, args.params_dtype))
+    _complain(run, failure(found, tolerance, dataset, dtype))
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _complain(args: argparse.Namespace, message: str) -> None:
+def _complain(run: Run, message: str) -> None:
     """Stop, or warn: once, on rank 0."""
-    if args.reference_check != "warn":
-        raise UserError(message if args.rank == 0 else "the reference check failed: see rank 0")
-    if args.rank == 0:
+    first = run.layout.rank == 0
+    if run.config.reference_check != "warn":
+        raise UserError(message if first else "the reference check failed: see rank 0")
+    if first:
         warnings.warn(message, stacklevel=3)
 
 
@@ -124,7 +120,7 @@ def failure(
     found: Sequence[Difference],
     tolerance: float,
     dataset: PreferenceDataset,
-    dtype: torch.dtype,
+    dtype: str,
 ) -> str:
     """Say how many records differ, why probably, and show the worst, token by token."""
     initial = dataset.initial
@@ -137,7 +133,7 @@ def failure(
         f"{bad[0].size:.3g} nats a token (tolerance {tolerance}, --reference-tolerance)",
         f"  likely: {likely_cause(bad, tolerance)}",
         f"  scored from {made['model']} by {made['backend']} in {made['dtype']}; training in "
-        f"{_name(dtype)}",
+        f"{dtype}",
     ]
     for difference in bad[:SHOWN]:
         record = dataset.tokens.ids(difference.index)

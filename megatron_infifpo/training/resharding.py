@@ -8,8 +8,7 @@ would get the state of another. State saved with `--dist-ckpt-optim-fully-reshar
 whole parameters by name, and fits every layout.
 """
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_infifpo.errors import UserError
@@ -36,17 +35,17 @@ LAYOUT = (
 KEPT = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum")
 
 
-def check_optimizer_state(args: argparse.Namespace, start: Start) -> None:
+def check_optimizer_state(run: Mapping[str, Any], start: Start) -> None:
     """Refuse to resume from optimizer state that does not fit the run.
 
     Args:
-        args: of the run, validated by Megatron.
+        run: its arguments, validated by Megatron.
         start: the checkpoint that it begins with.
 
     Raises:
         UserError: says what differs and what can be done.
     """
-    if not start.resumed or args.no_load_optim:
+    if not start.resumed or run["no_load_optim"]:
         return
     saved, checkpoint = start.saved, start.checkpoint.directory
     if saved.get("no_save_optim"):
@@ -54,17 +53,17 @@ def check_optimizer_state(args: argparse.Namespace, start: Start) -> None:
             f"{checkpoint} was saved with --no-save-optim and has no optimizer state: pass "
             "--no-load-optim to start with a fresh optimizer"
         )
-    if args.no_save_optim:
+    if run["no_save_optim"]:
         raise UserError(
             "--no-save-optim does not go with a resumed optimizer, which Megatron describes as it "
             "would save it: leave it out, or pass --no-load-optim too"
         )
-    if found := changed([name for name in KEPT if name in saved], saved, vars(args)):
+    if found := changed([name for name in KEPT if name in saved], saved, run):
         raise UserError(
             f"{', '.join(found)}: the optimizer's state keeps what it was; resume as it was, or "
             "start with a fresh optimizer: --no-load-optim"
         )
-    found = differences(saved, vars(args), start.sharding)
+    found = differences(saved, run, start.sharding)
     if found:
         raise UserError(
             f"the optimizer state in {checkpoint} does not fit this run: {', '.join(found)}. "
@@ -73,7 +72,7 @@ def check_optimizer_state(args: argparse.Namespace, start: Start) -> None:
         )
 
 
-def changed(names: Sequence[str], saved: dict[str, Any], run: dict[str, Any]) -> list[str]:
+def changed(names: Sequence[str], saved: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
     """Say which of these arguments differ; None, False and 0 are the same."""
     return [
         f"{name.replace('_', ' ')} was {saved.get(name)} and is {run.get(name)}"
@@ -82,7 +81,9 @@ def changed(names: Sequence[str], saved: dict[str, Any], run: dict[str, Any]) ->
     ]
 
 
-def differences(saved: dict[str, Any], run: dict[str, Any], sharding: str | None) -> list[str]:
+def differences(
+    saved: Mapping[str, Any], run: Mapping[str, Any], sharding: str | None
+) -> list[str]:
     """Say which arguments the optimizer state does not allow to differ, and do.
 
     Args:
@@ -102,7 +103,7 @@ def differences(saved: dict[str, Any], run: dict[str, Any], sharding: str | None
     return found
 
 
-def bucket_size(args: dict[str, Any]) -> int | None:
+def bucket_size(args: Mapping[str, Any]) -> int | None:
     """Return after how many parameters Megatron begins another bucket of a buffer; None: never."""
     if not args.get("overlap_grad_reduce"):
         return None

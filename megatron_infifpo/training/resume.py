@@ -6,11 +6,11 @@ next step on and with the optimizer's state; `--use-checkpoint-opt-param-schedul
 schedule of before, whatever the command line says.
 """
 
-import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.training.rates import last_step
+from megatron_infifpo.training.rates import Schedule
 from megatron_infifpo.training.resharding import changed
 from megatron_infifpo.training.start import Start
 
@@ -34,17 +34,18 @@ SCHEDULE = (
 )
 # Of these only the rest of a run can be changed, never what is done.
 _ENDS = ("train_iters", "train_samples")
+_WHICH = ("override", "use_checkpoint")  # the schedule of the flags, or that of the checkpoint
 
 
-def check_batch(args: argparse.Namespace, start: Start) -> None:
-    """Refuse another batch size than that of the steps that are done.
+def check_batch(now: int, start: Start) -> None:
+    """Refuse another batch size, in pairs, than that of the steps that are done.
 
     Raises:
         UserError: names both.
     """
     if not start.resumed:
         return
-    before, now = start.saved.get("global_batch_size"), args.global_batch_size
+    before = start.saved.get("global_batch_size")
     if before not in (None, now):
         raise UserError(
             f"--global-batch-size is {now}, but the run in {start.folder} has {before} since its "
@@ -54,76 +55,82 @@ def check_batch(args: argparse.Namespace, start: Start) -> None:
         )
 
 
-def settle_schedule(
-    args: argparse.Namespace, start: Start, *, length_matters: bool = False
-) -> list[str]:
-    """Decide by which schedule a resumed run goes on; sets `args` accordingly.
+def settled_schedule(
+    run: Mapping[str, Any], start: Start, *, length_matters: bool = False
+) -> dict[str, Any]:
+    """Decide by which schedule a resumed run goes on.
 
     Args:
-        args: of the run, validated by Megatron.
+        run: its arguments, validated by Megatron.
         start: the checkpoint that it begins with.
         length_matters: whether the loss depends on how long the run is, as WRPO's does.
 
     Returns:
-        What changes from here on, in words.
+        The arguments that differ then, by name.
 
     Raises:
         UserError: the schedule is another one, and no flag says which to take.
     """
-    if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
+    override, by_checkpoint = (run[f"{which}_opt_param_scheduler"] for which in _WHICH)
+    if override and by_checkpoint:
         raise UserError(
             "give one of --override-opt-param-scheduler (the schedule of the command line) and "
             "--use-checkpoint-opt-param-scheduler (that of the checkpoint)"
         )
     if not start.resumed:
-        return []
-    saved, run = with_decay(start.saved), with_decay(vars(args))
-    found = changed([name for name in SCHEDULE if name in saved], saved, run)
-    if args.use_checkpoint_opt_param_scheduler:
-        for name in (*SCHEDULE, "lr_warmup_init"):
-            if name in saved and name not in _ENDS:
-                setattr(args, name, saved[name])
-        return changed(_ENDS, saved, run)
+        return {}
+    if by_checkpoint:
+        saved, names = with_decay(start.saved), (*SCHEDULE, "lr_warmup_init")
+        return {name: saved[name] for name in names if name in saved and name not in _ENDS}
+    found = schedule_changes(run, start)
     if not found:
-        return []
-    only_longer = not length_matters and _only_longer(saved, run)
-    if not args.override_opt_param_scheduler and not only_longer:
+        return {}
+    only_longer = not length_matters and _only_longer(start.saved, run)
+    if not override and not only_longer:
         raise UserError(
             f"{', '.join(found)} since the last checkpoint: pass --override-opt-param-scheduler to "
             "go on by the new schedule, with the optimizer's state; or "
             "--use-checkpoint-opt-param-scheduler to go on by the old one"
         )
-    args.override_opt_param_scheduler = True
-    return found
+    return {"override_opt_param_scheduler": True}
 
 
-def _only_longer(saved: dict[str, Any], run: dict[str, Any]) -> bool:
+def schedule_changes(run: Mapping[str, Any], start: Start) -> list[str]:
+    """Say what of a resumed run's schedule is another than it was."""
+    if not start.resumed:
+        return []
+    saved = with_decay(start.saved)
+    return changed([name for name in SCHEDULE if name in saved], saved, with_decay(run))
+
+
+def _only_longer(saved: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
     """Whether the rate and the decay of weights are what they were at every step of both runs."""
     rest = [name for name in SCHEDULE if name not in LENGTH]
     constant = run["lr_decay_style"] == run["weight_decay_incr_style"] == "constant"
     return constant and run["lr_warmup_fraction"] is None and not changed(rest, saved, run)
 
 
-def with_decay(args: dict[str, Any]) -> dict[str, Any]:
+def with_decay(args: Mapping[str, Any]) -> dict[str, Any]:
     """Complete arguments as Megatron does once it trains: the rate decays until the end."""
     iters, samples = args.get("lr_decay_iters"), args.get("lr_decay_samples")
-    return args | {
+    return {
+        **args,
         "lr_decay_iters": iters or args.get("train_iters"),
         "lr_decay_samples": samples or args.get("train_samples"),
     }
 
 
-def schedule_identity(args: argparse.Namespace) -> dict[str, Any]:
+def schedule_identity(run: Mapping[str, Any]) -> dict[str, Any]:
     """The schedule for run.json: what is set of it."""
-    completed = with_decay(vars(args))
+    completed = with_decay(run)
     return {name: completed[name] for name in SCHEDULE if completed.get(name) is not None}
 
 
-def nothing_left(args: argparse.Namespace, start: Start) -> str | None:
-    """Say so if a resumed run has all of its steps; None if there are some left, or to evaluate."""
-    if not start.resumed or args.skip_train or start.step < last_step(args):
+def nothing_left(schedule: Schedule, start: Start) -> str | None:
+    """Say so if a resumed run has all of its steps; None if there are some left."""
+    if not start.resumed or start.step < schedule.steps:
         return None
     return (
         f"nothing left to do: the run in {start.folder} is at step {start.step} and these flags "
-        f"ask for {last_step(args)}; for more steps raise --train-iters or --preference-epochs"
+        f"ask for {schedule.steps}; for more steps raise --train-iters or --preference-epochs"
     )

@@ -1,11 +1,11 @@
 """What a run begins with: the folders that it may read and write, and the checkpoint in them."""
 
-import argparse
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron.core.dist_checkpointing.serialization import (
     load_common_state_dict,
@@ -14,10 +14,39 @@ from megatron.core.dist_checkpointing.serialization import (
 from megatron.core.rerun_state_machine import RerunState
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_infifpo.engine.parallel import rank_and_size
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families.architecture import pivot_directory
 from megatron_infifpo.storage.checkpoints import TRACKER, find_checkpoint
 from megatron_infifpo.storage.torch_dist import BROKEN_PICKLE, TorchDistCheckpoint
+
+
+@dataclass(frozen=True)
+class Folders:
+    """What a run may read and write, as the flags name it.
+
+    Attributes:
+        save: where its checkpoints go, if anywhere.
+        load: what it goes on from, where that is not `save`.
+        pretrained: the pivot that a new run starts from.
+        finetune: take the weights alone, whatever is loaded.
+    """
+
+    save: str | None
+    load: str | None
+    pretrained: str | None
+    finetune: bool
+
+    @classmethod
+    def read(cls, flags: Mapping[str, Any]) -> Self:
+        """Take them from a run's flags."""
+        names = ("save", "load", "pretrained_checkpoint", "finetune")
+        return cls(*(flags[name] for name in names))
+
+    @property
+    def loaded(self) -> str | None:
+        """What Megatron is to load if there is a checkpoint: so one command starts and resumes."""
+        return self.load or self.save
 
 
 @dataclass(frozen=True)
@@ -82,35 +111,30 @@ class Start:
         return int(self.saved["consumed_train_samples"]) if self.resumed else 0
 
 
-def find_start(args: argparse.Namespace) -> Start:
-    """Find the checkpoint that a run begins with; sets `args.load` to `--save` by default.
+def find_start(folders: Folders) -> Start:
+    """Find the checkpoint that a run begins with.
 
     Nothing in the checkpoint is unpickled before its metadata was looked through.
 
     Raises:
         UserError: a folder means two things, or is not there, or holds no checkpoint.
     """
-    _check_folders(args)
-    args.load = args.load or args.save
-    folder = pivot_directory(args.load, args.pretrained_checkpoint)
+    _check_folders(folders)
+    folder = pivot_directory(folders.loaded, folders.pretrained)
     tracker = (folder / TRACKER).read_text(encoding="utf-8").strip()
-    resumed = not args.finetune and tracker != "release" and folder != _path(args, "pretrained")
+    new = folders.finetune or tracker == "release"
+    resumed = not new and (folders.pretrained is None or folder != Path(folders.pretrained))
     checkpoint = TorchDistCheckpoint(find_checkpoint(folder))
-    if args.rank == 0:
+    if rank_and_size()[0] == 0:
         checkpoint.check_sizes()
     return Start(folder, tracker, checkpoint, resumed)
 
 
-def _path(args: argparse.Namespace, name: str) -> Path | None:
-    value = args.pretrained_checkpoint if name == "pretrained" else getattr(args, name)
-    return None if value is None else Path(value)
-
-
-def _check_folders(args: argparse.Namespace) -> None:
+def _check_folders(folders: Folders) -> None:
     """Refuse folders that would be two things at once, and --load of nothing."""
     save, load, pretrained = (
-        None if path is None else path.resolve()
-        for path in (_path(args, name) for name in ("save", "load", "pretrained"))
+        None if path is None else Path(path).resolve()
+        for path in (folders.save, folders.load, folders.pretrained)
     )
     if pretrained is not None and pretrained in (save, load):
         flag = "--save" if pretrained == save else "--load"
@@ -121,29 +145,29 @@ def _check_folders(args: argparse.Namespace) -> None:
         )
     if load is not None and load != save and not (load / TRACKER).is_file():
         raise UserError(
-            f"--load {args.load} has no checkpoint: it has no {TRACKER}. Mend the path; to start "
-            "from a converted pivot give --pretrained-checkpoint, and leave --load out: a run is "
-            "resumed from its --save"
+            f"--load {folders.load} has no checkpoint: it has no {TRACKER}. Mend the path; to "
+            "start from a converted pivot give --pretrained-checkpoint, and leave --load out: a "
+            "run is resumed from its --save"
         )
     if save is not None:
         there = next(path for path in (save, *save.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             what = "may not be written to" if there.is_dir() else "is a file"
-            raise UserError(f"--save {args.save} cannot be made or written: {there} {what}")
+            raise UserError(f"--save {folders.save} cannot be made or written: {there} {what}")
     if save is None or not (save / TRACKER).is_file():
         return
     if load is not None and load != save:
         raise UserError(
-            f"--save {args.save} holds a run already, which would be mixed with the one in --load "
-            f"{args.load}: leave --load out to go on with it, or choose another --save"
+            f"--save {folders.save} holds a run already, which would be mixed with the one in "
+            f"--load {folders.load}: leave --load out to go on with it, or choose another --save"
         )
-    if args.finetune:
+    if folders.finetune:
         raise UserError(
-            f"--finetune would start a new run in --save {args.save}, which holds one: choose "
+            f"--finetune would start a new run in --save {folders.save}, which holds one: choose "
             "another --save, or leave --finetune out to go on"
         )
     if (save / TRACKER).read_text(encoding="utf-8").strip() == "release":
         raise UserError(
-            f"--save {args.save} is a converted pivot, and a run there would take its place: give "
-            "it to --pretrained-checkpoint, and another folder to --save"
+            f"--save {folders.save} is a converted pivot, and a run there would take its place: "
+            "give it to --pretrained-checkpoint, and another folder to --save"
         )

@@ -1,48 +1,38 @@
 """Forward step and loss of training, as Megatron's schedules call them."""
 
-import argparse
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.training import get_args
 from torch import Tensor
 
 from megatron_infifpo.engine.packed import run_packed, to_device
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.logprobs import segment_sums
 from megatron_infifpo.losses import CHOSEN
-from megatron_infifpo.methods import Method
 from megatron_infifpo.rows import Row
-from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.storage.checkpoints import TRACKER
+from megatron_infifpo.training.data import Datasets
+from megatron_infifpo.training.megatron_args import current_step, pairs_seen
 from megatron_infifpo.training.metrics import preference_metrics, sft_metrics, waste_metrics
 from megatron_infifpo.training.objective import pair_losses
+from megatron_infifpo.training.settings import Run
 
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
-def progress() -> float:
-    """Share of training that is done, in [0, 1]; counted in samples, so resume continues it."""
-    args = get_args()
-    total = args.train_samples or args.train_iters * args.global_batch_size
-    return min(1.0, args.consumed_train_samples / total)
-
-
-def way_on(args: argparse.Namespace) -> str:
-    """Say how training can go on after a step that gave NaN: before it, and slower."""
+def way_on(save: str | None, now: int) -> str:
+    """Say how training can go on after a step that gave NaN: before step `now`, and slower."""
     slower = "with a lower --lr, or without these records"
-    saved = (
-        sorted(int(p.name[5:]) for p in Path(args.save or "").glob("iter_*")) if args.save else []
-    )
+    saved = sorted(int(p.name[5:]) for p in Path(save).glob("iter_*")) if save else []
     # The weights of the newest may be what gives NaN.
-    before = [str(step) for step in saved if step < args.curr_iteration]
+    before = [str(step) for step in saved if step < now]
     if not before:
         return f"start again in another --save, {slower}"
     return (
         f"write the number of a checkpoint before that ({', '.join(before)}) into "
-        f"{Path(args.save) / TRACKER} and run the command again with a lower --lr and "
+        f"{Path(str(save)) / TRACKER} and run the command again with a lower --lr and "
         f"--override-opt-param-scheduler; or start again in another --save, {slower}"
     )
 
@@ -54,22 +44,17 @@ class TrainingStep:
     mean is exact under any packing, pipeline and data parallelism.
     """
 
-    def __init__(
-        self,
-        method: Method,
-        vocab_size: int,
-        train: PreferenceDataset,
-        valid: PreferenceDataset | None,
-    ):
-        """Take the resolved method, the real vocabulary size, and the data, for names and ids."""
-        self.method = method
-        self.vocab_size = vocab_size
-        self.train, self.valid = train, valid
-        self.recent: tuple[int, list[Tensor]] = (-1, [])
+    def __init__(self, run: Run, datasets: Datasets):
+        """Take the run, and its data, for names and ids."""
+        self.run, self.method = run, run.config.method
+        self.train, self.valid = datasets.train, datasets.valid
+        self.recent: tuple[int | None, list[Tensor]] = (None, [])
         self.unchecked: list[tuple[Tensor, Tensor]] = []
-        self.source_names = train.source_names + (("initial",) if method.initial_as_source else ())
-        self.domains = train.domains
-        self.loss = self.sft_loss if method.objective == "sft" else self.preference_loss
+        self.source_names = self.train.source_names
+        if self.method.initial_as_source:
+            self.source_names += ("initial",)
+        self.domains = self.train.domains
+        self.loss = self.sft_loss if self.method.objective == "sft" else self.preference_loss
 
     def __call__(
         self, data_iterator: Iterator[Row], model: torch.nn.Module
@@ -79,13 +64,13 @@ class TrainingStep:
         self.remember(row)
         # Records are named in messages only, and not on the device.
         row = to_device(row) | {"indices": row["indices"]}
-        return run_packed(model, row, self.vocab_size), partial(self.loss, row)
+        return run_packed(model, row, self.run.vocab_size), partial(self.loss, row)
 
     def remember(self, row: Row) -> None:
         """Keep the records of the step at hand, for messages."""
         if not torch.is_grad_enabled():
             return  # evaluation
-        now = get_args().curr_iteration
+        now = current_step()
         kept = self.recent[1] if self.recent[0] == now else []
         self.recent = (now, kept + [row["indices"]])
 
@@ -106,7 +91,8 @@ class TrainingStep:
         counts = row["token_counts"]
         sums = segment_sums(token_logprobs, row["segment_ids"], counts.numel()).view_as(counts)
         self.check(row, sums)
-        done = progress()
+        # Counted in pairs, so that a resumed run continues it.
+        done = min(1.0, pairs_seen() / self.run.schedule.total)
         losses, policy, reference = pair_losses(self.method, row, sums, progress=done)
         with torch.no_grad():
             metrics = preference_metrics(
@@ -127,7 +113,7 @@ class TrainingStep:
         Raises:
             UserError: NaN or infinite; names the records.
         """
-        if not get_args().check_for_nan_in_loss_and_grad:
+        if not self.run.arguments["check_for_nan_in_loss_and_grad"]:
             return
         bad = ~torch.isfinite(sums.detach()).all(dim=1)
         self.unchecked.append((row["indices"], bad))
@@ -139,10 +125,11 @@ class TrainingStep:
         if found:
             data = self.train if torch.is_grad_enabled() or self.valid is None else self.valid
             ids = [data.tokens.ids(i) for i in dict.fromkeys(found)]
+            now = current_step() or 0
             raise UserError(
                 f"the pivot's log-probs of the records {', '.join(map(repr, ids))} in "
-                f"{data.tokens.prefix} are NaN or infinite at step {get_args().curr_iteration}: "
-                f"look at the gradient norms before; {way_on(get_args())}"
+                f"{data.tokens.prefix} are NaN or infinite at step {now}: "
+                f"look at the gradient norms before; {way_on(self.run.folders.save, now)}"
             )
 
     def sft_loss(self, row: Row, token_logprobs: Tensor) -> Loss:

@@ -1,6 +1,5 @@
 """Refuse tokens that are not of the model: of another tokenizer or template, or without a row."""
 
-import argparse
 import warnings
 from pathlib import Path
 
@@ -15,19 +14,21 @@ _NAMES = {"tokenizer_sha256": "tokenizer", "chat_template_sha256": "chat templat
 _FILES = ("tokenizer*", "tekken.json", "vocab.*")
 
 
-def check_tokens(args: argparse.Namespace, folder: Path, *datasets: PreferenceDataset) -> None:
+def check_tokens(
+    folder: Path, *datasets: PreferenceDataset, vocabulary: int, mode: str = "error"
+) -> None:
     """Compare data sets with the tokenizer and the vocabulary of a checkpoint; the first rank's.
 
     Args:
-        args: with the checkpoint's architecture.
         folder: of the checkpoint, with its `hf`.
         datasets: what is trained and validated on.
+        vocabulary: tokens that the model has; Megatron pads it later.
+        mode: `--tokenizer-check`.
 
     Raises:
         UserError: an id that the model has no row for, in any case; another tokenizer or chat
             template, unless `--tokenizer-check` is warn or off.
     """
-    vocabulary = args.padded_vocab_size  # the model's own; Megatron pads it later
     for dataset in datasets:
         largest = dataset.tokens.largest_id()
         if largest >= vocabulary:
@@ -38,10 +39,10 @@ def check_tokens(args: argparse.Namespace, folder: Path, *datasets: PreferenceDa
                 "rows for the tokens that were added to it (resize_token_embeddings) and import it "
                 "again"
             )
-    if args.tokenizer_check == "off":
+    if mode == "off":
         return
     for complaint in _complaints(folder, datasets):
-        if args.tokenizer_check != "warn":
+        if mode != "warn":
             raise UserError(complaint)
         warnings.warn(complaint, stacklevel=2)
 

@@ -6,12 +6,11 @@ from typing import Any
 
 def parser() -> argparse.ArgumentParser:
     """Megatron's parser with the program's flags, as a run makes it."""
-    from megatron.training.arguments import add_megatron_arguments
+    from megatron_infifpo.training.config import add_run_flags
 
-    from megatron_infifpo.training.arguments import add_training_flags
-
-    made = add_megatron_arguments(argparse.ArgumentParser("train", allow_abbrev=False))
-    return add_training_flags(made)
+    made = argparse.ArgumentParser("train")
+    add_run_flags(made)
+    return made
 
 
 def on_gpu() -> None:
@@ -32,7 +31,8 @@ def table() -> dict[str, Any]:
 
     made = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     classes: dict[str, tuple[str, list[str], Any]] = {}  # name -> group, options, class
-    titles, used = set(), set()
+    titles: set[str] = set()
+    used: set[str] = set()
     for group in made._action_groups:
         if group._group_actions and group.title != "options":
             titles.add(group.title)
@@ -73,7 +73,7 @@ def another_value(action: argparse.Action) -> list[str] | None:
         candidates = [getattr(choice, "name", str(choice)) for choice in action.choices]
     for word in candidates:
         try:
-            value = word if action.type is None else action.type(word)
+            value = action.type(word) if callable(action.type) else word
         except (ValueError, TypeError, KeyError, AssertionError, argparse.ArgumentTypeError):
             continue
         if value != action.default:
@@ -106,7 +106,7 @@ def each_alone(gpu: bool) -> dict[str, tuple[str, list[str]]]:
                 found[option] = action.dest, [str(error)]
                 continue
             if getattr(args, action.dest) != action.default:
-                found[option] = action.dest, unsupported(args, made)
+                found[option] = action.dest, unsupported(vars(args), made)
     return found
 
 
@@ -117,7 +117,7 @@ def say(lines: list[list[str]], gpu: bool = False) -> list[list[str]]:
     if gpu:
         on_gpu()
     made = parser()
-    return [unsupported(made.parse_args(argv), made) for argv in lines]
+    return [unsupported(vars(made.parse_args(argv)), made) for argv in lines]
 
 
 def gpu_runs() -> list[list[str]]:
@@ -129,7 +129,7 @@ def gpu_runs() -> list[list[str]]:
     on_gpu()
     conditions.HAVE_TE = conditions.HAVE_NVML = conditions.HAVE_FLASH = True
     made = parser()
-    return [unsupported(made.parse_args(["--bf16", *run.flags]), made) for run in GPU_RUNS]
+    return [unsupported(vars(made.parse_args(["--bf16", *run.flags])), made) for run in GPU_RUNS]
 
 
 def set_by_the_program() -> dict[str, set[str]]:

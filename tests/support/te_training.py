@@ -47,7 +47,7 @@ def train(argv: list[str], kind: str | None, old: bool = False) -> dict[str, Any
     """
     from megatron.training import get_args
 
-    import megatron_infifpo.training.run as program
+    import megatron_infifpo.training.megatron_args as program
     from megatron_infifpo.engine.layer_kind import KINDS
     from megatron_infifpo.engine.layers import OutputRMSNorm
     from support import te_emulation

@@ -34,7 +34,7 @@ def train(argv: list[str]) -> dict[str, Any]:
     loop.train_step, loop.evaluate = train_step, evaluate_and_record
     sys.argv = ["train", *argv]
     try:
-        program.main()
+        program.train(program.RunConfig.from_arguments(argv))
     except SystemExit as stop:  # Megatron's --exit-interval
         if stop.code:
             raise

@@ -1,15 +1,14 @@
 """Learning rates of all steps, against closed forms; no step is at 0 by accident."""
 
 import math
-from argparse import Namespace
 
 import pytest
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.training.rates import check_rates, complete_warm_up, rates
+from megatron_infifpo.training.rates import Schedule, check_rates, rates
 
 
-def arguments(**changed) -> Namespace:
+def schedule(**changed) -> Schedule:
     given = dict.fromkeys(
         "lr_decay_iters lr_decay_samples lr_warmup_fraction lr_wsd_decay_iters decoupled_lr "
         "lr_wsd_decay_samples train_samples".split()
@@ -17,9 +16,7 @@ def arguments(**changed) -> Namespace:
     given |= {"lr": 1e-3, "min_lr": 0.0, "lr_decay_style": "cosine", "lr_warmup_init": 0.0}
     given |= {"use_checkpoint_opt_param_scheduler": False}
     given |= {"lr_warmup_iters": 0, "lr_warmup_samples": 0, "lr_wsd_decay_style": "exponential"}
-    args = Namespace(**given | {"train_iters": 20, "global_batch_size": 8, "rank": 0} | changed)
-    complete_warm_up(args)
-    return args
+    return Schedule.read(given | {"train_iters": 20, "global_batch_size": 8} | changed)
 
 
 def cosine(step: float, warm_up: float, steps: int) -> float:
@@ -28,16 +25,16 @@ def cosine(step: float, warm_up: float, steps: int) -> float:
 
 
 def test_warm_up_begins_above_zero():
-    found = rates(arguments(lr_warmup_fraction=0.25), 0)
+    found = rates(schedule(lr_warmup_fraction=0.25), 0)
     expected = [0.2 + 0.8 * step / 5 for step in range(5)]
     expected += [cosine(step, 5, 20) for step in range(5, 20)]
     assert found == pytest.approx([1e-3 * rate for rate in expected])
-    assert rates(arguments(lr_warmup_fraction=0.25), 12) == found[12:]
+    assert rates(schedule(lr_warmup_fraction=0.25), 12) == found[12:]
 
 
 def test_by_samples():
     by_samples = {"train_iters": None, "train_samples": 167, "lr_warmup_samples": 40}
-    found = rates(arguments(**by_samples), 0)
+    found = rates(schedule(**by_samples), 0)
     expected = [0.2 + 0.8 * step / 5 for step in range(5)]
     expected += [cosine(8 * step, 40, 167) for step in range(5, 20)]
     assert found == pytest.approx([1e-3 * rate for rate in expected])
@@ -47,18 +44,18 @@ def test_by_samples():
 @pytest.mark.parametrize("steps", [1, 2, 30])
 @pytest.mark.parametrize("warm_up", [0.0, 0.1])
 def test_short_runs_learn(style, steps, warm_up):
-    args = arguments(
+    short = schedule(
         lr_decay_style=style, train_iters=steps, lr_warmup_fraction=warm_up, lr_wsd_decay_iters=1
     )
-    check_rates(args, 0)
-    found = rates(args, 0)
+    check_rates(short, 0)
+    found = rates(short, 0)
     assert len(found) == steps and all(0 < rate <= 1e-3 for rate in found)
     if steps == 1:
         assert found == [1e-3]
 
 
 def test_the_user_says_where_warm_up_begins():
-    assert rates(arguments(lr_warmup_iters=4, lr_warmup_init=1e-5), 0)[0] == 1e-5
+    assert rates(schedule(lr_warmup_iters=4, lr_warmup_init=1e-5), 0)[0] == 1e-5
 
 
 @pytest.mark.parametrize(
@@ -75,12 +72,12 @@ def test_the_user_says_where_warm_up_begins():
 )
 def test_steps_that_move_nothing(changed, expected):
     with pytest.raises(UserError, match=expected):
-        check_rates(arguments(**changed), 0)
+        check_rates(schedule(**changed), 0)
 
 
 def test_a_floor_and_a_wish():
-    check_rates(arguments(lr_decay_iters=12, min_lr=1e-6), 0)
+    check_rates(schedule(lr_decay_iters=12, min_lr=1e-6), 0)
     with pytest.warns(UserWarning, match="--lr is 0: no step"):
-        check_rates(arguments(lr=0.0), 0)
+        check_rates(schedule(lr=0.0), 0)
     with pytest.raises(UserError, match="3 steps, from step 18 on"):
-        check_rates(arguments(lr_decay_iters=12), 17)
+        check_rates(schedule(lr_decay_iters=12), 17)

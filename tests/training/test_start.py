@@ -1,14 +1,13 @@
 """Folders that a run reads and writes: each is one thing, and is written by one run."""
 
 import os
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.training.lock import RunLock
-from megatron_infifpo.training.start import find_start
+from megatron_infifpo.training.start import Folders, find_start
 
 
 @pytest.fixture
@@ -24,7 +23,7 @@ def folders(setup, tmp_path, monkeypatch) -> Path:
 
 def start(**given):
     names = dict.fromkeys(("save", "load", "pretrained_checkpoint"))
-    return find_start(Namespace(**names | {"finetune": False, "rank": 0} | given))
+    return find_start(Folders.read(names | {"finetune": False} | given))
 
 
 @pytest.mark.parametrize(

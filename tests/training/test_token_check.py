@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ def data(setup) -> PreferenceDataset:
 
 
 def check(folder, data, mode="error", vocabulary=320):
-    check_tokens(Namespace(tokenizer_check=mode, padded_vocab_size=vocabulary), folder, data)
+    check_tokens(folder, data, vocabulary=vocabulary, mode=mode)
 
 
 def test_its_own(setup, data):

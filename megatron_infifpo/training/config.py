@@ -1,0 +1,250 @@
+"""What a training run is: every flag of it, from a command line or a file, checked once."""
+
+import argparse
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+from megatron_infifpo.patches import cpu
+
+cpu.enable()
+
+from megatron.training.arguments import add_megatron_arguments  # noqa: E402
+
+from megatron_infifpo.engine.environment import ShowEnvironment  # noqa: E402
+from megatron_infifpo.errors import UserError  # noqa: E402
+from megatron_infifpo.flag_types import flag, positive  # noqa: E402
+from megatron_infifpo.megatron_flags.check import refuse_yaml, unsupported  # noqa: E402
+from megatron_infifpo.methods import Method, add_method_flags, method_from_options  # noqa: E402
+from megatron_infifpo.training.config_file import CONFIG, with_file  # noqa: E402
+
+
+def _flag(help: str, default: Any = None, **how: Any) -> Any:
+    """A field that is a flag of its name: its default, and how argparse reads it."""
+    return field(default=default, metadata={"help": help, **how})
+
+
+_CHECK = {"choices": ["error", "warn", "off"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run as it was asked for; made by `from_arguments` or `from_file`.
+
+    Attributes:
+        method: what is trained.
+        flags: all other flags by name, read only: Megatron's, and the method's as they were given.
+
+    Every other field is the flag of its name, with its help.
+
+    Raises:
+        UserError: a flag is missing, has no effect, or contradicts another.
+    """
+
+    method: Method
+    flags: Mapping[str, Any]
+    preference_data: str = _flag(
+        "the pivot's token dataset, written by tools/prepare_preferences.py", metavar="PREFIX"
+    )
+    preference_sources: str | None = _flag(
+        "sources.yaml: the log-prob datasets of the initial pivot and of the sources",
+        metavar="FILE",
+    )
+    preference_valid_data: str | None = _flag(
+        "a held-out token dataset: evaluated whole every --eval-interval steps", metavar="PREFIX"
+    )
+    preference_valid_sources: str | None = _flag(
+        "sources.yaml of the held-out pairs", metavar="FILE"
+    )
+    preference_epochs: int | None = _flag(
+        "passes over the pairs, in whole steps, where --train-iters is not given (default: 1)",
+        type=int,
+    )
+    micro_batch_tokens: int | None = _flag(
+        "in place of --micro-batch-size: as many pairs a micro-batch as N tokens hold in every "
+        "step of training",
+        type=positive,
+        metavar="N",
+    )
+    share_prompt: bool | None = _flag(
+        "compute a pair's prompt once for all of its responses (default: yes, but not with "
+        "--te-attention, which cannot)",
+        action=argparse.BooleanOptionalAction,
+    )
+    te_attention: bool = _flag(
+        "on Transformer Engine's layers, its own attention too (cuDNN or FlashAttention) in place "
+        "of PyTorch's variable-length kernel",
+        default=False,
+        action="store_true",
+    )
+    reference_check: str | None = _flag(
+        "what to do when the initial pivot's log-probs are of other weights than a run starts "
+        "from, or when it does not give these log-probs at step 0 (default: error)",
+        **_CHECK,
+    )
+    reference_probes: int | None = _flag(
+        "records that the check runs the pivot on, at every start (default: 64)",
+        type=positive,
+        metavar="N",
+    )
+    reference_tolerance: float | None = _flag(
+        "mean absolute difference of a response's log-probs, a token, that the check allows "
+        "(default: 0.002 in float32, 0.04 in float16, 0.25 in bfloat16, 1.0 with FP8)",
+        type=float,
+        metavar="NATS",
+    )
+    tokenizer_check: str = _flag(
+        "what to do when the data were prepared with another tokenizer or chat template than those "
+        "that the checkpoint carries (default: error)",
+        default="error",
+        **_CHECK,
+    )
+    allow_changed_run: bool = _flag(
+        "resume although the method, the data or a source is not what run.json says; the schedule "
+        "has flags of its own: --override-opt-param-scheduler",
+        default=False,
+        action="store_true",
+    )
+
+    @classmethod
+    def from_arguments(cls, argv: Sequence[str]) -> Self:
+        """Read the words of a command line, which go before those of its `--config FILE`.
+
+        Raises:
+            UserError: an unknown flag, or a value that cannot be.
+        """
+        return cls.from_options(vars(parse(run_parser(), argv)))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a YAML file of flags by their names, as in `lr: 1e-7`; errors as `from_arguments`.
+
+        A flag without a value is `true`; `false` is its `--no-` form where it has one.
+        """
+        return cls.from_arguments([CONFIG, str(path)])
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Take what `parse` read, by name; errors as `from_arguments`."""
+        if sentences := unsupported(options, run_parser()):
+            raise UserError("\n       ".join(sentences))
+        own = {each.name: options[each.name] for each in own_fields()}
+        flags = {name: value for name, value in options.items() if name not in own}
+        method = method_from_options(options["method"], options)
+        return cls(method=method, flags=MappingProxyType(flags), **own)
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without data and checkpoint."""
+        if self.preference_data is None:
+            raise UserError("--preference-data is missing: the prefix of the pivot's token dataset")
+        self._check_data()
+        self._check_batch()
+        if self.share_prompt and self.te_attention:
+            raise UserError(
+                "--share-prompt does not work with Transformer Engine's attention: leave out one "
+                "of it and --te-attention"
+            )
+        if self.share_prompt is not None and self.method.responses == 1:
+            raise UserError("--share-prompt has no effect with --method sft: it sees one response")
+
+    def _check_data(self) -> None:
+        useless, why = [], "without --preference-valid-data"
+        if self.method.reference is None:
+            useless = ["preference_sources", "preference_valid_sources"]
+            useless += ["reference_check", "reference_probes", "reference_tolerance"]
+            why = "with --method sft, which has no reference"
+        elif self.preference_valid_data is None:
+            useless = ["preference_valid_sources"]
+        for name in useless:
+            if getattr(self, name) is not None:
+                raise UserError(f"{flag(name)} has no effect {why}: leave it out")
+        for data, sources in (
+            (self.preference_data, "preference_sources"),
+            (self.preference_valid_data, "preference_valid_sources"),
+        ):
+            if data and self.method.reference is not None and getattr(self, sources) is None:
+                raise UserError(
+                    f"{flag(sources)} is missing: sources.yaml names the log-probs of {data}"
+                )
+
+    def _check_batch(self) -> None:
+        if (self.flags["micro_batch_size"] is None) == (self.micro_batch_tokens is None):
+            raise UserError("give one of --micro-batch-size (pairs) and --micro-batch-tokens")
+        if self.flags["global_batch_size"] is None:
+            raise UserError("give --global-batch-size, in pairs")
+        epochs = self.preference_epochs
+        if epochs is not None and epochs < 1:
+            raise UserError(f"--preference-epochs is {epochs}, expected at least 1")
+        for name in ("train_iters", "train_samples"):
+            if epochs is not None and self.flags[name] is not None:
+                raise UserError(
+                    f"--preference-epochs has no effect with {flag(name)}: give one of them"
+                )
+
+    def named(self) -> dict[str, Any]:
+        """All flags by name, but `config`."""
+        return {**self.flags, **{each.name: getattr(self, each.name) for each in own_fields()}}
+
+
+def own_fields() -> list[Any]:
+    """Fields of `RunConfig` that are flags of ours."""
+    return [each for each in fields(RunConfig) if each.metadata]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """Raise UserError, where a command would print its usage."""
+        raise UserError(message)
+
+
+@functools.cache
+def run_parser() -> argparse.ArgumentParser:
+    """The parser of a run that reports errors as Python does; it is never changed."""
+    parser = _Parser(add_help=False)
+    add_run_flags(parser)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse the words of a command line after those of its `--config FILE`, if there is one."""
+    return parser.parse_args(with_file(parser, words))
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add Megatron's flags to a parser, and those of a run."""
+    parser.allow_abbrev = False
+    add_megatron_arguments(parser)
+    parser.add_argument(
+        CONFIG,
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="a YAML file of flags by name, without their dashes; what is on the command line goes "
+        "before it",
+    )
+    add_method_flags(parser)
+    group = parser.add_argument_group(
+        "preference data", "pairs, their log-probs, and how long to train on them"
+    )
+    for each in own_fields():
+        group.add_argument(flag(each.name), default=each.default, **each.metadata)
+    parser.add_argument(
+        "--environment",
+        action=ShowEnvironment,
+        help="print what is installed and what each part would use, and exit",
+    )
+    refuse_yaml(parser)
+    _escape_help(parser)
+
+
+def _escape_help(parser: argparse.ArgumentParser) -> None:
+    """Make `--help` work: some of Megatron's help texts hold a lone percent sign."""
+    formatter = argparse.HelpFormatter(parser.prog)
+    for action in parser._actions:
+        try:
+            if action.help:
+                formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%") if action.help else None

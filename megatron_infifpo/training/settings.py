@@ -1,0 +1,99 @@
+"""What the parts of training need to know of a run, read off Megatron's arguments once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Self
+
+from megatron_infifpo.rows.layout import RowLayout
+from megatron_infifpo.training.config import RunConfig
+from megatron_infifpo.training.rates import Schedule
+from megatron_infifpo.training.start import Folders
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run lies on ranks: this one, how many there are, and what they split."""
+
+    rank: int
+    world_size: int
+    tensor_parallel: int
+    pipeline_parallel: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How pairs become rows.
+
+    Attributes:
+        pairs: of a step.
+        micro: of a row, on average.
+        max_tokens: longest response with its prompt.
+        seed: of their order.
+        rows: how pairs lie in them.
+    """
+
+    pairs: int
+    micro: int
+    max_tokens: int
+    seed: int
+    rows: RowLayout
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Data type of the weights, and whether products are in FP8."""
+
+    dtype: str
+    fp8: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is about to start.
+
+    Attributes:
+        config: as it was asked for.
+        layout, batch, precision, schedule, folders: of it.
+        save_interval: steps between checkpoints, where there are any.
+        vocab_size: rows of the model's vocabulary, without padding.
+        arguments: all of Megatron's, by name, read only: to compare with those of a checkpoint.
+    """
+
+    config: RunConfig
+    layout: Layout
+    batch: Batch
+    precision: Precision
+    schedule: Schedule
+    folders: Folders
+    save_interval: int | None
+    vocab_size: int
+    arguments: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, config: RunConfig, values: Mapping[str, Any], rows: RowLayout) -> Self:
+        """Read it off Megatron's validated arguments, by name."""
+        return cls(
+            config=config,
+            layout=Layout(
+                rank=values["rank"],
+                world_size=values["world_size"],
+                tensor_parallel=values["tensor_model_parallel_size"],
+                pipeline_parallel=values["pipeline_model_parallel_size"],
+            ),
+            batch=Batch(
+                pairs=values["global_batch_size"],
+                micro=values["micro_batch_size"],
+                max_tokens=values["seq_length"],
+                seed=values["seed"],
+                rows=rows,
+            ),
+            precision=Precision(
+                dtype=str(values["params_dtype"]).removeprefix("torch."), fp8=bool(values["fp8"])
+            ),
+            schedule=Schedule.read(values),
+            folders=Folders.read(values),
+            save_interval=values["save_interval"],
+            vocab_size=values["padded_vocab_size"],
+            arguments=MappingProxyType(dict(values)),
+        )
