@@ -1,5 +1,7 @@
 """Scoring as one of several ranks."""
 
+from typing import Any
+
 import torch
 
 from support.tools import run_tool
@@ -8,6 +10,14 @@ from support.tools import run_tool
 def score(argv: list[str]) -> None:
     """Run `python tools/score_source.py ARGV` as one rank."""
     run_tool("score_source", argv)
+
+
+def score_from_python(fields: dict[str, Any]) -> None:
+    """Score as one rank, without a command line."""
+    from megatron_infifpo.scoring.job import ScoringJob
+    from megatron_infifpo.scoring.score import score
+
+    score(ScoringJob(**fields))
 
 
 def megatron_logprobs(hf: str, rows: str, tp: int, pp: int) -> list[torch.Tensor] | None:
