@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import RESPONSES
 from megatron_infifpo.report import plots
 from megatron_infifpo.report.collect import Curve, Pairs
 from megatron_infifpo.report.html import Page
@@ -51,8 +52,8 @@ def training(page: Page, curves: dict[str, Curve]) -> None:
     )
     draw(
         "rewards and log-probs of responses over steps",
-        ("rewards", named("rewards/", "chosen", "rejected", "pivot_chosen")),
-        ("log-probs", named("logps/", "chosen", "rejected", "pivot_chosen")),
+        ("rewards", named("rewards/", *RESPONSES)),
+        ("log-probs", named("logps/", *RESPONSES)),
     )
 
     def by_domain(metric: str) -> dict[str, Curve]:

@@ -17,7 +17,7 @@ from megatron_infifpo.tokens.dataset import TokenDataset
 
 @dataclass(slots=True)
 class PreferencePair:
-    """One record, ready to be packed. R responses: 1 for SFT, 3 for WRPO, else 2.
+    """One record, ready to be packed. R responses: as many as the method compares.
 
     Attributes:
         index: of the record in the token dataset.
@@ -75,8 +75,8 @@ class PreferenceDataset:
         if self.responses > len(self.tokens.responses):
             raise UserError(
                 f"record {self.tokens.ids(0)!r} of {token_prefix} has no "
-                f"{RESPONSES[self.responses - 1]!r}, and neither has any other: WRPO compares "
-                f"{', '.join(RESPONSES)}; give the field in every record and prepare them again"
+                f"{RESPONSES[self.responses - 1]!r}, and neither has any other: the method "
+                f"compares {', '.join(RESPONSES[: self.responses])}; give the field in every record and prepare them again"
             )
         self.domains = self.tokens.domains
         self.domain_codes = self.tokens.domain_codes.astype(np.int64)

@@ -116,7 +116,8 @@ class RunConfig:
         Raises:
             UserError: an unknown flag, or a value that cannot be.
         """
-        return cls.from_options(vars(parse(run_parser(), argv)))
+        parser = run_parser()
+        return cls.from_options(vars(parser.parse_args(with_file(parser, argv))))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -128,7 +129,7 @@ class RunConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Take what `parse` read, by name; errors as `from_arguments`."""
+        """Take flags by name, as a parser with `add_run_flags` has read them."""
         if sentences := unsupported(options, run_parser()):
             raise UserError("\n       ".join(sentences))
         own = {each.name: options[each.name] for each in own_fields()}
@@ -148,7 +149,9 @@ class RunConfig:
                 "of it and --te-attention"
             )
         if self.share_prompt is not None and self.method.responses == 1:
-            raise UserError("--share-prompt has no effect with --method sft: it sees one response")
+            raise UserError(
+                f"--share-prompt has no effect: {self.method.objective} sees one response"
+            )
 
     def _check_data(self) -> None:
         useless, why = [], "without --preference-valid-data"
@@ -206,11 +209,6 @@ def run_parser() -> argparse.ArgumentParser:
     parser = _Parser(add_help=False)
     add_run_flags(parser)
     return parser
-
-
-def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Parse the words of a command line after those of its `--config FILE`, if there is one."""
-    return parser.parse_args(with_file(parser, words))
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ class Schedule:
     Attributes:
         batch: pairs of a step.
         steps: of the whole run.
-        total: pairs of the whole run, as WRPO counts how much of it is done.
+        total: pairs of the whole run, as a growing option of a loss counts how much is done.
         decay: pairs until the rate has decayed, as Megatron counts them.
         warm_up: pairs until the rate is whole; a fraction may end inside a step.
         first: rate that the warm-up begins with: of W steps the first has 1/W of the whole one.
