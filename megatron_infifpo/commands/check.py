@@ -11,13 +11,12 @@ code is 1 if any failed.
 
 import argparse
 
-from megatron_infifpo.commands.flags import fields_of
+from megatron_infifpo.commands.flags import add_data_flags, fields_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what is checked."""
-    parser.add_argument("--data", required=True, metavar="PREFIX", help="of the token dataset")
-    parser.add_argument("--sources", metavar="FILE", help="sources.yaml; without it only tokens")
+    add_data_flags(parser)
     parser.add_argument(
         "--input", nargs="+", default=[], metavar="FILE", help="the records, if they have moved"
     )

@@ -1,7 +1,7 @@
 """Evaluate exported models on the paper's benchmarks, side by side, by lm-evaluation-harness.
 
     infifpo evaluate --model base=models/phi-4 --model fused=runs/phi4/infifpo-hf \\
-        --engine vllm --tensor-parallel-size 2 --output runs/phi4/evaluation
+        --engine vllm --tensor-model-parallel-size 2 --output runs/phi4/evaluation
     infifpo evaluate --list
 
 Needs `pip install megatron-infifpo[evaluate]`, and the benchmarks' data sets: the harness downloads
@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="""for the models' chat templates, such as '{"enable_thinking": false}'""",
     )
     parser.add_argument("--run-code", action="store_true", help="run code that the model writes")
-    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with a model"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,6 +17,19 @@ def fields_of(args: argparse.Namespace, job: type) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in names}
 
 
+def hidden_alias(parser: argparse.ArgumentParser, other: str, flag: str) -> None:
+    """Take another spelling of a flag as well, without showing it: the old one, or Megatron's."""
+    parser._option_string_actions[other] = parser._option_string_actions[flag]
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which tokens and log-probs to read, as training has them, too."""
+    parser.add_argument("--data", required=True, metavar="PREFIX", help="of the token dataset")
+    parser.add_argument("--sources", metavar="FILE", help="sources.yaml; without it only tokens")
+    for flag in ("data", "sources"):
+        hidden_alias(parser, f"--preference-{flag}", f"--{flag}")
+
+
 def add_record_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which records to read."""
     parser.add_argument(

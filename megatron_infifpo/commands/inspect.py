@@ -8,15 +8,14 @@ initial pivot.
 
 import argparse
 
-from megatron_infifpo.commands.flags import fields_of
+from megatron_infifpo.commands.flags import add_data_flags, fields_of
 from megatron_infifpo.methods import add_method_flags, method_from_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which record, and how it is used."""
-    parser.add_argument("--data", required=True, metavar="PREFIX", help="of the token dataset")
+    add_data_flags(parser)
     parser.add_argument("--id", required=True, help="of the record")
-    parser.add_argument("--sources", metavar="FILE", help="sources.yaml; without it only tokens")
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="if it is no longer where the dataset was made with it"
     )

@@ -55,11 +55,6 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**({"formatter_class": WideFormatter} | options))
 
 
-def hidden_alias(parser: argparse.ArgumentParser, old: str, new: str) -> None:
-    """Take a flag's old spelling as well, without showing it."""
-    parser._option_string_actions[old] = parser._option_string_actions[new]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `infifpo` with these words, or those of the command line, and exit."""
     words = sys.argv[1:] if argv is None else list(argv)

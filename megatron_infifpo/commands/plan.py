@@ -14,6 +14,7 @@ of some steps (Megatron's --log-throughput counts a pair as one text of --seq-le
 import argparse
 from pathlib import Path
 
+from megatron_infifpo.commands.flags import fields_of, hidden_alias
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import megatron_args
 from megatron_infifpo.families.architecture import read_hf_config
@@ -57,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as it is saved: by-name is training's --dist-ckpt-optim-fully-reshardable, sparing "
         "--distrib-optim-fully-reshardable-mem-efficient (default: by-rank, as in training)",
     )
-    parser.add_argument("--row-tokens", type=positive, default=8192, help="of a micro-batch")
+    tokens = "--micro-batch-tokens"
+    parser.add_argument(tokens, type=positive, default=8192, help="of a row (default: 8192)")
+    hidden_alias(parser, "--row-tokens", tokens)
     parser.add_argument("--global-batch-size", type=positive, default=128, help="(default: 128)")
     parser.add_argument("--pairs", type=positive, default=75_000, help="(default: 75000)")
     parser.add_argument("--sft-records", type=whole(0), default=75_000, help="(default: 75000)")
@@ -81,13 +84,13 @@ def run(args: argparse.Namespace) -> None:
     name = args.model
     known = name in PUBLISHED and not Path(name).is_dir()
     model = megatron_args(PUBLISHED[name] if known else read_hf_config(name))
-    job = PlanningJob(**vars(args) | {"model": model})
+    job = PlanningJob(**fields_of(args, PlanningJob) | {"model": model})
     found = estimate(job)
     if not found:
         raise UserError(f"{job.gpus} GPUs fit no legal layout of {name}; see --help")
     print(
         f"{name}: {job.plan.parameters / 1e9:.2f} billion parameters, {job.precision}, "
-        f"rows of {job.row_tokens} tokens"
+        f"rows of {job.micro_batch_tokens} tokens"
     )
     print(
         f"{'TP':>3}{'PP':>4}{'DP':>4}  recompute{'weights':>9}{'grads':>8}{'optim.':>8}"

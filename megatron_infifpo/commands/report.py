@@ -11,6 +11,7 @@ the page also shows what training changed: selected sources, margins, pairs.
 import argparse
 from pathlib import Path
 
+from megatron_infifpo.commands.flags import fields_of
 from megatron_infifpo.flag_types import positive
 
 
@@ -29,5 +30,5 @@ def run(args: argparse.Namespace) -> None:
     """Write the page, and say where it is."""
     from megatron_infifpo.report.report import ReportJob, write_report
 
-    output = write_report(ReportJob(**vars(args)))
+    output = write_report(ReportJob(**fields_of(args, ReportJob)))
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, nothing from a network")

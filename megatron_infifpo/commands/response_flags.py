@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_infifpo.commands.main import hidden_alias
+from megatron_infifpo.commands.flags import hidden_alias
 from megatron_infifpo.flag_types import positive
 from megatron_infifpo.records.records import ON_BAD
 

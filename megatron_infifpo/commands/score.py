@@ -16,6 +16,7 @@ from megatron_infifpo.commands.flags import (
     add_record_flags,
     add_tokenizer_flags,
     fields_of,
+    hidden_alias,
     tokenizer_options,
 )
 from megatron_infifpo.flag_types import positive
@@ -72,12 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_tokenizer_flags(what)
     work = parser.add_argument_group("how the work is divided")
     work.add_argument(
-        "--row-tokens",
+        "--micro-batch-tokens",
         type=positive,
         default=8192,
         metavar="N",
         help="tokens of a packed row (default: 8192)",
     )
+    hidden_alias(parser, "--row-tokens", "--micro-batch-tokens")
     work.add_argument(
         "--shard-records",
         type=positive,

@@ -29,7 +29,7 @@ class PlanningJob:
         layers: a key of `LAYERS`; None is the default of the precision.
         torch_adam: neither Transformer Engine's Adam nor apex's.
         optimizer_state: how it is saved, a key of `SAVINGS`.
-        row_tokens: of a micro-batch.
+        micro_batch_tokens: of a packed row.
         global_batch_size: pairs of a step.
         pairs, sft_records, sft_epochs: what is trained on; one epoch of pairs.
         share_prompt: a pair has its prompt once.
@@ -46,7 +46,7 @@ class PlanningJob:
     layers: str | None = None
     torch_adam: bool = False
     optimizer_state: str = "by-rank"
-    row_tokens: int = 8192
+    micro_batch_tokens: int = 8192
     global_batch_size: int = 128
     pairs: int = 75_000
     sft_records: int = 75_000
@@ -118,7 +118,7 @@ def _at(job: PlanningJob, layout: Layout, recompute: bool) -> Estimate:
     text = job.prompt_tokens + job.response_tokens
     pair = 2 * text - job.share_prompt * job.prompt_tokens
     share = job.global_batch_size // layout.data
-    least = job.global_batch_size * pair / (job.row_tokens * layout.data)
+    least = job.global_batch_size * pair / (job.micro_batch_tokens * layout.data)
     rows = next(n for n in range(1, share + 1) if share % n == 0 and n >= min(least, share))
     # Pipeline stages wait for the first and the last row of a step.
     bubble = 1 + (layout.pipeline - 1) / rows
@@ -127,7 +127,7 @@ def _at(job: PlanningJob, layout: Layout, recompute: bool) -> Estimate:
     scored = (sft + 2 * job.pairs) * job.response_tokens
     memory = plan.memory(
         layout,
-        job.row_tokens,
+        job.micro_batch_tokens,
         rows,
         gathered=2 * text / pair if job.share_prompt else 0.0,
         recompute=recompute,

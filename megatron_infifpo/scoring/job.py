@@ -64,7 +64,7 @@ class ScoringJob:
         over_context: "mask" a record with a longer response, or "cut" its responses.
         tokenizer: folder, for a model without one; None: the model's.
         tokenizer_options: how it is used, and what of a reply is scored.
-        row_tokens: tokens of a packed row.
+        micro_batch_tokens: tokens of a packed row.
         shard_records: records of a shard, the unit of work and of resuming.
     """
 
@@ -82,7 +82,7 @@ class ScoringJob:
     over_context: str = "mask"
     tokenizer: str | None = None
     tokenizer_options: TokenizerOptions = TokenizerOptions()
-    row_tokens: int = 8192
+    micro_batch_tokens: int = 8192
     shard_records: int = 256
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class ScoringJob:
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
             "context_length",
-            "row_tokens",
+            "micro_batch_tokens",
             "shard_records",
         )
         takes = BACKENDS[self.backend].takes

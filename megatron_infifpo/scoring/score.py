@@ -169,7 +169,7 @@ def _plan(
         "over_context": job.over_context,
         "domains": job.domains and list(job.domains),
         "shard_records": job.shard_records,
-        "row_tokens": job.row_tokens,
+        "row_tokens": job.micro_batch_tokens,
         "versions": {
             "megatron_infifpo": __version__,
             "torch": torch.__version__,
@@ -201,7 +201,7 @@ def _rows(
             tokenizer,
             limits,
             vocab_size=model.vocab_size,
-            row_tokens=job.row_tokens,
+            row_tokens=job.micro_batch_tokens,
             layout=model.layout,
         )
 

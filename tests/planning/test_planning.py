@@ -137,7 +137,7 @@ def test_the_command(ranks):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--mfu", "--gpu-memory", "--gpu-tflops", "--gpus", "--row-tokens", "--pairs"]
+    "flag", ["--mfu", "--gpu-memory", "--gpu-tflops", "--gpus", "--micro-batch-tokens", "--pairs"]
 )
 def test_numbers_that_are_none(flag, capsys):
     parser = make_parser("plan")[1]

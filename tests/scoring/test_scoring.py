@@ -61,7 +61,7 @@ def scored(families, ranks, tmp_path_factory):
 
     def run(name: str, world: int, backend: str, *more: str) -> Path:
         output = folder / name
-        more = ("--shard-records", "5", "--row-tokens", "300", *more)
+        more = ("--shard-records", "5", "--micro-batch-tokens", "300", *more)
         jobs = [flags(records, backend, m, output / f, *more) for f, m in families.items()]
         ranks(world, "support.scoring:score_jobs", jobs)
         return output
@@ -95,7 +95,7 @@ def test_layouts_agree(scored, one, families, layout):
 
 
 def test_one_record_a_row_equals_packed_rows(scored, one, families):
-    alone = scored("alone", 1, "megatron", "--row-tokens", "1")
+    alone = scored("alone", 1, "megatron", "--micro-batch-tokens", "1")
     for name in families:
         assert worst(one / name, alone / name) <= 1e-5, name
 

@@ -48,6 +48,8 @@ def overview() -> str:
         lines.append(f"{stage}:")
         for name in names:
             what = (importlib.import_module(COMMANDS[name]).__doc__ or "").splitlines()[0]
-            lines.append(textwrap.fill(f"  {name:<16}  {what}", 100, subsequent_indent=" " * 20))
+            line = f"  {name:<16}  {what}"
+            filled = textwrap.fill(line, 100, subsequent_indent=" " * 20, break_on_hyphens=False)
+            lines.append(filled)
         lines.append("")
     return "\n".join(lines).rstrip() + "\n" + _END
