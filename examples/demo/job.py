@@ -19,7 +19,8 @@ from tqdm import tqdm
 from megatron_infifpo.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / "tools"
+# As a module: it needs no script on PATH, and torchrun starts it so, too.
+PROGRAM = ["-m", "megatron_infifpo"]
 
 
 def count_gpus() -> int:
@@ -42,7 +43,7 @@ class Job:
         """Work in a folder, on the given preference files by the name of their split."""
         self.ranks = 1 if count_gpus() == 1 else 2
         # Short rows keep all pipeline stages busy.
-        self.pipeline = ["--backend", "megatron", "--row-tokens", "1024"]
+        self.pipeline = ["--backend", "megatron", "--micro-batch-tokens", "1024"]
         self.pipeline += ["--pipeline-model-parallel-size", str(self.ranks)]
         self.tensor = ["--backend", "megatron", "--tensor-model-parallel-size", str(self.ranks)]
         self.folder = folder.resolve()
@@ -60,7 +61,7 @@ class Job:
         print(f"\n=== {self.seconds():4.0f} s  {title}", flush=True)
 
     def command(self, *words: object, ranks: int = 0, log: Path | None = None) -> None:
-        """Run a command of the project and print it.
+        """Run `infifpo WORDS` and print it.
 
         `ranks` > 0 starts it under torchrun. With `log`, its output goes there and a bar shows
         the steps that it reports.
@@ -73,11 +74,12 @@ class Job:
             launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
             launcher += ["--master-port", str(port)]
         argv = [str(word) for word in words]
-        shown = ["torchrun", "--nproc-per-node", str(ranks)] if ranks else ["python"]
+        torchrun = ["torchrun", "--nproc-per-node", str(ranks), *PROGRAM]
+        shown = torchrun if ranks else ["infifpo"]
         print("$", " ".join([*shown, *argv]).replace(f"{ROOT}/", ""), flush=True)
         env = {**self.env, "OMP_NUM_THREADS": "1" if ranks > 1 else "2"}
         output = {} if log is None else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen([*launcher, *argv], env=env, text=True, **output)
+        process = subprocess.Popen([*launcher, *PROGRAM, *argv], env=env, text=True, **output)
         if log is not None:
             show_steps(process.stdout, log)
         if process.wait():
@@ -101,15 +103,14 @@ class Job:
     def import_pivot(self, hf: Path) -> Path:
         """Convert the pivot, Hugging Face -> Megatron."""
         pivot = self.folder / "pivot"
-        convert = TOOLS / "convert_checkpoint.py"
-        self.once("pivot", convert, "import", "--hf", hf, "--save", pivot)
+        self.once("pivot", "import", "--hf", hf, "--save", pivot)
         return pivot
 
     def tokenize(self, split: str, tokenizer: Path) -> None:
         """Tokenize a split for the pivot."""
         prefix = self.folder / "data" / split
         flags = ["--input", self.records[split], "--tokenizer", tokenizer, "--output", prefix]
-        self.once(f"data-{split}", TOOLS / "prepare_preferences.py", *flags)
+        self.once(f"data-{split}", "prepare", *flags)
 
     def score(self, split: str, name: str, model: Path, *flags: str) -> None:
         """Score a split under a model, on all ranks or by transformers in one process."""
@@ -117,7 +118,7 @@ class Job:
         words = ["--model", model, "--name", name, "--input", self.records[split]]
         words += ["--output", output, *flags]
         ranks = 0 if "transformers" in flags else self.ranks
-        self.once(f"logprobs-{split}-{name}", TOOLS / "score_source.py", *words, ranks=ranks)
+        self.once(f"logprobs-{split}-{name}", "score", *words, ranks=ranks)
 
     def sources(
         self, split: str, initial: str, names: Iterable[str], domains: dict[str, list[str]]
@@ -138,7 +139,7 @@ class Job:
         """Train on a split from a checkpoint, a pipeline stage a rank; return the run's folder."""
         run = self.folder / name
         self.once(
-            name, "-m", "megatron_infifpo.train", *flags,
+            name, "train", *flags,
             "--preference-data", self.folder / "data" / split,
             "--pretrained-checkpoint", start, "--save", run, "--save-interval", "1000",
             "--pipeline-model-parallel-size", self.ranks, "--use-distributed-optimizer",
@@ -151,7 +152,7 @@ class Job:
     def export(self, run: Path) -> Path:
         """Convert a trained checkpoint, Megatron -> Hugging Face."""
         hf = run.with_name(f"{run.name}-hf")
-        self.once(hf.name, TOOLS / "convert_checkpoint.py", "export", "--load", run, "--save", hf)
+        self.once(hf.name, "export", "--load", run, "--save", hf)
         return hf
 
 

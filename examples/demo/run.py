@@ -13,7 +13,7 @@ from pathlib import Path
 
 import stages
 import table
-from job import TOOLS, Job
+from job import Job
 
 from megatron_infifpo.commands.entry import run
 
@@ -57,7 +57,7 @@ def main() -> None:
     table.print_before_after(job.folder, sources["heldout"])
 
     job.stage("one page about the run")
-    job.once("report", TOOLS / "make_report.py", trained)
+    job.once("report", "report", trained)
     print(f"\ndone in {job.seconds():.0f} s: the fused model is in {fused}")
 
 

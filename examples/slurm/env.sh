@@ -22,8 +22,8 @@
 : "${LOGS:=$RUN/logs}"
 : "${RETRIES:=3}"              # how often a job that died is queued again
 : "${LAYOUT:=tensor=2 pipeline=2}"  # of training; sources say theirs in sources.yaml
-: "${SFT:=}"                   # further options of SFT (python tools/launch.py show sft)
-: "${TRAIN:=}"                 # and of preference training (python tools/launch.py show infifpo)
-: "${SCORE:=}"                 # and of scoring (python tools/launch.py show score)
-: "${PREPARE:=}"               # and of tokenizing for the pivot (python tools/launch.py show prepare)
+: "${SFT:=}"                   # further options of SFT (infifpo launch show sft)
+: "${TRAIN:=}"                 # and of preference training (infifpo launch show infifpo)
+: "${SCORE:=}"                 # and of scoring (infifpo launch show score)
+: "${PREPARE:=}"               # and of tokenizing for the pivot (infifpo launch show prepare)
 : "${INITIAL:=}"               # and of scoring the initial pivot, after SCORE: its template as above

@@ -25,9 +25,10 @@ options() {
 
 # Run a stage on the ranks of this job; each attempt of it has a log of its own. Ranks have a minute
 # after the first one ended: killing them at once would hide the exit code of those that say why.
+# The command is started as a module: a container has its own Python, and perhaps only this checkout.
 step() {
   srun --wait=60 --output="$LOGS/$job-${SLURM_RESTART_COUNT:-0}.log" \
-    --open-mode=append "${container[@]}" python -u tools/launch.py "$@"
+    --open-mode=append "${container[@]}" python -u -m megatron_infifpo launch "$@"
 }
 
 # Run a stage that can be stopped at any time. At USR1, which comes before the time limit, its ranks

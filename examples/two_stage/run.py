@@ -26,7 +26,7 @@ from megatron_infifpo.families.architecture import read_hf_config
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 import stages  # noqa: E402
 import table  # noqa: E402
-from job import TOOLS, Job  # noqa: E402
+from job import Job  # noqa: E402
 
 STAGES = ("sft", "preference")
 
@@ -63,7 +63,7 @@ def main() -> None:
 
     job.stage("split the records by prompt, tokenize both halves for the pivot")
     parts = [word for stage in STAGES for word in (f"--{stage}", halves[stage])]
-    job.once("split", TOOLS / "split_preferences.py", "--input", args.records.resolve(), *parts)
+    job.once("split", "split", "--input", args.records.resolve(), *parts)
     for split in job.records:
         job.tokenize(split, prepared.hf_pivot)
 

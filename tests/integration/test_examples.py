@@ -32,9 +32,7 @@ def forked(monkeypatch, ranks):
     import job
 
     def command(self, *words, ranks: int = 0, log=None, start=ranks):
-        module, *argv = [str(word) for word in words if word != "-m"]
-        program = f"tools/{Path(module).name}" if module.endswith(".py") else module
-        start(max(1, ranks), "support.tools:command", program, argv)
+        start(max(1, ranks), "support.tools:command", "megatron_infifpo", list(map(str, words)))
 
     monkeypatch.setattr(job.Job, "command", command)
 
