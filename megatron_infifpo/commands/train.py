@@ -17,6 +17,8 @@ run and resumes it.
 import argparse
 from collections.abc import Sequence
 
+from megatron_infifpo.training.config_file import with_file
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add Megatron's flags, and those of a run."""
@@ -27,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """Parse the words after those of the file that they name."""
-    from megatron_infifpo.training.config import parse
-
-    return parse(parser, words)
+    return parser.parse_args(with_file(parser, words))
 
 
 def run(args: argparse.Namespace) -> None:

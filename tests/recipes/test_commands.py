@@ -29,10 +29,9 @@ def test_golden(run_folder, stage, options):
 @pytest.mark.parametrize(("stage", "options"), [key for key in GOLDEN if "train" in GOLDEN[key]])
 def test_training_flags_exist(run_folder, stage, options):
     """Megatron's parser takes every word."""
-    from megatron_infifpo.training.config import parse as parse_run
     from megatron_infifpo.training.config import run_parser
 
-    args = parse_run(run_parser(), parse(stage, options).arguments[1:])
+    args = run_parser().parse_args(parse(stage, options).arguments[1:])
     assert args.exit_signal_handler and args.micro_batch_tokens == 8192
 
 
