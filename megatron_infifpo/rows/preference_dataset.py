@@ -76,7 +76,8 @@ class PreferenceDataset:
             raise UserError(
                 f"record {self.tokens.ids(0)!r} of {token_prefix} has no "
                 f"{RESPONSES[self.responses - 1]!r}, and neither has any other: the method "
-                f"compares {', '.join(RESPONSES[: self.responses])}; give the field in every record and prepare them again"
+                f"compares {', '.join(RESPONSES[: self.responses])}; give the field in every "
+                "record and prepare them again"
             )
         self.domains = self.tokens.domains
         self.domain_codes = self.tokens.domain_codes.astype(np.int64)
