@@ -5,6 +5,7 @@ an index, all raise.
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +44,16 @@ def strict():
         yield
 
 
+def world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def gradient(tensor: torch.Tensor) -> torch.Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def random(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
     return torch.randn(*shape, dtype=dtype, device=META).requires_grad_(grad)
 
@@ -77,26 +88,26 @@ def test_head(dtype, main, chunks, tied):
     """K scored tokens in chunks; the gradient of the weight in Megatron's buffer or apart."""
     scored, size, vocab = 30, 16, 100
     hidden = random(scored, size, dtype=dtype, grad=True)
-    weight = torch.nn.Parameter(random(vocab + 28, size, dtype=dtype))
+    weight: Any = torch.nn.Parameter(random(vocab + 28, size, dtype=dtype))
     weight.zero_out_wgrad = tied
     if main is not None:
         weight.main_grad = torch.zeros_like(weight, dtype=main)
     targets = torch.zeros(scored, dtype=torch.int64, device=META)
     logprobs = vocab_parallel_logprobs(
-        hidden, weight, targets, vocab_size=vocab, group=dist.group.WORLD,
+        hidden, weight, targets, vocab_size=vocab, group=world(),
         chunk_bytes=4 * vocab * scored // chunks,
     )  # fmt: skip
     assert logprobs.is_meta and logprobs.dtype == torch.float32
     logprobs.sum().backward()
-    assert hidden.grad.dtype == weight.grad.dtype == dtype
+    assert gradient(hidden).dtype == weight.grad.dtype == dtype
     assert getattr(weight, "grad_added_to_main_grad", False) == (main == torch.float32)
 
 
 def test_output_processor():
     """Hidden states of a row to log-probs of its scored tokens, as Megatron's model calls it."""
     hidden = random(40, 1, 16, dtype=torch.bfloat16, grad=True)
-    layer = torch.nn.Linear(16, 100, bias=False, device=META, dtype=torch.bfloat16)
-    layer.tp_group = dist.group.WORLD
+    layer: Any = torch.nn.Linear(16, 100, bias=False, device=META, dtype=torch.bfloat16)
+    layer.tp_group = world()
     indices = torch.zeros(12, dtype=torch.int64, device=META)
     context = {"scored_rows": indices, "target_ids": indices, "vocab_size": 90}
     config = SimpleNamespace(sequence_parallel=False)
@@ -104,7 +115,7 @@ def test_output_processor():
         hidden_states=hidden, output_layer=layer, output_weight=None, config=config, context=context
     )
     logprobs.sum().backward()
-    assert hidden.grad.is_meta
+    assert gradient(hidden).is_meta
 
 
 def row_of(responses: int, *, shared: bool = False, sources: int = 3) -> dict:
@@ -148,7 +159,7 @@ def loss_of(monkeypatch):
         logprobs = random(row["target_ids"].numel(), grad=True)
         loss, count, metrics = step.loss(row, logprobs)
         loss.backward()
-        assert logprobs.grad.is_meta and loss.is_meta and loss.dtype == torch.float32
+        assert gradient(logprobs).is_meta and loss.is_meta and loss.dtype == torch.float32
         assert count.is_meta and count.dtype == torch.int32
         assert "loss" in metrics and "waste/padding" in metrics
         for name, values in metrics.items():
@@ -206,4 +217,4 @@ def test_attention(dtype, size, window, shared):
     out = module(query, key, value, packed_seq_params=row_params(row))
     assert out.is_meta and out.dtype == dtype and out.shape == (len(joint), 1, 4 * size)
     out.sum().backward()
-    assert joint.grad.is_meta
+    assert gradient(joint).is_meta

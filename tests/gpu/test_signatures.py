@@ -6,6 +6,7 @@ Transformer Engine's are bound to its real ones where support/te_layers.py runs 
 import ast
 import importlib
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_megatron(name):
     """A replacement of a function that has another name by now would do nothing."""
     module, path = name.split(":")
     # Its source, since another test of this process may have replaced the function.
-    found: ast.AST = ast.parse(inspect.getsource(importlib.import_module(module)))
+    found: Any = ast.parse(inspect.getsource(importlib.import_module(module)))
     for part in path.split("."):
         found = next(x for x in found.body if getattr(x, "name", None) == part)
     parameters = found.args

@@ -23,9 +23,9 @@ SIGNATURE = inspect.signature(varlen.varlen_attn)
 
 def flash(*args, **kwargs) -> torch.Tensor:
     """The kernel in float64, with what it asks of its arguments; also where the CPU is too kind."""
-    call = SIGNATURE.bind(*args, **kwargs)
-    call.apply_defaults()
-    call = SimpleNamespace(**call.arguments)
+    bound = SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    call = SimpleNamespace(**bound.arguments)
     tensors = (call.query, call.key, call.value)
     for border, rows, longest in (
         (call.cu_seq_q, len(call.query), call.max_q),

@@ -5,6 +5,7 @@ import resource
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +16,11 @@ from support.training import train
 
 def score_until_killed(argv: list[str], rank: int, point: str, seconds: float) -> None:
     """Score, but `kill -9` a rank so many seconds after the scoring, or the merge, has begun."""
-    import megatron_infifpo.scoring.merge as merging
-    import megatron_infifpo.scoring.score as module
+    import megatron_infifpo.scoring.merge
+    import megatron_infifpo.scoring.score
+
+    merging: Any = megatron_infifpo.scoring.merge
+    module: Any = megatron_infifpo.scoring.score
 
     def start() -> None:
         if int(os.environ["RANK"]) == rank:

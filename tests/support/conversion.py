@@ -103,8 +103,10 @@ def convert(function: str, source: str, target: str, options: dict[str, Any]) ->
     from megatron_infifpo.convert.hf_export import export_checkpoint
     from megatron_infifpo.convert.hf_import import import_checkpoint
 
-    functions = {"import_checkpoint": import_checkpoint, "export_checkpoint": export_checkpoint}
-    functions[function](source, target, **options)
+    if function == "import_checkpoint":
+        import_checkpoint(source, target, **options)
+    else:
+        export_checkpoint(source, target, **options)
 
 
 def import_with_full_disk(source: str, target: str) -> None:

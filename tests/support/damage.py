@@ -5,7 +5,7 @@ import random
 from typing import Any
 
 # What a stranger, a broken disk or a wrong program might put in place of a value.
-VALUES = [
+VALUES: list[Any] = [
     None, True, 0, -1, 1, 3, 2**31, 2**63, 10**400, 1.5, -0.0, 1e308, float("nan"), float("inf"),
     "", " ", "x", "../../etc/passwd", "/etc/passwd", "\x00", "é\ud800", "a" * 5000, "[]", "1e9",
     "2-1", "0-999999999999", "float32", "llama", [], {}, [[]], [None], ["x", "y"], [1] * 2000,

@@ -47,8 +47,9 @@ class CudaMeansMeta(TorchFunctionMode):
     """Put on `meta` what is meant for CUDA."""
 
     def __enter__(self) -> "CudaMeansMeta":
-        self.device = torch.cuda.current_device
-        torch.cuda.current_device = lambda: torch.device("meta")
+        cuda: Any = torch.cuda
+        self.device = cuda.current_device
+        cuda.current_device = lambda: torch.device("meta")
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -20,13 +20,18 @@ def head_gradients(seed: int, vocab: int, padded: int, dtype: str, chunk_bytes: 
     kind = getattr(torch, dtype)
     shard = weight.chunk(world)[rank].to(kind).requires_grad_()
     hidden = hidden.to(kind).requires_grad_()
+    world_group = dist.group.WORLD
+    assert world_group is not None
     logprobs = vocab_parallel_logprobs(
-        hidden, shard, targets, vocab_size=vocab, group=dist.group.WORLD, chunk_bytes=chunk_bytes
+        hidden, shard, targets, vocab_size=vocab, group=world_group, chunk_bytes=chunk_bytes
     )
     upstream = upstream.to(logprobs.dtype)
     first = torch.autograd.grad(logprobs, (hidden, shard), upstream, retain_graph=True)
     logprobs.backward(upstream)
-    again = [(a - b.grad).abs().max().item() for a, b in zip(first, (hidden, shard), strict=True)]
+    assert hidden.grad is not None and shard.grad is not None
+    again = [
+        (a - b).abs().max().item() for a, b in zip(first, (hidden.grad, shard.grad), strict=True)
+    ]
     dist.all_reduce(hidden.grad)
     return {
         "again": max(again),
@@ -67,21 +72,25 @@ def whole_loss_gradients(name: str, options: dict) -> list[tuple[float, float]]:
         "source_mask": torch.tensor([[True] * 3, [True, False, True], [False] * 3]),
     }
     world, rank = dist.get_world_size(), dist.get_rank()
+    world_group = dist.group.WORLD
+    assert world_group is not None
 
     def loss(hidden: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
         logprobs = vocab_parallel_logprobs(
-            hidden, shard, targets, vocab_size=vocab, group=dist.group.WORLD
+            hidden, shard, targets, vocab_size=vocab, group=world_group
         )
         sums = segment_sums(logprobs, segment_ids, counts.numel()).view(pairs, -1)
         return pair_losses(method, row, sums, progress=0.5)[0].sum()
 
     parts = hidden.clone().requires_grad_(), weight.chunk(world)[rank].clone().requires_grad_()
     loss(*parts).backward()
-    dist.all_reduce(parts[0].grad)
-    weight_grad = [torch.empty_like(parts[1].grad) for _ in range(world)]
-    dist.all_gather(weight_grad, parts[1].grad)
+    hidden_grad, shard_grad = (part.grad for part in parts)
+    assert hidden_grad is not None and shard_grad is not None
+    dist.all_reduce(hidden_grad)
+    weight_grad = [torch.empty_like(shard_grad) for _ in range(world)]
+    dist.all_gather(weight_grad, shard_grad)
     results = []
-    for tensor, grad in ((hidden, parts[0].grad), (weight, torch.cat(weight_grad))):
+    for tensor, grad in ((hidden, hidden_grad), (weight, torch.cat(weight_grad))):
         for index in range(0, tensor.numel(), 5):
             ends, original = [], tensor.view(-1)[index].item()
             for sign in (1, -1):

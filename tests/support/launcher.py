@@ -39,6 +39,9 @@ class Ranks:
             text=True,
             env=env,
         )
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None and stdout is not None
+        self.requests, self.answers = stdin, stdout
         self.logs: list[str] = []
 
     def __call__(self, world: int, target: str, *args) -> list:
@@ -47,9 +50,9 @@ class Ranks:
         output = self.folder / f"{self.count:03d}"
         output.mkdir(parents=True)
         request = {"world": world, "target": target, "args": args, "output": str(output)}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
+        self.requests.write(json.dumps(request) + "\n")
+        self.requests.flush()
+        answer = self.answers.readline()
         assert answer, "the zygote died: run tests/support/zygote.py by hand to see why"
         codes = json.loads(answer)
         logs = [output / f"rank{i}.log" for i in range(world)]
@@ -61,7 +64,7 @@ class Ranks:
         return [pickle.loads(r.read_bytes()) if r.exists() else None for r in results]
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.requests.close()
         self.process.wait(30)
 
 

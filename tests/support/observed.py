@@ -33,7 +33,8 @@ def observe(argv: list[str], event: str = "") -> dict[str, Any]:
     sys.modules["wandb"] = wandb
     record: dict[str, Any] = {"groups": [], "moved": [], "scales": [], "attended": 0}
     train_step, training_log = loop.train_step, loop.training_log
-    attend = layers.PackedAttention.forward
+    attention: Any = layers.PackedAttention
+    attend = attention.forward
     if event == "late":
         loop._TRAIN_START_TIME -= 3600
 
@@ -60,7 +61,7 @@ def observe(argv: list[str], event: str = "") -> dict[str, Any]:
         return attend(*args, **kwargs)
 
     loop.train_step, loop.training_log = step, log
-    layers.PackedAttention.forward = counted
+    attention.forward = counted
     record |= train(argv)
     from megatron.core import mpu
 

@@ -66,7 +66,8 @@ class Cluster:
     """Daemons under a folder; `environment` makes SLURM's commands talk to them."""
 
     def __init__(self, root: Path):
-        self.root, self.daemons = root, {}
+        self.root = root
+        self.daemons: dict[str, subprocess.Popen] = {}
         root.mkdir(exist_ok=True)
         here = Path(__file__).parent / "slurm_bin"  # what nemo-run needs of accounting
         path = f"{here}:{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -94,8 +95,10 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Start a node's daemon and wait until it has nothing to do."""
         self.spawn(f"slurmd.{node}", "-D", "-N", node)
-        idle = [self.environment, "sinfo", "-h", "-N", "-n", node, "-o", "%T"]
-        wait_until(lambda: output(*idle).startswith("idle"), 60, f"{node} to be idle")
+        idle = ["sinfo", "-h", "-N", "-n", node, "-o", "%T"]
+        wait_until(
+            lambda: output(self.environment, *idle).startswith("idle"), 60, f"{node} to be idle"
+        )
 
     def kill_node(self, node: str) -> None:
         """End a node's daemon and all that runs there, as a power cut would."""

@@ -32,11 +32,12 @@ CALLS: collections.Counter[str] = collections.Counter()
 class _Names(type):
     """A compiled enumeration: every name that is asked for becomes the next member."""
 
-    def __getattr__(cls, name: str) -> int:
+    members: dict[str, Any]
+
+    def __getattr__(cls, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        member = cls(len(cls.__members__))
-        cls.__members__[name] = member
+        member = cls.members[name] = cls(len(cls.members))
         setattr(cls, name, member)
         return member
 
@@ -47,7 +48,7 @@ class _Extension(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = _Names(name, (int,), {"__members__": {}}) if name[0].isupper() else _missing(name)
+        value = _Names(name, (int,), {"members": {}}) if name[0].isupper() else _missing(name)
         setattr(self, name, value)
         return value
 
@@ -157,11 +158,14 @@ def _rope(sign: float) -> Any:
     return kernel
 
 
+IS_CUDA: Any = torch.Tensor.is_cuda
+
+
 class _SaysCuda(TorchFunctionMode):
     """A tensor's `is_cuda`, which TE's modules ask of their input, is true."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == torch.Tensor.is_cuda.__get__:
+        if func == IS_CUDA.__get__:
             return True
         return func(*args, **(kwargs or {}))
 
@@ -215,7 +219,7 @@ def _replace_cuda() -> None:
 
 
 def _replace_extension() -> None:
-    extension = _Extension("transformer_engine_torch")
+    extension: Any = _Extension("transformer_engine_torch")
     extension.__path__ = []
     for kernel in (generic_gemm, rmsnorm_fwd, rmsnorm_bwd, *te_optimizer_kernels.KERNELS):
         setattr(extension, kernel.__name__, kernel)

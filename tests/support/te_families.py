@@ -1,6 +1,7 @@
 """The families group where Transformer Engine's Python is: its kernels are emulated on the CPU."""
 
 from pathlib import Path
+from typing import Any
 
 
 def families(argument: list[str]) -> None:
@@ -13,8 +14,9 @@ def families(argument: list[str]) -> None:
     from support import te_layers
 
     te_layers.as_on_a_gpu()
-    from megatron_infifpo.gpu_check import families as group
+    import megatron_infifpo.gpu_check.families
     from megatron_infifpo.gpu_check.records import Options, Recorder
 
+    group: Any = megatron_infifpo.gpu_check.families
     group.QUICK = ("qwen2-tied", "gemma3")
     group.check(Options("cpu", True, 1, ("tiny",), folder, 600.0), Recorder("families", path))

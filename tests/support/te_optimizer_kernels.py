@@ -11,7 +11,7 @@ from torch import Tensor
 Lists = Sequence[Sequence[Tensor]]
 
 
-def multi_tensor_scale(chunk: int, overflow: Tensor, lists: Lists, scale: float) -> None:
+def multi_tensor_scale(chunk: int, overflow: Tensor, lists: Lists, scale: float | Tensor) -> None:
     """Write scaled tensors of the first list into the second."""
     for source, target in zip(*lists, strict=True):
         target.copy_(source * scale)

@@ -42,9 +42,10 @@ def remember_help_of_flags() -> None:
     from megatron.training.argument_utils import ArgumentGroupFactory as Factory
     from megatron.training.arguments import add_megatron_arguments
 
-    read: Any = Factory._get_field_docstrings
-    known = functools.cache(lambda source: read(Factory.__new__(Factory), source))
-    Factory._get_field_docstrings = lambda self, source: known(source)  # type: ignore[method-assign]
+    factory: Any = Factory
+    read = factory._get_field_docstrings
+    known = functools.cache(lambda source: read(factory.__new__(factory), source))
+    factory._get_field_docstrings = lambda self, source: known(source)
     add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
@@ -99,14 +100,13 @@ def serve(request: dict, queues: SyncManager) -> list[int]:
         if pid == 0:
             run_rank(request, rank, port, queues)
         pids.append(pid)
-    codes = dict.fromkeys(pids, None)
-    while None in codes.values():
+    codes: dict[int, int] = {}
+    while codes.keys() < set(pids):
         pid, status = os.wait()
         codes[pid] = os.waitstatus_to_exitcode(status)
         if codes[pid] != 0:
-            for other, code in codes.items():
-                if code is None:
-                    os.kill(other, signal.SIGKILL)
+            for other in set(pids) - codes.keys():
+                os.kill(other, signal.SIGKILL)
     for pid in pids:
         # Saving a checkpoint starts a manager process, which outlives a rank that just exits.
         with contextlib.suppress(ProcessLookupError):
