@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-from megatron_infifpo.references.logprob_writer import REQUIRED, LogprobWriter
-from megatron_infifpo.tokens.dataset import TOKENIZER_SCHEMA
 from support import tiny
 from support.launcher import ROOT
 
@@ -13,21 +11,17 @@ def snippets(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
 
 
-def test_api(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_api(tmp_path, ranks):
+    """In a process of their own: they start Megatron."""
     tiny.save_model(tmp_path / "models" / "pivot", "llama", seed=1)
-    manifest = dict.fromkeys(REQUIRED, "qwen") | {"weights_sha256": None, "versions": {}}
-    manifest |= {"tokenizer": dict.fromkeys(TOKENIZER_SCHEMA)}
-    responses = ("chosen", "rejected")
-    with LogprobWriter("logprobs/qwen", responses=responses, manifest=manifest) as writer:
-        writer.add("a", [[-1.0, -2.0], [-3.0]])
-    found = snippets(ROOT / "docs" / "api.md")
-    assert len(found) == 4
-    for snippet in found:
-        exec(snippet, {})
-    printed = capsys.readouterr().out
+    tiny.save_model(tmp_path / "models" / "qwen", "qwen2", vocab_size=290, seed=2)
+    tiny.write_records(tmp_path / "pairs.jsonl", 6)
+    ranks(1, "support.snippets:run_all", str(tmp_path), snippets(ROOT / "docs" / "api.md"))
+    printed = ranks.logs[0]
     assert "tensor([[-0.0697, -0.3370]]" in printed and "tensor([[0, 2]])" in printed
-    assert "[-1.5 -3. ]" in printed
+    assert "equal within the tolerance of 0.0001" in printed
+    assert "6 records of code, general" in printed
+    assert "qwen 6 records" in printed and "\nloss " in printed
 
 
 def test_readme(capsys):
