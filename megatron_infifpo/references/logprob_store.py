@@ -65,7 +65,8 @@ class LogprobStore:
         self.prefix = prefix = str(prefix)
         self.manifest = FORMAT.read(prefix)
         self.responses = tuple(self.manifest["responses"])
-        self.all_sums = self._array("_sums.npy", np.float64)
+        # As a plain array: each look into a `memmap` makes another one, slowly.
+        self.all_sums = np.asarray(self._array("_sums.npy", np.float64))
         self.token_counts = np.array(self._array("_counts.npy", np.int32))
         self.masked_records: np.ndarray = ~self.token_counts.any(axis=1)
         empty = (self.token_counts == 0).any(axis=1) & ~self.masked_records

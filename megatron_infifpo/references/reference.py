@@ -129,9 +129,9 @@ class References:
         for column, source in enumerate(self.sources):
             if source.takes_part[index]:
                 mask[column] = True
-                sums[:, column] = source.store.all_sums[index][used]
+                sums[:, column] = source.store.sums(index)[used]
                 counts[:, column] = source.store.token_counts[index][used]
-        initial = self.initial.store.all_sums[index][used].astype(np.float32)
+        initial = self.initial.store.sums(index)[used].astype(np.float32)
         return PairValues(initial, sums, counts, mask)
 
     def table(self, indices: np.ndarray, responses: int) -> dict[str, Tensor]:
