@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,8 @@ def options_of(objective: str, given: bool) -> dict[str, float]:
 
 def oracle(objective: str, policy: list, reference: list, beta: float, options: dict) -> float:
     """Sum of the losses of all pairs, in plain floats."""
+    ratios: list[Any]
+    formula: Any
     if objective == "aot":
         gaps = [sorted(w - r for w, r, *_ in rows) for rows in (policy, reference)]
         ratios = [(a - b, 0.0, 0.0) for a, b in zip(*gaps, strict=True)]
@@ -72,7 +75,7 @@ def oracle(objective: str, policy: list, reference: list, beta: float, options: 
         ratios = [(a, b, 0.0) for a, b in zip(*columns, strict=True)]
         formula = ORACLES["dpo"]
     else:
-        pairs = zip(policy, reference, strict=True)
+        pairs = list(zip(policy, reference, strict=True))
         ratios = [[p - r for p, r in zip(*pair, strict=True)] for pair in pairs]
         formula = ORACLES[objective]
     short = {SHORT[name]: value for name, value in options.items()}
@@ -81,7 +84,8 @@ def oracle(objective: str, policy: list, reference: list, beta: float, options: 
 
 def gradient(objective: str, policy: list, reference: list, beta: float, options: dict) -> list:
     """Central differences of the oracle."""
-    step, rows = 1e-6, []
+    step = 1e-6
+    rows: list[list[float]] = []
     for b, row in enumerate(policy):
         rows.append([])
         for r in range(len(row)):
@@ -152,7 +156,8 @@ def trl_loss(objective: str, token_logps: list, reference: torch.Tensor, **optio
         "input_ids": mask, "attention_mask": mask, "completion_mask": mask,
         "ref_chosen_logps": reference[:, CHOSEN], "ref_rejected_logps": reference[:, REJECTED],
     }  # fmt: skip
-    return DPOTrainer._compute_loss(trainer, lambda **_: output, inputs, False)
+    compute: Any = DPOTrainer._compute_loss
+    return compute(trainer, lambda **_: output, inputs, False)
 
 
 @pytest.mark.parametrize("objective", TRL_NAMES)

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import torch
@@ -166,7 +166,8 @@ def test_new_option_of_a_fusion(monkeypatch):
 
 
 def test_every_declared_range_can_be_read():
-    for takes in (*LOSSES.values(), *FUSIONS.values()):
+    declared: list[Any] = [*LOSSES.values(), *FUSIONS.values()]
+    for takes in declared:
         for name, option in takes.options.items():
             assert option.default is None or option.expected(option.default) is None, name
             assert option.expected(math.nan) is not None, name

@@ -78,9 +78,12 @@ class Job:
         shown = torchrun if ranks else ["infifpo"]
         print("$", " ".join([*shown, *argv]).replace(f"{ROOT}/", ""), flush=True)
         env = {**self.env, "OMP_NUM_THREADS": "1" if ranks > 1 else "2"}
-        output = {} if log is None else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen([*launcher, *PROGRAM, *argv], env=env, text=True, **output)
+        pipe = None if log is None else subprocess.PIPE
+        joined = None if log is None else subprocess.STDOUT
+        command = [*launcher, *PROGRAM, *argv]
+        process = subprocess.Popen(command, env=env, text=True, stdout=pipe, stderr=joined)
         if log is not None:
+            assert process.stdout is not None
             show_steps(process.stdout, log)
         if process.wait():
             where = "" if log is None else f"; see {log}"

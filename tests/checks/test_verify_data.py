@@ -28,7 +28,7 @@ def data(setup, tmp_path):
 def verify(data, capsys):
     """Exit code, and the lines that it prints."""
 
-    def call(*flags: str) -> tuple[int, list[str]]:
+    def call(*flags: str) -> tuple[int | None, list[str]]:
         argv = ["--data", str(data / "train"), "--sources", str(data / "sources.yaml"), *flags]
         code = run_tool("verify_data", argv)
         return code, capsys.readouterr().out.splitlines()

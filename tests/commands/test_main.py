@@ -148,14 +148,16 @@ def test_an_alias_of_nothing():
 def test_old_names(old):
     """Files in tools/ are the commands under another name."""
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / f"{old}.py", "--help"], capture_output=True, text=True
+        [sys.executable, str(ROOT / "tools" / f"{old}.py"), "--help"],
+        capture_output=True,
+        text=True,
     )
     assert done.stdout == (PAGES / f"{OLD[old]}.txt").read_text(encoding="utf-8"), done.stderr
 
 
 @pytest.mark.parametrize(("old", "new"), [("import", "import"), ("inspect", "describe")])
 def test_old_names_of_the_converter(old, new):
-    tool = [sys.executable, ROOT / "tools" / "convert_checkpoint.py"]
+    tool = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
     done = subprocess.run([*tool, old, "--help"], capture_output=True, text=True)
     assert done.stdout == (PAGES / f"{new}.txt").read_text(encoding="utf-8"), done.stderr
     done = subprocess.run([*tool, "--help"], capture_output=True, text=True)

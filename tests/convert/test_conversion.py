@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 # name -> family in tiny.FAMILIES, what differs
-MODELS = {
+MODELS: dict[str, Any] = {
     **{name: (name, {}) for name in tiny.FAMILIES},
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
     "llama-mha-head-dim": ("llama", {"num_key_value_heads": 8, "head_dim": 24}),
@@ -241,8 +242,8 @@ def test_command_line(tmp_path, tiny_hf, monkeypatch, capsys):
     convert("export", "--load", megatron, "--save", back)
     assert_same_weights(tiny_hf, back)
     refused = subprocess.run(
-        [sys.executable, ROOT / "tools" / "convert_checkpoint.py"]
-        + ["export", "--load", megatron, "--save", back],
+        [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
+        + ["export", "--load", str(megatron), "--save", str(back)],
         capture_output=True,
         text=True,
     )

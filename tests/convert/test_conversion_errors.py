@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,7 +203,7 @@ def test_interruption_leaves_nothing(tmp_path, hf, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def exported(megatron: Path, match: str, **options: int) -> None:
+def exported(megatron: Path, match: str, **options: Any) -> None:
     with pytest.raises(UserError, match=match):
         export_checkpoint(megatron, megatron.parent / "not-to-be", **options)
     assert not list(megatron.parent.glob("*not-to-be*"))

@@ -159,4 +159,5 @@ def test_one_folder_is_one_run(half, setup, tmp_path):
     with pytest.raises(RankError, match="--save .* is in use by process") as failure:
         half(run, program=PROGRAM)
     assert failure.value.codes == [2]
+    assert lock.held is not None
     lock.held.close()

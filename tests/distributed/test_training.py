@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def runs(setup, ranks, tmp_path_factory):
     """Three InfiFPO steps at every layout."""
     sources = setup.sources("both", *BOTH)
     folder = tmp_path_factory.mktemp("layouts")
-    results = {}
+    results: dict[Any, Any] = {}
     for name, (world, flags) in LAYOUTS.items():
         save = ["--save", str(folder / name), "--save-interval", "3"]
         argv = setup.flags(sources, *flags, *save)

@@ -54,6 +54,7 @@ def expected(data, hf) -> tuple[float, float]:
     pairs, total, count = PreferenceDataset(data, responses=1), 0.0, 0
     for i in range(len(pairs)):
         pair = pairs[i]
+        assert pair.scored is not None
         prompt, response = pair.prompt_ids.tolist(), pair.response_ids[0]
         labels = [-100] * len(prompt) + np.where(pair.scored[0], response, -100).tolist()
         scored = int(pair.scored[0].sum())

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import random
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -36,7 +37,7 @@ SHAPE = {
 FACTORS = {"short_factor": [1.0] * 8, "long_factor": [1.0, 1.5, 2, 3, 4, 6, 8, 12.0]}
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 24, **FACTORS}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 24}
-ROPES = {
+ROPES: dict[str, Any] = {
     "default": {},
     "linear": {"factor": 4.0},
     "dynamic": {"factor": 4.0},
@@ -49,7 +50,7 @@ BY_LAYER = {
     "sliding_attention": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0},
     "full_attention": {**LONG, "rope_theta": 10000.0},
 }
-OTHERS = {
+OTHERS: dict[str, Any] = {
     "phi3-longrope": (Phi3Config, Phi3ForCausalLM, {"rope_parameters": {**LONG, "rope_theta": 1e4},
                       "original_max_position_embeddings": 24, "max_position_embeddings": 96}),
     "phimoe-longrope": (PhimoeConfig, PhimoeForCausalLM, {"rope_parameters":

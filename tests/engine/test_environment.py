@@ -51,4 +51,4 @@ def test_driver(monkeypatch, tmp_path):
     assert environment.driver_version() is None
     text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:21:30 UTC 2025"
     (tmp_path / "version").write_text(f"{text}\nGCC version: 12\n")
-    assert "580.65.06" in environment.driver_version()
+    assert "580.65.06" in str(environment.driver_version())

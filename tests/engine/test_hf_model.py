@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def logits(model):
         return model(torch.arange(20)[None]).logits
 
 
-REFUSED = {
+REFUSED: dict[str, Any] = {
     "no head": ({HEAD: None}, {}, f"tensor {HEAD} is missing"),
     "no projection": ({f"{LAYER}.q_proj.weight": None}, {}, "q_proj.weight is missing"),
     "another name": ({HEAD: None, "head.weight": torch.ones(64, 32)}, {},
@@ -172,7 +173,8 @@ def test_quantized_without_its_package(edited, method):
 @pytest.fixture
 def quantized(edited, whole):
     """A model in fp8 with a scale for each block of 16, and the weights that it means."""
-    stored, meant = {}, tiny.load_weights(whole)
+    stored: dict[str, torch.Tensor] = {}
+    meant = tiny.load_weights(whole)
     for name in [name for name in meant if "proj" in name]:
         blocks = meant[name].unflatten(1, (-1, 16)).unflatten(0, (-1, 16))
         scale = blocks.abs().amax((1, 3)) / 448
@@ -206,9 +208,11 @@ def test_quantized_weights_without_their_scale(edited, quantized):
 
 def test_a_fingerprint_covers_what_is_computed(edited):
     """And not what is said about training and generation, nor how a file says it."""
-    same = [{}, {"temperature": 0.7}, {"attention_dropout": 0.1}, {"eos_token_id": [1, 2]},
-            {"rope_parameters": None, "rope_theta": 10000.0}, {"dtype": "bfloat16"}]  # fmt: skip
-    other = [
+    same: list[dict[str, Any]] = [
+        {}, {"temperature": 0.7}, {"attention_dropout": 0.1}, {"eos_token_id": [1, 2]},
+        {"rope_parameters": None, "rope_theta": 10000.0}, {"dtype": "bfloat16"},
+    ]  # fmt: skip
+    other: list[dict[str, Any]] = [
         {"rms_norm_eps": 1e-5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
         {"num_key_value_heads": 2}, {"num_attention_heads": 8}, {"hidden_act": "gelu"},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"model_type": "olmo2"},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from megatron_infifpo.families import (
     weight_mapping,
 )
 
-PHI4 = {
+PHI4: dict[str, Any] = {
     "model_type": "phi3",
     "hidden_act": "silu",
     "hidden_size": 5120,
@@ -32,7 +33,7 @@ PHI4 = {
     "torch_dtype": "bfloat16",
     "vocab_size": 100352,
 }
-LLAMA31 = {
+LLAMA31: dict[str, Any] = {
     "model_type": "llama",
     "attention_bias": False,
     "hidden_act": "silu",
@@ -119,7 +120,9 @@ def test_every_argument_is_one_of_megatrons(ranks):
 
 def test_a_defect_of_a_family_does_not_blame_the_file(monkeypatch):
     """A key that our own code looks for in vain is nothing that a user can mend."""
-    broken = dataclasses.replace(FAMILIES["phi3"], megatron_args=lambda config: {}["no such key"])
+    broken = dataclasses.replace(
+        FAMILIES["phi3"], megatron_args=lambda config: dict(config)["no such key"]
+    )
     monkeypatch.setitem(FAMILIES, "phi3", broken)
     with pytest.raises(KeyError, match="no such key"):
         megatron_args(PHI4)

@@ -20,6 +20,7 @@ DEMO = ROOT / "examples" / "demo"
 def load(path: Path):
     """Import an example's main file under a name of its own."""
     spec = importlib.util.spec_from_file_location(path.parent.name, path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from support.datasets import byte_tokenizer, record, write_jsonl, write_tokens
 from support.marks import Marking
 
 # The numbers of the example in the paper's repository, of 241 and 283 tokens.
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "ref_chosen_logps": -16.809629440307617,
     "ref_mean_chosen_logps": -0.06974949687719345,
     "ref_rejected_logps": -35.141197204589844,
@@ -46,7 +47,7 @@ def published(**changes):
 
 def test_the_papers_own_example(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", published(), published(id="b", domain="math"))
-    import_published([path], ["qwen", "mistral", "gemma"], tmp_path / "out")
+    import_published([str(path)], ["qwen", "mistral", "gemma"], tmp_path / "out")
     config = read_sources(tmp_path / "out" / "sources.yaml")
     assert [source.name for source in config.sources] == ["qwen", "mistral", "gemma"]
     initial = LogprobStore(config.initial)
@@ -67,7 +68,7 @@ def test_the_papers_own_example(tmp_path):
 def test_imported_sources_join_the_pivots_tokens(tmp_path):
     """Sources from elsewhere, the initial pivot scored here: what training opens."""
     path = write_jsonl(tmp_path / "p.jsonl", published(), published(id="b"))
-    import_published([path], [], tmp_path)
+    import_published([str(path)], [], tmp_path)
     tokens = write_tokens(tmp_path, read_records(path))
     config = read_sources(tmp_path / "sources.yaml")
     assert [source.name for source in config.sources] == ["source1", "source2", "source3"]
@@ -78,9 +79,10 @@ def test_imported_sources_join_the_pivots_tokens(tmp_path):
         "ref_rejected_logps": -6.0, "ref_mean_rejected_logps": -0.5,
     }  # fmt: skip
     path = write_jsonl(tmp_path / "p.jsonl", published(**own), published(id="b", **own))
-    import_published([path], [], tmp_path / "again")
+    import_published([str(path)], [], tmp_path / "again")
     config = read_sources(tmp_path / "again" / "sources.yaml")
     pair = PreferenceDataset(tokens.prefix, config)[1]
+    assert pair.values is not None
     assert pair.values.initial_sum_logps.tolist() == [-12, -6]
     assert pair.values.source_token_counts.tolist() == [[283] * 3, [294] * 3]
 
@@ -107,7 +109,7 @@ def test_imported_sources_join_the_pivots_tokens(tmp_path):
 def test_published_records_that_do_not_fit(tmp_path, changes, expected):
     path = write_jsonl(tmp_path / "p.jsonl", published(), published(id="b", **changes))
     with pytest.raises(UserError, match=expected) as error:
-        import_published([path], [], tmp_path / "out")
+        import_published([str(path)], [], tmp_path / "out")
     assert "p.jsonl:2" in str(error.value) or "'b'" in str(error.value)
     assert not list((tmp_path / "out").glob("*"))
 
@@ -115,17 +117,17 @@ def test_published_records_that_do_not_fit(tmp_path, changes, expected):
 def test_names_of_the_sources(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", published())
     with pytest.raises(UserError, match="--names gives a, b, expected 3 different names"):
-        import_published([path], ["a", "b"], tmp_path / "out")
+        import_published([str(path)], ["a", "b"], tmp_path / "out")
     for names in (["initial", "a", "b"], ["a/b", "a", "b"], ["a", "a", "b"]):
         with pytest.raises(UserError, match="expected 3 different names"):
-            import_published([path], names, tmp_path / "out")
+            import_published([str(path)], names, tmp_path / "out")
 
 
 def test_nothing_is_replaced(tmp_path, scored):
     path = write_jsonl(tmp_path / "p.jsonl", published())
-    import_published([path], [], tmp_path / "out")
+    import_published([str(path)], [], tmp_path / "out")
     with pytest.raises(UserError, match="sources.yaml exists"):
-        import_published([path], [], tmp_path / "out")
+        import_published([str(path)], [], tmp_path / "out")
     run(tmp_path, scored, *scored[2])
     with pytest.raises(UserError, match="out.json exists"):
         run(tmp_path, scored, *scored[2])
@@ -136,7 +138,7 @@ RECORDS = [record(i) for i in range(4)]
 
 def vllm(ids, rng):
     """`prompt_logprobs` as vLLM's server returns it with prompt_logprobs=1."""
-    entries = [None]
+    entries: list[Any] = [None]
     for token in ids[1:]:
         value = {"logprob": -float(rng.random()), "rank": 3, "decoded_token": "x"}
         entries.append({str(token): value, "99999": {"logprob": -0.01, "rank": 1}})
@@ -181,7 +183,7 @@ def test_vllm(tmp_path, scored):
         expected = [
             e[str(t)]["logprob"] for e, t in zip(lines[i]["chosen"][prompt:], ids, strict=True)
         ]
-        assert store.logprobs(i, 0).tolist() == np.float32(expected).tolist()
+        assert store.logprobs(i, 0).tolist() == np.array(expected, np.float32).tolist()
     assert store.manifest["tokenizer"] == chat.describe()
     assert store.manifest["imported"]["form"] == "log-probs by token"
     store.check_against(write_tokens(tmp_path, read_records(scored[0])), same_tokenizer=True)
@@ -189,7 +191,7 @@ def test_vllm(tmp_path, scored):
 
 def test_lists_of_numbers(tmp_path, scored):
     _, chat, _ = scored
-    lines = []
+    lines: list[dict[str, Any]] = []
     for r in RECORDS:
         values = [[-0.5] * len(ids) for ids in chat.encode(r).response_ids]
         lines.append({"id": r.id, "chosen": values[0], "rejected": values[1]})
@@ -288,7 +290,7 @@ def test_the_vllm_example_of_the_docs(tmp_path, scored, monkeypatch):
                 first_is_none = [{t: SimpleNamespace(logprob=-t / 100)} for t in ids]
                 yield SimpleNamespace(prompt_logprobs=[None, *first_is_none[1:]])
 
-    fake = ModuleType("vllm")
+    fake: Any = ModuleType("vllm")
     fake.LLM, fake.SamplingParams = LLM, lambda max_tokens, prompt_logprobs: None
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.chdir(tmp_path)
@@ -303,12 +305,14 @@ def test_the_vllm_example_of_the_docs(tmp_path, scored, monkeypatch):
 
 def test_only_scored_tokens_are_imported(tmp_path, scored):
     """From vLLM's positions, from a number a token, from a number a scored token: the same."""
-    chat, rng = Marking({"r-1": "no tools"}), np.random.default_rng(3)
+    chat: Any = Marking({"r-1": "no tools"})
+    rng = np.random.default_rng(3)
     lines: dict[str, list[dict]] = {"vllm": [], "all": [], "scored": []}
     wanted = []
     for r in RECORDS:
         tokens = Marking().encode(r)
-        line = {kind: {"id": r.id} for kind in lines}
+        assert tokens.scored is not None
+        line: dict[str, Any] = {kind: {"id": r.id} for kind in lines}
         for name, ids, mark in zip(
             ("chosen", "rejected"), tokens.response_ids, tokens.scored, strict=True
         ):
@@ -317,7 +321,7 @@ def test_only_scored_tokens_are_imported(tmp_path, scored):
             values = [e[str(t)]["logprob"] for e, t in zip(here, ids.tolist(), strict=True)]
             line["vllm"][name], line["all"][name] = entries, values
             line["scored"][name] = np.array(values)[mark].tolist()
-            wanted.append(np.float32(values)[mark].tolist())
+            wanted.append(np.array(values, np.float32)[mark].tolist())
         for kind in lines:
             lines[kind].append(line[kind])
     with pytest.raises(UserError, match=r"lp.jsonl:2: record 'r-1' .*no tools; --on-bad-record"):
@@ -332,6 +336,7 @@ def test_only_scored_tokens_are_imported(tmp_path, scored):
             found = [store.logprobs(i, r).tolist() for r in range(2)]
             assert found == wanted[2 * i : 2 * i + 2], kind
     first = Marking().encode(RECORDS[0])
+    assert first.scored is not None
     short = [{**lines["all"][0], "chosen": [-1.0] * 99}, *lines["all"][1:]]
     count, marked = len(first.response_ids[0]), int(first.scored[0].sum())
     with pytest.raises(UserError, match=f"99 log-probs, .* makes {count} tokens, {marked} of them"):

@@ -1,5 +1,6 @@
 import json
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ DAMAGE = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_named(tmp_path, tokens, kind, name):
     write_scores(tmp_path / "scores", RECORDS, tokens.response_lengths)
-    opener = {"tokens": TokenDataset, "scores": LogprobStore}[kind]
+    opener: Any = {"tokens": TokenDataset, "scores": LogprobStore}[kind]
     damage, message = DAMAGE[name]
     damage(lambda end: tmp_path / f"{kind}.{end}")
     with pytest.raises(UserError, match=message):

@@ -66,9 +66,11 @@ def test_numbers(setup, run):
     from megatron_infifpo.training.provenance import read_run
 
     found = read_run(run)
+    assert found is not None
     files = found["attempts"][-1]["files"]
     pairs = read_pairs(*files.values(), method_of(found), 256, None)
     assert pairs.means.shape == (20, 2, 3)
+    assert pairs.selected is not None
     assert pairs.selected.sum(axis=2) == pytest.approx(1)
     curves = read_curves(run / "tensorboard")
     steps, values, _ = curves["loss"]

@@ -109,11 +109,14 @@ def test_the_pivot_is_worst(tmp_path):
         responses.add(Response(text), model)
     assert responses.models == [{"coder"}, {"pivot", "coder"}, {"pivot"}]
     record = choose_pair(responses, [1.0, 0.0, 0.0], "pivot")
+    assert not isinstance(record, str)
     assert record.responses == (reply("good"), reply("worse"), reply("bad"))
-    assert "worse than the best but the pivot's" in choose_pair(
-        Responses(responses.prompt, [responses.given[0], {"pivot": Response("bad")}]),
-        [1.0, 0.0],
-        "pivot",
+    assert "worse than the best but the pivot's" in str(
+        choose_pair(
+            Responses(responses.prompt, [responses.given[0], {"pivot": Response("bad")}]),
+            [1.0, 0.0],
+            "pivot",
+        )
     )
 
 
@@ -127,6 +130,7 @@ def test_reasoning_belongs_to_its_model():
         for answer, model in order:
             responses.add(answer, model)
         record = choose_pair(responses, [1.0, 0.0], "pivot")
+        assert not isinstance(record, str)
         found = [messages[0]["reasoning_content"] for messages in record.responses]
         assert found == ["coder", "a", "pivot"]
 
@@ -201,7 +205,7 @@ def test_reward_model(label, tmp_path):
         ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), return_tensors="pt")
         with torch.no_grad():
             scores[text] = network(input_ids=ids["input_ids"]).logits.item()
-    assert found["p0"] == (max(scores, key=scores.get), min(scores, key=scores.get))
+    assert found["p0"] == (max(scores, key=scores.__getitem__), min(scores, key=scores.__getitem__))
     kept = (tmp_path / "pairs.jsonl.scores").read_text().splitlines()
     entry = next(entry for entry in map(json.loads, kept) if entry["id"] == "p0")
     by_text = dict(zip(entry["responses"], entry["scores"], strict=True))

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -245,7 +246,7 @@ def stand_in_for_vllm(chat: ChatTokenizer, asked: list) -> types.ModuleType:
                 for one in settings
             ]
 
-    module = types.ModuleType("vllm")
+    module: Any = types.ModuleType("vllm")
     module.LLM = LLM
     module.SamplingParams = lambda **given: SamplingParams(**{"logprobs": None, **given})
     return module
@@ -253,7 +254,8 @@ def stand_in_for_vllm(chat: ChatTokenizer, asked: list) -> types.ModuleType:
 
 def test_vllm(sample, monkeypatch, talker, capsys):
     """What vLLM is asked for, and what its answers are taken for; it is not run here."""
-    chat, asked = ChatTokenizer.from_pretrained(talker), []
+    chat = ChatTokenizer.from_pretrained(talker)
+    asked: list[Any] = []
     monkeypatch.setitem(sys.modules, "vllm", stand_in_for_vllm(chat, asked))
     lines = sample("--engine", "vllm", "--tensor-parallel-size", "2", "--count", "3")
     assert all(line["responses"] == ["yes 0", "yes 2", "yes 0"] for line in lines)

@@ -1,6 +1,7 @@
 """Sampling from a server: whole responses in every mood, or the count of what is missing."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -121,14 +122,15 @@ def test_no_finish_reason(ask, capsys):
 def test_tools_and_options(ask, server, prompts):
     """What a record has goes to the server, and calls come back."""
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
-    record = {"id": 0, "prompt": "2+2?", "tools": [tool]}
-    record["chat_template_kwargs"] = {"enable_thinking": False}
+    thinking = {"enable_thinking": False}
+    record = {"id": 0, "prompt": "2+2?", "tools": [tool], "chat_template_kwargs": thinking}
     prompts.write_text(json.dumps(record))
-    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    function: dict[str, Any] = {"name": "add", "arguments": "{}"}
+    call = {"id": "1", "type": "function", "function": function}
     flags = ("--count", "1", "--chat-template-options", '{"effort": "low"}', "--model", "remote")
     (line,) = ask(lambda question: answer(choice(None, "tool_calls", tool_calls=[call])), *flags)
     assert line["id"] == "0" and line["tools"] == [tool]
-    call["function"]["arguments"] = {}
+    function["arguments"] = {}
     assert line["tool_calls"] == [[call]] and line["finish_reasons"] == ["tool_calls"]
     (question,) = server.asked
     assert question["tools"] == [tool]

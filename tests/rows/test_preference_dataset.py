@@ -49,6 +49,7 @@ def test_pairs_join_tokens_and_scores(joined):
         np.testing.assert_allclose(initial, dataset.initial.sums(i), rtol=1e-6)
         assert mask.tolist() == [i != 2, i % 2 == 1]
         assert sums.shape == counts.shape == (2, 2)
+        assert dataset.references is not None
         for m, source in enumerate(dataset.references.sources):
             assert source.takes_part[i] == mask[m]
             if mask[m]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +12,8 @@ from megatron_infifpo.tokens.options import TokenizerOptions
 from support.tools import run_tool
 
 FILES = (".bin", ".idx", "_sums.npy", "_counts.npy", ".json")
-PLAIN = {"backend": "megatron", "model": "m", "input": ["r.jsonl"], "output": "o"}
-REMOTE = {"tokenizer_options": TokenizerOptions(trust_remote_code=True)}
+PLAIN: dict[str, Any] = {"backend": "megatron", "model": "m", "input": ["r.jsonl"], "output": "o"}
+REMOTE: dict[str, Any] = {"tokenizer_options": TokenizerOptions(trust_remote_code=True)}
 
 
 @pytest.mark.parametrize(
@@ -56,18 +57,18 @@ def test_options_of_a_tokenizer():
     with pytest.raises(UserError, match="--score is 'first', expected one of last, all"):
         TokenizerOptions(score="first")
     with pytest.raises(UserError, match="--score-reasoning is True"):
-        TokenizerOptions(score_reasoning=True)
+        TokenizerOptions(**dict[str, Any](score_reasoning=True))
 
 
 def test_a_job_is_frozen():
-    job = ScoringJob(**PLAIN)
+    job: Any = ScoringJob(**PLAIN)
     with pytest.raises(dataclasses.FrozenInstanceError):
         job.bf16 = True
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_backends_are_given_what_they_take(monkeypatch, name):
-    given = {}
+    given: dict[str, Any] = {}
     backend = dataclasses.replace(BACKENDS[name], load=lambda folder, **options: given | options)
     monkeypatch.setitem(BACKENDS, name, backend)
     more = REMOTE if name == "transformers" else {"pipeline_model_parallel_size": 4}

@@ -1,5 +1,7 @@
 """Log-probs of scored tokens, from records to a data set, against a loop over transformers."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from support.datasets import manifest_fields, record
 from support.marks import VOCABULARY, Marking
 
 RECORDS = [record(i, domain="law" if i == 3 else "math", pivot=True) for i in range(30)]
-CHAT = Marking({"r-4": "it has no tools"}, plain=("r-2",))
+CHAT: Any = Marking({"r-4": "it has no tools"}, plain=("r-2",))
 SIZE = 5  # records of a shard
 
 
@@ -95,9 +97,9 @@ def test_a_data_set_is_what_a_loop_finds(backend, tmp_path, monkeypatch, cut, co
         assert store.note(i) == (note if longest > context else None)
         assert store.counts(i).tolist() == list(map(len, expected))
         assert store.remarks(i) == ([] if tokens.scored is None else ["marked"])
-        for r, values in enumerate(expected):
-            np.testing.assert_allclose(store.logprobs(i, r), values, atol=2e-5)
-            assert store.sums(i)[r] == pytest.approx(values.sum(), abs=1e-4)
+        for n, values in enumerate(expected):
+            np.testing.assert_allclose(store.logprobs(i, n), values, atol=2e-5)
+            assert store.sums(i)[n] == pytest.approx(values.sum(), abs=1e-4)
     assert seen["whole"] and (context == 100 or sum(map(bool, seen.values())) == 2 + cut)
     notes = store.manifest["note_counts"]
     assert (

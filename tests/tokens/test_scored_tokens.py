@@ -1,6 +1,7 @@
 """Response tokens that are not scored: in files, in rows, in log-probs, in losses."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.storage.notes import OTHERS, Notes
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.encoding import encode_or_refuse
-from megatron_infifpo.tokens.tokenization import TokenizedRecord
+from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
 from megatron_infifpo.tokens.writer import write_token_dataset
 from support.datasets import record, write_scores
 from support.marks import Marking
 
 RECORDS = [record(i, domain=("math", "code")[i % 2]) for i in range(12)]
 REFUSED = {"r-0": "it has no tools", "r-5": "no systems", "r-6": "no systems"}
-CHAT = Marking(REFUSED, plain=("r-2", "r-3"))
+CHAT: Any = Marking(REFUSED, plain=("r-2", "r-3"))
 
 
 @pytest.fixture
@@ -42,10 +43,10 @@ def test_marks_and_masked_records_read_back(tokens):
         assert tokens.note(i) is None and not tokens.masked_records[i]
         assert np.array_equal(found.prompt_ids, expected.prompt_ids)
         pairs = (found.scored or (None, None), expected.scored or (None, None))
-        for r, (mark, wanted) in enumerate(zip(*pairs, strict=True)):
-            assert np.array_equal(found.response_ids[r], expected.response_ids[r])
-            assert found.response_ids[r].dtype == np.int32
-            whole = np.ones(len(expected.response_ids[r]), bool)
+        for n, (mark, wanted) in enumerate(zip(*pairs, strict=True)):
+            assert np.array_equal(found.response_ids[n], expected.response_ids[n])
+            assert found.response_ids[n].dtype == np.int32
+            whole = np.ones(len(expected.response_ids[n]), np.bool_)
             assert np.array_equal(
                 whole if mark is None else mark, whole if wanted is None else wanted
             )
@@ -82,7 +83,7 @@ def test_refused_records_stop_by_default_and_never_fill_a_data_set(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class Given:
+class Given(ChatTokenizer):
     """A tokenizer that gives what it was given."""
 
     def __init__(self, *found):
@@ -105,7 +106,7 @@ def test_what_has_no_mean_is_refused():
         ),
     )
     assert found[0] == "no token of 'rejected' is scored"
-    assert "nothing predicts the first token" in found[1]
+    assert "nothing predicts the first token" in str(found[1])
     assert found[2] == "no token of 'chosen' is scored"
     assert isinstance(found[3], TokenizedRecord)
 
@@ -119,7 +120,8 @@ def test_a_refused_record_costs_its_neighbours_nothing():
             return super().encode_batch(records)
 
     many = [record(i) for i in range(256)]
-    found = encode_or_refuse(many, Counting({"r-77": "no"}))
+    chat: Any = Counting({"r-77": "no"})
+    found = encode_or_refuse(many, chat)
     assert [i for i, x in enumerate(found) if isinstance(x, str)] == [77]
     assert len(calls) == 17  # two halves of each half that holds it
     for r, tokens in zip(many, found, strict=True):

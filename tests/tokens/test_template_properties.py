@@ -59,7 +59,7 @@ def test_prompt_and_reply_decode_to_the_rendering(name, prompt, chosen, rejected
             assert control == chat.end_of_turn_ids, "what looks like a special token is text"
 
 
-CHATS = {}
+CHATS: dict[str, ChatTokenizer] = {}
 
 
 def known(name):

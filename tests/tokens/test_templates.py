@@ -1,7 +1,9 @@
 """Prompt and reply are what the template renders: TRL's published templates are the witnesses."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trl
@@ -14,8 +16,8 @@ from support.datasets import CHATML, byte_tokenizer
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
-USER = {"role": "user", "content": "What is 2+2?"}
-CALL = {
+USER: dict[str, Any] = {"role": "user", "content": "What is 2+2?"}
+CALL: dict[str, Any] = {
     "role": "assistant",
     "content": "",
     "tool_calls": [
@@ -26,7 +28,12 @@ CALL = {
         }
     ],
 }
-RESULT = {"role": "tool", "name": "add", "tool_call_id": "call00001", "content": "4"}
+RESULT: dict[str, Any] = {
+    "role": "tool",
+    "name": "add",
+    "tool_call_id": "call00001",
+    "content": "4",
+}
 INTEGER = {"type": "integer"}
 ADD = {
     "type": "function",
@@ -164,7 +171,10 @@ def test_reasoning_is_scored_if_asked(chats):
 
 
 def test_all_turns_are_scored_if_asked(chats):
-    earlier = ({"role": "assistant", "content": "Add?"}, {"role": "user", "content": "Yes."})
+    earlier: tuple[dict[str, Any], ...] = (
+        {"role": "assistant", "content": "Add?"},
+        {"role": "user", "content": "Yes."},
+    )
     for name in ("qwen3", "llama3_1", "gptoss", "glm4moe", "gemma3", "deepseek_r1_distill"):
         chat = ChatTokenizer(chats[name].tokenizer, name, score="all")
         source = PreferenceRecord(
@@ -189,16 +199,14 @@ def test_options_of_the_data_set_and_of_a_record(chats):
     thinking = off.render(record(REPLIES["thinking"]))
     assert thinking.prompt.endswith("<|im_start|>assistant\n")
     assert thinking.replies[0].text == THINKING + "<|im_end|>"
-    own = PreferenceRecord("x", "g", plain.prompt, *plain.responses, None, (), {"add_thoughts": 1})
+    own = replace(plain, id="x", template_options={"add_thoughts": 1})
     assert "reads no variable 'add_thoughts'" in " ".join(off.encode(own).notes)
     with pytest.raises(UserError, match="reads no variable 'enable_thoughts'"):
         ChatTokenizer(hf, options={"enable_thoughts": False})
     with pytest.raises(UserError, match="reads no variable 'tools'"):
         ChatTokenizer(hf, options={"tools": []})
     dated = chats["llama3_1"].tokenizer
-    given = PreferenceRecord(
-        "x", "g", plain.prompt, *plain.responses, None, (), {"date_string": "1 May 2031"}
-    )
+    given = replace(plain, id="x", template_options={"date_string": "1 May 2031"})
     assert "1 May 2031" in ChatTokenizer(dated).render(given).prompt
 
 
@@ -250,7 +258,7 @@ def test_calls_and_contents_that_a_template_drops_are_refused(chats):
     assert "222" in chats["qwen3"].render(record(two, (ADD,))).replies[0].text
     # Llama 3.1 writes no content beside calls: the same words elsewhere do not stand for it.
     said = ({**CALL, "content": "I will add."}, RESULT, *reply("It is 4."))
-    system = {"role": "system", "content": "Say: I will add."}
+    system: dict[str, Any] = {"role": "system", "content": "Say: I will add."}
     source = PreferenceRecord("x", "g", (system, USER), said, reply("5."), None, (ADD,))
     with pytest.raises(RefusedRecordError, match="role assistant as it is"):
         chats["llama3_1"].encode(source)
@@ -306,12 +314,11 @@ def test_a_system_message_is_joined_to_the_users():
 
 def test_options_of_a_record_that_its_template_cannot_take(chats):
     plain = record(REPLIES["plain"])
-    wrong = PreferenceRecord(
-        "r7", "g", plain.prompt, *plain.responses, None, (), {"date_string": 5}
-    )
+    wrong = replace(plain, id="r7", template_options={"date_string": 5})
     with pytest.raises(RefusedRecordError, match="'r7' .*its options"):
         chats["llama3_1"].encode(wrong)
-    for options in ({"role": "x"}, {"content": "x"}, {"messages": []}, {"chat_template": "x"}):
+    refused: list[dict[str, Any]] = [{"role": "x"}, {"content": "x"}, {"messages": []}]
+    for options in (*refused, {"chat_template": "x"}):
         with pytest.raises(UserError, match="reads no variable"):
             ChatTokenizer(chats["qwen3"].tokenizer, options=options)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def made(*more: str) -> RunConfig:
 
 
 def test_frozen():
-    config = made()
+    config: Any = made()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.preference_data = "others"
     with pytest.raises(TypeError):

@@ -18,7 +18,7 @@ SHAPES = [
 def sent(lengths, stages, chunks, group):
     """(sender, receiver) -> what is sent forward, and backward, in the sender's order of work."""
     table = get_schedule_table(len(lengths), chunks, group)
-    messages = {True: {}, False: {}}
+    messages: dict[bool, dict] = {True: {}, False: {}}
     for stage in range(stages):
         for row, turn in table:
             for forward in (True, False):
