@@ -17,6 +17,16 @@ def fields_of(args: argparse.Namespace, job: type) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in names}
 
 
+def take_defaults(parser: argparse.ArgumentParser, job: type) -> None:
+    """Give the flags that are added so far the defaults that a job's fields have."""
+    flags = {action.dest for action in parser._actions}
+    fields = [field for field in dataclasses.fields(job) if field.name in flags]
+    given = {field.name: field.default for field in fields}
+    parser.set_defaults(
+        **{name: value for name, value in given.items() if value is not dataclasses.MISSING}
+    )
+
+
 def hidden_alias(parser: argparse.ArgumentParser, other: str, flag: str) -> None:
     """Take another spelling of a flag as well, without showing it: the old one, or Megatron's."""
     parser._option_string_actions[other] = parser._option_string_actions[flag]
@@ -70,16 +80,16 @@ def add_tokenizer_flags(parser: argparse._ActionsContainer, *, scored: bool = Tr
         parser.add_argument(
             "--score",
             choices=SCORE,
-            default="last",
+            default=TokenizerOptions.score,
             help="the assistant's messages after the user's last one, or all of the conversation "
-            "(default: last)",
+            "(default: %(default)s)",
         )
         parser.add_argument(
             "--score-reasoning",
             choices=REASONING,
-            default="auto",
+            default=TokenizerOptions.score_reasoning,
             help="whether a reply's reasoning is scored; auto: where the chat template writes "
-            "reasoning of its own (default: auto)",
+            "reasoning of its own (default: %(default)s)",
         )
 
 

@@ -17,6 +17,7 @@ import argparse
 import inspect
 from collections.abc import Sequence
 
+from megatron_infifpo.commands.flags import take_defaults
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import positive
 from megatron_infifpo.recipes.commands import STAGES
@@ -34,11 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="words",
         help="several NAME=VALUE in one string, quoted as for a shell",
     )
-    parser.add_argument("--executor", default="here", help="(default: here)")
-    parser.add_argument("--nodes", type=positive, default=1, help="(default: 1)")
-    parser.add_argument("--ranks", type=positive, default=8, help="of a node (default: 8)")
+    parser.add_argument("--executor", help="(default: %(default)s)")
+    parser.add_argument("--nodes", type=positive, help="(default: %(default)s)")
+    parser.add_argument("--ranks", type=positive, help="of a node (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be started")
     parser.add_argument("--detach", action="store_true", help="submit, and do not wait for the end")
+    take_defaults(parser, Launch)
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

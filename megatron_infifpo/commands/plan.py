@@ -14,11 +14,10 @@ of some steps (Megatron's --log-throughput counts a pair as one text of --seq-le
 import argparse
 from pathlib import Path
 
-from megatron_infifpo.commands.flags import fields_of, hidden_alias
+from megatron_infifpo.commands.flags import fields_of, hidden_alias, take_defaults
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.families import megatron_args
+from megatron_infifpo.families import PUBLISHED, megatron_args
 from megatron_infifpo.families.architecture import read_hf_config
-from megatron_infifpo.families.published import PUBLISHED
 from megatron_infifpo.flag_types import positive, real, whole
 from megatron_infifpo.planning.estimate import (
     LAYERS,
@@ -37,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     some = real(0.001)
     parser.add_argument("--gpus", type=whole(1, 100_000), required=True)
-    parser.add_argument("--gpus-per-node", type=positive, default=8, help="(default: 8)")
-    parser.add_argument("--gpu-memory", type=some, default=80.0, help="GiB (default: 80)")
-    parser.add_argument("--gpu-tflops", type=some, default=989.0, help="(default: 989, H100 bf16)")
-    parser.add_argument("--mfu", type=real(0.001, 1), default=0.35, help="0 to 1 (default: 0.35)")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16")
+    parser.add_argument("--gpus-per-node", type=positive, help="(default: %(default)s)")
+    parser.add_argument("--gpu-memory", type=some, help="GiB (default: %(default)g)")
+    parser.add_argument("--gpu-tflops", type=some, help="(default: %(default)g, H100 bf16)")
+    parser.add_argument("--mfu", type=real(0.001, 1), help="0 to 1 (default: %(default)s)")
+    parser.add_argument("--precision", choices=list(PRECISIONS))
     parser.add_argument(
         "--layers",
         choices=list(LAYERS),
@@ -54,25 +53,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizer-state",
         choices=list(SAVINGS),
-        default="by-rank",
         help="as it is saved: by-name is training's --dist-ckpt-optim-fully-reshardable, sparing "
-        "--distrib-optim-fully-reshardable-mem-efficient (default: by-rank, as in training)",
+        "--distrib-optim-fully-reshardable-mem-efficient (default: %(default)s, as in training)",
     )
     tokens = "--micro-batch-tokens"
-    parser.add_argument(tokens, type=positive, default=8192, help="of a row (default: 8192)")
+    parser.add_argument(tokens, type=positive, help="of a row (default: %(default)s)")
     hidden_alias(parser, "--row-tokens", tokens)
-    parser.add_argument("--global-batch-size", type=positive, default=128, help="(default: 128)")
-    parser.add_argument("--pairs", type=positive, default=75_000, help="(default: 75000)")
-    parser.add_argument("--sft-records", type=whole(0), default=75_000, help="(default: 75000)")
-    parser.add_argument("--sft-epochs", type=positive, default=3, help="(default: 3)")
+    parser.add_argument("--global-batch-size", type=positive, help="(default: %(default)s)")
+    parser.add_argument("--pairs", type=positive, help="(default: %(default)s)")
+    parser.add_argument("--sft-records", type=whole(0), help="(default: %(default)s)")
+    parser.add_argument("--sft-epochs", type=positive, help="(default: %(default)s)")
     parser.add_argument(
         "--share-prompt",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="as in training; else a copy of the prompt for each response (default: yes)",
     )
-    parser.add_argument("--prompt-tokens", type=positive, default=400, help="on average")
-    parser.add_argument("--response-tokens", type=positive, default=600, help="on average")
+    parser.add_argument("--prompt-tokens", type=positive, help="on average")
+    parser.add_argument("--response-tokens", type=positive, help="on average")
+    take_defaults(parser, PlanningJob)
 
 
 def run(args: argparse.Namespace) -> None:
