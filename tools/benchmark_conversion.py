@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 
 from megatron_infifpo.commands.entry import run
-from megatron_infifpo.families import weight_mapping
-from megatron_infifpo.families.published import PUBLISHED
+from megatron_infifpo.families import PUBLISHED, weight_mapping
 from megatron_infifpo.storage.safetensors_io import SafetensorsWriter
 
-PHI4 = PUBLISHED["phi-4"] | {"architectures": ["Phi3ForCausalLM"], "dtype": "bfloat16"}
+PHI4 = {**PUBLISHED["phi-4"]} | {"architectures": ["Phi3ForCausalLM"], "dtype": "bfloat16"}
 CONVERT = str(Path(__file__).resolve().with_name("convert_checkpoint.py"))
 # Reads and writes as conversion does, down to the disk: no clever copy of the file system's own.
 COPY = """

@@ -21,7 +21,7 @@ from megatron_infifpo.convert.hf_weights import fill
 from megatron_infifpo.engine.gpt import build_model
 from megatron_infifpo.engine.packed import packed_params
 from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel
-from megatron_infifpo.families import check_tensor_parallel, family, megatron_args
+from megatron_infifpo.families import check_tensor_parallel, family, megatron_args, one_layer
 from megatron_infifpo.families.mapping import OUTPUT_LAYER, WeightMapping
 
 _EMBEDDING, _FINAL_NORM = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
@@ -154,15 +154,8 @@ class _MegatronLayers:
 
     def _one_layer(self, layer: int) -> dict[str, Any]:
         """Megatron arguments of a model that has just this layer."""
-        args = self.args | {"num_layers": 1, "padded_vocab_size": _SMALL_VOCABULARY}
-        args["vocab_size"] = _SMALL_VOCABULARY
-        if args["window_attn_skip_freq"] is not None:
-            args["window_attn_skip_freq"] = [args["window_attn_skip_freq"][layer]]
-        if "local_layers" in args["extras"]:
-            args["extras"] = args["extras"] | {
-                "local_layers": [args["extras"]["local_layers"][layer]]
-            }
-        return args
+        small = {"padded_vocab_size": _SMALL_VOCABULARY, "vocab_size": _SMALL_VOCABULARY}
+        return one_layer(self.args, layer) | small
 
     def _model(self, layer: int) -> tuple[Any, Any, WeightMapping]:
         """A model of one layer, of this layer's kind; its final norm apart; its mapping."""

@@ -24,7 +24,7 @@ from megatron_infifpo.errors import UserError
 class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square norm whose weight gradient is reduced under sequence parallelism.
 
-    A zero-centred weight `w` (Gemma) scales by `1 + w`, in float32.
+    A zero-centred weight `w` scales by `1 + w`, in float32.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):

@@ -1,7 +1,7 @@
 """Model families: from Hugging Face's `config.json` to Megatron arguments and tensor names.
 
-A family is a configuration mapping and declarative rows: a file, or a folder where its layers
-differ too; see docs/adding-a-model.md.
+A family is one file, or a folder where its layers differ, and its entry in `FAMILIES`: nothing else
+knows it by name. See docs/adding-a-model.md.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import gemma3, llama, mistral, phi3, qwen2, qwen3
-from megatron_infifpo.families.common import Family
+from megatron_infifpo.families.common import Family, FamilyLayers
 from megatron_infifpo.families.mapping import WeightMapping
 
 # By config.json's model_type.
@@ -23,6 +23,15 @@ FAMILIES: dict[str, Family] = {
     "qwen3": qwen3.FAMILY,
 }
 
+# What the families know of published models and of tiny ones, by name; and of the tiny ones one of
+# each family that has layers of its own.
+PUBLISHED = {name: config for kind in FAMILIES.values() for name, config in kind.published.items()}
+TINY = {name: config for kind in FAMILIES.values() for name, config in kind.tiny.items()}
+OWN_LAYERS = tuple(
+    dict.fromkeys(
+        next(iter(kind.tiny)) for kind in FAMILIES.values() if kind.layers is not FamilyLayers
+    )
+)
 
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -85,6 +94,17 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
 def weight_mapping(hf_config: Mapping[str, Any]) -> WeightMapping:
     """Return the mapping of every tensor of the model that a `config.json` describes."""
     return WeightMapping(family(hf_config).rows, megatron_args(hf_config))
+
+
+def one_layer(args: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """Return the Megatron arguments of a model that has just this layer of another one."""
+
+    def of_layer(value: Any) -> Any:
+        return [value[layer]] if isinstance(value, list) else value
+
+    extras = {name: of_layer(value) for name, value in args["extras"].items()}
+    window = of_layer(args["window_attn_skip_freq"])
+    return {**args, "num_layers": 1, "window_attn_skip_freq": window, "extras": extras}
 
 
 def tensor_parallel_sizes(args: Mapping[str, Any]) -> list[int]:

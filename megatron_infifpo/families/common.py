@@ -1,7 +1,7 @@
 """What the Llama-like families share: reading `config.json`, and saying what is not supported."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_infifpo.errors import UserError
@@ -32,11 +32,14 @@ class FamilyLayers:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its configuration and its tensors.
+    """One architecture: its configuration, its tensors, and what else differs.
 
     Attributes:
         megatron_args: from `config.json` to Megatron arguments, by their argparse names.
         rows: every tensor of the model.
+        tiny: what differs in the config.json of tiny models that prove the family, by name; with a
+            model_type.
+        published: what shapes follow from in config.json files of published models, by name.
         text_config: the part of `config.json` that describes the language model, complete.
         hf_name: from a name in the Hugging Face files to the one in `rows`; None for a tensor that
             is no part of the language model.
@@ -46,6 +49,8 @@ class Family:
 
     megatron_args: Callable[[Mapping[str, Any]], dict[str, Any]]
     rows: tuple[Row, ...]
+    tiny: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     text_config: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     hf_name: Callable[[str], str | None] = str
     layers: Callable[[], FamilyLayers] = FamilyLayers
@@ -122,9 +127,9 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rope parameters in the form of transformers 5, also from files of transformers 4."""
     # Where a file has both, rope_scaling is what somebody added, and transformers follows it.
     parameters = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
-    for field in ("rope_theta", "partial_rotary_factor"):
-        if parameters.get(field) is None:
-            parameters[field] = config.get(field)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if parameters.get(name) is None:
+            parameters[name] = config.get(name)
     parameters["rope_theta"] = parameters["rope_theta"] or 10000.0
     parameters["partial_rotary_factor"] = parameters["partial_rotary_factor"] or 1.0
     parameters["rope_type"] = parameters.get("rope_type") or parameters.get("type") or "default"

@@ -57,4 +57,11 @@ ROWS = (
     Row("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden")),
 )
 
-FAMILY = Family(megatron_args, ROWS)
+FAMILY = Family(
+    megatron_args,
+    ROWS,
+    tiny={
+        "llama": {"model_type": "llama", "tie_word_embeddings": False},
+        "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    },
+)

@@ -54,4 +54,22 @@ ROWS = (
     Row("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden")),
 )
 
-FAMILY = Family(megatron_args, ROWS)
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "phi-4": {
+        "model_type": "phi3", "hidden_act": "silu", "hidden_size": 5120,
+        "intermediate_size": 17920, "max_position_embeddings": 16384, "num_attention_heads": 40,
+        "num_hidden_layers": 40, "num_key_value_heads": 10, "rms_norm_eps": 1e-5,
+        "rope_theta": 250000, "sliding_window": None, "tie_word_embeddings": False,
+        "vocab_size": 100352, "pad_token_id": 100349,
+    },
+}  # fmt: skip
+TINY: dict[str, dict[str, Any]] = {
+    "phi3": {"model_type": "phi3", "tie_word_embeddings": False},
+    "phi3-partial": {
+        "model_type": "phi3",
+        "tie_word_embeddings": False,
+        "partial_rotary_factor": 0.5,
+    },
+    "phi3-window": {"model_type": "phi3", "tie_word_embeddings": False, "sliding_window": 16},
+}
+FAMILY = Family(megatron_args, ROWS, TINY, PUBLISHED)

@@ -36,4 +36,30 @@ ROWS = (
     ),
 )
 
-FAMILY = Family(megatron_args, ROWS)
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "qwen2.5-14b": {
+        "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 5120,
+        "intermediate_size": 13824, "max_position_embeddings": 32768, "max_window_layers": 70,
+        "num_attention_heads": 40, "num_hidden_layers": 48, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "sliding_window": 131072,
+        "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 152064,
+    },
+    "qwen2.5-math-7b": {
+        "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 3584,
+        "intermediate_size": 18944, "max_position_embeddings": 4096, "max_window_layers": 28,
+        "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "sliding_window": 4096,
+        "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 152064,
+    },
+}  # fmt: skip
+TINY: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 2,
+    },
+}
+FAMILY = Family(megatron_args, ROWS, TINY, PUBLISHED)

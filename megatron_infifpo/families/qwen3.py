@@ -43,4 +43,11 @@ ROWS = (
     ),
 )
 
-FAMILY = Family(megatron_args, ROWS)
+FAMILY = Family(
+    megatron_args,
+    ROWS,
+    tiny={
+        "qwen3": {"model_type": "qwen3", "tie_word_embeddings": False, "head_dim": 24},
+        "qwen3-tied": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 8},
+    },
+)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_infifpo.families import OWN_LAYERS, TINY, megatron_args
 from megatron_infifpo.gpu_check.records import Options, Recorder, Result
 from megatron_infifpo.gpu_check.rows import random_pairs
 from megatron_infifpo.patches import cpu
@@ -22,7 +23,7 @@ from megatron_infifpo.rows.preference_dataset import PreferencePair
 FACTOR = 3.0
 NATS, RELATIVE = 2e-5, 2e-5  # beside that, in float32
 VOCABULARY = 307  # prime
-QUICK = ("qwen2-tied", "phi3-window", "qwen3", "gemma3")
+QUICK = ("qwen2-tied", "phi3-window", "qwen3", *OWN_LAYERS)
 # Tokens of prompts, and of their responses; windows of the tiny models are 16.
 LENGTHS = ((9, (21, 1)), (30, (6, 14)), (1, (5, 40)))
 
@@ -45,7 +46,7 @@ def check(options: Options, record: Recorder) -> None:
     for variant, reason in variants.items():
         if reason is not None:
             record.skip(f"all families, {variant.name}", reason)
-    for number, family in enumerate(QUICK if options.quick else tiny.FAMILIES):
+    for number, family in enumerate(QUICK if options.quick else TINY):
         folder = Path(options.folder) / family
         tiny.save_model(folder, family, vocab_size=VOCABULARY, seed=number)
         pairs = random_pairs(LENGTHS, VOCABULARY - 1)
@@ -136,7 +137,6 @@ def in_megatron(
     from megatron_infifpo.engine.gpt import build_model
     from megatron_infifpo.engine.packed import run_packed, to_device
     from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel
-    from megatron_infifpo.families import megatron_args
     from megatron_infifpo.families.architecture import read_hf_config
 
     architecture, layout = megatron_args(read_hf_config(folder)), ModelLayout(bf16=variant.bf16)

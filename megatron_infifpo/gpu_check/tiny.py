@@ -7,21 +7,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from megatron_infifpo.families import TINY
 
 WORDS = """the a model prefers short clear answers because long vague ones waste time and two plus
 three gives five while print writes text to the screen def return list number water earth sun moon
@@ -39,55 +27,11 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 512,
     "initializer_range": 0.2,  # far from uniform, so that a misplaced weight shows
 }
-# name -> config class, model class, what differs from SHAPE
-FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False}),
-    "llama-tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
-    "qwen2-tied": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
-    "phi3": (Phi3Config, Phi3ForCausalLM, {"tie_word_embeddings": False}),
-    "phi3-partial": (
-        Phi3Config,
-        Phi3ForCausalLM,
-        {"tie_word_embeddings": False, "partial_rotary_factor": 0.5},
-    ),
-    "phi3-window": (
-        Phi3Config,
-        Phi3ForCausalLM,
-        {"tie_word_embeddings": False, "sliding_window": 16},
-    ),
-    "qwen2-window": (
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
-    ),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": False, "head_dim": 24}),
-    "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True, "head_dim": 8}),
-    "mistral": (
-        MistralConfig,
-        MistralForCausalLM,
-        {"tie_word_embeddings": False, "head_dim": 24, "sliding_window": None},
-    ),
-    "mistral-window": (
-        MistralConfig,
-        MistralForCausalLM,
-        {"tie_word_embeddings": False, "sliding_window": 16},
-    ),
-    "gemma3": (
-        Gemma3TextConfig,
-        Gemma3ForCausalLM,
-        {
-            "head_dim": 16,
-            "query_pre_attn_scalar": 24,
-            "sliding_window": 16,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
-            },
-        },
-    ),
-}
+
+
+def config(family: str, **more: Any) -> Any:
+    """Return the transformers configuration of a tiny model."""
+    return AutoConfig.for_model(**{**SHAPE, **TINY[family], **more})
 
 
 def save_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -116,12 +60,11 @@ def save_model(
     folder: Path, family: str, *, vocab_size: int = 320, seed: int = 0, **extra: Any
 ) -> Path:
     """Save a random model and its tokenizer as a Hugging Face folder, in float32."""
-    config_class, model_class, special = FAMILIES[family]
     torch.manual_seed(seed)
     # The padding id is one that no text has: transformers drops the gradient of its embedding.
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": vocab_size - 1}
-    config = config_class(**{**SHAPE, **special, **ids, "vocab_size": vocab_size, **extra})
-    model = model_class(config).float()
+    made = config(family, **{**ids, "vocab_size": vocab_size, **extra})
+    model = AutoModelForCausalLM.from_config(made).float()
     # Norm weights and biases start at 1 and 0, where many mistakes cancel.
     with torch.no_grad():
         for parameter in model.parameters():

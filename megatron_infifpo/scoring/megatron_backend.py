@@ -16,6 +16,7 @@ from megatron.core.utils import get_model_config  # noqa: E402
 from megatron_infifpo.convert.hf_weights import load_into_model  # noqa: E402
 from megatron_infifpo.engine.gpt import build_model  # noqa: E402
 from megatron_infifpo.engine.layer_kind import LayerKind  # noqa: E402
+from megatron_infifpo.engine.older import accept_older  # noqa: E402
 from megatron_infifpo.engine.packed import score_rows  # noqa: E402
 from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel  # noqa: E402
 from megatron_infifpo.families import (  # noqa: E402
@@ -26,7 +27,6 @@ from megatron_infifpo.families import (  # noqa: E402
 from megatron_infifpo.families.architecture import read_hf_config  # noqa: E402
 from megatron_infifpo.rows import Row  # noqa: E402
 from megatron_infifpo.storage.checkpoints import find_checkpoint  # noqa: E402
-from megatron_infifpo.storage.older import accept_older  # noqa: E402
 from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint  # noqa: E402
 
 

@@ -13,12 +13,12 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.global_vars import set_global_variables
 
 from megatron_infifpo.engine.gpt import model_config, refusals
+from megatron_infifpo.engine.older import accept_older
 from megatron_infifpo.engine.parallel import one_rank_by_default
 from megatron_infifpo.patches import learning_rate, training_loop
 from megatron_infifpo.patches.apply import apply_patches
 from megatron_infifpo.patches.signals import shield_helpers
 from megatron_infifpo.storage.checksums import verify_share, write_checksums
-from megatron_infifpo.storage.older import accept_older
 from megatron_infifpo.training.data import NOT_SAVED, Datasets, describe, open_datasets
 from megatron_infifpo.training.failures import explained
 from megatron_infifpo.training.lock import RunLock

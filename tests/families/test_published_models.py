@@ -13,11 +13,11 @@ from megatron_infifpo.convert.hf_export import export_checkpoint
 from megatron_infifpo.convert.hf_import import import_checkpoint
 from megatron_infifpo.families import (
     FAMILIES,
+    PUBLISHED,
     megatron_args,
     tensor_parallel_sizes,
     weight_mapping,
 )
-from megatron_infifpo.families.published import PUBLISHED
 from support import tiny
 from support.tiny import assert_same_weights
 
@@ -87,15 +87,16 @@ def sizes(draw) -> dict:
 def weights_of(folder: Path, family: str, shape: dict, dtype: torch.dtype, seed: int) -> Path:
     """Random weights of a model, by the names and shapes that transformers gives them."""
     from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config_class, model_class, special = tiny.FAMILIES[family]
+    special = tiny.FAMILIES[family]
     special = {k: v for k, v in special.items() if k not in shape and k != "layer_types"}
     if family.startswith(("phi3", "qwen2")):  # their heads always fill the hidden size
         shape = shape | {"hidden_size": shape["head_dim"] * shape["num_attention_heads"]}
         shape = {k: v for k, v in shape.items() if k != "head_dim"}
-    config = config_class(**shape, **special, pad_token_id=None, max_position_embeddings=64)
+    config = AutoConfig.for_model(**shape, **special, pad_token_id=None, max_position_embeddings=64)
     with torch.device("meta"):
-        model = model_class(config)
+        model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     weights = {
         name: torch.randn(tensor.shape, generator=generator).to(dtype)

@@ -5,8 +5,7 @@ import torch
 
 from megatron_infifpo.commands.main import make_parser
 from megatron_infifpo.engine.kept import TE_KEPT
-from megatron_infifpo.families import megatron_args, tensor_parallel_sizes
-from megatron_infifpo.families.published import PUBLISHED
+from megatron_infifpo.families import PUBLISHED, megatron_args, tensor_parallel_sizes
 from megatron_infifpo.planning.plan import Layout, Plan, layouts
 from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SPARING
 from support.saves import LiveBytes

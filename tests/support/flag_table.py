@@ -142,9 +142,8 @@ def set_by_the_program() -> dict[str, set[str]]:
     from support import tiny
 
     architecture: set[str] = set()
-    for config_class, _, special in tiny.FAMILIES.values():
-        config = config_class(**{**tiny.SHAPE, **special, "vocab_size": 320}).to_dict()
-        architecture |= set(megatron_args(config))
+    for name in tiny.FAMILIES:
+        architecture |= set(megatron_args(tiny.config(name, vocab_size=320).to_dict()))
     by_kind = set().union(*(kind.arguments for kind in KINDS.values()))
     device = set(cpu.argument_overrides())
     fixed = set(fixed_arguments(KINDS["local"])) - by_kind - device

@@ -142,8 +142,8 @@ def reload(folder: str, name: str) -> dict[str, list]:
     """
     from megatron.core import dist_checkpointing
 
+    from megatron_infifpo.engine.older import accept_older
     from megatron_infifpo.storage.checkpoints import find_checkpoint
-    from megatron_infifpo.storage.older import accept_older
     from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint
 
     root = Path(folder)

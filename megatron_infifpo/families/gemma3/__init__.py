@@ -143,4 +143,27 @@ def _layers() -> Any:
     return LAYERS
 
 
-FAMILY = Family(megatron_args, ROWS, text_config, hf_name, _layers)
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "gemma-3-12b": {
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 3840, "intermediate_size": 15360, "model_type": "gemma3_text",
+            "num_attention_heads": 16, "num_hidden_layers": 48, "num_key_value_heads": 8,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+        },
+    },
+}  # fmt: skip
+TINY: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        },
+    },
+}
+FAMILY = Family(megatron_args, ROWS, TINY, PUBLISHED, text_config, hf_name, _layers)
