@@ -51,8 +51,8 @@ def test_marks_and_masked_records_read_back(tokens):
                 whole if mark is None else mark, whole if wanted is None else wanted
             )
             count = len(whole) if wanted is None else wanted.sum()
-            assert tokens.scored_lengths[i, r] == count
-            assert tokens.response_lengths[i, r] == len(whole)
+            assert tokens.scored_lengths[i, n] == count
+            assert tokens.response_lengths[i, n] == len(whole)
     counts = tokens.manifest["note_counts"]
     assert counts == {
         "the chat template refuses it: it has no tools": 1,
