@@ -20,7 +20,7 @@ import yaml
 from megatron_infifpo.convert.fingerprint import weights_fingerprint
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses.benchmarks import BENCHMARKS, Benchmark
-from megatron_infifpo.storage.aside import write_text
+from megatron_infifpo.storage.aside import Aside, write_text
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
 
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*")
@@ -47,7 +47,7 @@ def reserve(path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(f"{path}.partial")
+        aside = Aside().path(path)
         aside.touch()
         aside.unlink()
     except OSError as error:

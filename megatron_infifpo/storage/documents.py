@@ -187,10 +187,3 @@ def _check_index_size(path: str) -> None:
             f"{path} has {os.path.getsize(path)} bytes, expected {expected} by its header; the "
             "file is truncated: write it again"
         )
-
-
-def publish(path: str) -> None:
-    """Give `PATH.partial` its name, once its content is on the disk."""
-    with open(f"{path}.partial", "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(f"{path}.partial", path)
