@@ -31,7 +31,11 @@ def flags() -> dict[str, dict[str, str]]:
                 option: in_words(action)
                 for option, action in sorted(parser._option_string_actions.items())
                 if option not in ("-h", "--help")
-            } | {action.dest: in_words(action) for action in parser._get_positional_actions()}
+            } | {
+                action.dest: in_words(action)
+                for action in parser._get_positional_actions()
+                if not isinstance(action, argparse._SubParsersAction)
+            }
     for option in megatrons_own():
         found["train"].pop(option, None)
     return found
@@ -64,16 +68,14 @@ def in_words(action: argparse.Action) -> str:
     words = [] if kind == "store" else [kind]
     if action.type is not None:
         words.append(_reader(action.type))
-    if isinstance(action, argparse._SubParsersAction):
-        words.append("one of " + ", ".join(action.choices))
-    elif action.choices is not None:
+    if action.choices is not None:
         words.append("one of " + ", ".join(map(str, action.choices)))
     if action.nargs not in (None, 0):
         words.append(f"nargs {action.nargs}")
     if action.required:
         words.append("required")
     elif action.default not in (None, argparse.SUPPRESS):
-        words.append(f"default {action.default!r}")
+        words.append(f"default {action.default}")
     if action.option_strings[1:]:
         words.append("also " + ", ".join(action.option_strings))
     return "; ".join(words)

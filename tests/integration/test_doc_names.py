@@ -1,0 +1,82 @@
+"""What the docs name is there: commands and their flags, files, modules, links."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_infifpo.commands.main import COMMANDS, PAGES
+from support.launcher import ROOT
+
+# The changelog and the lab log speak of their own day.
+DATED = {ROOT / "CHANGELOG.md", ROOT / "docs" / "lab-log.md"}
+DOCS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")})
+NOW = [path for path in DOCS if path not in DATED]
+# `infifpo NAME ...`, `-m megatron_infifpo NAME ...`, `-m megatron_infifpo.train ...`
+COMMAND = re.compile(
+    r"(?:(?:(?<![\w./-])infifpo|-m megatron_infifpo) +(?P<name>[a-z][a-z-]+)"
+    r"|-m megatron_infifpo\.train)(?P<words>[^`\n]*)"
+)
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+PATH = re.compile(
+    r"(?<![\w/.-])((?:megatron_infifpo|tests|tools|docs|examples|\.github)/[\w./-]*\w)"
+)
+MODULE = re.compile(r"(?<![\w/.-])(megatron_infifpo(?:\.\w+)+)")
+# `rows/plan.py` and `rows/plan.py: plan_step`, from the package's folder
+IN_PACKAGE = re.compile(
+    r"`((?:[a-z_]+/[\w/]+|losses|reference|logprobs|methods|options)\.py)(?::\s(\w+))?"
+)
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+ENTRY_POINTS = {"megatron_infifpo.executors"}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def text_of(path: Path) -> str:
+    """A page, with commands that go over several lines in one."""
+    return re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", NOW, ids=name_of)
+def test_commands_and_flags(path):
+    for match in COMMAND.finditer(text_of(path)):
+        name, words = match["name"] or "train", match["words"].split(" #")[0]
+        assert name in COMMANDS, match[0]
+        pages = "".join(page.read_text("utf-8") for page in PAGES.glob(f"{name}*.txt"))
+        unknown = {*FLAG.findall(words)} - {*FLAG.findall(pages), "--help"}
+        assert not unknown, f"{match[0]}: {unknown}"
+
+
+@pytest.mark.parametrize("path", NOW, ids=name_of)
+def test_files(path):
+    for found in PATH.findall(path.read_text(encoding="utf-8")):
+        assert (ROOT / found).exists(), found
+
+
+@pytest.mark.parametrize("path", NOW, ids=name_of)
+def test_modules(path):
+    for found in MODULE.findall(path.read_text(encoding="utf-8")):
+        path = ROOT.joinpath(*found.split("."))
+        module = path.parent.with_suffix(".py")  # where it is a name in a module
+        there = path.is_dir() or path.with_suffix(".py").is_file()
+        there = there or (module.is_file() and path.name in module.read_text(encoding="utf-8"))
+        assert there or found in ENTRY_POINTS, found
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_links(path):
+    for target in LINK.findall(path.read_text(encoding="utf-8")):
+        if not target.startswith(("http:", "https:")):
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", [p for p in NOW if p.parent != ROOT], ids=name_of)
+def test_functions(path):
+    elsewhere = ("tests/", "tools/", "examples/", "megatron_infifpo/", "commands/NAME")
+    for file, name in IN_PACKAGE.findall(path.read_text(encoding="utf-8")):
+        if not file.startswith(elsewhere):
+            text = (ROOT / "megatron_infifpo" / file).read_text(encoding="utf-8")
+            assert re.search(rf"^ *(def|class) {name}\b|^{name}\b.* = ", text, re.M), (file, name)
