@@ -6,8 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TE := $(VENV)/te/.fetched
+# Two workers, which take whole files in the order that tests/support/costs.py gives them.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test gpu-check lint format clean
+.PHONY: demo test test-fast gpu-check lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python -W ignore examples/demo/run.py
@@ -15,7 +17,13 @@ demo: $(STAMP)
 # Tests fork ranks and run on the CPU, whatever the machine has.
 test: export CUDA_VISIBLE_DEVICES =
 test: $(STAMP) $(TE) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25
+	$(BIN)/python -m pytest $(TWO) --durations 25
+
+# Under two minutes: no more than two ranks, no SLURM, no network. See tests/support/costs.py.
+test-fast: export CUDA_VISIBLE_DEVICES =
+test-fast: export OMP_NUM_THREADS = 1
+test-fast: $(STAMP) lint
+	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
 # In the environment that trains here: .venv if there is one, else Python as it is.
 gpu-check:

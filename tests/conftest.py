@@ -10,12 +10,34 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
-from support import job_setup, tiny, tools  # noqa: E402
+from support import costs, job_setup, tiny, tools  # noqa: E402
 from support.launcher import ROOT, Ranks  # noqa: E402
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Mark slow tests, and begin with the longest files."""
+    for item in items:
+        if costs.is_slow(item.nodeid, set(getattr(item, "fixturenames", ()))):
+            item.add_marker("slow")
+    items.sort(key=lambda item: costs.place(item.nodeid))
+    if config.args == config.getini("testpaths"):
+        lost = costs.unknown([item.nodeid for item in items])
+        if lost:
+            raise pytest.UsageError(f"tests/support/costs.py lists what is no test: {lost}")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say which tests should be listed as slow."""
+    for report in terminalreporter.getreports("passed"):
+        if report.when == "call" and report.duration > costs.LIMIT:
+            if "slow" not in report.keywords:
+                line = f"{report.nodeid} took {report.duration:.1f} s and is not listed as slow"
+                terminalreporter.write_line(line, yellow=True)
 
 
 @pytest.fixture(scope="session")

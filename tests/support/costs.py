@@ -1,0 +1,83 @@
+"""What tests cost: which ones `make test-fast` leaves out, and which files begin first.
+
+Tests of SLURM, of Transformer Engine and of downloaded models are slow, and those of real ranks but
+for a few. Of all others the slow ones are listed here. Names of tests are those that pytest prints,
+or how they begin.
+"""
+
+LIMIT = 10.0
+"""Seconds on an idle machine that a test may take without being slow, fixtures not counted."""
+
+SLOW_FIXTURES = {"cluster", "gemma", "smollm2", "ranks", "te_zygotes"}
+
+QUICK_ON_RANKS = (
+    "tests/distributed/test_logprob_head.py",
+    "tests/distributed/test_bad_input.py::test_option_without_effect",
+    "tests/distributed/test_training.py::test_pivot_as_its_own_reference[tp1]",
+    "tests/distributed/test_training.py::test_pivot_as_its_own_reference[tp2]",
+    "tests/distributed/test_training.py::test_pivot_as_its_own_reference[pp2]",
+    "tests/distributed/test_training.py::test_dpo_starts_at_ln_2[dp2]",
+    "tests/distributed/test_training.py::test_packing_changes_nothing",
+    "tests/distributed/test_training_methods.py::test_finite_differences_of_the_whole_loss",
+    "tests/golden/test_curves.py",
+    "tests/families/test_families.py",
+)
+"""Tests of one or two ranks that are not slow."""
+
+SLOW = (
+    "tests/convert/test_memory.py",
+    "tests/fuzz/test_fuzz.py::test_damaged_files_are_refused",
+    "tests/gpu/test_startup.py",
+    "tests/gpu_check/test_gpu_check.py::test_families_on_transformer_engine",
+    "tests/gpu_check/test_gpu_check.py::test_quick_on_a_cpu",
+    "tests/integration/test_wheel.py",
+    "tests/responses/test_evaluate.py::test_tasks_exist_in_the_harness",
+    "tests/responses/test_evaluate.py::test_two_models_side_by_side",
+)
+"""Slow tests without ranks."""
+
+FIRST = (
+    "tests/slurm/test_jobs.py",
+    "tests/distributed/test_training.py",
+    "tests/slurm/test_recipes.py",
+    "tests/integration/test_wheel.py",
+    "tests/distributed/test_resume.py",
+    "tests/distributed/test_flags_of_training.py",
+    "tests/distributed/test_training_methods.py",
+    "tests/distributed/test_soak.py",
+    "tests/responses/test_evaluate.py",
+    "tests/scoring/test_scoring_jobs.py",
+    "tests/integration/test_examples.py",
+    "tests/gpu/test_te_training.py",
+    "tests/distributed/test_flags_at_work.py",
+    "tests/gpu_check/test_gpu_check.py",
+)
+"""The longest files, longest first: two workers take whole files, and none must end alone."""
+
+
+def begins(name: str, starts: tuple[str, ...]) -> bool:
+    """Whether a test's name begins with one of these, at a border of its parts."""
+    return any(name == start or name.startswith((f"{start}::", f"{start}[")) for start in starts)
+
+
+def is_slow(name: str, fixtures: set[str]) -> bool:
+    """Whether `make test-fast` leaves out a test."""
+    if begins(name, SLOW):
+        return True
+    return bool(fixtures & SLOW_FIXTURES) and not begins(name, QUICK_ON_RANKS)
+
+
+def place(name: str) -> int:
+    """Where in the order of files a test's file comes."""
+    file = name.partition("::")[0]
+    return FIRST.index(file) if file in FIRST else len(FIRST)
+
+
+def unknown(names: list[str]) -> list[str]:
+    """Entries of the lists above that no test has."""
+    files = {name.partition("::")[0] for name in names}
+    lost = [file for file in FIRST if file not in files]
+    for start in (*SLOW, *QUICK_ON_RANKS):
+        if not any(begins(name, (start,)) for name in names):
+            lost.append(start)
+    return lost
