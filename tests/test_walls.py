@@ -1,19 +1,26 @@
 """The walls between the wings of the package, and docs/architecture.svg, which shows them."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from walls import PACKAGE, PLACE, WINGS, imports  # noqa: E402
+import draw_architecture  # noqa: E402
+from walls import PACKAGE, PLACE, WINGS, arrows, imports  # noqa: E402
 
 PURE = ("options", "losses", "reference", "logprobs", "methods")  # formulas: torch, and each other
 # What users give is read without Megatron, and formulas are computed without it. The head alone
 # asks it, inside one function, for tensor-parallel communication.
 WITHOUT_MEGATRON = {wing.name for wing in WINGS[: PLACE["storage"]]} | {"records"}
 MAY_USE_MEGATRON = {"patches", "megatron_flags", "logprobs"}
+NAMESPACES = {
+    "training/megatron_args.py": "Megatron's own of a run, made and asked here alone",
+    "engine/gpt.py": "Megatron checks them, and makes a model's configuration of them",
+    "convert/hf_import.py": "a checkpoint of Megatron holds one",
+}
 
 
 def test_wings_are_the_packages():
@@ -61,3 +68,30 @@ def test_megatron_is_above_data():
     for found in imports():
         if found.target.split(".")[0] == "megatron":
             assert found.wing not in WITHOUT_MEGATRON - MAY_USE_MEGATRON, found
+
+
+def test_command_lines_stay_in_commands():
+    """Below the commands there are typed jobs."""
+    for file in sorted((ROOT / PACKAGE).rglob("*.py")):
+        name = file.relative_to(ROOT / PACKAGE).as_posix()
+        if not name.startswith("commands/") and name not in NAMESPACES:
+            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+                named = re.search(r"\bNamespace\b", line)
+                assert not named, f"{PACKAGE}/{name}:{number}: {line.strip()}"
+
+
+def test_picture_is_up_to_date():
+    """The wings and the imports of docs/architecture.svg are those of the code."""
+    picture = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    shown = re.search(r"<desc>(.*?)</desc>", picture, re.DOTALL)
+    assert shown and shown.group(1).split("\n") == draw_architecture.said(arrows()), (
+        "wings import others than docs/architecture.svg shows: "
+        "draw it again with `python tools/draw_architecture.py`"
+    )
+
+
+def test_readme_has_the_tree():
+    """The README's list of parts is that of tools/walls.py, in its order."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = [f"      {name:<16}{line.replace('`', '')}" for name, line in WINGS if name[0] != "_"]
+    assert "\n".join(["    megatron_infifpo/", *tree]) in readme

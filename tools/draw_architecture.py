@@ -13,12 +13,14 @@ import sys
 import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
+from random import Random
 
 from walls import GROUND, PLACE, WINGS, arrows, lines
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "architecture.svg"
 WIDTH, HEIGHT, STEP = 196.0, 82.0, 150.0  # of a box; from row to row
 GAP, MARGIN = 22.0, 24.0
+STARTS = 40  # tries
 ENTRIES = ("__main__", "train")  # a line or two that start `commands`: no wings to look at
 FONT = "Helvetica, Arial, 'DejaVu Sans', sans-serif"
 NOTE = "Nearly everything imports these three: no rivers lead to them."
@@ -50,6 +52,15 @@ def flow_of(drawn: Counter[tuple[str, str]], row: dict[str, int]) -> Flow:
 
 def place(flow: Flow, row: dict[str, int]) -> dict[Node, float]:
     """x of every node: near those that it is joined to, none over another."""
+    found = [arrange(flow, row, Random(start)) for start in range(STARTS)]
+    ways = [sum(abs(x[a] - x[b]) * n**0.5 for (a, b), n in flow.items()) for x in found]
+    x = found[ways.index(min(ways))]  # of some tries the one with the shortest ways
+    left = min(at - room(node, row) for node, at in x.items())
+    return {node: at - left + MARGIN for node, at in x.items()}
+
+
+def arrange(flow: Flow, row: dict[str, int], chance: Random) -> dict[Node, float]:
+    """One try of `place`, from an order by chance."""
     near: dict[Node, list[tuple[Node, float]]] = defaultdict(list)
     for (above, below), count in flow.items():
         near[above].append((below, count**0.5))
@@ -57,7 +68,7 @@ def place(flow: Flow, row: dict[str, int]) -> dict[Node, float]:
     levels: dict[int, list[Node]] = defaultdict(list)
     for node in sorted({*near, *row.items()}):
         levels[node[1]].append(node)
-    x = {node: 60.0 * at for nodes in levels.values() for at, node in enumerate(nodes)}
+    x = {node: 1000 * chance.random() for node in sorted({*near, *row.items()})}
     for sweep in range(80):
         upward, ordering = sweep % 2 == 1, sweep < 60
         for level in sorted(levels, reverse=not upward):
@@ -70,8 +81,7 @@ def place(flow: Flow, row: dict[str, int]) -> dict[Node, float]:
             if ordering:
                 levels[level].sort(key=lambda node: (wish[node], node))  # noqa: B023
             x.update(spread(levels[level], [wish[node] for node in levels[level]], row))
-    left = min(at - room(node, row) for node, at in x.items())
-    return {node: at - left + MARGIN for node, at in x.items()}
+    return x
 
 
 def room(node: Node, row: dict[str, int]) -> float:

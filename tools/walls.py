@@ -28,7 +28,7 @@ WINGS = (
     Wing("errors", "what a user did wrong: one sentence, exit code 2"),
     Wing("flag_types", "numbers and ranges on a command line"),
     Wing("ranks", "who this process is among the ranks"),
-    Wing("options", "what a loss or a fusion declares of its options"),
+    Wing("options", "what a loss or a fusion takes: ranges, defaults"),
     Wing("losses", "the losses, unreduced, each with its paper"),
     Wing("reference", "clip and fuse sources into one reference"),
     Wing("logprobs", "the log-prob head: chunked, vocabulary-parallel"),
