@@ -63,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--over-context",
         choices=OVER_CONTEXT,
-        default="mask",
+        default=ScoringJob.over_context,
         help="a record with a longer response is masked, or its responses are cut, which the "
-        "manifest notes (default: mask)",
+        "manifest notes (default: %(default)s)",
     )
     what.add_argument(
         "--tokenizer", metavar="DIR", help="for a model folder without one (default: the model's)"
@@ -75,17 +75,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--micro-batch-tokens",
         type=positive,
-        default=8192,
+        default=ScoringJob.micro_batch_tokens,
         metavar="N",
-        help="tokens of a packed row (default: 8192)",
+        help="tokens of a packed row (default: %(default)s)",
     )
     hidden_alias(parser, "--row-tokens", "--micro-batch-tokens")
     work.add_argument(
         "--shard-records",
         type=positive,
-        default=256,
+        default=ScoringJob.shard_records,
         metavar="N",
-        help="records of a shard, the unit of work and of resuming (default: 256)",
+        help="records of a shard, the unit of work and of resuming (default: %(default)s)",
     )
 
 

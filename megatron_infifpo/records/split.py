@@ -26,7 +26,7 @@ def split_records(
     sft: Path,
     preference: Path,
     *,
-    share: float = 0.5,
+    share: float,
     seed: int = 0,
     on_bad: str = "error",
 ) -> tuple[int, int]:

@@ -180,13 +180,14 @@ def _plan(
 
 def _check_finished(job: ScoringJob, plan: dict[str, Any]) -> None:
     """Accept output that this very job has written, and refuse any other."""
-    found = LogprobStore(job.output).manifest
-    if difference := different(plan, {name: found.get(name) for name in plan}, MAY_MOVE):
+    store = LogprobStore(job.output)
+    found = {name: store.manifest.get(name) for name in plan}
+    if difference := different(plan, found, MAY_MOVE):
         raise UserError(
             f"{job.output}.json exists and is of another job: {difference}; delete it or choose "
             "another --output"
         )
-    LogprobStore(job.output).logprobs(0, 0)  # opens every file
+    store.logprobs(0, 0)  # opens every file
     print(f"{job.output} is complete already")
 
 
