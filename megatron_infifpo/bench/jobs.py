@@ -180,7 +180,6 @@ def recorded_training(
         return result
 
     loop.train_step = train_step
-    sys.argv = ["train", *argv]  # which run.json tells
     try:
         train(RunConfig.from_arguments(argv))
     except SystemExit as stop:  # Megatron's --exit-interval

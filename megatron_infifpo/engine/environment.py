@@ -1,13 +1,11 @@
 """`python -m megatron_infifpo.train --environment`: what is installed, and what it changes."""
 
-import argparse
 import importlib.metadata
 import importlib.util
 import inspect
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,19 +23,6 @@ PACKAGES = {
     "nvidia-resiliency-ext": "Megatron's default asynchronous checkpoints; optional",
 }
 DRIVER = Path("/proc/driver/nvidia/version")
-
-
-class ShowEnvironment(argparse.Action):
-    """Print the report and exit, as `--version` does."""
-
-    def __init__(self, **options: Any) -> None:
-        """Take no value."""
-        super().__init__(nargs=0, **options)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        """Print and exit."""
-        print(report())
-        parser.exit()
 
 
 def report() -> str:

@@ -14,7 +14,7 @@ cpu.enable()
 
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
-from megatron_infifpo.engine.environment import ShowEnvironment  # noqa: E402
+from megatron_infifpo.engine.environment import report  # noqa: E402
 from megatron_infifpo.errors import UserError  # noqa: E402
 from megatron_infifpo.flag_types import flag, positive  # noqa: E402
 from megatron_infifpo.megatron_flags.check import refuse_yaml, unsupported  # noqa: E402
@@ -211,6 +211,14 @@ def run_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _ShowEnvironment(argparse.Action):
+    """Print what is installed and exit, as `--version` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        print(report())
+        parser.exit()
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add Megatron's flags to a parser, and those of a run."""
     parser.allow_abbrev = False
@@ -230,7 +238,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag(each.name), default=each.default, **each.metadata)
     parser.add_argument(
         "--environment",
-        action=ShowEnvironment,
+        action=_ShowEnvironment,
+        nargs=0,
         help="print what is installed and what each part would use, and exit",
     )
     refuse_yaml(parser)

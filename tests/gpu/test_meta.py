@@ -145,17 +145,20 @@ def row_of(responses: int, *, shared: bool = False, sources: int = 3) -> dict:
 @pytest.fixture
 def loss_of(monkeypatch):
     """Sum of a method's losses over a row, with all that training computes beside it."""
-    args = SimpleNamespace(
-        check_for_nan_in_loss_and_grad=True, curr_iteration=3, consumed_train_samples=24,
-        train_samples=None, train_iters=10, global_batch_size=8,
-    )  # fmt: skip
-    monkeypatch.setattr(training_step, "get_args", lambda: args)
+    monkeypatch.setattr(training_step, "current_step", lambda: 3)
+    monkeypatch.setattr(training_step, "pairs_seen", lambda: 24)
 
     def compute(method: Method) -> None:
-        data = SimpleNamespace(source_names=("a", "b", "c"), domains=("code", "math"))
-        step = training_step.TrainingStep(method, 90, data, None)
+        train = SimpleNamespace(source_names=("a", "b", "c"), domains=("code", "math"))
+        data: Any = SimpleNamespace(train=train, valid=None)
+        run: Any = SimpleNamespace(
+            config=SimpleNamespace(method=method),
+            schedule=SimpleNamespace(total=80),
+            arguments={"check_for_nan_in_loss_and_grad": True},
+        )
+        step = training_step.TrainingStep(run, data)
         with torch.utils._python_dispatch._disable_current_modes():  # collating is the host's
-            row = row_of(method.responses)
+            row = row_of(method.responses or 2)
         logprobs = random(row["target_ids"].numel(), grad=True)
         loss, count, metrics = step.loss(row, logprobs)
         loss.backward()
