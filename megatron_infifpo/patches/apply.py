@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_infifpo.patches import (
     adam,
+    checkpoint_writer,
     learning_rate,
     output_layer,
     saves,
@@ -31,5 +32,6 @@ def apply_patches(
     adam.make_resumable()
     learning_rate.take_new_rates()
     saves.mend_saves(finish_save)
+    checkpoint_writer.write_on_cpu()
     training_loop.log_each_step_as_it_was()
     training_loop.use_schedule(get_schedule)

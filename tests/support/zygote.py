@@ -114,13 +114,6 @@ def serve(request: dict, queues: SyncManager) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-if __name__ == "__mp_main__" and "Manager" not in multiprocessing.current_process().name:
-    # Megatron's process that writes checkpoints for a rank.
-    from megatron_infifpo.patches import cpu
-
-    cpu.enable(announce=False)
-
-
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print must not mix with the answers
