@@ -224,12 +224,13 @@ def resolve(name: str, **options: Any) -> Method:
     for option in options:
         if reason := _why_useless(name, method, option):
             raise UserError(f"{flag(option)} has no effect {reason}")
-    if method.loss is None:
+    loss = method.loss
+    if loss is None:
         return method
     if "beta" not in options:
         scale = MEANS_FACTOR if method.length_normalization else 1
-        method = replace(method, beta=method.loss.beta * scale)
-    return replace(method, options=MappingProxyType(_completed(method, method.loss)))
+        method = replace(method, beta=loss.beta * scale)
+    return replace(method, options=MappingProxyType(_completed(method, loss)))
 
 
 def _completed(method: Method, loss: Loss) -> dict[str, Any]:

@@ -83,8 +83,9 @@ def test_what_is_left_out():
     assert not any("share" in name or "clip" in name for name in plain)
     unclipped, *_ = run(row, clip=False)
     assert "clip-rate" not in unclipped and "share/a" in unclipped
+    _, losses, policy, reference = run(row, "dpo")
     one_domain = preference_metrics(
-        resolve("dpo"), row, *run(row, "dpo")[2:], run(row, "dpo")[1], SOURCES, ("code",)
+        resolve("dpo"), row, policy, reference, losses, SOURCES, ("code",)
     )
     assert not any(name.startswith("domain/") for name in one_domain)
 
