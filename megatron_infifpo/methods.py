@@ -70,16 +70,22 @@ class Method:
         return self.loss is not None and self.loss.several_pairs
 
     @property
+    def _declared(self) -> Mapping[str, Option]:
+        """Options of the loss."""
+        return {} if self.loss is None else self.loss.options
+
+    @property
     def growing(self) -> tuple[str, ...]:
         """Options of the loss that grow over training, so its length matters."""
-        known = self.loss.options if self.loss is not None else {}
-        return tuple(name for name, option in known.items() if option.grows)
+        return tuple(name for name, option in self._declared.items() if option.grows)
 
     def loss_options(self, progress: float) -> dict[str, Any]:
         """Arguments of the loss beside beta, when a share `progress` of the training is done."""
-        known = self.loss.options if self.loss is not None else {}
-        given = {name: option for name, option in known.items() if name in self.options}
-        return {name: option.at(self.options[name], progress) for name, option in given.items()}
+        return {
+            name: option.at(self.options[name], progress)
+            for name, option in self._declared.items()
+            if name in self.options
+        }
 
     @property
     def fusion_options(self) -> dict[str, Any]:

@@ -115,23 +115,16 @@ def _margins(clipped: Tensor, anchor: Tensor, space: str, selection: str) -> Ten
     return margins
 
 
-def _idle_in_max_margin(
-    clip: bool,
-    initial_as_source: bool,
-    *,
-    margin_space: str,
-    margin_anchor: str,
-    selection: str,
-) -> dict[str, str]:
+def _idle_in_max_margin(clip: bool, initial_as_source: bool, **chosen: str) -> dict[str, str]:
     """Options that change nothing beside the others, and why."""
-    if margin_anchor != "initial":
-        return {}
-    idle = {}
+    idle: dict[str, str] = {}
+    if chosen["margin_anchor"] != "initial":
+        return idle
     if initial_as_source:
         idle["initial_as_source"] = (
             "with --margin-anchor initial: the initial pivot's own margin is 0, it never wins"
         )
-    if margin_space == "log-prob" and clip and selection == "response":
+    if clip and chosen["margin_space"] == "log-prob" and chosen["selection"] == "response":
         idle["margin_space"] = (
             "with --margin-anchor initial and clipped sources: they lie on one side of the anchor, "
             "where log-probs rank as probabilities do"
