@@ -9,6 +9,7 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 from support import costs, job_setup, tiny, tools  # noqa: E402
 from support.launcher import ROOT, Ranks  # noqa: E402
@@ -96,8 +97,12 @@ def smollm2(tmp_path_factory) -> Path:
     sys.path.insert(0, str(ROOT / "examples" / "demo"))
     import pivot
 
-    folder = os.environ.get("INFIFPO_SMOLLM2") or tmp_path_factory.mktemp("smollm2") / "hf"
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers: one makes it
+    folder = os.environ.get("INFIFPO_SMOLLM2") or base / "smollm2"
     try:
-        return pivot.save_pivot(folder)
+        with FileLock(f"{folder}.lock"):
+            return pivot.save_pivot(folder)
     except ValueError as error:
         pytest.skip(str(error))

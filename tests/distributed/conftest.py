@@ -5,7 +5,7 @@ import pytest
 from support import tiny
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pivots(setup, ranks, tmp_path_factory):
     """Imported tiny pivots by family, for pairs tokenized with the common tokenizer."""
     folder = tmp_path_factory.mktemp("pivots")
