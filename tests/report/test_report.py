@@ -67,8 +67,8 @@ def test_numbers(setup, run):
 
     found = read_run(run)
     assert found is not None
-    files = found["attempts"][-1]["files"]
-    pairs = read_pairs(*files.values(), method_of(found), 256, None)
+    data, sources = found["attempts"][-1]["files"].values()
+    pairs = read_pairs(data, sources, method_of(found), 256, None)
     assert pairs.means.shape == (20, 2, 3)
     assert pairs.selected is not None
     assert pairs.selected.sum(axis=2) == pytest.approx(1)
