@@ -13,15 +13,15 @@ MBPP and HumanEval run code that the model writes: only with --run-code, in a sa
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
-from megatron_infifpo.commands.flags import fields_of
-from megatron_infifpo.commands.response_flags import add_vllm_flags
+from megatron_infifpo.commands.flags import fields_of, read_options, take_defaults
+from megatron_infifpo.commands.response_flags import add_engine_flags
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import positive, whole
 from megatron_infifpo.responses.benchmarks import BENCHMARKS
+from megatron_infifpo.responses.evaluate import EvaluationJob, evaluate
+from megatron_infifpo.responses.harness import HarnessOptions
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -35,27 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--benchmarks", nargs="+", metavar="NAME", help="some of --list, or tasks of --tasks"
     )
     parser.add_argument("--tasks", metavar="DIR", help="task files of your own, in YAML")
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    add_vllm_flags(parser)
+    add_engine_flags(parser, ("transformers", "vllm"))
     parser.add_argument(
-        "--dtype", type=dtype, choices=[*DTYPES], default="bf16", help="(default: bf16)"
-    )
-    parser.add_argument(
-        "--batch", type=batch, default="auto", help="requests at once, or auto (default: auto)"
+        "--batch", type=batch, help="requests at once, or auto (default: %(default)s)"
     )
     parser.add_argument(
         "--limit", type=positive, help="only so many questions of each: a rehearsal"
     )
     parser.add_argument(
         "--chat-template-options",
-        type=options,
-        default={},
         metavar="JSON",
         help="""for the models' chat templates, such as '{"enable_thinking": false}'""",
     )
     parser.add_argument("--run-code", action="store_true", help="run code that the model writes")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with a model"
+    )
+    take_defaults(parser, HarnessOptions)
+    parser.add_argument(
+        "--dtype", type=dtype, choices=[*DTYPES], default="bf16", help="(default: %(default)s)"
     )
 
 
@@ -64,13 +62,10 @@ def run(args: argparse.Namespace) -> None:
     if args.list:
         show()
         return
-    from megatron_infifpo.responses.evaluate import EvaluationJob, evaluate
-    from megatron_infifpo.responses.harness import HarnessOptions
-
-    given = fields_of(args, HarnessOptions) | {"dtype": DTYPES[args.dtype]}
-    options = HarnessOptions(**given)
-    models = read_models(args.model)
-    print(evaluate(EvaluationJob(models, args.output, args.benchmarks, options)))
+    templates = read_options(args.chat_template_options)
+    given = {"dtype": DTYPES[args.dtype], "chat_template_options": templates}
+    options = HarnessOptions(**fields_of(args, HarnessOptions) | given)
+    print(evaluate(EvaluationJob(read_models(args.model), args.output, args.benchmarks, options)))
 
 
 def read_models(texts: list[str]) -> dict[str, str]:
@@ -103,17 +98,6 @@ def dtype(text: str) -> str:
 def batch(text: str) -> int | str:
     """Read --batch."""
     return text if text == "auto" else whole(1)(text)
-
-
-def options(text: str) -> dict[str, Any]:
-    """Read --chat-template-options."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a JSON object")
-    return found
 
 
 def show() -> None:

@@ -13,8 +13,10 @@ counted. Scores are kept in OUTPUT.scores, so that an interrupted command goes o
 
 import argparse
 
-from megatron_infifpo.commands.flags import fields_of
-from megatron_infifpo.commands.response_flags import add_output_flag, add_response_flags
+from megatron_infifpo.commands.flags import fields_of, take_defaults
+from megatron_infifpo.commands.response_flags import add_response_flags
+from megatron_infifpo.responses.labelling import LabellingJob, label_responses
+from megatron_infifpo.responses.scorers import Judge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         batch="responses at once",
         cut="judge responses that were cut at --max-tokens, too",
     )
-    add_output_flag(parser, required=True)
     parser.add_argument("--pivot", metavar="NAME", help="of the pivot in the inputs, for WRPO")
     scorer = parser.add_mutually_exclusive_group(required=True)
     scorer.add_argument("--reward-model", metavar="DIR", help="a sequence classifier")
@@ -35,13 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model"
     )
+    for job in (Judge, LabellingJob):
+        take_defaults(parser, job)
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the pairs, and say what gave none."""
-    from megatron_infifpo.responses.labelling import LabellingJob, label_responses
-    from megatron_infifpo.responses.scorers import Judge
-
     judge = Judge(**fields_of(args, Judge))
     found = label_responses(LabellingJob(judge=judge, **fields_of(args, LabellingJob)))
     print(f"{args.output}: {found.pairs} pairs of {found.prompts} prompts")

@@ -11,8 +11,9 @@ the page also shows what training changed: selected sources, margins, pairs.
 import argparse
 from pathlib import Path
 
-from megatron_infifpo.commands.flags import fields_of
+from megatron_infifpo.commands.flags import fields_of, take_defaults
 from megatron_infifpo.flag_types import positive
+from megatron_infifpo.report.report import ReportJob, write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,13 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensorboard-dir", type=Path, help="(default: RUN_DIR/tensorboard)")
     parser.add_argument("--trained", metavar="PREFIX", help="log-probs of the trained pivot")
     parser.add_argument("--tokenizer", metavar="DIR", help="if it is no longer where it was")
-    parser.add_argument("--shown", type=positive, default=8, help="pairs (default: 8)")
+    parser.add_argument("--shown", type=positive, help="pairs (default: %(default)s)")
     parser.add_argument("--trust-remote-code", action="store_true", help="of the tokenizer")
+    take_defaults(parser, ReportJob)
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the page, and say where it is."""
-    from megatron_infifpo.report.report import ReportJob, write_report
-
     output = write_report(ReportJob(**fields_of(args, ReportJob)))
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, nothing from a network")

@@ -15,14 +15,20 @@ tasks share a job with --part 0/4, 1/4, ...
 
 import argparse
 
-from megatron_infifpo.commands.flags import add_tokenizer_flags, fields_of, tokenizer_options
-from megatron_infifpo.commands.response_flags import (
-    add_output_flag,
-    add_response_flags,
-    add_vllm_flags,
+from megatron_infifpo.commands.flags import (
+    add_tokenizer_flags,
+    fields_of,
+    take_defaults,
+    tokenizer_options,
 )
+from megatron_infifpo.commands.response_flags import add_engine_flags, add_response_flags
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import positive, whole
+from megatron_infifpo.responses.completing import Wanted
+from megatron_infifpo.responses.engines import EngineOptions, Sampling
+from megatron_infifpo.responses.sample import LOCAL, SamplingJob, sample
+from megatron_infifpo.responses.sampling import outcome
+from megatron_infifpo.responses.server import ServerOptions
 
 PRESETS = {"pivot": 8, "source": 4}
 
@@ -36,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         bf16="weights in bfloat16, else float32",
         batch="prompts at once, of transformers",
         cut="keep responses that end at --max-tokens, marked as such",
+        output_required=False,
     )
-    add_output_flag(parser, required=False)
     parser.add_argument("--domain", help="of prompts that do not say theirs")
     parser.add_argument("--domains", nargs="+", help="sample only for these (default: all)")
     parser.add_argument("--model", required=True, help="Hugging Face folder; or a server's name")
@@ -46,25 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--as", dest="preset", choices=PRESETS, default="source",
         help="8 responses for the pivot, 4 for a source (default: source)",
     )  # fmt: skip
-    parser.add_argument("--count", type=positive, help="responses of a prompt, if not the preset's")
-    parser.add_argument("--temperature", type=float, default=0.8, help="(default: 0.8)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
-    parser.add_argument("--max-tokens", type=positive, default=2048, help="(default: 2048)")
+    parser.add_argument("--temperature", type=float, help="(default: %(default)s)")
+    parser.add_argument("--top-p", type=float, help="(default: %(default)g)")
+    parser.add_argument("--max-tokens", type=positive, help="(default: %(default)s)")
     parser.add_argument(
-        "--retries", type=whole(0), default=2,
+        "--retries", type=whole(0),
         help="times that a prompt is asked again in vain, where responses are cut, empty or fewer "
-        "than asked for (default: 2)",
+        "than asked for (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--shard-prompts", type=positive, default=64, help="(default: 64)")
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="of the job (default: all)")
-    parser.add_argument(
-        "--engine", choices=("transformers", "vllm", "server"), default="transformers",
-        help="(default: transformers)",
-    )  # fmt: skip
-    add_vllm_flags(parser)
+    parser.add_argument("--seed", type=int, help="(default: %(default)s)")
+    parser.add_argument("--shard-prompts", type=positive, help="(default: %(default)s)")
+    add_engine_flags(parser, (*LOCAL, "server"))
     add_server_flags(parser)
     add_check_flags(parser)
+    for job in (Sampling, Wanted, EngineOptions, ServerOptions, SamplingJob):
+        take_defaults(parser, job)
+    parser.add_argument("--count", type=positive, help="responses of a prompt, if not the preset's")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="of the job (default: all)")
     add_tokenizer_flags(parser, scored=False)
 
 
@@ -72,19 +76,19 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of --engine server."""
     parser.add_argument("--server", metavar="URL", help="such as http://localhost:8000/v1")
     parser.add_argument("--server-key-file", metavar="FILE", help="holds the server's key")
-    parser.add_argument("--server-requests", type=positive, default=32, help="at once (default 32)")
-    parser.add_argument("--server-timeout", type=float, default=600.0, help="s (default: 600)")
+    parser.add_argument("--server-requests", type=positive, help="at once (default: %(default)s)")
+    parser.add_argument("--server-timeout", type=float, help="s (default: %(default)g)")
     parser.add_argument(
-        "--server-retries", type=whole(0), default=4, help="of a request that fails (default: 4)"
+        "--server-retries", type=whole(0), help="of a request that fails (default: %(default)s)"
     )
 
 
 def add_check_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the comparison with the scorer."""
     parser.add_argument(
-        "--check", type=whole(0), default=4, metavar="N",
+        "--check", type=whole(0), metavar="N",
         help="prompts for which the engine's log-probs are compared with the scorer's before "
-        "anything else; 0: none (default: 4)",
+        "anything else; 0: none (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--check-model", metavar="DIR",
@@ -107,12 +111,6 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: flags that do not fit, or what `sample` refuses.
     """
-    from megatron_infifpo.responses.completing import Wanted
-    from megatron_infifpo.responses.engines import EngineOptions, Sampling
-    from megatron_infifpo.responses.sample import EngineCheck, SamplingJob, sample
-    from megatron_infifpo.responses.sampling import outcome
-    from megatron_infifpo.responses.server import ServerOptions
-
     part = read_part(args.part)
     if part[1] > 1 and args.output is not None and args.output.exists():  # another part joined it
         print(f"{args.output} is complete already")
@@ -122,22 +120,16 @@ def run(args: argparse.Namespace) -> None:
     if greedy and (args.count or 1) > 1:
         print("temperature 0: one response of a prompt, all others would be the same")
     tokenizer, skip = tokenizer_options(args), args.on_bad_record == "skip"
-    server = None
-    if args.server is not None:
-        server = ServerOptions(
-            args.server, args.server_key_file, args.server_requests, args.server_timeout,
-            args.server_retries, tokenizer.chat_template_options, skip,
-        )  # fmt: skip
+    templates = tokenizer.chat_template_options
     given = {
         "how": Sampling(**fields_of(args, Sampling) | {"count": count}),
         "wanted": Wanted(count, 0 if greedy else args.retries, args.keep_cut),
         "options": EngineOptions(**fields_of(args, EngineOptions), skip_refused=skip),
-        "server": server,
-        "tokenizer": tokenizer,
-        "check": EngineCheck(
-            args.check, args.check_model, args.check_tolerance, only=args.check_only
+        "server": args.server
+        and ServerOptions(
+            **fields_of(args, ServerOptions), template_options=templates, skip_refused=skip
         ),
-        "domains": args.domains or (),
+        "tokenizer": tokenizer,
         "part": part,
     }
     complete = sample(SamplingJob(**fields_of(args, SamplingJob) | given))

@@ -31,23 +31,6 @@ LOCAL: dict[str, Callable[..., Engine]] = {"transformers": TransformersEngine, "
 
 
 @dataclass(frozen=True)
-class EngineCheck:
-    """How an engine's log-probs are compared with the scorer's.
-
-    Attributes:
-        prompts: how many; 0: they are not.
-        model: folder to compare a server with; None: the model's, where that is one.
-        tolerance: nats, of a token; None: what the engine's precision asks for.
-        only: sample nothing, and fail where they differ.
-    """
-
-    prompts: int = 4
-    model: str | None = None
-    tolerance: float | None = None
-    only: bool = False
-
-
-@dataclass(frozen=True)
 class SamplingJob:
     """What is sampled from what.
 
@@ -65,7 +48,10 @@ class SamplingJob:
         options: of an engine on this machine.
         server: of a server.
         tokenizer: how it is used.
-        check: of the engine.
+        check: prompts for which the engine's log-probs are compared with the scorer's; 0: none.
+        check_model: folder to compare a server with; None: the model's, where that is one.
+        check_tolerance: nats, of a token; None: what the engine's precision asks for.
+        check_only: sample nothing, and fail where they differ.
         shard_prompts: prompts of a shard.
         part: (i, n): this process does every n-th shard from the i-th on.
     """
@@ -83,7 +69,10 @@ class SamplingJob:
     options: EngineOptions = field(default_factory=EngineOptions)
     server: ServerOptions | None = None
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
-    check: EngineCheck = field(default_factory=EngineCheck)
+    check: int = 4
+    check_model: str | None = None
+    check_tolerance: float | None = None
+    check_only: bool = False
     shard_prompts: int = 64
     part: tuple[int, int] = (0, 1)
 
@@ -93,15 +82,15 @@ class SamplingJob:
         Raises:
             UserError: it cannot.
         """
-        if self.output is None and not self.check.only:
+        if self.output is None and not self.check_only:
             raise UserError("--output is missing: expected the file to write")
         if self.how.temperature < 0 or not 0 < self.how.top_p <= 1:
             raise UserError("expected --temperature from 0 on and --top-p above 0, up to 1")
-        if self.check.only and not self.check.prompts:
+        if self.check_only and not self.check:
             raise UserError("--check-only and --check 0 exclude each other")
         if (self.engine == "server") != (self.server is not None):
             raise UserError("--engine server and --server URL go together: give both or none")
-        if self.engine != "server" and self.check.model:
+        if self.engine != "server" and self.check_model:
             raise UserError("--check-model is for --engine server: others have the model itself")
 
 
@@ -109,7 +98,7 @@ def sample(job: SamplingJob) -> bool:
     """Sample what is missing; return whether the output is complete.
 
     Raises:
-        UserError: a bad prompt, an engine that is not there or (with `check.only`) whose log-probs
+        UserError: a bad prompt, an engine that is not there or (with `check_only`) whose log-probs
             differ, or an output that is there already.
     """
     if job.output is not None and job.output.exists():
@@ -117,7 +106,7 @@ def sample(job: SamplingJob) -> bool:
     prompts = read(job)
     engine, chat = open_engine(job)
     compare(job, engine, chat, prompts)
-    if job.check.only:
+    if job.check_only:
         return False
     assert job.output is not None
     options, model = job.options, job.name or Path(job.model).resolve().name
@@ -168,10 +157,10 @@ def open_engine(job: SamplingJob) -> tuple[Engine, ChatTokenizer | None]:
         check_folder(job.model)
         chat = open_tokenizer(job.model, job.tokenizer)
         return LOCAL[job.engine](job.model, chat, job.how, job.options), chat
-    folder = job.check.model or job.model
-    if job.check.model:
+    folder = job.check_model or job.model
+    if job.check_model:
         check_folder(folder)
-    known = job.check.model or (Path(folder) / "config.json").is_file()
+    known = job.check_model or (Path(folder) / "config.json").is_file()
     if job.tokenizer.chat_template and not known:
         raise UserError("--chat-template has no effect: the server has the template")
     engine = ServerEngine(job.model, job.how, job.server)
@@ -184,29 +173,29 @@ def compare(
     """Compare the engine's log-probs with the scorer's, and say what came of it.
 
     Raises:
-        UserError: with `check.only`, they differ or cannot be compared.
+        UserError: with `check_only`, they differ or cannot be compared.
     """
-    if not job.check.prompts:
+    if not job.check:
         return
     options = job.options
     coarse = options.bf16 or job.engine != "transformers"  # servers have bfloat16, mostly
-    tolerance = job.check.tolerance or TOLERANCE[coarse]
+    tolerance = job.check_tolerance or TOLERANCE[coarse]
     try:
         if chat is None:
             raise NotMeasuredError("no model's folder to score them with: give --check-model")
         try:
             scorer = open_scorer(
-                job.check.model or job.model,
+                job.check_model or job.model,
                 engine,
                 bf16=options.bf16,
                 trust_remote_code=options.trust_remote_code,
             )
         except (UserError, torch.OutOfMemoryError) as error:
             raise NotMeasuredError(str(error)) from None
-        found = check_engine(engine, prompts[: job.check.prompts], chat, scorer, job.how.seed)
+        found = check_engine(engine, prompts[: job.check], chat, scorer, job.how.seed)
         fine, said = found.agrees(tolerance), found.sentence(tolerance, chat.path)
     except NotMeasuredError as error:
         fine, said = False, f"the engine's log-probs are not checked: {error}"
-    if job.check.only and not fine:
+    if job.check_only and not fine:
         raise UserError(said)
     print(said if fine else f"warning: {said}", file=sys.stdout if fine else sys.stderr)

@@ -39,20 +39,20 @@ class ServerOptions:
     """Where a server is, and how it is asked.
 
     Attributes:
-        url: such as `http://localhost:8000/v1`.
-        key_file: holds the server's key.
-        requests: at once.
-        timeout: seconds of a request.
-        retries: of a request that fails.
+        server: its address, such as `http://localhost:8000/v1`.
+        server_key_file: holds the server's key.
+        server_requests: at once.
+        server_timeout: seconds of a request.
+        server_retries: of a request that fails.
         template_options: variables for the server's chat template.
         skip_refused: leave prompts out that the server refuses; else that is an error.
     """
 
-    url: str
-    key_file: str | None = None
-    requests: int = 32
-    timeout: float = 600.0
-    retries: int = 4
+    server: str
+    server_key_file: str | None = None
+    server_requests: int = 32
+    server_timeout: float = 600.0
+    server_retries: int = 4
     template_options: Mapping[str, Any] = field(default_factory=dict)
     skip_refused: bool = False
 
@@ -62,8 +62,8 @@ class ServerOptions:
         Raises:
             UserError: it is none.
         """
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"--server is {self.url}, expected such as http://localhost:8000/v1")
+        if not self.server.startswith(("http://", "https://")):
+            raise UserError(f"--server is {self.server}, expected such as http://localhost:8000/v1")
 
 
 class ServerEngine:
@@ -76,14 +76,14 @@ class ServerEngine:
             UserError: the file with its key cannot be read.
         """
         self.model, self.how, self.options = model, how, options
-        self.address = options.url.rstrip("/") + "/chat/completions"
+        self.address = options.server.rstrip("/") + "/chat/completions"
         self.headers = {"Content-Type": "application/json"}
-        if options.key_file:
+        if options.server_key_file:
             try:
-                key = Path(options.key_file).read_text(encoding="utf-8").strip()
+                key = Path(options.server_key_file).read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(
-                    f"cannot read --server-key-file {options.key_file} ({error}), expected "
+                    f"cannot read --server-key-file {options.server_key_file} ({error}), expected "
                     "a file that holds the key"
                 ) from None
             self.headers["Authorization"] = f"Bearer {key}"
@@ -103,7 +103,7 @@ class ServerEngine:
                     raise UserError(f"{self.address} refuses {prompt.id!r}: {error}") from None
                 return [Response("", REFUSED)]
 
-        with ThreadPoolExecutor(self.options.requests) as pool:
+        with ThreadPoolExecutor(self.options.server_requests) as pool:
             return list(pool.map(ask, prompts, counts))
 
     def measure(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Measured]:
@@ -164,11 +164,11 @@ class ServerEngine:
             question["chat_template_kwargs"] = template_options
         request = urllib.request.Request(self.address, json.dumps(question).encode(), self.headers)
         problem = ""
-        for attempt in range(self.options.retries + 1):
+        for attempt in range(self.options.server_retries + 1):
             if attempt:
                 time.sleep(min(30, 2 ** (attempt - 1)))
             try:
-                with urllib.request.urlopen(request, timeout=self.options.timeout) as answer:
+                with urllib.request.urlopen(request, timeout=self.options.server_timeout) as answer:
                     choices = json.load(answer)["choices"]
                 if not isinstance(choices, list) or not all(
                     isinstance(one["message"], dict) for one in choices

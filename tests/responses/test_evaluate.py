@@ -221,6 +221,7 @@ def test_a_result_without_its_metric_is_kept_and_told(harness, models):
     ("flags", "message"),
     [
         (["--model", "x"], "expected NAME=DIR"),
+        (["--model", "x=/", "--chat-template-options", "[1]"], "list found.*expected a JSON obj"),
         (["--model", "x=/nowhere"], "is not a Hugging Face folder"),
         (["--model", "x=/", "--benchmarks", "MBPP"], "runs code that the model writes"),
         (["--model", "x=/", "--benchmarks", "TheoremQA"], "there is no benchmark 'TheoremQA'"),
@@ -237,7 +238,7 @@ def test_refused(tmp_path, flags, message):
     [
         ["--limit", "0"], ["--limit", "-3"], ["--tensor-model-parallel-size", "0"],
         ["--tensor-parallel-size", "0"], ["--batch", "many"],
-        ["--dtype", "bf17"], ["--chat-template-options", "[1]"],
+        ["--dtype", "bf17"],
     ],
 )  # fmt: skip
 def test_bad_numbers(capsys, flags):
