@@ -80,7 +80,9 @@ def train(config: RunConfig) -> None:
 
 def introduction(run: Run, start: Start, datasets: Datasets) -> str:
     """Say what is trained, on how much, and what is not as it was before a resume."""
-    lines = [f"preference optimization: {run.config.method}"]
+    settings = run.config.method.describe()
+    said = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
+    lines = [f"preference optimization: Method({said})"]
     if changes := schedule_changes(run.arguments, start):
         lines.append(f"from step {start.step + 1} on: {', '.join(changes)}")
     return "\n".join([*lines, describe(run, datasets.train, start.step)])
