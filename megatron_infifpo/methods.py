@@ -159,7 +159,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     """Add `--method` and a flag for each of its options."""
     group = parser.add_argument_group("method", "a preset, and options that override parts of it")
     group.add_argument(
-        "--method", choices=list(METHODS), default="infifpo", help="preset (default: infifpo)"
+        "--method", choices=list(METHODS), default="infifpo", help="preset (default: %(default)s)"
     )
     # The default is always None: what the method says.
     for name, option in _OWN.items():

@@ -74,7 +74,7 @@ def split_records(
     return counts[1], counts[0]
 
 
-def is_sft(record: PreferenceRecord, *, share: float = 0.5, seed: int = 0) -> bool:
+def is_sft(record: PreferenceRecord, *, share: float, seed: int) -> bool:
     """Whether a record belongs to the SFT part.
 
     A pure function of the record's prompt: records of one prompt stay together, and no other
