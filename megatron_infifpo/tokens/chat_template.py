@@ -10,12 +10,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import jinja2
 import jinja2.meta
-from transformers import PreTrainedTokenizerBase
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import Message
@@ -46,11 +45,14 @@ _SCHEMA = {
     },
 }
 
-# What apply_chat_template takes that is no variable of the template.
-_RESERVED = {
-    "messages", "content", "reasoning_content", "tool_call",  # what templates take from messages
-    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
-}  # fmt: skip
+
+@cache
+def _reserved() -> set[str]:
+    """What is no variable of a template: parts of messages, what apply_chat_template takes."""
+    from transformers import PreTrainedTokenizerBase  # a command line is read without it
+
+    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return {"messages", "content", "reasoning_content", "tool_call", *parameters}
 
 
 class RefusedRecordError(UserError):
@@ -113,7 +115,7 @@ class ChatTemplate:
 
     def reads(self, name: str) -> bool:
         """Whether the template has a variable of this name."""
-        return name in self._variables and name not in _RESERVED
+        return name in self._variables and name not in _reserved()
 
     def render(
         self,

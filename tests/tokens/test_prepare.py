@@ -38,5 +38,5 @@ def test_the_same_bytes_by_python_and_by_the_command(tmp_path):
 def test_jobs_that_cannot_be():
     with pytest.raises(UserError, match="--input is 'r.jsonl', expected a list of files"):
         PreparationJob("r.jsonl", "t", "o")
-    with pytest.raises(UserError, match="--on-bad-record is None, expected one of error, skip"):
-        PreparationJob(["r.jsonl"], "t", "o", **dict[str, Any](on_bad_record=None))
+    with pytest.raises(UserError, match="--on-bad-record is 'mend', expected one of error, skip"):
+        PreparationJob(["r.jsonl"], "t", "o", **dict[str, Any](on_bad_record="mend"))
