@@ -1,7 +1,6 @@
 """Preparing as Python makes it: what is refused, and the same bytes as by the command."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -39,4 +38,4 @@ def test_jobs_that_cannot_be():
     with pytest.raises(UserError, match="--input is 'r.jsonl', expected a list of files"):
         PreparationJob("r.jsonl", "t", "o")
     with pytest.raises(UserError, match="--on-bad-record is 'mend', expected one of error, skip"):
-        PreparationJob(["r.jsonl"], "t", "o", **dict[str, Any](on_bad_record="mend"))
+        PreparationJob(["r.jsonl"], "t", "o", on_bad_record="mend")
