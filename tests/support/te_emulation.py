@@ -34,6 +34,11 @@ class _Names(type):
 
     members: dict[str, Any]
 
+    @property
+    def __members__(cls) -> dict[str, Any]:
+        """Under the name that Transformer Engine's constants ask for."""
+        return cls.members
+
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
