@@ -1,7 +1,6 @@
 """Import and export: exact to the bit, complete, and laid out as Megatron's TE spec asks."""
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_infifpo.convert.summary import describe
 from support import tiny
 from support.launcher import ROOT
 from support.tiny import assert_same_weights, load_weights
+from support.tools import run_tool
 
 LLAMA3 = {
     "rope_theta": 500000.0,
@@ -227,12 +227,9 @@ def test_fingerprint_sees_any_weight(tmp_path, tiny_hf):
     assert weights_fingerprint(tmp_path) != weights_fingerprint(tiny_hf)
 
 
-def test_command_line(tmp_path, tiny_hf, monkeypatch, capsys):
-    tool = runpy.run_path(str(ROOT / "tools" / "convert_checkpoint.py"))
-
+def test_command_line(tmp_path, tiny_hf, capsys):
     def convert(*words: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, words)])
-        assert tool["main"]() is None
+        assert run_tool("convert_checkpoint", list(map(str, words))) is None
         return capsys.readouterr().out
 
     megatron, back = tmp_path / "megatron", tmp_path / "back"

@@ -8,7 +8,6 @@ import torch
 
 from megatron_infifpo.families import weight_mapping
 from megatron_infifpo.storage.safetensors_io import SafetensorsWriter
-from support.launcher import ROOT
 
 CONFIG = {
     "model_type": "llama", "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 8192,
@@ -17,15 +16,15 @@ CONFIG = {
 }  # fmt: skip
 LARGEST = 64 * 2**20  # the embedding, the output layer, and linear_fc1
 MEASURE = """
-import resource, runpy, sys
+import sys
 def peak():
     # Of this program alone: ru_maxrss would begin with the one that started it.
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if "VmHWM" in l)
 import torch, torch.distributed.checkpoint
 import megatron_infifpo.convert.hf_import, megatron_infifpo.convert.hf_export
+from megatron_infifpo.commands.main import run_words
 before = peak()
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="tool")["main"]()
+run_words(sys.argv[1:])
 print(peak() - before)
 """
 
@@ -49,8 +48,8 @@ def test_peak_memory(tmp_path):
         ["import", "--hf", hf, "--save", megatron],
         ["export", "--load", megatron, "--save", back],
     ):
-        tool = [sys.executable, "-W", "ignore", "-c", MEASURE, ROOT / "tools/convert_checkpoint.py"]
-        done = subprocess.run([*map(str, [*tool, *words])], capture_output=True, text=True)
+        program = [sys.executable, "-W", "ignore", "-c", MEASURE]
+        done = subprocess.run([*program, *map(str, words)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         used = int(done.stdout.splitlines()[-1])
         assert used < 2 * LARGEST + 160 * 2**20 < total / 2, words[0]
