@@ -157,7 +157,7 @@ def write_pairs(
 def recorded_training(
     argv: Sequence[str], timer: contextlib.AbstractContextManager[None] | None = None
 ) -> dict[str, list[float]]:
-    """Run `python -m megatron_infifpo.train ARGV` in this process, once in its life.
+    """Run `infifpo train ARGV` in this process, once in its life.
 
     Args:
         argv: flags.

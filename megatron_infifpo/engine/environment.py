@@ -1,4 +1,4 @@
-"""`python -m megatron_infifpo.train --environment`: what is installed, and what it changes."""
+"""`infifpo environment`: what is installed, and what it changes."""
 
 import importlib.metadata
 import importlib.util

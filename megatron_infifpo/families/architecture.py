@@ -50,7 +50,7 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
             return config
     raise UserError(
         f"{directory} has neither config.json nor hf/config.json: expected a Hugging Face folder "
-        "or a checkpoint written by tools/convert_checkpoint.py"
+        "or a checkpoint written by infifpo import"
     )
 
 
@@ -97,7 +97,7 @@ def pivot_directory(load: str | None, pretrained: str | None) -> Path:
             return directory
     raise UserError(
         f"no checkpoint in {' or '.join(map(str, candidates))}: convert the pivot with "
-        "tools/convert_checkpoint.py import and give its directory to --pretrained-checkpoint"
+        "infifpo import and give its directory to --pretrained-checkpoint"
     )
 
 

@@ -1,1 +1,1 @@
-"""Proofs that the program computes what it should on this machine: `tools/gpu_check.py`."""
+"""Proofs that the program computes what it should on this machine: `infifpo gpu-check`."""

@@ -15,7 +15,7 @@ class Variant:
     Attributes:
         name: as tables show it.
         bf16: in bfloat16, else in float32.
-        flags: of `megatron_infifpo.train`.
+        flags: of `infifpo train`.
         choice: of the layers, beside their data type: arguments of `choose_kind`.
     """
 

@@ -2,5 +2,5 @@
 
 Megatron's parser has about 800 flags, for models and trainings of many kinds. `model` and `running`
 are the table: every flag has a class. `conditions` says what else must be true. `check` acts on
-both, and `page` shows them in docs/megatron-flags.md. `gpu_runs` are for tools/gpu_check.py.
+both, and `page` shows them in docs/megatron-flags.md. `gpu_runs` are for `infifpo gpu-check`.
 """

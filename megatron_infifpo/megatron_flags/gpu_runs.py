@@ -1,6 +1,6 @@
 """Flags of short training runs in which every flag of the class `gpu` takes part.
 
-tools/gpu_check.py starts them, and compares their losses with those of the same runs without.
+`infifpo gpu-check` starts them, and compares their losses with those of the same runs without.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 # Classes of flags.
 WORKS = "works"  # passed on, and takes effect
-GPU = "gpu"  # the same, but on GPUs only: tools/gpu_check.py runs them, and a CPU refuses them
+GPU = "gpu"  # the same, but on GPUs only: gpu-check runs them, and a CPU refuses them
 CHECKPOINT = "checkpoint"  # the architecture: set from the checkpoint, which nothing may contradict
 FIXED = "fixed"  # set by the program, which refuses another value
 DEVICE = "device"  # set by the program on a CPU; refused on GPUs, for a reason

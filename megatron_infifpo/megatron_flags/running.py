@@ -103,7 +103,7 @@ RUNNING: dict[str, Group] = {
             "the command line gives the layout": "use_mp_args_from_checkpoint_args",
             "a run without a checkpoint does not start in any case": "exit_on_missing_checkpoint",
             "the format is torch_dist": "auto_detect_ckpt_format",
-            "tools/convert_checkpoint.py converts checkpoints": "ckpt_convert_*",
+            "infifpo import and export convert checkpoints": "ckpt_convert_*",
             "a converted pivot has no integrity.json": "verify_integrity",
             "Megatron's hooks for it fail without Transformer Engine": """
                 save_activations_interval save_dgrads_interval""",

@@ -57,11 +57,11 @@ def form_of(value: dict[str, Any]) -> Form:
     )
 
 
-SAMPLE = "(tools/sample_responses.py gives others, tools/label_responses.py compares them)"
+SAMPLE = "(infifpo sample gives others, infifpo label compares them)"
 NO_PAIRS = {
     ("prompt", "completion", "label"): "a better and a worse completion of one prompt: join "
     "those of label true and false",
-    ("responses",): "pairs made of such lists by tools/label_responses.py",
+    ("responses",): "pairs made of such lists by infifpo label",
     ("prompt", "response"): f"the best and the worst rated response of one prompt {SAMPLE}",
     ("messages",): f"another reply to compare the conversation's with {SAMPLE}",
     ("conversations",): f"another reply to compare the conversation's with {SAMPLE}",

@@ -27,7 +27,7 @@ from megatron_infifpo.tokens.dataset import TOKENIZER_SCHEMA
 from megatron_infifpo.tokens.encoding import encode_or_refuse, scored_marks
 from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
 
-MADE_BY = "tools/import_logprobs.py"
+MADE_BY = "infifpo import-logprobs"
 UNKNOWN_TOKENIZER = dict.fromkeys((*TOKENIZER_SCHEMA, "end_of_turn", "system_message"))
 
 

@@ -19,7 +19,7 @@ from megatron_infifpo.storage.manifests import Format
 from megatron_infifpo.storage.notes import find_notes
 from megatron_infifpo.tokens.dataset import OLDER, TOKENIZER_SCHEMA, TokenDataset
 
-MADE_BY = "tools/score_source.py"
+MADE_BY = "infifpo score"
 FORMAT = Format(
     name="megatron_infifpo log-prob dataset",
     version=3,

@@ -42,7 +42,7 @@ class Source:
         name: unique, for metrics and reports.
         logprobs: prefix of its log-prob dataset.
         domains: the domains that it takes part in; None means all.
-        score: flags of tools/score_source.py that recipes score it with, without their dashes:
+        score: flags of infifpo score that recipes score it with, without their dashes:
             a text, a number, a bool, a list or a mapping each; training ignores them.
     """
 
@@ -138,11 +138,11 @@ def _source(item: Any, where: str, path: Path) -> Source:
 def _flags(score: Any, where: str) -> dict[str, Any]:
     """Check the flags that a source is scored with."""
     if not isinstance(score, dict):
-        raise UserError(f"{where} is {score!r}, expected flags of tools/score_source.py")
+        raise UserError(f"{where} is {score!r}, expected flags of infifpo score")
     for flag, value in score.items():
         if not isinstance(flag, str) or not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
             raise UserError(
-                f"{where} has the key {flag!r}, expected a flag of tools/score_source.py without "
+                f"{where} has the key {flag!r}, expected a flag of infifpo score without "
                 "its dashes, such as tensor-model-parallel-size"
             )
         if flag in _GIVEN:

@@ -53,7 +53,7 @@ def find_checkpoint(directory: str | Path, iteration: int | None = None) -> Path
         if not tracker.is_file():
             raise UserError(
                 f"{directory} is not a Megatron checkpoint: it has no {TRACKER}; expected the "
-                "--save folder of a training or of tools/convert_checkpoint.py import"
+                "--save folder of a training or of infifpo import"
             )
         latest = tracker.read_text(encoding="utf-8").strip()
     else:

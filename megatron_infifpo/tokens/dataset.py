@@ -23,7 +23,7 @@ from megatron_infifpo.storage.notes import find_notes, noted
 from megatron_infifpo.tokens.tokenization import TokenizedRecord
 
 OLDER = "older ones may hold replies behind a prefix that the chat template never renders"
-MADE_BY = "tools/prepare_preferences.py"
+MADE_BY = "infifpo prepare"
 TOKENIZER_SCHEMA: dict[str, Any] = dict.fromkeys(
     (
         "path",

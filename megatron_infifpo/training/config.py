@@ -47,7 +47,7 @@ class RunConfig:
     method: Method
     flags: Mapping[str, Any]
     preference_data: str = _flag(
-        "the pivot's token dataset, written by tools/prepare_preferences.py", metavar="PREFIX"
+        "the pivot's token dataset, written by infifpo prepare", metavar="PREFIX"
     )
     preference_sources: str | None = _flag(
         "sources.yaml: the log-prob datasets of the initial pivot and of the sources",

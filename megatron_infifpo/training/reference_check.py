@@ -151,7 +151,7 @@ def failure(
             lines.append(f"    token {i} (id {ids[i]}): {now:.3f}, was {then:.3f}")
     lines.append(
         "score the pairs again with this checkpoint as --model, or pass --reference-check off if "
-        "you want another reference; tools/inspect_preferences.py --tokens shows a record's texts"
+        "you want another reference; infifpo inspect --tokens shows a record's texts"
     )
     return "\n".join(lines)
 

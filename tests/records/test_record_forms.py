@@ -260,7 +260,7 @@ BAD_RECORDS: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "q", "completion": "2", "label": True}, "join those of label true and false"
     ),
     "one conversation": (
-        {"messages": QUESTION + TWO}, "another reply to compare .*sample_responses.py gives"
+        {"messages": QUESTION + TWO}, "another reply to compare .*infifpo sample gives"
     ),
     "Python's messages": (ASKED | {"chosen": str(TWO)}, "messages as Python prints them"),
     "OpenAI": (

@@ -223,7 +223,7 @@ def test_a_damaged_summary(tmp_path, tokens, damage):
     else:
         array = np.load(path)
         np.save(path, array[:-1] if damage == "shape" else array.astype(np.float32))
-    with pytest.raises(UserError, match=r"s_sums.npy .*; write it again with tools/score_source"):
+    with pytest.raises(UserError, match=r"s_sums.npy .*; write it again with infifpo score"):
         LogprobStore(tmp_path / "s")
 
 
