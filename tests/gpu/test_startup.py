@@ -9,6 +9,7 @@ import pytest
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.patches import cpu
+from support import tiny
 from support.launcher import ROOT
 
 HERE = Path(__file__).resolve().parent
@@ -21,15 +22,12 @@ if situation == "gpu":
 if situation == "driver":
     import megatron_infifpo.patches.cpu
     megatron_infifpo.patches.cpu.DRIVER = pathlib.Path("/dev/null")
-if program.endswith(".py"):
-    runpy.run_path(program, run_name="__main__")
-else:
-    runpy.run_module(program, run_name="__main__", alter_sys=True)
+runpy.run_module(program, run_name="__main__", alter_sys=True)
 """
+# Nothing of what they name is there; that is not what they begin with.
 COMMANDS = {
-    "train": ["megatron_infifpo.train", "--help"],
-    "score": ["tools/score_source.py", "--help"],
-    "prepare": ["tools/prepare_preferences.py", "--help"],
+    "train": "megatron_infifpo train --method dpo --preference-data x",
+    "score": "megatron_infifpo score --backend megatron --model x --input x --output x",
 }
 BROKEN = {
     "no library": "raise RuntimeError('Found empty `transformer-engine` meta package')",
@@ -37,12 +35,12 @@ BROKEN = {
 }
 
 
-def start(situation: str, words: list[str], path: Path | None = None):
+def start(situation: str, words: str, path: Path | None = None):
     """Start a command in a situation: "gpu", "driver" or "cpu"."""
     paths = [str(path)] * (path is not None) + [str(ROOT)]
     kept = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
     env = kept | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-W", "ignore", "-c", START, situation, *words]
+    command = [sys.executable, "-W", "ignore", "-c", START, situation, *words.split()]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
@@ -68,11 +66,15 @@ def test_broken_te_on_a_gpu(broken_te, command, how):
     assert BROKEN[how].split("'")[1] in line and "transformer-engine[pytorch]" in line
 
 
-def test_te_on_a_cpu(broken_te):
+def test_te_on_a_cpu(broken_te, tmp_path):
     """A login node has no GPU: what is installed for one is not even imported."""
-    done = start("cpu", COMMANDS["prepare"], broken_te("no CUDA"))
+    records, tokenizer = tmp_path / "pairs.jsonl", tmp_path / "tokenizer"
+    tiny.write_records(records, 3)
+    tiny.save_tokenizer(tokenizer, 300)
+    words = f"megatron_infifpo prepare --input {records} --tokenizer {tokenizer}"
+    done = start("cpu", f"{words} --output {tmp_path}/data", broken_te("no CUDA"))
     assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout
+    assert "3 records" in done.stdout
 
 
 def test_stand_ins_hide_te(broken_te):
