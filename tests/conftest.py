@@ -10,6 +10,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from support import costs, job_setup, tiny, tools  # noqa: E402
 from support.launcher import ROOT, Ranks  # noqa: E402
@@ -17,6 +18,10 @@ from support.launcher import ROOT, Ranks  # noqa: E402
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# How fast examples are drawn and tried says what else the machine does.
+CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("any machine", CALM)
+settings.load_profile("any machine")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,6 +59,7 @@ def shared_data() -> Path:
 def ranks(tmp_path_factory):
     """Real gloo ranks, forked from one process that has imported everything."""
     launcher = Ranks(tmp_path_factory.mktemp("ranks"))
+    launcher(1, "os:getpid")  # wait until it has imported everything
     yield launcher
     launcher.close()
 

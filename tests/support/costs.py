@@ -11,25 +11,23 @@ LIMIT = 10.0
 SLOW_FIXTURES = {"cluster", "gemma", "smollm2", "ranks", "te_zygotes"}
 
 QUICK_ON_RANKS = (
-    "tests/distributed/test_logprob_head.py",
-    "tests/distributed/test_bad_input.py::test_option_without_effect",
     "tests/distributed/test_training.py::test_pivot_as_its_own_reference[tp1]",
     "tests/distributed/test_training.py::test_pivot_as_its_own_reference[tp2]",
     "tests/distributed/test_training.py::test_pivot_as_its_own_reference[pp2]",
     "tests/distributed/test_training.py::test_dpo_starts_at_ln_2[dp2]",
     "tests/distributed/test_training.py::test_packing_changes_nothing",
-    "tests/distributed/test_training_methods.py::test_finite_differences_of_the_whole_loss",
-    "tests/golden/test_curves.py",
-    "tests/families/test_families.py",
 )
-"""Tests of one or two ranks that are not slow."""
+"""Tests of one or two ranks that are not slow, in one file: another would start a zygote anew."""
 
 SLOW = (
     "tests/convert/test_memory.py",
+    "tests/families/test_published_models.py::test_random_sizes_round_trip",
     "tests/fuzz/test_fuzz.py::test_damaged_files_are_refused",
     "tests/gpu/test_startup.py",
     "tests/gpu_check/test_gpu_check.py::test_families_on_transformer_engine",
     "tests/gpu_check/test_gpu_check.py::test_quick_on_a_cpu",
+    "tests/integration/test_demo_data.py::test_specialist_reloads_with_the_same_ids_and_logits",
+    "tests/integration/test_examples.py::test_count_gpus",
     "tests/integration/test_wheel.py",
     "tests/responses/test_evaluate.py::test_tasks_exist_in_the_harness",
     "tests/responses/test_evaluate.py::test_two_models_side_by_side",
