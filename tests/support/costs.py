@@ -74,7 +74,7 @@ def place(name: str) -> int:
 
 
 def unknown(names: list[str]) -> list[str]:
-    """Entries of the lists above that no test has; files that skip themselves whole do not count."""
+    """Entries of the lists above that no test has, but in files that skip themselves whole."""
     lost = [file for file in FIRST if not (ROOT / file).exists()]
     files = {name.partition("::")[0] for name in names}
     for start in (*SLOW, *QUICK_ON_RANKS):
