@@ -9,6 +9,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import tensor_parallel_sizes
 from megatron_infifpo.planning.plan import GIB, Layout, Memory, Plan, layouts
 from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SPARING
+from megatron_infifpo.rows.layout import RowLayout
 
 # Left free for the allocator, NCCL and the CUDA context.
 RESERVED = 6 * GIB
@@ -116,7 +117,8 @@ def _at(job: PlanningJob, layout: Layout, recompute: bool) -> Estimate:
     """Memory and hours at one layout."""
     plan, saving = job.plan, SAVINGS[job.optimizer_state]
     text = job.prompt_tokens + job.response_tokens
-    pair = 2 * text - job.share_prompt * job.prompt_tokens
+    row_layout = RowLayout(layout.tensor, share_prompt=job.share_prompt)
+    pair = row_layout.pair_tokens(job.prompt_tokens, 2 * job.response_tokens, 2)
     share = job.global_batch_size // layout.data
     least = job.global_batch_size * pair / (job.micro_batch_tokens * layout.data)
     rows = next(n for n in range(1, share + 1) if share % n == 0 and n >= min(least, share))
