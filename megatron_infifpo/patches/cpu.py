@@ -1,6 +1,6 @@
 """Megatron on a CPU: make its CUDA calls act on the CPU, over gloo, where there is no GPU.
 
-Megatron 0.19 assumes CUDA in some forty places (`device="cuda"`, `torch.cuda.current_device()`, ...).
+Megatron 0.19 assumes CUDA in some forty places (`device="cuda"`, `torch.cuda.current_device()`).
 With these stand-ins the code that runs in production runs unchanged on a laptop and in CI. Where
 CUDA works there are none. Needless once Megatron runs on a device that its user names.
 

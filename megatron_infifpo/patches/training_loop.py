@@ -1,7 +1,7 @@
 """Let Megatron's training loop and its evaluation run their steps by a schedule of ours.
 
-For Megatron 0.19. Needless once `pretrain` takes a schedule. It takes a communicator, but only with process groups,
-and makes those itself.
+For Megatron 0.19. Needless once `pretrain` takes a schedule. It takes a communicator, but only with
+process groups, and makes those itself.
 """
 
 import functools
