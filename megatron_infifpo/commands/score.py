@@ -71,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="DIR", help="for a model folder without one (default: the model's)"
     )
     add_tokenizer_flags(what)
+    add_work_flags(parser)
+
+
+def add_work_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how the work is divided."""
     work = parser.add_argument_group("how the work is divided")
     work.add_argument(
         "--micro-batch-tokens",
