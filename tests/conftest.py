@@ -48,7 +48,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real preference pairs and tokenizers; see INFIFPO_TEST_DATA in the README."""
+    """Real preference pairs and tokenizers; see INFIFPO_TEST_DATA in tests/README.md."""
     path = Path(os.environ.get("INFIFPO_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not path.is_dir():
         pytest.skip(f"no test data in {path}: set INFIFPO_TEST_DATA")
