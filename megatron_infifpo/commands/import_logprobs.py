@@ -21,6 +21,7 @@ from megatron_infifpo.commands.flags import (
     tokenizer_options,
 )
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.tokens.options import TokenizerOptions, open_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,14 +62,14 @@ def run(args: argparse.Namespace) -> None:
 
         import_published(args.input, args.names, args.output, on_bad=args.on_bad_record)
         return
-    if args.tokenizer is None and (args.chat_template or args.trust_remote_code):
+    options = tokenizer_options(args)
+    if args.tokenizer is None and options != TokenizerOptions():
         raise UserError(
-            "--chat-template and --trust-remote-code have no effect without --tokenizer"
+            "--chat-template, --chat-template-options, --trust-remote-code, --score and "
+            "--score-reasoning have no effect without --tokenizer: give it, or leave them out"
         )
     from megatron_infifpo.references.imported import import_tokens
-    from megatron_infifpo.tokens.options import open_tokenizer
 
-    options = tokenizer_options(args)
     import_tokens(
         args.input,
         args.logprobs,

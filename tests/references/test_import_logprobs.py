@@ -275,6 +275,16 @@ def test_the_command(tmp_path, scored, tool):
     assert code == 0 and len(LogprobStore(tmp_path / "m")) == 4, err
 
 
+@pytest.mark.parametrize(
+    "flags", [["--score", "all"], ["--chat-template-options", '{"a": 1}'], ["--trust-remote-code"]]
+)
+def test_how_a_tokenizer_is_used_needs_one(tmp_path, tool, flags):
+    path = write_jsonl(tmp_path / "r.jsonl", record())
+    words = ["--input", path, "--logprobs", path, "--name", "m", "--output", tmp_path / "out"]
+    code, _, err = tool("import_logprobs", "tokens", *words, *flags)
+    assert code == 2 and "no effect without --tokenizer" in err
+
+
 def test_the_vllm_example_of_the_docs(tmp_path, scored, monkeypatch):
     """Runs as it is written, with a stand-in for vLLM; what it writes is read."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "scoring.md").read_text(encoding="utf-8")
