@@ -279,7 +279,7 @@ def test_the_command(tmp_path, scored, tool):
     "flags", [["--score", "all"], ["--chat-template-options", '{"a": 1}'], ["--trust-remote-code"]]
 )
 def test_how_a_tokenizer_is_used_needs_one(tmp_path, tool, flags):
-    path = write_jsonl(tmp_path / "r.jsonl", record(0))
+    path = tmp_path / "never-read.jsonl"
     words = ["--input", path, "--logprobs", path, "--name", "m", "--output", tmp_path / "out"]
     code, _, err = tool("import_logprobs", "tokens", *words, *flags)
     assert code == 2 and "no effect without --tokenizer" in err
