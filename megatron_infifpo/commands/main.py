@@ -11,11 +11,12 @@ import argparse
 import difflib
 import importlib
 import keyword
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_infifpo import __version__
 from megatron_infifpo.commands.entry import run
@@ -85,7 +86,7 @@ def run_words(words: Sequence[str]) -> int | None:
     """
     name, *rest = words or [""]
     if name in ("", *HELP):
-        print(read_page("infifpo"), end="", file=sys.stdout if name else sys.stderr)
+        show(read_page("infifpo"), sys.stdout if name else sys.stderr)
         return 0 if name else 2
     if name == "--version":
         print(f"megatron_infifpo {__version__}")
@@ -94,9 +95,18 @@ def run_words(words: Sequence[str]) -> int | None:
         near = difflib.get_close_matches(name, COMMANDS, 3, 0.5) or COMMANDS
         raise UserError(f"there is no command {name!r}: expected {', '.join(near)}, or --help")
     if any(flag in rest for flag in HELP) and (page := read_help(name, rest)):
-        print(page, end="")
+        show(page)
         return 0
     return run_command(name, rest)
+
+
+def show(page: str, file: TextIO | None = None) -> None:
+    """Print a page, all of it or what a pager takes."""
+    try:
+        print(page, end="", file=file, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_command(name: str, words: Sequence[str]) -> int | None:

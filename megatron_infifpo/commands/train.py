@@ -21,9 +21,10 @@ from megatron_infifpo.training.config_file import with_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add Megatron's flags, and those of a run."""
+    """Add the flags of a run, and Megatron's."""
     from megatron_infifpo.training.config import add_run_flags
 
+    parser.usage = "%(prog)s --preference-data PREFIX [flags of a run] [Megatron's flags]"
     add_run_flags(parser)
 
 

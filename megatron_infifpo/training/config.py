@@ -17,7 +17,7 @@ from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 from megatron_infifpo.engine.environment import report  # noqa: E402
 from megatron_infifpo.errors import UserError  # noqa: E402
 from megatron_infifpo.flag_types import flag, positive  # noqa: E402
-from megatron_infifpo.megatron_flags.check import refuse_yaml, unsupported  # noqa: E402
+from megatron_infifpo.megatron_flags.check import defaults, refuse_yaml, unsupported  # noqa: E402
 from megatron_infifpo.methods import Method, add_method_flags, method_from_options  # noqa: E402
 from megatron_infifpo.training.config_file import CONFIG, with_file  # noqa: E402
 
@@ -191,6 +191,11 @@ class RunConfig:
         """All flags by name, but `config`."""
         return {**self.flags, **{each.name: getattr(self, each.name) for each in own_fields()}}
 
+    def given(self) -> dict[str, str]:
+        """Flags with another value than their default, by name, as text."""
+        usual = defaults(run_parser())
+        return {n: str(value) for n, value in self.named().items() if value != usual[n]}
+
 
 def own_fields() -> list[Any]:
     """Fields of `RunConfig` that are flags of ours."""
@@ -220,9 +225,8 @@ class _ShowEnvironment(argparse.Action):
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Add Megatron's flags to a parser, and those of a run."""
+    """Add the flags of a run to a parser, and after them Megatron's."""
     parser.allow_abbrev = False
-    add_megatron_arguments(parser)
     parser.add_argument(
         CONFIG,
         metavar="FILE",
@@ -242,6 +246,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         nargs=0,
         help="print what is installed and what each part would use, and exit",
     )
+    add_megatron_arguments(parser)
     refuse_yaml(parser)
     _escape_help(parser)
 

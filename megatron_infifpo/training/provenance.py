@@ -201,6 +201,7 @@ def _attempt(run: Run, iteration: str) -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "iteration": iteration,
         "command": [*sys.argv],
+        "flags": run.config.given(),  # those of a file, and of a caller in Python, too
         "files": {name: _absolute(getattr(run.config, name)) for name in _FILES},
         "layout": {name: run.arguments[name] for name in _LAYOUT},
         "dtype": run.precision.dtype,

@@ -14,7 +14,7 @@ from support.launcher import ROOT, Ranks
 
 FROZEN = ROOT / "tests" / "frozen"
 # Objects whose names are data, such as a reason of a note.
-BY_DATA = {"notes", "note_counts", "remarks", "remark_counts", "sources"}
+BY_DATA = {"notes", "note_counts", "remarks", "remark_counts", "sources", "flags"}
 VARYING = {"git_revision": "str or null"}  # by where the tests run
 INDEX_HEADER = 17  # bytes of Megatron's mark and version; then one byte, the code of the type
 
