@@ -171,6 +171,17 @@ FUSIONS: dict[str, Fusion] = {
 }
 
 
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that no fusion has, and values that they cannot have."""
+    known = {name: option for one in FUSIONS.values() for name, option in one.options.items()}
+    known["fusion"] = Option("", choices=FUSIONS)
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"{name!r} is no option of a fusion, expected {', '.join(known)}")
+        if expected := known[name].expected(value):
+            raise ValueError(f"{name} is {value!r}, expected {expected}")
+
+
 @torch.no_grad()
 def fuse_reference(
     source_logps: Tensor,
@@ -204,13 +215,7 @@ def fuse_reference(
     Raises:
         ValueError: an unknown fusion, option or choice of one, or shapes that do not fit.
     """
-    known = {name: option for one in FUSIONS.values() for name, option in one.options.items()}
-    known["fusion"] = Option("", choices=FUSIONS)
-    for name, value in {"fusion": fusion, **options}.items():
-        if name not in known:
-            raise ValueError(f"{name!r} is no option of a fusion, expected {', '.join(known)}")
-        if expected := known[name].expected(value):
-            raise ValueError(f"{name} is {value!r}, expected {expected}")
+    _check_options({"fusion": fusion, **options})
     pairs, responses, sources = source_logps.shape
     if initial_logps.shape != (pairs, responses) or policy_logps.shape != (pairs, responses):
         raise ValueError(

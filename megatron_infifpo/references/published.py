@@ -60,13 +60,7 @@ def import_published(
         raise UserError(f"there are no records in {', '.join(files)}, expected at least one")
     records, numbers = [record for record, _, _ in found], [values for _, _, values in found]
     count = numbers[0].shape[1] - 1
-    names = list(names) or [f"source{i + 1}" for i in range(count)]
-    unusable = any(Path(name).name != name for name in names)  # they become files
-    if len(names) != count or len({"initial", *names}) != count + 1 or unusable:
-        raise UserError(
-            f"--names gives {', '.join(names)}, expected {count} different names: the records have "
-            f"log-probs of {count} sources; 'initial' is the initial pivot's"
-        )
+    names = _checked_names(names, count)
     for name in ("sources.yaml", *(f"{name}.json" for name in ("initial", *names))):
         refuse_existing(folder / name)
     for record, where, values in found:
@@ -96,6 +90,18 @@ def import_published(
     for name in models:
         print_summary(LogprobStore(folder / name), [record.domain for record in records])
     print(f"\nwrote {folder}/sources.yaml")
+
+
+def _checked_names(names: Sequence[str], count: int) -> list[str]:
+    """Name the sources, which become files."""
+    names = list(names) or [f"source{i + 1}" for i in range(count)]
+    unusable = any(Path(name).name != name for name in names)
+    if len(names) != count or len({"initial", *names}) != count + 1 or unusable:
+        raise UserError(
+            f"--names gives {', '.join(names)}, expected {count} different names: the records have "
+            f"log-probs of {count} sources; 'initial' is the initial pivot's"
+        )
+    return names
 
 
 def _published(raw: RawRecord, record: PreferenceRecord) -> np.ndarray:

@@ -142,12 +142,7 @@ class ServerEngine:
         max_tokens: int,
         **more: Any,
     ) -> list[dict[str, Any]]:
-        """Return the choices of one answer.
-
-        Raises:
-            RefusedError: the server does not take the prompt.
-            UserError: it does not answer.
-        """
+        """Return the choices of one answer; errors as `_choices`."""
         question = {
             "model": self.model,
             "messages": list(prompt.messages),
@@ -162,6 +157,15 @@ class ServerEngine:
             question["tools"] = list(prompt.tools)
         if template_options := {**self.options.template_options, **prompt.template_options}:
             question["chat_template_kwargs"] = template_options
+        return self._choices(prompt, question)
+
+    def _choices(self, prompt: Prompt, question: dict[str, Any]) -> list[dict[str, Any]]:
+        """Ask until there is an answer.
+
+        Raises:
+            RefusedError: the server does not take the prompt.
+            UserError: it does not answer.
+        """
         request = urllib.request.Request(self.address, json.dumps(question).encode(), self.headers)
         problem = ""
         for attempt in range(self.options.server_retries + 1):

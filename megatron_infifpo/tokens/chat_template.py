@@ -229,20 +229,13 @@ class ChatTemplate:
             parts([_USER, _say(f"<think>\n{_THOUGHT}\n</think>\n\n{_REPLY}")]), options
         )
         writes = _THOUGHT in field
-        header = _common([asked, plain, *([field] if writes else []), *([block] if block else [])])
-        if header != asked:
-            header = without_opening(header)
-            if _USER["content"] not in header:
-                raise UserError(
-                    f"the chat template of {self.path} writes a conversation that has a reply "
-                    "otherwise than its prompt from the start: what is scored cannot be known"
-                )
+        header = self._header(asked, [plain, field if writes else "", block])
         lead, tail = plain[len(header) :].split(_REPLY)
         adds = ""
         if asked == base and lead.strip():
             adds = lead
             if writes:
-                adds = without_opening(_common([lead, field[len(header) :]]))
+                adds = without_opening(os.path.commonprefix([lead, field[len(header) :]]))
             lead = lead[len(adds) :]
         opens = asked[len(header) :]
         probe = (self._probe, parts, options)
@@ -263,6 +256,19 @@ class ChatTemplate:
             knows_developer=_writes_role(*probe, "developer"),
             as_parts=as_parts,
         )
+
+    def _header(self, asked: str, replied: Sequence[str]) -> str:
+        """What a prompt and all conversations that have a reply begin with."""
+        header = os.path.commonprefix([asked, *filter(None, replied)])
+        if header == asked:
+            return header
+        header = without_opening(header)
+        if _USER["content"] not in header:
+            raise UserError(
+                f"the chat template of {self.path} writes a conversation that has a reply "
+                "otherwise than its prompt from the start: what is scored cannot be known"
+            )
+        return header
 
     def _end_of_turn(self, tail: str) -> str:
         """Cut what follows a reply where a model stops.
@@ -287,10 +293,6 @@ class ChatTemplate:
 def _say(text: str, thought: str | None = None) -> Message:
     said: Message = {"role": "assistant", "content": text}
     return said if thought is None else said | {"reasoning_content": thought}
-
-
-def _common(texts: list[str]) -> str:
-    return os.path.commonprefix(texts)
 
 
 def _writes_role(probe: Any, parts: Any, options: Mapping[str, Any], role: str) -> bool:
