@@ -20,7 +20,7 @@ from megatron_infifpo.convert.hf_folder import open_hf
 from megatron_infifpo.convert.hf_weights import fill
 from megatron_infifpo.engine.gpt import build_model
 from megatron_infifpo.engine.packed import packed_params
-from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel
+from megatron_infifpo.engine.parallel import ModelLayout
 from megatron_infifpo.families import check_tensor_parallel, family, megatron_args, one_layer
 from megatron_infifpo.families.mapping import OUTPUT_LAYER, WeightMapping
 
@@ -162,8 +162,6 @@ class _MegatronLayers:
         args = self._one_layer(layer)
         kind = str((args["window_attn_skip_freq"], args["extras"]))
         if kind not in self.models:
-            if not self.models:
-                initialize_parallel(self.layout)
             (model,) = build_model(args, self.layout)
             self.models[kind] = (model, model.decoder.final_layernorm, args)
         model, norm, args = self.models[kind]

@@ -1,6 +1,7 @@
 """What every command begins with: its rank, safe loading, and errors in one sentence."""
 
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -14,4 +15,20 @@ def run(main: Callable[[], int | None]) -> None:
     # PyTorch's checkpoint reader would unpickle objects of any kind.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     with user_errors():
-        sys.exit(main() or 0)
+        try:
+            code = main() or 0
+            sys.stdout.flush()
+        except BrokenPipeError:
+            if _read_on(sys.stdout.fileno()):
+                raise
+            # Whoever read this has gone, as `head` does; Python flushes once more when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        sys.exit(code)
+
+
+def _read_on(descriptor: int) -> bool:
+    """Whether what is written to a file or a pipe can still be read."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return not any(events & select.POLLERR for _, events in poll.poll(0))

@@ -11,12 +11,11 @@ import argparse
 import difflib
 import importlib
 import keyword
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_infifpo import __version__
 from megatron_infifpo.commands.entry import run
@@ -55,6 +54,11 @@ class CommandParser(argparse.ArgumentParser):
         """Show the description as it is written."""
         super().__init__(**({"formatter_class": WideFormatter} | options))
 
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """Flags that begin so: one with two spellings is one flag."""
+        found = super()._get_option_tuples(option_string)
+        return list({id(action): match for match in found for action in match[:1]}.values())
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `infifpo` with these words, or those of the command line, and exit."""
@@ -86,7 +90,7 @@ def run_words(words: Sequence[str]) -> int | None:
     """
     name, *rest = words or [""]
     if name in ("", *HELP):
-        show(read_page("infifpo"), sys.stdout if name else sys.stderr)
+        print(read_page("infifpo"), end="", file=sys.stdout if name else sys.stderr)
         return 0 if name else 2
     if name == "--version":
         print(f"megatron_infifpo {__version__}")
@@ -95,18 +99,9 @@ def run_words(words: Sequence[str]) -> int | None:
         near = difflib.get_close_matches(name, COMMANDS, 3, 0.5) or COMMANDS
         raise UserError(f"there is no command {name!r}: expected {', '.join(near)}, or --help")
     if any(flag in rest for flag in HELP) and (page := read_help(name, rest)):
-        show(page)
+        print(page, end="")
         return 0
     return run_command(name, rest)
-
-
-def show(page: str, file: TextIO | None = None) -> None:
-    """Print a page, all of it or what a pager takes."""
-    try:
-        print(page, end="", file=file, flush=True)
-    except BrokenPipeError:
-        # Python flushes once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_command(name: str, words: Sequence[str]) -> int | None:

@@ -21,7 +21,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_infifpo.engine.layer_kind import LayerKind, choose_kind
 from megatron_infifpo.engine.packed import RowRope
-from megatron_infifpo.engine.parallel import ModelLayout, rank_and_size
+from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel, rank_and_size
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import FAMILIES
 from megatron_infifpo.patches import cpu
@@ -128,7 +128,7 @@ def build_model(
 ) -> list[GPTModel]:
     """Build this rank's model chunks in evaluation mode, weights not loaded.
 
-    `parallel.initialize_parallel(layout)` must have run.
+    Starts torch.distributed and the process groups where they are not there yet.
 
     Args:
         architecture: as `megatron_args` of a model family returns it.
@@ -137,9 +137,13 @@ def build_model(
 
     Returns:
         One chunk, or one a virtual pipeline stage; `get_model_config(chunk).layer_kind` is `kind`.
+
+    Raises:
+        UserError: a layout that the ranks, the model or the layers cannot have.
     """
     kind = kind or choose_kind(half=layout.bf16)
-    values = _forward_only(architecture, layout, kind)
+    values = _forward_only(architecture, layout, kind)  # a layout is refused before ranks wait
+    initialize_parallel(layout)
     config = model_config(values, kind)
     config.transformer.perform_initialization = False
     config.finalize()

@@ -136,11 +136,10 @@ def in_megatron(
     from megatron_infifpo.convert.hf_weights import fill, load_into_model
     from megatron_infifpo.engine.gpt import build_model
     from megatron_infifpo.engine.packed import run_packed, to_device
-    from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel
+    from megatron_infifpo.engine.parallel import ModelLayout
     from megatron_infifpo.families.architecture import read_hf_config
 
     architecture, layout = megatron_args(read_hf_config(folder)), ModelLayout(bf16=variant.bf16)
-    initialize_parallel(layout)
     models = build_model(architecture, layout, variant.kind)
     load_into_model(models, folder)
     model = models[0].train().requires_grad_(True)

@@ -18,7 +18,7 @@ from megatron_infifpo.engine.gpt import build_model  # noqa: E402
 from megatron_infifpo.engine.layer_kind import LayerKind  # noqa: E402
 from megatron_infifpo.engine.older import accept_older  # noqa: E402
 from megatron_infifpo.engine.packed import score_rows  # noqa: E402
-from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel  # noqa: E402
+from megatron_infifpo.engine.parallel import ModelLayout  # noqa: E402
 from megatron_infifpo.families import (  # noqa: E402
     check_pipeline_parallel,
     check_tensor_parallel,
@@ -68,7 +68,6 @@ class MegatronBackend:
         check_tensor_parallel(architecture, tensor_parallel)
         check_pipeline_parallel(architecture, pipeline_parallel)
         layout = ModelLayout(tensor_parallel, pipeline_parallel, bf16=bf16)
-        initialize_parallel(layout)
         self.models = build_model(architecture, layout)
         if (Path(directory) / "config.json").is_file():
             load_into_model(self.models, directory)

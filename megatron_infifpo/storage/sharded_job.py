@@ -44,13 +44,17 @@ class ShardedJob:
             plan: what the job's result depends on; JSON.
 
         Raises:
-            UserError: the folder holds shards of another job.
+            UserError: the folder holds shards of another job, or of one without a plan.
         """
         path = self.folder / PLAN
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            for shard in self.folder.glob(f"*{self._suffix}"):
-                shard.unlink(missing_ok=True)  # without a plan it may be anybody's
+            # The plan is written first; asked for again, since another process may have done so.
+            if any(self.folder.glob(f"*{self._suffix}")) and not path.exists():
+                raise UserError(
+                    f"{self.folder} holds shards of nobody knows which job: {PLAN} is missing; "
+                    "delete the folder or choose another --output"
+                )
             write_text(path, json.dumps(plan, indent=1), by_process=True)
         found = json.loads(path.read_text(encoding="utf-8"))
         if difference := different(plan, found, self._free):

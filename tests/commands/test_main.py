@@ -139,6 +139,21 @@ def test_old_spellings(name, words, old, new, capsys):
     assert f"argument {new}: expected one argument" in capsys.readouterr().err
 
 
+def test_a_flag_of_two_spellings_is_one_when_it_is_cut_short():
+    module, parser = make_parser("sample")
+    args = parser.parse_args(["--model", "m", "--input", "p", "--tensor", "2"])
+    assert args.tensor_model_parallel_size == 2
+
+
+@pytest.mark.parametrize("words", ["train --help", "completion bash"])
+def test_a_reader_that_goes_away(words):
+    command = f"{sys.executable} -m megatron_infifpo {words} | (exec <&-; sleep 1)"
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+
+
 def test_an_alias_of_nothing():
     with pytest.raises(KeyError):
         hidden_alias(make_parser("plan")[1], "--old", "--no-such-flag")

@@ -72,7 +72,8 @@ def test_imported_sources_join_the_pivots_tokens(tmp_path):
     tokens = write_tokens(tmp_path, read_records(path))
     config = read_sources(tmp_path / "sources.yaml")
     assert [source.name for source in config.sources] == ["source1", "source2", "source3"]
-    with pytest.raises(UserError, match=r"lengths .* are \[241, 252\].*score the pivot with infifpo"):
+    expected = r"lengths .* are \[241, 252\].*score the pivot with infifpo score"
+    with pytest.raises(UserError, match=expected):
         PreferenceDataset(tokens.prefix, config)  # the example's text is longer than this one
     own = {
         "ref_chosen_logps": -12.0, "ref_mean_chosen_logps": -1.0,

@@ -170,6 +170,14 @@ def test_models_that_transformers_cannot_load(setup, ranks, tmp_path, damage, ex
     assert expected in sentence
 
 
+@pytest.mark.parametrize("dimension", ["tensor", "pipeline"])
+def test_a_layout_that_the_ranks_cannot_have(job, ranks, tmp_path, dimension):
+    """One who forgot torchrun."""
+    flags = (f"--{dimension}-model-parallel-size", "2")
+    sentence = refused(ranks, "tools/score_source.py", job(tmp_path / "out", *flags))
+    assert "world size (1) is not divisible by total_model_size" in sentence
+
+
 def test_a_source_without_a_chat_template(setup, ranks, tmp_path):
     base = tiny.save_model(tmp_path / "base", "llama", seed=5)
     (base / "chat_template.jinja").unlink()

@@ -1,6 +1,7 @@
 """A job in shards, alone: claimed, interrupted, gone on with, joined; of lines and of arrays."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,8 +110,26 @@ def test_shards_without_a_plan_may_be_anybodys(tmp_path):
     job = ShardedJob(tmp_path / "out", ".npz")
     job.folder.mkdir()
     job.path(0).touch()
+    with pytest.raises(UserError, match="shards of nobody knows which job: plan.json is missing"):
+        job.claim(JOB)
+    assert job.path(0).exists()
+
+
+def test_a_claim_beside_another_process_keeps_its_shards(tmp_path, monkeypatch):
+    """It sees no plan, and then the other one's shards."""
+    job, other = (ShardedJob(tmp_path / "out", ".npz") for _ in range(2))
+    mkdir = Path.mkdir
+
+    def late(path, *args, **options):
+        mkdir(path, *args, **options)
+        if path == job.folder:
+            monkeypatch.undo()
+            other.claim(JOB)
+            other.path(0).touch()
+
+    monkeypatch.setattr(Path, "mkdir", late)
     job.claim(JOB)
-    assert job.missing(1) == [0]
+    assert job.missing(2) == [1]
 
 
 def test_interrupted_jobs_of_before_go_on(tmp_path):

@@ -19,11 +19,10 @@ def megatron_argument_names() -> list[str]:
 def build(hf: str, layout: dict[str, Any]) -> list:
     """Build this rank's chunks of the model of a Hugging Face folder."""
     from megatron_infifpo.engine.gpt import build_model
-    from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel
+    from megatron_infifpo.engine.parallel import ModelLayout
     from megatron_infifpo.families import megatron_args
     from megatron_infifpo.families.architecture import read_hf_config
 
-    initialize_parallel(ModelLayout(**layout))
     return build_model(megatron_args(read_hf_config(hf)), ModelLayout(**layout))
 
 

@@ -34,13 +34,12 @@ def build(hf: str, kind: str, bf16: bool = False) -> Model:
     """Build and fill a model, to be trained."""
     from megatron_infifpo.convert.hf_weights import load_into_model
     from megatron_infifpo.engine.gpt import build_model
-    from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel
+    from megatron_infifpo.engine.parallel import ModelLayout
     from megatron_infifpo.families import megatron_args
     from megatron_infifpo.families.architecture import read_hf_config
 
     force_kind(kind)
     layout = ModelLayout(bf16=bf16)
-    initialize_parallel(layout)
     (model,) = build_model(megatron_args(read_hf_config(hf)), layout)
     load_into_model([model], hf)
     return model.train().requires_grad_(True)
