@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_infifpo.options import Option, declared
 
 CHOSEN, REJECTED, PIVOT_CHOSEN = 0, 1, 2
+BETA = Option("strength of the KL constraint", range="(0, inf)")
 
 _WRONG = "share of labels taken to be wrong"
 Smoothing = Annotated[float, Option(_WRONG, range="[0, 0.5)")]
@@ -184,16 +185,14 @@ class Loss:
 
     Attributes:
         function: `(policy [B, R], reference [B, R], *, beta, **options)` to losses `[B]`. A keyword
-            argument that is a Tensor is a value of the row by that name, such as scores.
+            argument that is a Tensor is a value of the row by that name, such as token_counts.
         responses: how many responses of a record it compares, of chosen, rejected, pivot_chosen.
-        lists: it takes all responses that the records have, so many at least.
         several_pairs: it looks at the pairs of a row together, so `--micro-batch-size` changes it.
         beta: the published one for sums of log-probs.
     """
 
     function: Callable[..., Tensor]
     responses: int = 2
-    lists: bool = False
     several_pairs: bool = False
     beta: float = 0.1
 
@@ -251,7 +250,7 @@ def preference_loss(
 
     Raises:
         ValueError: an unknown objective, an option that has no effect for it, one that it needs
-            and does not get, or too few responses.
+            and does not get, a value out of its range, or too few responses.
     """
     if objective not in LOSSES:
         raise ValueError(f"objective is {objective!r}, expected one of {', '.join(LOSSES)}")
@@ -262,6 +261,11 @@ def preference_loss(
     for name in (*(n for n, option in loss.options.items() if option.required), *loss.reads):
         if name not in options:
             raise ValueError(f"objective {objective!r} needs the option {name!r}")
+    for name, option in {"beta": BETA, **loss.options}.items():
+        value = options.get(name, beta if name == "beta" else option.default)
+        grown = option.grows and value == 0  # before the first step
+        if not grown and (expected := option.expected(value)):
+            raise ValueError(f"{name} is {value!r}, expected {expected}")
     if policy_logps.shape[1] < loss.responses:
         raise ValueError(
             f"policy_logps is {list(policy_logps.shape)}, expected {loss.responses} responses a "

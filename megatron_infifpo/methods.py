@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.losses import LOSSES, MEANS_FACTOR, Loss
+from megatron_infifpo.losses import BETA, LOSSES, MEANS_FACTOR, Loss
 from megatron_infifpo.options import Option, described
 from megatron_infifpo.reference import DEFAULT_FUSION, FUSIONS
 
@@ -53,11 +53,9 @@ class Method:
         return LOSSES.get(self.objective)
 
     @property
-    def responses(self) -> int | None:
-        """How many of chosen, rejected, pivot_chosen the loss looks at; None: all of a list."""
-        if self.loss is None:
-            return 1
-        return None if self.loss.lists else self.loss.responses
+    def responses(self) -> int:
+        """How many of chosen, rejected, pivot_chosen the loss looks at."""
+        return 1 if self.loss is None else self.loss.responses
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -133,7 +131,7 @@ _OWN = {
         "the initial pivot, or the fused source model", choices=("initial", "fused")
     ),
     "length_normalization": Option("mean log-probs over response tokens instead of sums"),
-    "beta": Option("strength of the KL constraint", range="(0, inf)"),
+    "beta": BETA,
     "fusion": Option("how the sources become one reference", choices=FUSIONS),
     "clip": Option("clip sources against the initial pivot before fusion"),
     "initial_as_source": Option("the initial pivot competes as one more source"),
@@ -240,17 +238,20 @@ def resolve(name: str, **options: Any) -> Method:
 
 
 def _completed(method: Method, loss: Loss) -> dict[str, Any]:
-    """Return the options, with what the loss needs and was not given, all in their ranges."""
+    """Return the options, with what is needed and was not given, all in their ranges."""
     found = dict(method.options)
-    for name, option in loss.options.items():
-        if option.required and name not in found:
-            if option.default is None:
-                why = f", {option.why}" if option.why else ""
-                raise UserError(f"--objective {method.objective} needs {flag(name)}{why}")
-            found[name] = option.default
-    for name, option in {**FUSIONS[method.fusion].options, **loss.options}.items():
-        if name in found:
-            _check(name, option, found[name])
+    users = [(f"--objective {method.objective}", loss.options)]
+    if method.fused:
+        users.append((f"--fusion {method.fusion}", FUSIONS[method.fusion].options))
+    for user, options in users:
+        for name, option in options.items():
+            if option.required and name not in found:
+                if option.default is None:
+                    why = f", {option.why}" if option.why else ""
+                    raise UserError(f"{user} needs {flag(name)}{why}")
+                found[name] = option.default
+            if name in found:
+                _check(name, option, found[name])
     return found
 
 

@@ -40,19 +40,19 @@ def chosen_alone(policy, reference, *, beta, gap: Gap):
     return -torch.nn.functional.logsigmoid(beta * (policy - reference)[:, 0] - gap)
 
 
-def listwise(
+def by_length(
     policy,
     reference,
     *,
     beta,
-    scores: torch.Tensor,
+    token_counts: torch.Tensor,
     push: Annotated[
-        float, Option("push of scores", range="[0, inf)", default=2.0, grows=True)
+        float, Option("push of long ones", range="[0, inf)", default=2.0, grows=True)
     ],
     kind: Annotated[str, Option("what is compared", choices=("all", "best"))] = "all",
 ):  # fmt: skip
     assert kind == "best"
-    return ((policy - reference) * beta * scores * push).sum(dim=1)
+    return ((policy - reference) * beta * token_counts * push).sum(dim=1)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def more_losses(monkeypatch):
     """What someone adds who edits losses.py alone."""
     monkeypatch.setitem(LOSSES, "square_hinge", Loss(square_hinge, beta=0.2))
     monkeypatch.setitem(LOSSES, "chosen_alone", Loss(chosen_alone, responses=1))
-    monkeypatch.setitem(LOSSES, "listwise", Loss(listwise, lists=True, several_pairs=True))
+    monkeypatch.setitem(LOSSES, "by_length", Loss(by_length, responses=3, several_pairs=True))
     monkeypatch.setitem(LOSSES, "three", Loss(lambda p, r, *, beta: p.sum(dim=1), responses=3))
 
 
@@ -125,18 +125,18 @@ def test_losses_of_one_and_of_three_responses(more_losses):
         preference_loss("three", torch.zeros(1, 2), torch.zeros(1, 2), beta=1.0)
 
 
-def test_loss_of_a_list_that_reads_scores(more_losses):
-    """All responses that there are, a value of the row, an option that grows, one of choices."""
-    method = resolve("dpo", objective="listwise", kind="best")
-    assert method.responses is None and method.several_pairs and method.growing == ("push",)
-    row = row_of(3, scores=torch.tensor([[1.0, 0.0, -1.0]] * 2))
+def test_loss_that_reads_the_row(more_losses):
+    """A value of the row, an option that grows, one of choices."""
+    method = resolve("dpo", objective="by_length", kind="best")
+    assert method.responses == 3 and method.several_pairs and method.growing == ("push",)
+    row = row_of(3) | {"token_counts": torch.tensor([[1.0, 0.0, -1.0]] * 2)}
     # 0.1 (-2 - 0) push
     assert losses_of(method, row) == pytest.approx([-0.4] * 2)
     assert losses_of(method, row, progress=0.25) == pytest.approx([-0.1] * 2)
-    with pytest.raises(ValueError, match="'listwise' needs the option 'scores'"):
-        losses_of(method, row_of(3))
+    with pytest.raises(ValueError, match="'by_length' needs the option 'token_counts'"):
+        preference_loss("by_length", torch.zeros(1, 3), torch.zeros(1, 3), beta=1.0, push=1.0)
     with pytest.raises(UserError, match="--kind is 'worst', expected one of all, best"):
-        resolve("dpo", objective="listwise", kind="worst")
+        resolve("dpo", objective="by_length", kind="worst")
 
 
 def test_new_option_of_a_fusion(monkeypatch):
