@@ -19,7 +19,7 @@ test: export CUDA_VISIBLE_DEVICES =
 test: $(STAMP) $(TE) lint
 	$(BIN)/python -m pytest $(TWO) --durations 25
 
-# Under two minutes: no more than two ranks, no SLURM, no network. See tests/support/costs.py.
+# Under two minutes: hardly any ranks, no SLURM, no network. See tests/support/costs.py.
 test-fast: export CUDA_VISIBLE_DEVICES =
 test-fast: export OMP_NUM_THREADS = 1
 test-fast: $(STAMP) lint

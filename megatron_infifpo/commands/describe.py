@@ -1,6 +1,6 @@
 """Print what a checkpoint is: format, family, sizes, dtype, and the flags that it needs.
 
-infifpo describe --load ckpt/phi-4
+    infifpo describe --load ckpt/phi-4
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""The training step: what Megatron's loop calls for every micro-batch."""
+"""A run of training: its configuration, start, data, step, resume and failures."""
