@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import os
 import sys
 from collections.abc import Iterator
 
@@ -23,13 +22,15 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Run a command's code inside: end it with one sentence and exit code 2 on `UserError`."""
+def user_errors(prefix: str = "") -> Iterator[None]:
+    """Run a command's code inside: end it with one sentence and exit code 2 on `UserError`.
+
+    Args:
+        prefix: of a `UserError`'s sentence, who says it.
+    """
     try:
         yield
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        prefix = "" if rank == "0" else f"[rank {rank}] "
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:

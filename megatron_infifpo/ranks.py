@@ -1,7 +1,18 @@
 """Which rank this process is, where srun or torchrun started it."""
 
+import os
 import re
 from collections.abc import MutableMapping
+
+
+def rank() -> int:
+    """This process's rank, also before torch.distributed runs; alone: 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and how many there are, as torchrun says; alone: 0 of 1."""
+    return rank(), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def ranks_from_srun(environment: MutableMapping[str, str]) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from megatron_infifpo.errors import user_errors
-from megatron_infifpo.ranks import ranks_from_srun
+from megatron_infifpo.ranks import rank, ranks_from_srun
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -14,7 +14,7 @@ def run(main: Callable[[], int | None]) -> None:
     ranks_from_srun(os.environ)
     # PyTorch's checkpoint reader would unpickle objects of any kind.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    with user_errors():
+    with user_errors(f"[rank {rank()}] " if rank() else ""):
         try:
             code = main() or 0
             sys.stdout.flush()

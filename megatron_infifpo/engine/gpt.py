@@ -21,10 +21,11 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_infifpo.engine.layer_kind import LayerKind, choose_kind
 from megatron_infifpo.engine.packed import RowRope
-from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel, rank_and_size
+from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import FAMILIES
 from megatron_infifpo.patches import cpu
+from megatron_infifpo.ranks import rank_and_size
 
 
 def fixed_arguments(kind: LayerKind) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from megatron_infifpo.convert.hf_folder import open_files, some
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families.architecture import read_hf_config
+from megatron_infifpo.ranks import rank
 
 # What transformers raises where a folder, its configuration or the installation is wrong.
 _REFUSALS = (
@@ -231,7 +231,7 @@ def check_loaded(
         )
     _check_tied(directory, model)
     _check_scaled(directory, model)
-    if unknown and os.environ.get("RANK", "0") == "0":
+    if unknown and rank() == 0:
         print(f"{directory}: not used: {some(unknown)}")
 
 

@@ -30,11 +30,6 @@ class ModelLayout:
     bf16: bool = False
 
 
-def rank_and_size() -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun says; alone: 0 of 1."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def one_rank_by_default() -> None:
     """Let a program run alone, where Megatron wants to hear from torchrun."""
     if "WORLD_SIZE" not in os.environ:

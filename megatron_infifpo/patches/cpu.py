@@ -21,6 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.ranks import rank
 
 # There where NVIDIA's driver is, whether or not this PyTorch can use it.
 DRIVER = Path("/dev/nvidiactl")
@@ -70,7 +71,7 @@ def enable(*, announce: bool = True) -> bool:
     _mode = _CudaMeansCpu()
     _mode.__enter__()
     _patch_megatron()
-    if announce and os.environ.get("RANK", "0") == "0":
+    if announce and rank() == 0:
         print("megatron_infifpo: no CUDA device: Megatron runs on the CPU (gloo)", file=sys.stderr)
     return True
 

@@ -9,10 +9,7 @@ from typing import Any, Self
 import torch.distributed as dist
 from tqdm import tqdm
 
-
-def rank() -> int:
-    """This process's rank, also before torch.distributed runs."""
-    return int(os.environ.get("RANK", "0"))
+from megatron_infifpo.ranks import rank
 
 
 def world_size() -> int:

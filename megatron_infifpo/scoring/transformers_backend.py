@@ -16,6 +16,7 @@ from megatron_infifpo.engine.parallel import WAIT
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.logprobs import chunk_bytes_on
 from megatron_infifpo.patches import cpu
+from megatron_infifpo.ranks import rank_and_size
 from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.layout import PLAIN
 
@@ -47,7 +48,7 @@ class TransformersBackend:
         Raises:
             UserError: tensor parallelism over some of the ranks only, or a model that is not whole.
         """
-        world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        rank, world = rank_and_size()
         if tensor_parallel not in (1, world):
             raise UserError(
                 f"--backend transformers shards a model over all ranks or none: "

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_infifpo.errors import UserError, user_errors
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.storage.aside import Aside
 
-with user_errors():
-    cpu.before_megatron()
+cpu.before_megatron()
 
 from megatron.core.datasets.indexed_dataset import (  # noqa: E402
     IndexedDataset,

@@ -7,13 +7,13 @@ all that they share is the folder.
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.ranks import rank
 from megatron_infifpo.storage.aside import whole_file, write_text
 
 PLAN = "plan.json"
@@ -83,8 +83,7 @@ class ShardedJob:
                 yield file
         except FileNotFoundError:
             raise UserError(
-                f"{self.folder} is not there for rank {os.environ.get('RANK', '0')}, expected a "
-                "folder that all nodes see"
+                f"{self.folder} is not there for rank {rank()}, expected a folder that all nodes see"
             ) from None
 
     def files(self, count: int) -> Iterator[BinaryIO]:

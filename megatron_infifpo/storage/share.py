@@ -1,8 +1,8 @@
 """Ranks that share the work of a conversion; alone without torchrun."""
 
-import os
-
 import torch.distributed as dist
+
+from megatron_infifpo.ranks import rank_and_size
 
 
 class Share:
@@ -14,8 +14,7 @@ class Share:
 
     def __init__(self) -> None:
         """Join the other ranks, over gloo: conversion is a matter of disks and CPUs."""
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world = rank_and_size()
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("gloo")
 

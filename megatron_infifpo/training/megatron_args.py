@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.training import get_args
+from megatron.training.training import should_disable_forward_pre_hook
 
 from megatron_infifpo.engine.gpt import fixed_arguments, validated
 from megatron_infifpo.engine.layer_kind import LayerKind, choose_kind
-from megatron_infifpo.engine.parallel import rank_and_size
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families.architecture import architecture
 from megatron_infifpo.flag_types import flag
 from megatron_infifpo.megatron_flags.check import defaults
+from megatron_infifpo.ranks import rank_and_size
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.training.config import RunConfig, run_parser
 from megatron_infifpo.training.data import Datasets, lengths
@@ -34,7 +35,10 @@ def layers_of(config: RunConfig) -> LayerKind:
 
 
 def rows_of(config: RunConfig, kind: LayerKind) -> RowLayout:
-    """How pairs lie in rows: with shared prompts where layers can, and there is what to share."""
+    """How pairs lie in rows: with shared prompts where layers can, and there is what to share.
+
+    Errors as `LayerKind.row_layout`.
+    """
     flags, share = config.flags, config.share_prompt
     if config.method.responses == 1:
         share = False
@@ -92,6 +96,11 @@ def _unless_given(
                 f"{flag(name)} is {given[name]!r}, but only {value!r} works here: leave it out"
             )
     return fixed
+
+
+def gathers_before_forward() -> bool:
+    """Whether a forward pass begins with gathering parameters that the optimizer has changed."""
+    return bool(should_disable_forward_pre_hook(get_args()))
 
 
 def current_step() -> int | None:

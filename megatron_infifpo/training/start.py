@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing.serialization import (
 from megatron.core.rerun_state_machine import RerunState
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_infifpo.engine.parallel import rank_and_size
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families.architecture import pivot_directory
+from megatron_infifpo.ranks import rank
 from megatron_infifpo.storage.checkpoints import TRACKER, find_checkpoint
 from megatron_infifpo.storage.torch_dist import BROKEN_PICKLE, TorchDistCheckpoint
 
@@ -125,7 +125,7 @@ def find_start(folders: Folders) -> Start:
     new = folders.finetune or tracker == "release"
     resumed = not new and (folders.pretrained is None or folder != Path(folders.pretrained))
     checkpoint = TorchDistCheckpoint(find_checkpoint(folder))
-    if rank_and_size()[0] == 0:
+    if rank() == 0:
         checkpoint.check_sizes()
     return Start(folder, tracker, checkpoint, resumed)
 
