@@ -10,6 +10,7 @@ Its flag, help text and checks follow from that.
 import argparse
 import functools
 import inspect
+import numbers
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ class Option:
         default: what a method takes where none is given; `declared` takes that of the signature.
         required: a caller of the function must give it; set by `declared`.
         why: why there is no default.
-        grows: from 0, in proportion to the training that is done.
+        grows: from 0, in proportion to the training that is done; functions take 0, too.
     """
 
     help: str
@@ -45,9 +46,12 @@ class Option:
     def expected(self, value: Any) -> str | None:
         """Say what a value should have been; None if it is fine."""
         if self.choices:
-            return None if value in self.choices else f"one of {', '.join(self.choices)}"
+            fine = isinstance(value, str) and value in self.choices
+            return None if fine else f"one of {', '.join(self.choices)}"
         if not self.range:
-            return None
+            return None if isinstance(value, bool) else "True or False"
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            return f"a number in {self.range}"
         low, high = map(float, self.range[1:-1].split(","))
         above = value >= low if self.range[0] == "[" else value > low
         below = value <= high if self.range[-1] == "]" else value < high

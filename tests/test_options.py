@@ -171,3 +171,57 @@ def test_every_declared_range_can_be_read():
         for name, option in takes.options.items():
             assert option.default is None or option.expected(option.default) is None, name
             assert option.expected(math.nan) is not None, name
+
+
+def test_required_options_of_a_fusion(monkeypatch):
+    def needy(
+        clipped, mask, current, initial, *, power: Annotated[float, Option("p", range="[1, 9]")]
+    ):
+        return mask.to(clipped.dtype)
+
+    def preset(
+        clipped, mask, current, initial, *,
+        power: Annotated[float, Option("power", range="[1, 9]", default=2.0)],
+    ):  # fmt: skip
+        return mask.to(clipped.dtype)
+
+    monkeypatch.setitem(FUSIONS, "needy", Fusion(needy))
+    monkeypatch.setitem(FUSIONS, "preset", Fusion(preset))
+    with pytest.raises(UserError, match="--fusion needy needs --power"):
+        resolve("infifpo", fusion="needy")
+    assert resolve("infifpo", fusion="needy", power=3.0).fusion_options == {"power": 3.0}
+    assert resolve("infifpo", fusion="preset").options == {"power": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("clip", "no", "True or False"),
+        ("clip", 1, "True or False"),
+        ("beta", "2", r"a number in \(0, inf\)"),
+        ("beta", True, r"a number in \(0, inf\)"),
+        ("label_smoothing", None, r"a number in \[0, 0.5\)"),
+        ("objective", ["dpo"], "one of dpo"),
+        ("selection", 1, "one of response, pair"),
+    ],
+)
+def test_values_of_another_type(option, value, expected):
+    spelled = option.replace("_", "-")
+    with pytest.raises(UserError, match=f"--{spelled} is .*, expected {expected}"):
+        resolve("infifpo", **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("objective", "change", "said"),
+    [
+        ("dpo", {"beta": -1.0}, "beta is -1.0, expected a number in"),
+        ("dpo", {"beta": math.nan}, "beta is nan"),
+        ("dpo", {"label_smoothing": 0.9}, r"label_smoothing is 0.9, expected a number in \[0, 0.5"),
+        ("exo_pair", {"label_smoothing": 0.0}, r"label_smoothing is 0.0, expected .* \(0, 0.5\)"),
+        ("wrpo", {"alpha": 2}, r"alpha is 2, expected a number in \[0, 1\]"),
+    ],
+)
+def test_losses_refuse_values_out_of_range(objective, change, said):
+    zeros = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match=said):
+        preference_loss(objective, zeros, zeros, **{"beta": 1.0, **change})
