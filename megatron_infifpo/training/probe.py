@@ -7,17 +7,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
-from megatron.training import get_args
-from megatron.training.training import (
-    disable_forward_pre_hook,
-    enable_forward_pre_hook,
-    should_disable_forward_pre_hook,
-)
+from megatron.training.training import disable_forward_pre_hook, enable_forward_pre_hook
 from torch import Tensor
 
 from megatron_infifpo.engine.packed import score_rows
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.training.megatron_args import gathers_before_forward
 from megatron_infifpo.training.settings import Run
 
 PROBES = 64
@@ -90,7 +86,7 @@ def compare(
     rows = [collate([dataset[i] for i in group], run.batch.rows) for group in groups]
     # Interleaved stages take rows by the pipeline's size.
     repeated = -len(rows) % run.layout.pipeline_parallel if rows and len(models) > 1 else 0
-    hooks = should_disable_forward_pre_hook(get_args())
+    hooks = gathers_before_forward()
     if hooks:  # they would gather parameters that no optimizer step has changed yet
         disable_forward_pre_hook(models, param_sync=False)
     for model in models:

@@ -59,7 +59,7 @@ def train(config: RunConfig) -> None:
     with refusals():
         model = model_config(run.arguments, kind)
     record = accept_on_first_rank(run, start, datasets)
-    if not run.arguments["skip_train"] and (finished := nothing_left(run.schedule, start)):
+    if not run.conduct.skip_train and (finished := nothing_left(run.schedule, start)):
         print_rank_0(finished, rank=run.layout.rank)
         return
     verify_share(start.checkpoint.checksums, run.layout.rank, run.layout.world_size)
@@ -91,12 +91,12 @@ def introduction(run: Run, start: Start, datasets: Datasets) -> str:
 def prepare_megatron(run: Run, start: Start) -> None:
     """Mend Megatron's loop as this run needs it."""
     apply_patches(get_training_schedule, write_checksums)
-    if start.resumed and run.arguments["no_load_optim"]:
+    if start.resumed and run.conduct.fresh_optimizer:
         learning_rate.start_schedule_at(start.samples)
     if run.folders.save is None:
         training_loop.save_nothing()
-    if run.arguments["exit_signal_handler"]:
-        shield_helpers(run.arguments["exit_signal"])
+    if run.conduct.exit_signal is not None:
+        shield_helpers(run.conduct.exit_signal)
 
 
 def begin_checks(

@@ -1,5 +1,6 @@
 """What the parts of training need to know of a run, read off Megatron's arguments once."""
 
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -49,15 +50,33 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Conduct:
+    """What a run does beside its steps.
+
+    Attributes:
+        skip_train: it evaluates alone.
+        fresh_optimizer: a checkpoint's optimizer state is not loaded.
+        check_for_nan: of log-probs, before the optimizer sees them.
+        exit_signal: at which it saves and ends, where there is one.
+    """
+
+    skip_train: bool
+    fresh_optimizer: bool
+    check_for_nan: bool
+    exit_signal: signal.Signals | None
+
+
+@dataclass(frozen=True)
 class Run:
     """A run that is about to start.
 
     Attributes:
         config: as it was asked for.
-        layout, batch, precision, schedule, folders: of it.
+        layout, batch, precision, schedule, folders, conduct: of it.
         save_interval: steps between checkpoints, where there are any.
         vocab_size: rows of the model's vocabulary, without padding.
-        arguments: all of Megatron's, by name, read only: to compare with those of a checkpoint.
+        arguments: all of Megatron's, by name, read only: to build the model, and to compare with
+            those of a checkpoint and of an earlier attempt.
     """
 
     config: RunConfig
@@ -66,6 +85,7 @@ class Run:
     precision: Precision
     schedule: Schedule
     folders: Folders
+    conduct: Conduct
     save_interval: int | None
     vocab_size: int
     arguments: Mapping[str, Any]
@@ -93,6 +113,12 @@ class Run:
             ),
             schedule=Schedule.read(values),
             folders=Folders.read(values),
+            conduct=Conduct(
+                skip_train=values["skip_train"],
+                fresh_optimizer=values["no_load_optim"],
+                check_for_nan=values["check_for_nan_in_loss_and_grad"],
+                exit_signal=values["exit_signal"] if values["exit_signal_handler"] else None,
+            ),
             save_interval=values["save_interval"],
             vocab_size=values["padded_vocab_size"],
             arguments=MappingProxyType(dict(values)),

@@ -113,7 +113,7 @@ class TrainingStep:
         Raises:
             UserError: NaN or infinite; names the records.
         """
-        if not self.run.arguments["check_for_nan_in_loss_and_grad"]:
+        if not self.run.conduct.check_for_nan:
             return
         bad = ~torch.isfinite(sums.detach()).all(dim=1)
         self.unchecked.append((row["indices"], bad))

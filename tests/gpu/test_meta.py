@@ -154,7 +154,7 @@ def loss_of(monkeypatch):
         run: Any = SimpleNamespace(
             config=SimpleNamespace(method=method),
             schedule=SimpleNamespace(total=80),
-            arguments={"check_for_nan_in_loss_and_grad": True},
+            conduct=SimpleNamespace(check_for_nan=True),
         )
         step = training_step.TrainingStep(run, data)
         with torch.utils._python_dispatch._disable_current_modes():  # collating is the host's
