@@ -69,6 +69,30 @@ def check_positive(job: Any, *names: str) -> None:
             raise UserError(f"{flag(name)} is {value!r}, expected a whole number of at least 1")
 
 
+def check_number(
+    job: Any, name: str, *, least: float = 0.0, most: float = math.inf, above: bool = False
+) -> None:
+    """Refuse a field of a job that is neither a finite number in a range nor None.
+
+    Args:
+        job: has the field.
+        name: of it.
+        least, most: ends of the range, both in it.
+        above: leave `least` out.
+
+    Raises:
+        UserError: it is not.
+    """
+    value = getattr(job, name)
+    if value is None:
+        return
+    if math.isfinite(value) and least <= value <= most and not (above and value == least):
+        return
+    low = "above" if above else "of at least"
+    high = "" if math.isinf(most) else f", {most:g} at most"
+    raise UserError(f"{flag(name)} is {value}, expected a number {low} {least:g}{high}")
+
+
 def check_files(job: Any, name: str) -> None:
     """Refuse a field of a job that is not a list of files.
 

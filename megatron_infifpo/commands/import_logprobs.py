@@ -31,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command = commands.add_parser("published", help="the dataset format of the InfiFPO paper")
     add_record_flags(command)
     command.add_argument(
-        "--names", nargs="+", default=[], metavar="NAME", help="of the sources (default: source1 …)"
+        "--names",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="of the sources (default: source1 ...)",
     )
     command.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="folder for all datasets"

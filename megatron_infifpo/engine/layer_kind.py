@@ -72,7 +72,15 @@ class LayerKind:
             tensor_parallel: ranks that compute a row together.
             fp8_recipe: Megatron's name of how FP8 is scaled; None without FP8.
             share_prompt: None: where the layers can.
+
+        Raises:
+            UserError: they cannot.
         """
+        if share_prompt and not self.shares_prompts:
+            raise UserError(
+                "--share-prompt does not work with Transformer Engine's attention: leave out one "
+                "of it and --te-attention"
+            )
         shared = self.shares_prompts if share_prompt is None else share_prompt
         products = 1 if fp8_recipe is None else FP8_TOKENS.get(fp8_recipe, 16)
         return RowLayout(tensor_parallel, products, shared)

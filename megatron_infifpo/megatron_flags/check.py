@@ -1,7 +1,8 @@
 """Ask of given arguments which of Megatron's flags cannot be, and why."""
 
 import argparse
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
@@ -13,6 +14,8 @@ from megatron_infifpo.megatron_flags.running import RUNNING
 from megatron_infifpo.patches import cpu
 
 GROUPS = MODEL | RUNNING
+# Other characters become question marks.
+_ASCII = str.maketrans({"—": "-", "–": "-", "…": "...", "‘": "'", "’": "'", "“": '"', "”": '"'})
 _NEW = "it is not in the table of Megatron's flags (megatron_infifpo/megatron_flags)"
 _ON_CPU = "it is for GPUs, and this run is on a CPU"
 
@@ -25,9 +28,41 @@ class _RefuseYaml(argparse.Action):
         raise UserError(f"--yaml-cfg {refusal('experimental', 'yaml_cfg', values)}")
 
 
-def refuse_yaml(parser: argparse.ArgumentParser) -> None:
-    """Refuse `--yaml-cfg` where it is read, as long as there are arguments to check."""
+def mend(parser: argparse.ArgumentParser) -> None:
+    """Make a parser with Megatron's flags fit to be used.
+
+    `--yaml-cfg` is refused where it is read, as long as there are arguments to check. Some help
+    texts hold a lone percent sign, or what not every terminal can print; some values that cannot be
+    would end in a traceback.
+    """
     parser._option_string_actions["--yaml-cfg"] = _RefuseYaml(["--yaml-cfg"], "yaml_cfg")
+    formatter = argparse.HelpFormatter(parser.prog)
+    for action in parser._actions:
+        if action.help and not action.help.isascii():
+            action.help = action.help.translate(_ASCII).encode("ascii", "replace").decode()
+        try:
+            if action.help:
+                formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%") if action.help else None
+        if getattr(action.type, "__module__", "").startswith("megatron."):
+            assert callable(action.type)
+            action.type = _reader(action.type, action.choices)
+
+
+def _reader(kind: Callable[[str], Any], choices: Iterable[Any] | None) -> Callable[[str], Any]:
+    """Read a value as `kind` does, and refuse one that it has no sentence for."""
+
+    @functools.wraps(kind)
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except (KeyError, NameError, SyntaxError):
+            names = [each.name if isinstance(each, Enum) else str(each) for each in choices or ()]
+            expected = f"expected one of {', '.join(names)}" if names else "which it cannot be"
+            raise argparse.ArgumentTypeError(f"{text!r}, {expected}") from None
+
+    return read
 
 
 def flags(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:

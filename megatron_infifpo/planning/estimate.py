@@ -7,6 +7,7 @@ from typing import Any
 from megatron_infifpo.engine.kept import LOCAL_KEPT, TE_ATTENTION_KEPT, TE_KEPT
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import tensor_parallel_sizes
+from megatron_infifpo.flag_types import check_number
 from megatron_infifpo.planning.plan import GIB, Layout, Memory, Plan, layouts
 from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SPARING
 from megatron_infifpo.rows.layout import RowLayout
@@ -60,8 +61,11 @@ class PlanningJob:
         """Refuse what no run can be.
 
         Raises:
-            UserError: these layers cannot do that.
+            UserError: a value out of its range, or these layers cannot do that.
         """
+        check_number(self, "gpu_memory", above=True)
+        check_number(self, "gpu_tflops", above=True)
+        check_number(self, "mfu", most=1.0, above=True)
         if self.layers == "te-attention" and self.share_prompt:
             raise UserError("--layers te-attention cannot share prompts: pass --no-share-prompt")
         if self.layers == "local" and self.precision == "fp8":

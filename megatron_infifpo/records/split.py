@@ -18,7 +18,7 @@ from megatron_infifpo.records.records import (
     listed,
     plain_text,
 )
-from megatron_infifpo.storage.aside import Aside
+from megatron_infifpo.storage.aside import Aside, make_folder
 
 
 def split_records(
@@ -54,7 +54,7 @@ def split_records(
             raise UserError(f"{path} is to be written as JSON lines, expected a name in .jsonl")
         if path.exists():
             raise UserError(f"{path} exists: delete it or choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     counts, report = [0, 0], ReadReport()
     records = iter_records(files, on_bad=on_bad, report=report)
     with Aside() as aside, contextlib.ExitStack() as stack:

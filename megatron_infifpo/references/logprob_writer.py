@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.references.logprob_store import FORMAT
-from megatron_infifpo.storage.aside import Aside
+from megatron_infifpo.storage.aside import Aside, make_folder
 from megatron_infifpo.storage.documents import DocumentWriter, write_array
 from megatron_infifpo.storage.notes import Notes
 
@@ -59,7 +59,7 @@ class LogprobWriter:
         if missing:
             raise ValueError(f"the manifest lacks {', '.join(missing)}, expected all of {REQUIRED}")
         self.prefix, self.responses, self.fields = str(prefix), list(responses), dict(manifest)
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(prefix).parent)
         self._files = Aside()
         self._documents = DocumentWriter(self.prefix, np.float32, self._files) if values else None
         # Arrays of C numbers: a million records must not become millions of Python objects.

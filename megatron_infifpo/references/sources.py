@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.storage.yaml_files import read_yaml
 
 # What recipes say of a source themselves, and where from.
 _GIVEN = {
@@ -80,10 +81,10 @@ def read_sources(path: str | Path, *, domains: Sequence[str] | None = None) -> S
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}), expected a sources.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML ({reason})") from None
     _check_keys(content, str(path), required=("initial",), optional=("sources",))

@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.report.collect import method_of, read_curves, read_pairs
 from megatron_infifpo.report.html import Page
+from megatron_infifpo.storage.aside import make_folder
 from megatron_infifpo.training.provenance import read_run
 
 
@@ -74,6 +75,6 @@ def write_report(job: ReportJob) -> Path:
     sections.speed(page, curves)
     sections.provenance(page, found)
     output = job.output or job.run / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     output.write_text(page.render(), encoding="utf-8")
     return output

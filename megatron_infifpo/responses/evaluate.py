@@ -113,7 +113,7 @@ def choose(job: EvaluationJob) -> dict[str, Benchmark]:
         able = {
             n: b for n, b in BENCHMARKS.items() if b.task and (options.run_code or not b.runs_code)
         }
-        left = ", ".join(BENCHMARKS.keys() - able.keys())
+        left = ", ".join(name for name in BENCHMARKS if name not in able)
         print(f"left out: {left} (see --list and --run-code)")
         return able
     chosen = {}

@@ -13,7 +13,7 @@ from megatron_infifpo.records.read_report import report_skipped
 from megatron_infifpo.records.split import to_json
 from megatron_infifpo.responses.labels import label, read_responses
 from megatron_infifpo.responses.scorers import Judge, open_judge
-from megatron_infifpo.storage.aside import whole_file
+from megatron_infifpo.storage.aside import make_folder, whole_file
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def label_responses(job: LabellingJob) -> Labelled:
             raise UserError(f"--pivot is {job.pivot!r}, expected one of {', '.join(models)}")
     score, name = open_judge(job.judge), job.judge.identity
     dropped: Counter[str] = Counter()
-    job.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(job.output.parent)
     cache = Path(f"{job.output}.scores")
     count = 0
     with whole_file(job.output) as aside, aside.open("w", encoding="utf-8") as file:

@@ -10,6 +10,7 @@ import torch
 
 from megatron_infifpo.engine.hf_model import check_folder
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import check_number
 from megatron_infifpo.records.read_report import ReadReport
 from megatron_infifpo.responses.completing import Wanted
 from megatron_infifpo.responses.engines import (
@@ -84,8 +85,9 @@ class SamplingJob:
         """
         if self.output is None and not self.check_only:
             raise UserError("--output is missing: expected the file to write")
-        if self.how.temperature < 0 or not 0 < self.how.top_p <= 1:
-            raise UserError("expected --temperature from 0 on and --top-p above 0, up to 1")
+        check_number(self.how, "temperature")
+        check_number(self.how, "top_p", most=1.0, above=True)
+        check_number(self, "check_tolerance")
         if self.check_only and not self.check:
             raise UserError("--check-only and --check 0 exclude each other")
         if (self.engine == "server") != (self.server is not None):

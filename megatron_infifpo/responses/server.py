@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import check_number
 from megatron_infifpo.responses.answers import (
     MARKERS,
     REFUSED,
@@ -57,11 +58,12 @@ class ServerOptions:
     skip_refused: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what is no address.
+        """Refuse what is no address, and what is no time.
 
         Raises:
             UserError: it is none.
         """
+        check_number(self, "server_timeout", above=True)
         if not self.server.startswith(("http://", "https://")):
             raise UserError(f"--server is {self.server}, expected such as http://localhost:8000/v1")
 

@@ -11,6 +11,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from megatron_infifpo.errors import UserError
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder, and those that it is in, where they are not there.
+
+    Raises:
+        UserError: it cannot be made, such as where a file has its name.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
+
 
 class Aside:
     """Files that are written aside and get their names together, the first one first.
@@ -100,7 +114,8 @@ def whole_folder(
     try:
         if first:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            make_folder(aside.parent)
+            aside.mkdir()
         wait()
         yield aside
         wait()

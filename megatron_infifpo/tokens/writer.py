@@ -12,7 +12,7 @@ import numpy as np
 from megatron_infifpo import __version__
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import RESPONSES, PreferenceRecord, canonical_bytes
-from megatron_infifpo.storage.aside import Aside
+from megatron_infifpo.storage.aside import Aside, make_folder
 from megatron_infifpo.storage.documents import DocumentWriter, write_array
 from megatron_infifpo.storage.notes import Notes, counted
 from megatron_infifpo.tokens.dataset import FORMAT
@@ -71,7 +71,7 @@ class _Writer:
 
     def __init__(self, prefix: str) -> None:
         self.prefix, self.files = prefix, Aside()
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(prefix).parent)
         self.tokens = DocumentWriter(prefix, np.int32, self.files)
         self.ids = DocumentWriter(f"{prefix}_ids", np.uint8, self.files)
         self.domains: dict[str, int] = {}

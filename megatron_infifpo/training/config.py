@@ -16,8 +16,8 @@ from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 from megatron_infifpo.engine.environment import report  # noqa: E402
 from megatron_infifpo.errors import UserError  # noqa: E402
-from megatron_infifpo.flag_types import flag, positive  # noqa: E402
-from megatron_infifpo.megatron_flags.check import defaults, refuse_yaml, unsupported  # noqa: E402
+from megatron_infifpo.flag_types import check_number, flag, positive  # noqa: E402
+from megatron_infifpo.megatron_flags.check import defaults, mend, unsupported  # noqa: E402
 from megatron_infifpo.methods import Method, add_method_flags, method_from_options  # noqa: E402
 from megatron_infifpo.training.config_file import CONFIG, with_file  # noqa: E402
 
@@ -28,6 +28,8 @@ def _flag(help: str, default: Any = None, **how: Any) -> Any:
 
 
 _CHECK = {"choices": ["error", "warn", "off"]}
+_COUNTS = ("micro_batch_size", "global_batch_size", "train_iters", "train_samples")
+MOST_SEED = 2**31 - 1  # NumPy's generators take 32 bits, and Megatron adds to it by rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +145,7 @@ class RunConfig:
             raise UserError("--preference-data is missing: the prefix of the pivot's token dataset")
         self._check_data()
         self._check_batch()
-        if self.share_prompt and self.te_attention:
-            raise UserError(
-                "--share-prompt does not work with Transformer Engine's attention: leave out one "
-                "of it and --te-attention"
-            )
+        check_number(self, "reference_tolerance")
         if self.share_prompt is not None and self.method.responses == 1:
             raise UserError(
                 f"--share-prompt has no effect: {self.method.objective} sees one response"
@@ -178,11 +176,16 @@ class RunConfig:
             raise UserError("give one of --micro-batch-size (pairs) and --micro-batch-tokens")
         if self.flags["global_batch_size"] is None:
             raise UserError("give --global-batch-size, in pairs")
-        epochs = self.preference_epochs
-        if epochs is not None and epochs < 1:
-            raise UserError(f"--preference-epochs is {epochs}, expected at least 1")
+        for name in ("preference_epochs", *_COUNTS):
+            value = self.named()[name]
+            if value is not None and value < 1:
+                raise UserError(f"{flag(name)} is {value}, expected at least 1")
+        if not 0 <= self.flags["seed"] <= MOST_SEED:
+            raise UserError(
+                f"--seed is {self.flags['seed']}, expected a whole number from 0 to {MOST_SEED}"
+            )
         for name in ("train_iters", "train_samples"):
-            if epochs is not None and self.flags[name] is not None:
+            if self.preference_epochs is not None and self.flags[name] is not None:
                 raise UserError(
                     f"--preference-epochs has no effect with {flag(name)}: give one of them"
                 )
@@ -247,16 +250,4 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="print what is installed and what each part would use, and exit",
     )
     add_megatron_arguments(parser)
-    refuse_yaml(parser)
-    _escape_help(parser)
-
-
-def _escape_help(parser: argparse.ArgumentParser) -> None:
-    """Make `--help` work: some of Megatron's help texts hold a lone percent sign."""
-    formatter = argparse.HelpFormatter(parser.prog)
-    for action in parser._actions:
-        try:
-            if action.help:
-                formatter._expand_help(action)
-        except (ValueError, TypeError, KeyError):
-            action.help = action.help.replace("%", "%%") if action.help else None
+    mend(parser)

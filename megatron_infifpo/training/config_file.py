@@ -1,6 +1,7 @@
 """A run's flags in a YAML file, as words of a command line."""
 
 import argparse
+import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.storage.yaml_files import read_yaml
 
 CONFIG = "--config"
 # What is for a command line alone.
@@ -19,18 +21,21 @@ def with_file(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str
     """Put the flags of `--config FILE` before the words, so that these have the last say.
 
     Raises:
-        UserError: the file cannot be read, or names no flag of the parser.
+        UserError: the file cannot be read, names no flag of the parser or one twice, or has a value
+            that cannot be; or there are two files.
     """
     first = argparse.ArgumentParser(parser.prog, add_help=False, allow_abbrev=False)
-    first.add_argument(CONFIG)
+    first.add_argument(CONFIG, action="append", default=[])
     found, rest = first.parse_known_args(words)
-    return rest if found.config is None else [*file_words(parser, Path(found.config)), *rest]
+    if len(found.config) > 1:
+        raise UserError(f"--config is given twice, {' and '.join(found.config)}: expected one file")
+    return [word for path in found.config for word in file_words(parser, Path(path))] + rest
 
 
 def file_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     """Read a file of flags by name, with dashes or underscores; errors as `with_file`."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path, texts=True, same=_key)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config {path} cannot be read: {reason}") from None
@@ -48,9 +53,15 @@ def file_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
             choices = ", ".join(key.replace("_", "-") for key in near)
             raise UserError(
                 f"--config {path}: {name} is no flag of a run, expected "
-                f"{choices or 'those'} of infifpo train --help"
+                f"{choices or 'one'} of infifpo train --help"
             )
         words += _words(*options[_key(str(name))], value, f"--config {path}: {name} is {value!r}")
+    trial = copy.copy(parser)  # which tells of a bad word of the file, where a command would exit
+    trial.exit_on_error = False
+    try:
+        trial.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"--config {path}: {error}") from None
     return words
 
 

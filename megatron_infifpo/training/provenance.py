@@ -19,7 +19,7 @@ from megatron_infifpo.families.architecture import carry_architecture
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
-from megatron_infifpo.storage.aside import Aside
+from megatron_infifpo.storage.aside import Aside, make_folder
 from megatron_infifpo.storage.checkpoints import RUN_FILE
 from megatron_infifpo.storage.manifests import Format
 from megatron_infifpo.training.lock import RunLock
@@ -155,9 +155,9 @@ def record_run(save: str, run: dict[str, Any], pivot: Path, lock: RunLock) -> No
         lock: of the folder; it is taken.
 
     Raises:
-        UserError: another run writes there.
+        UserError: another run writes there, or nobody can.
     """
-    Path(save).mkdir(parents=True, exist_ok=True)
+    make_folder(save)
     lock.take()
     with Aside() as files:
         FORMAT.write(Path(save) / RUN_FILE.removesuffix(".json"), run, files)

@@ -4,6 +4,7 @@ Megatron's warm-up begins with a step at rate 0, which moves nothing and counts 
 Here it begins one step higher, unless `--lr-warmup-init` says where.
 """
 
+import math
 import types
 import warnings
 from collections.abc import Mapping
@@ -132,6 +133,9 @@ def check_rates(schedule: Schedule, start: int, *, warn: bool = True) -> None:
     """
     if schedule.peak is None:
         raise UserError("give --lr, the learning rate")
+    for name, rate in (("--lr", schedule.peak), ("--min-lr", schedule.lowest)):
+        if not math.isfinite(rate):
+            raise UserError(f"{name} is {rate}, expected a finite number")
     if schedule.peak == 0:
         if warn:
             warnings.warn("--lr is 0: no step will move a weight", stacklevel=2)

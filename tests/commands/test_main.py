@@ -40,6 +40,7 @@ def test_pages(name):
     """Stored pages are those of the parsers: python -m megatron_infifpo.commands.help."""
     for page, text in pages_of(name).items():
         assert (PAGES / f"{page}.txt").read_text(encoding="utf-8") == text
+        assert text.isascii(), "not every terminal can print it"
 
 
 def test_no_other_pages():

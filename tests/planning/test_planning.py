@@ -1,11 +1,18 @@
 """Costs on paper: parameters of the published models, memory by layout, operations."""
 
+import functools
+import math
+from typing import Any
+
 import pytest
 import torch
 
 from megatron_infifpo.commands.main import make_parser
 from megatron_infifpo.engine.kept import TE_KEPT
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import PUBLISHED, megatron_args, tensor_parallel_sizes
+from megatron_infifpo.flag_types import flag as spelled
+from megatron_infifpo.planning.estimate import PlanningJob
 from megatron_infifpo.planning.plan import Layout, Plan, layouts
 from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SPARING
 from support.saves import LiveBytes
@@ -145,3 +152,13 @@ def test_numbers_that_are_none(flag, capsys):
             parser.parse_args(["--model", "m", "--gpus", "8", flag, value])
         assert stopped.value.code == 2
         assert f"argument {flag}: {value!r}, expected a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gpu_memory", "gpu_tflops", "mfu"])
+def test_jobs_that_cannot_be(name):
+    job: Any = functools.partial(PlanningJob, {}, 8)
+    for value in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(
+            UserError, match=f"{spelled(name)} is {value}, expected a number above 0"
+        ):
+            job(**{name: value})

@@ -40,6 +40,9 @@ def test_sources_may_be_absent(tmp_path):
 
 BAD = {
     "[1": "not valid YAML",
+    "initial: p\ninitial: q": "not valid YAML .initial is given twice, in lines 1 and 2",
+    "initial: p\nsources: [{name: a, logprobs: b, name: c}]": "name is given twice, in line 2",
+    "initial: 2026-99-99": "not valid YAML",
     "": "sources.yaml is None, expected the keys initial, sources",
     "sources: []": "lacks the key 'initial'",
     "initial: 3": "initial is 3, expected the prefix",

@@ -15,6 +15,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses import evaluate as evaluate_module
 from megatron_infifpo.responses import evaluation
 from megatron_infifpo.responses.benchmarks import BENCHMARKS, Benchmark, score_of, table
+from megatron_infifpo.responses.evaluate import EvaluationJob, choose
 from megatron_infifpo.responses.harness import open_harness
 from support import tiny
 from support.launcher import ROOT
@@ -282,3 +283,10 @@ def test_table():
     assert score_of("DROP", {"em,none": 0.1, "f1,none": 0.25}) == 25.0
     with pytest.raises(UserError, match="reports em,none"):
         score_of("DROP", {"em,none": 0.1})
+
+
+def test_what_is_left_out(tmp_path, capsys):
+    """In the order of the list, the same in every process."""
+    chosen = choose(EvaluationJob({"base": "folder"}, tmp_path))
+    said = capsys.readouterr().out.removeprefix("left out: ").split(" (see")[0].split(", ")
+    assert said == [name for name in BENCHMARKS if name not in chosen] and len(said) > 1

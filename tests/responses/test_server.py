@@ -159,6 +159,21 @@ def test_refusals(ask, capsys):
             ask(lambda question, body=body: (200, body), output="c.jsonl")
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["--temperature nan", "--temperature -1", "--temperature inf", "--top-p nan", "--top-p 0",
+     "--top-p 1.1", "--check-tolerance nan", "--check-tolerance=-1"],
+)  # fmt: skip
+def test_numbers_that_cannot_be(sample, words):
+    with pytest.raises(UserError, match="is [-.a-z0-9]+, expected a number (above|of at least) 0"):
+        sample(*words.split())
+
+
+def test_a_time_that_cannot_be(sample, server):
+    with pytest.raises(UserError, match="--server-timeout is nan, expected a number above 0"):
+        sample("--engine", "server", "--server", server.url, "--server-timeout", "nan")
+
+
 def test_flags_that_go_together(sample, server):
     with pytest.raises(UserError, match="go together"):
         sample("--server", server.url)

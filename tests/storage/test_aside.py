@@ -1,10 +1,12 @@
 """What has its name is whole: files, several files with a manifest, and folders."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from megatron_infifpo.storage.aside import Aside, whole_file, whole_folder, write_text
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.storage.aside import Aside, make_folder, whole_file, whole_folder, write_text
 
 
 def names(folder):
@@ -78,3 +80,16 @@ def test_other_ranks_leave_the_folder_to_the_first(tmp_path):
         assert aside.is_dir()
         raise RuntimeError
     assert names(tmp_path) == [".save.partial"]
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    """In a sentence; a file that is missing elsewhere keeps its traceback."""
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/x"), Path("/proc/x/z")):
+        with pytest.raises(UserError, match=f"cannot make the folder {path}: "):
+            make_folder(path)
+    with pytest.raises(UserError, match="cannot make the folder"), whole_folder("/proc/x/z"):
+        pass
+    assert names(tmp_path) == ["a", "file"]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatron_infifpo.engine.layer_kind import KINDS
+from megatron_infifpo.commands.main import make_parser, run_command
+from megatron_infifpo.engine.layer_kind import KINDS, choose_kind
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.training.config import RunConfig
+from megatron_infifpo.training.config import RunConfig, run_parser
 from megatron_infifpo.training.data import open_datasets
 from megatron_infifpo.training.megatron_args import megatron_args, rows_of
 from megatron_infifpo.training.settings import Run
@@ -71,15 +72,20 @@ def test_the_command_line_goes_before_the_file(file):
     ("text", "message"),
     [
         ("lrr: 1", "run.yaml: lrr is no flag of a run, expected lr of infifpo train --help"),
-        ("zzzzzz: 1", "zzzzzz is no flag of a run, expected those of infifpo train --help"),
+        ("zzzzzz: 1", "zzzzzz is no flag of a run, expected one of infifpo train --help"),
+        ("lr: 1\nbeta: 2\nlr: 3", "cannot be read: lr is given twice, in lines 1 and 3"),
+        ("lr: 1\n--lr: 3", "cannot be read: --lr is given twice, in lines 1 and 2"),
+        ("share_prompt: true\nshare-prompt: true", "share-prompt is given twice, in lines 1 and 2"),
         ("environment: true", "environment is no flag"),
         ("config: others.yaml", "config is no flag"),
-        ("bf16: 3", "bf16 is 3, expected true or false: the flag takes no value"),
+        ("bf16: 3", "bf16 is '3', expected true or false: the flag takes no value"),
         ("lr: true", "lr is True, expected a value"),
-        ("lr: [1, 2]", "lr is .1, 2., expected a value"),
+        ("lr: [1, 2]", "lr is .'1', '2'., expected a value"),
+        ("bf16: yes", "bf16 is 'yes', expected true or false"),
+        ("seed: 1:30", "run.yaml: argument --seed: invalid int value: '1:30'"),
         ("profile-ranks: {a: 1}", "profile-ranks is .*, expected a list"),
-        ("lr: much", "argument --lr: invalid float value: 'much'"),
-        ("tokenizer-check: 'no'", "argument --tokenizer-check: invalid choice: 'no'"),
+        ("lr: much", "run.yaml: argument --lr: invalid float value: 'much'"),
+        ("tokenizer-check: no", "run.yaml: argument --tokenizer-check: invalid choice: 'no'"),
         ("- lr", "run.yaml holds no flags: expected `name: value`, one a line"),
         ("lr: [", "run.yaml cannot be read: while parsing"),
         ("num-experts: 4", "--num-experts is not supported"),
@@ -106,7 +112,22 @@ def test_no_file(file):
         ("--preference-valid-sources x", "-sources has no effect without --preference-valid-data"),
         ("--preference-valid-data x", "--preference-valid-sources is missing: .* log-probs of x"),
         ("--method sft", "--preference-sources has no effect with --method sft"),
-        ("--share-prompt --te-attention", "leave out one of it and --te-attention"),
+        ("--train-iters 0", "--train-iters is 0, expected at least 1"),
+        ("--train-samples -8", "--train-samples is -8, expected at least 1"),
+        ("--global-batch-size 0", "--global-batch-size is 0, expected at least 1"),
+        ("--micro-batch-size 0", "--micro-batch-size is 0, expected at least 1"),
+        ("--seed -3", "--seed is -3, expected a whole number from 0 to 2147483647"),
+        ("--seed 99999999999999999999", "--seed is 9+, expected a whole number from 0"),
+        (
+            "--reference-tolerance nan",
+            "--reference-tolerance is nan, expected a number of at least",
+        ),
+        (
+            "--reference-tolerance=-1",
+            "--reference-tolerance is -1.0, expected a number of at least",
+        ),
+        ("--attention-backend foo", "--attention-backend: 'foo', expected one of flash, fused"),
+        ("--cuda-graph-modules foo", "--cuda-graph-modules: 'foo', which it cannot be"),
         ("--lr-wsd-decay-iters 3", "have? no effect without --lr-decay-style WSD|has no effect"),
         ("--unknown", "unrecognized arguments: --unknown"),
     ],
@@ -114,6 +135,36 @@ def test_no_file(file):
 def test_refused_words(more, message):
     with pytest.raises(UserError, match=message):
         made(*more.split())
+
+
+def test_texts_stay_texts(file):
+    """YAML would take these for 8, false and a date."""
+    file.write_text(f"{FILE}\nsave: 010\nreference-check: off\ntensorboard-dir: 2026-07-01\n")
+    words = ["--save", "010", "--reference-check", "off", "--tensorboard-dir", "2026-07-01"]
+    assert RunConfig.from_file(file) == made(*words)
+
+
+def test_one_file(file):
+    with pytest.raises(UserError, match="--config is given twice, .*run.yaml and b.yaml: expected"):
+        made("--config", str(file), "--config", "b.yaml")
+
+
+def test_a_command_names_the_file(file):
+    """Where it would print its usage for a word of the command line."""
+    file.write_text("lr: much")
+    with pytest.raises(UserError, match="run.yaml: argument --lr: invalid float value: 'much'"):
+        run_command("train", ["--config", str(file)])
+    assert make_parser("train")[1].exit_on_error and run_parser().exit_on_error
+
+
+def test_attention_that_cannot_share_prompts():
+    """Said once Transformer Engine is there."""
+    config = made("--share-prompt", "--te-attention")
+    with pytest.raises(UserError, match="leave out one of it and --te-attention"):
+        rows_of(config, KINDS["te-attention"])
+    assert not rows_of(made("--te-attention"), KINDS["te-attention"]).share_prompt
+    with pytest.raises(UserError, match="--te-attention needs Transformer Engine's layers, but"):
+        choose_kind(half=False, te_attention=True)
 
 
 def test_what_is_missing():

@@ -54,6 +54,14 @@ def test_short_runs_learn(style, steps, warm_up):
         assert found == [1e-3]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", math.nan), ("lr", math.inf), ("min_lr", math.nan)]
+)
+def test_no_numbers(name, value):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is .*, expected a finite"):
+        check_rates(schedule(**{name: value}), 0)
+
+
 def test_the_user_says_where_warm_up_begins():
     assert rates(schedule(lr_warmup_iters=4, lr_warmup_init=1e-5), 0)[0] == 1e-5
 
