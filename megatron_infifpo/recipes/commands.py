@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.references.sources import read_sources
+from megatron_infifpo.scoring.job import BACKENDS
 
 RUN = "runs/phi4"
 PIVOT = "models/phi-4"
@@ -146,7 +147,9 @@ def score(
         source = config.sources[index - 1]
         name, output, domains = source.name, source.logprobs, source.domains or ()
         options |= source.score
-        if options["backend"] != "megatron":  # and has no layout, where the source says none
+        backend = BACKENDS.get(str(options["backend"]))
+        if backend and "pipeline_parallel" not in backend.takes:
+            # It has no layout where the source says none.
             options = {k: v for k, v in options.items() if k not in layout or k in source.score}
         if "model" not in source.score:
             raise UserError(
@@ -201,10 +204,13 @@ def infifpo(
         bf16: train in bfloat16, else float32.
         flags: further ones of `infifpo train`, Megatron's included.
     """
-    half = "sft" if method == "sft" else "preference"
+    from megatron_infifpo.methods import METHODS  # here: it imports torch
+
+    sft = method in METHODS and METHODS[method].reference is None
+    half = "sft" if sft else "preference"
     arguments = ["train", "--method", method]
     arguments += ["--preference-data", f"{run}/data/{half}"]
-    if method != "sft":
+    if not sft:
         arguments += ["--preference-sources", f"{run}/sources.yaml"]
     if beta is not None:
         arguments += ["--beta", str(beta)]

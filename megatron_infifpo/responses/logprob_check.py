@@ -46,7 +46,7 @@ class Scorer:
         # Here: it imports Megatron, which takes seconds.
         from megatron_infifpo.scoring.transformers_backend import TransformersBackend
 
-        self._backend = TransformersBackend.around(network)
+        self._backend = TransformersBackend(network)
         self.by_length = self._backend.rule.by_length
 
     def __call__(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Tensor:

@@ -3,14 +3,43 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.flag_types import check_choice, check_files, check_positive
+from megatron_infifpo.flag_types import check_choice, check_files, check_positive, check_types
 from megatron_infifpo.records.records import ON_BAD
+from megatron_infifpo.rows import Row
+from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.tokens.options import TokenizerOptions
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 OVER_CONTEXT = ("mask", "cut")
+
+
+class ScoringModel(Protocol):
+    """This rank's part of a model, run forward by a backend.
+
+    Attributes:
+        layout: of the rows that it takes.
+        vocab_size: ids that it knows, padding included.
+        data_parallel_rank, data_parallel_size: which of the shards are this rank's.
+        is_writer: whether this rank has the results, once for each shard.
+    """
+
+    layout: RowLayout
+    vocab_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    is_writer: bool
+
+    def __call__(self, rows: list[Row], on_row: Callable[[Row], None], /) -> "list[Tensor]":
+        """Score collated rows, and call `on_row` with each that is done.
+
+        Returns:
+            The `[K]` float32 log-probs of each row; an empty list where other ranks have them.
+        """
 
 
 @dataclass(frozen=True)
@@ -18,25 +47,24 @@ class Backend:
     """A way to run a model.
 
     Attributes:
-        load: called with a model's folder and the options, it returns this rank's part of the
-            model, which gives log-probs of collated rows when it is called with them.
+        load: called with a model's folder and the options.
         takes: names of its options.
     """
 
-    load: Callable[..., Any]
+    load: Callable[..., ScoringModel]
     takes: tuple[str, ...]
 
 
-def _megatron(directory: str, **options: Any) -> Any:
+def _megatron(directory: str, **options: Any) -> ScoringModel:
     from megatron_infifpo.scoring.megatron_backend import MegatronBackend
 
     return MegatronBackend(directory, **options)
 
 
-def _transformers(directory: str, **options: Any) -> Any:
+def _transformers(directory: str, **options: Any) -> ScoringModel:
     from megatron_infifpo.scoring.transformers_backend import TransformersBackend
 
-    return TransformersBackend(directory, **options)
+    return TransformersBackend.load(directory, **options)
 
 
 BACKENDS = {
@@ -103,6 +131,7 @@ class ScoringJob:
             "micro_batch_tokens",
             "shard_records",
         )
+        check_types(self)
         takes = BACKENDS[self.backend].takes
         if self.tokenizer_options.trust_remote_code and "trust_remote_code" not in takes:
             raise UserError(
@@ -112,7 +141,7 @@ class ScoringJob:
         if self.pipeline_model_parallel_size != 1 and "pipeline_parallel" not in takes:
             raise UserError(f"--backend {self.backend} has no pipeline parallelism: use megatron")
 
-    def load_model(self) -> Any:
+    def load_model(self) -> ScoringModel:
         """Load this rank's part of the model.
 
         Raises:

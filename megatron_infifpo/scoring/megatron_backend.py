@@ -44,8 +44,6 @@ def load_megatron_checkpoint(models: list[GPTModel], directory: str | Path) -> N
 class MegatronBackend:
     """A source model, or the pivot, run forward by Megatron at a parallel layout."""
 
-    name = "megatron"
-
     def __init__(
         self,
         directory: str | Path,

@@ -23,7 +23,7 @@ from megatron_infifpo.records.records import (
 )
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.rows.prefetch import prefetch
-from megatron_infifpo.scoring.job import ScoringJob
+from megatron_infifpo.scoring.job import ScoringJob, ScoringModel
 from megatron_infifpo.scoring.merge import merge
 from megatron_infifpo.scoring.ranks import Progress, on_first_rank
 from megatron_infifpo.scoring.rows import Limits, ShardRows, prepare_shard
@@ -195,7 +195,11 @@ def _check_finished(job: ScoringJob, plan: dict[str, Any]) -> None:
 
 
 def _rows(
-    job: ScoringJob, tokenizer: ChatTokenizer, limits: Limits, model: Any, wanted: set[int]
+    job: ScoringJob,
+    tokenizer: ChatTokenizer,
+    limits: Limits,
+    model: ScoringModel,
+    wanted: set[int],
 ) -> Iterator[ShardRows]:
     """Read and pack this rank's shards, one after the other."""
     for number, records in read_records(job, wanted):
@@ -210,7 +214,9 @@ def _rows(
         )
 
 
-def _score_shard(shard: ShardRows, shards: ShardedJob, model: Any, progress: Progress) -> None:
+def _score_shard(
+    shard: ShardRows, shards: ShardedJob, model: ScoringModel, progress: Progress
+) -> None:
     """Score one shard and write it, from the rank that holds the results."""
     masked = len(shard.records) - sum(len(row) for row in shard.plan)
     progress.add(masked, 0)

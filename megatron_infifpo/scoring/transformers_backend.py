@@ -32,18 +32,31 @@ class TransformersBackend:
     model's own plan.
     """
 
-    name = "transformers"
     layout = PLAIN
 
-    def __init__(
-        self,
+    def __init__(self, model: Any, *, rank: int = 0, ranks: int = 1, is_writer: bool = True):
+        """Take a model of transformers, freshly loaded.
+
+        Args:
+            model: on this rank alone, or a part of it.
+            rank, ranks: which of the data-parallel ones this is, and how many there are.
+            is_writer: whether this rank has the results.
+        """
+        self.model, self.rule, self.device = model, BatchRule(model), model.device
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.data_parallel_rank, self.data_parallel_size = rank, ranks
+        self.is_writer = is_writer
+
+    @classmethod
+    def load(
+        cls,
         directory: str | Path,
         *,
         tensor_parallel: int = 1,
         bf16: bool = False,
         trust_remote_code: bool = False,
-    ):
-        """Load the model.
+    ) -> "TransformersBackend":
+        """Load the model of a folder.
 
         Raises:
             UserError: tensor parallelism over some of the ranks only, or a model that is not whole.
@@ -57,37 +70,24 @@ class TransformersBackend:
         check_folder(directory)  # by each rank, before any waits for another
         sharded = tensor_parallel > 1
         cuda = torch.cuda.is_available() and not cpu.is_enabled()
-        self.device = torch.device("cpu")
+        device = torch.device("cpu")
         if cuda:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(self.device)
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
         if world > 1 and not dist.is_initialized():
             # Data-parallel ranks only wait for each other and exchange small objects.
             backend = "nccl" if cuda and sharded else "gloo"
             dist.init_process_group(backend, timeout=WAIT)
-        placement = {"tp_plan": "auto"} if sharded else {"device_map": {"": self.device}}
+        placement = {"tp_plan": "auto"} if sharded else {"device_map": {"": device}}
         model = load_causal_lm(
             directory,
             dtype=torch.bfloat16 if bf16 else torch.float32,
             trust_remote_code=trust_remote_code,
             **placement,
         )
-        self._take(model)
-        self.data_parallel_rank, self.data_parallel_size = (0, 1) if sharded else (rank, world)
-        self.is_writer = rank == 0 or not sharded
-
-    @classmethod
-    def around(cls, model: Any) -> "TransformersBackend":
-        """Score with a model that is freshly loaded already, on this rank alone."""
-        backend = cls.__new__(cls)
-        backend.device = model.device
-        backend._take(model)
-        backend.data_parallel_rank, backend.data_parallel_size, backend.is_writer = 0, 1, True
-        return backend
-
-    def _take(self, model: Any) -> None:
-        self.model, self.rule = model, BatchRule(model)
-        self.vocab_size: int = model.config.get_text_config().vocab_size
+        if sharded:
+            return cls(model, is_writer=rank == 0)
+        return cls(model, rank=rank, ranks=world)
 
     def __call__(
         self, rows: list[Row], on_row: Callable[[Row], None] = lambda row: None

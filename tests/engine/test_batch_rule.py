@@ -25,7 +25,6 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_infifpo.engine.batch_rule import BatchRule
-from megatron_infifpo.scoring import transformers_backend
 from megatron_infifpo.scoring.transformers_backend import TransformersBackend
 
 SHAPE = {
@@ -97,12 +96,9 @@ def alone(model, text):
 
 
 @pytest.fixture
-def backend(tmp_path, monkeypatch):
+def backend():
     def make(model):
-        monkeypatch.setattr(transformers_backend, "check_folder", lambda _: {})
-        loaded = copy.deepcopy(model)
-        monkeypatch.setattr(transformers_backend, "load_causal_lm", lambda *_, **__: loaded)
-        return TransformersBackend(tmp_path)
+        return TransformersBackend(copy.deepcopy(model))
 
     return make
 

@@ -69,7 +69,11 @@ def test_a_job_is_frozen():
 @pytest.mark.parametrize("name", BACKENDS)
 def test_backends_are_given_what_they_take(monkeypatch, name):
     given: dict[str, Any] = {}
-    backend = dataclasses.replace(BACKENDS[name], load=lambda folder, **options: given | options)
+
+    def load(_: str, **options: Any) -> Any:
+        return given | options
+
+    backend = dataclasses.replace(BACKENDS[name], load=load)
     monkeypatch.setitem(BACKENDS, name, backend)
     more = REMOTE if name == "transformers" else {"pipeline_model_parallel_size": 4}
     job = ScoringJob(**PLAIN | {"backend": name, "tensor_model_parallel_size": 2} | more)

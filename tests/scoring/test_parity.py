@@ -45,7 +45,7 @@ def compare(ranks, hf: Path, rows: list[dict], tp: int, pp: int, folder: Path) -
     """Largest difference of a token's log-prob."""
     torch.save(rows, folder / "rows.pt")
     # In this process, which is free of the CPU stand-ins.
-    expected = TransformersBackend(hf)(rows)
+    expected = TransformersBackend.load(hf)(rows)
     results = ranks(
         tp * pp, "support.scoring:megatron_logprobs", str(hf), str(folder / "rows.pt"), tp, pp
     )

@@ -31,7 +31,7 @@ SIZE = 5  # records of a shard
 @pytest.fixture(scope="module")
 def backend(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    return TransformersBackend(tiny.save_model(folder, "qwen3", vocab_size=VOCABULARY + 4))
+    return TransformersBackend.load(tiny.save_model(folder, "qwen3", vocab_size=VOCABULARY + 4))
 
 
 def score(backend, folder, limits, monkeypatch) -> LogprobStore:
