@@ -26,7 +26,10 @@ setup(
         # 2.12's varlen_attn is the first that takes grouped heads (enable_gqa).
         "torch>=2.12",
         "transformers>=5.0",
+        "huggingface-hub",
+        "jinja2",
         "safetensors",
+        "tokenizers",
         "numpy",
         "psutil",
         "pyyaml",

@@ -1,8 +1,10 @@
 """The pinned environment of clusters: part of that of tests, complete, and without test tools."""
 
+import ast
 import importlib.metadata
 import re
 import runpy
+import sys
 
 import pytest
 from packaging.requirements import Requirement
@@ -13,6 +15,9 @@ from support.launcher import ROOT
 EXTRAS = ("parquet", "report")
 # What a machine's GPUs and driver decide: installed first, see docs/clusters.md.
 OF_THE_MACHINE = ("torch", "triton", "nvidia-", "cuda-", "transformer-engine", "apex")
+
+# Peers of benchmarks, which say that they are missing; and an engine of its own environment.
+GUARDED = {"datasets", "liger_kernel", "trl", "vllm"}
 
 
 def plain(name: str) -> str:
@@ -71,3 +76,25 @@ def test_oldest_versions(required, name, oldest):
     requirements, extras = required
     found = [Requirement(text) for text in requirements + extras["te"]]
     assert [r.specifier for r in found if plain(r.name) == name] == [SpecifierSet(f">={oldest}")]
+
+
+def imported_modules() -> set[str]:
+    """What the package imports of others, at the top of a file or inside functions."""
+    found = set()
+    for path in (ROOT / "megatron_infifpo").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.split(".")[0])
+    return found - sys.stdlib_module_names - {"megatron_infifpo"}
+
+
+def test_what_is_imported_is_declared(required):
+    requirements, extras = required
+    texts = requirements + [text for name in extras if name != "test" for text in extras[name]]
+    declared = {plain(Requirement(text).name) for text in texts}
+    owners = importlib.metadata.packages_distributions()
+    for module in imported_modules() - GUARDED:
+        names = {plain(name) for name in owners.get(module, [module])}
+        assert names & declared, f"{module} is in no list of setup.py"
