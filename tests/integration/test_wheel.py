@@ -70,6 +70,7 @@ def test_the_demo_by_infifpo_alone(venv, tmp_path):
             return list(pool.map(lambda line: infifpo(*line.split()), commands))
 
     score = "score --backend megatron --input pairs.jsonl"
+    together("split --input pairs.jsonl --sft sft.jsonl --preference rest.jsonl", "launch list")
     together(
         "import --hf hf --save pivot",
         "prepare --input pairs.jsonl --tokenizer hf --output data",
@@ -85,7 +86,7 @@ def test_the_demo_by_infifpo_alone(venv, tmp_path):
     ).split())  # fmt: skip
     printed = together(
         "export --load run --save fused",
-        "inspect --data data --sources sources.yaml --id pairs-0",
+        "inspect --data data --sources sources.yaml --id pairs-0 --tokens",
         "check --data data --sources sources.yaml --run run --weights qwen=qwen initial=pivot",
         "report run",
     )
