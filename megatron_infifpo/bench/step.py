@@ -28,7 +28,7 @@ class StepJob:
 
     Attributes:
         model: a Hugging Face folder.
-        folder: where `bench.write_pairs` wrote pairs, with the model's checkpoint in `pivot`.
+        folder: where `jobs.write_pairs` wrote pairs, with the model's checkpoint in `pivot`.
         pairs: of a step.
         longest: tokens of a text.
         micro_batch, peer_batch: pairs at once, of this program and of peers.

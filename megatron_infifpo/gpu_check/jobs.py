@@ -7,7 +7,7 @@ from typing import Any
 from megatron_infifpo.bench.jobs import on_gpu, peak_mib, recorded_training, write_pairs
 
 PAIRS = 16
-# What tiny pairs and models need beside `bench.training_flags`.
+# What tiny pairs and models need beside `bench.jobs.training_flags`.
 SMALL = (
     "--seq-length", "256", "--use-distributed-optimizer", "--log-interval", "1",
 )  # fmt: skip

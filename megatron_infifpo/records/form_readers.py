@@ -1,4 +1,4 @@
-"""Readers of the forms of preference records; `record_forms` says which one reads a record."""
+"""Readers of the forms of preference records; `forms` says which one reads a record."""
 
 import math
 import re

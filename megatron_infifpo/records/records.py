@@ -1,6 +1,6 @@
 """Preference records: files of many forms to one plain form.
 
-Accepted forms: `record_forms.FORMS` (docs/file-formats.md has an example of each).
+Accepted forms: `forms.FORMS` (docs/file-formats.md has an example of each).
 """
 
 import hashlib
@@ -96,7 +96,7 @@ def read_records(
     on_bad: str = "error",
     report: ReadReport | None = None,
 ) -> list[PreferenceRecord]:
-    """Read preference files and folders of `datasets` (`record_files.SUFFIXES`).
+    """Read preference files and folders of `datasets` (`files.SUFFIXES`).
 
     Args:
         paths: the files, read in this order.

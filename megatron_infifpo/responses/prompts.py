@@ -65,7 +65,7 @@ def read_prompts(
     """Read prompts.
 
     Args:
-        inputs: files (`record_files.SUFFIXES`) or folders of `datasets`, each `FILE` or
+        inputs: files (`records.files.SUFFIXES`) or folders of `datasets`, each `FILE` or
             `FILE=COUNT`: so many of its prompts, chosen by their ids alone.
         domain: of records that do not say; default: by the data set's form.
         on_bad: "error" stops at the first bad record, "skip" leaves bad records out.

@@ -1,4 +1,4 @@
-"""Write the pivot's token dataset; `token_dataset` says what its files hold."""
+"""Write the pivot's token dataset; `dataset` says what its files hold."""
 
 import hashlib
 import itertools

@@ -1,12 +1,15 @@
 """What the docs name is there: commands and their flags, files, modules, links."""
 
+import ast
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from megatron_infifpo.commands.main import COMMANDS, PAGES
 from support.launcher import ROOT
+from support.names import MODULES, names_in
 
 # The changelog and the lab log speak of their own day.
 DATED = {ROOT / "CHANGELOG.md", ROOT / "docs" / "lab-log.md"}
@@ -26,8 +29,11 @@ MODULE = re.compile(r"(?<![\w/.-])(megatron_infifpo(?:\.\w+)+)")
 IN_PACKAGE = re.compile(
     r"`((?:[a-z_]+/[\w/]+|losses|reference|logprobs|methods|options)\.py)(?::\s(\w+))?"
 )
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+INDENTED = re.compile(r"(?:^ {4}.*\n|^\n(?= {4}))+", re.M)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
+PACKAGE = "megatron_infifpo"
 ENTRY_POINTS = {"megatron_infifpo.executors"}
 
 
@@ -80,3 +86,32 @@ def test_functions(path):
         if not file.startswith(elsewhere):
             text = (ROOT / "megatron_infifpo" / file).read_text(encoding="utf-8")
             assert re.search(rf"^ *(def|class) {name}\b|^{name}\b.* = ", text, re.M), (file, name)
+
+
+def programs(text: str) -> list[ast.Module]:
+    """Blocks of a page, fenced or indented, that are Python and import from the package."""
+    blocks = [block for language, block in FENCED.findall(text) if language == "python"]
+    blocks += [textwrap.dedent(block) for block in INDENTED.findall(FENCED.sub("", text))]
+    return [ast.parse(block) for block in blocks if "from megatron_infifpo" in block]
+
+
+@pytest.mark.parametrize("path", NOW, ids=name_of)
+def test_imported_names(path):
+    for program in programs(path.read_text(encoding="utf-8")):
+        taken = {}  # a module of ours -> what it is called here
+        for node in ast.walk(program):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
+                for alias in node.names:
+                    assert alias.name in names_in(node.module), ast.unparse(node)
+                    taken[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        for node in ast.walk(program):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = taken.get(node.value.id)
+                assert module not in MODULES or node.attr in names_in(module), ast.unparse(node)
+
+
+def test_a_name_that_is_gone_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("So:\n\n    from megatron_infifpo import train\n    train.gone(1)\n")
+    with pytest.raises(AssertionError, match=r"train\.gone"):
+        test_imported_names(page)
