@@ -15,12 +15,12 @@ import argparse
 from pathlib import Path
 
 from megatron_infifpo.commands.flags import fields_of, hidden_alias, take_defaults
+from megatron_infifpo.engine.kept import LAYERS
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import PUBLISHED, megatron_args
 from megatron_infifpo.families.architecture import read_hf_config
 from megatron_infifpo.flag_types import positive, real, whole
 from megatron_infifpo.planning.estimate import (
-    LAYERS,
     SAVINGS,
     Estimate,
     PlanningJob,

@@ -1,4 +1,7 @@
-"""What a layer keeps of a token for its backward pass: counted from code, checked on the CPU."""
+"""What the kinds of layers can and what they cost: known without Megatron, which builds them.
+
+What a layer keeps of a token for its backward pass is counted from code, and checked on the CPU.
+"""
 
 from dataclasses import dataclass
 
@@ -25,10 +28,25 @@ class Kept:
     rope: int
 
 
+@dataclass(frozen=True)
+class LayerTraits:
+    """What is known of a kind of layers.
+
+    Attributes:
+        kept: what a layer keeps of a token, on a GPU.
+        shares_prompts: whether a segment's keys may begin with a prompt that lies elsewhere.
+    """
+
+    kept: Kept
+    shares_prompts: bool = True
+
+
 # Transformer Engine's layers with this program's attention, and with their own; Megatron's local
-# layers on a GPU, where the norm, attention and the gate are one kernel each; and on a CPU, where
-# norms keep the normalised rows beside, and attention its output once a segment and once whole.
-TE_KEPT = Kept(hidden=4, query=3, key=3, gathered=2, mlp=3, rope=0)
-TE_ATTENTION_KEPT = Kept(hidden=4, query=3, key=3, gathered=0, mlp=3, rope=0)
-LOCAL_KEPT = Kept(hidden=4, query=3, key=3, gathered=2, mlp=3, rope=4)
-CPU_KEPT = Kept(hidden=6, query=4, key=3, gathered=2, mlp=4, rope=4)
+# layers, where the norm, attention and the gate are one kernel each.
+LAYERS = {
+    "te": LayerTraits(Kept(hidden=4, query=3, key=3, gathered=2, mlp=3, rope=0)),
+    "te-attention": LayerTraits(
+        Kept(hidden=4, query=3, key=3, gathered=0, mlp=3, rope=0), shares_prompts=False
+    ),
+    "local": LayerTraits(Kept(hidden=4, query=3, key=3, gathered=2, mlp=3, rope=4)),
+}

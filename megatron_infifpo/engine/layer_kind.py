@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_infifpo.engine.kept import LOCAL_KEPT, TE_ATTENTION_KEPT, TE_KEPT, Kept
+from megatron_infifpo.engine.kept import LAYERS, LayerTraits
 from megatron_infifpo.engine.layers import OutputRMSNorm, PackedAttention, RMSNorm
 from megatron_infifpo.engine.packed import row_params, te_params
 from megatron_infifpo.errors import UserError
@@ -40,14 +40,12 @@ class LayerKind:
     """What the layers of a model are made of.
 
     Attributes:
-        name: its key in `KINDS`.
+        name: its key in `KINDS`, and in `kept.LAYERS`.
         arguments: Megatron arguments that it leaves no choice about.
         layer: specification of a layer, from the configuration.
         norm: of what is normalised outside of a linear layer: heads, outputs, the last layer.
         params: from a collated row to what the layers are told of it.
         rotates_by_row: whether `params` has every token's position, else Megatron counts.
-        shares_prompts: whether a segment's keys may begin with a prompt that lies elsewhere.
-        kept: what a layer keeps of a token for its backward pass, on a GPU.
     """
 
     name: str
@@ -56,8 +54,11 @@ class LayerKind:
     norm: Callable[[], Any]
     params: Callable[[Row], PackedSeqParams]
     rotates_by_row: bool
-    shares_prompts: bool
-    kept: Kept
+
+    @property
+    def traits(self) -> LayerTraits:
+        """What is known of such layers without Megatron."""
+        return LAYERS[self.name]
 
     def row_layout(
         self,
@@ -76,12 +77,13 @@ class LayerKind:
         Raises:
             UserError: they cannot.
         """
-        if share_prompt and not self.shares_prompts:
+        able = self.traits.shares_prompts
+        if share_prompt and not able:
             raise UserError(
                 "--share-prompt does not work with Transformer Engine's attention: leave out one "
                 "of it and --te-attention"
             )
-        shared = self.shares_prompts if share_prompt is None else share_prompt
+        shared = able if share_prompt is None else share_prompt
         products = 1 if fp8_recipe is None else FP8_TOKENS.get(fp8_recipe, 16)
         return RowLayout(tensor_parallel, products, shared)
 
@@ -144,8 +146,6 @@ _ALL = (
         norm=_te_norm,
         params=row_params,
         rotates_by_row=True,
-        shares_prompts=True,
-        kept=TE_KEPT,
     ),
     LayerKind(
         name="te-attention",
@@ -154,8 +154,6 @@ _ALL = (
         norm=_te_norm,
         params=te_params,
         rotates_by_row=False,
-        shares_prompts=False,
-        kept=TE_ATTENTION_KEPT,
     ),
     LayerKind(
         name="local",
@@ -164,8 +162,6 @@ _ALL = (
         norm=lambda: OutputRMSNorm,
         params=row_params,
         rotates_by_row=True,
-        shares_prompts=True,
-        kept=LOCAL_KEPT,
     ),
 )
 KINDS = {kind.name: kind for kind in _ALL}

@@ -117,7 +117,7 @@ class Shape:
         from megatron_infifpo.gpu_check.kinds import default_kind
 
         config = SHAPES[self.shape] | {"num_hidden_layers": layers}
-        kept = default_kind(bf16=True).kept
+        kept = default_kind(bf16=True).traits.kept
         return Plan(megatron_args(config), "bf16", kept)
 
     def planned(self, plan: Plan) -> Memory:

@@ -1,20 +1,19 @@
 """Memory and hours of a run at every legal layout."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron_infifpo.engine.kept import LOCAL_KEPT, TE_ATTENTION_KEPT, TE_KEPT
+from megatron_infifpo.engine.kept import LAYERS, LayerTraits
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import tensor_parallel_sizes
-from megatron_infifpo.flag_types import check_number
-from megatron_infifpo.planning.plan import GIB, Layout, Memory, Plan, layouts
+from megatron_infifpo.flag_types import check_choice, check_number, check_positive, check_types
+from megatron_infifpo.planning.plan import GIB, PRECISIONS, Layout, Memory, Plan, layouts
 from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SPARING
 from megatron_infifpo.rows.layout import RowLayout
 
 # Left free for the allocator, NCCL and the CUDA context.
 RESERVED = 6 * GIB
-LAYERS = {"te": TE_KEPT, "te-attention": TE_ATTENTION_KEPT, "local": LOCAL_KEPT}
 SAVINGS = {"by-rank": BY_RANK, "by-name": BY_NAME, "by-name-sparing": SPARING}
 
 
@@ -28,7 +27,7 @@ class PlanningJob:
         gpu_memory: GiB.
         gpu_tflops, mfu: a GPU's peak, and the share of it that training reaches.
         precision: a key of `PRECISIONS`.
-        layers: a key of `LAYERS`; None is the default of the precision.
+        layers: a key of `kept.LAYERS`; None is the default of the precision.
         torch_adam: neither Transformer Engine's Adam nor apex's.
         optimizer_state: how it is saved, a key of `SAVINGS`.
         micro_batch_tokens: of a packed row.
@@ -63,19 +62,31 @@ class PlanningJob:
         Raises:
             UserError: a value out of its range, or these layers cannot do that.
         """
+        check_types(self)
+        check_choice("precision", self.precision, PRECISIONS)
+        if self.layers is not None:
+            check_choice("layers", self.layers, LAYERS)
+        check_choice("optimizer_state", self.optimizer_state, SAVINGS)
+        whole = [field.name for field in fields(self) if field.type is int]
+        check_positive(self, *(name for name in whole if name != "sft_records"))
+        check_positive(self, "sft_records", least=0)
         check_number(self, "gpu_memory", above=True)
         check_number(self, "gpu_tflops", above=True)
         check_number(self, "mfu", most=1.0, above=True)
-        if self.layers == "te-attention" and self.share_prompt:
-            raise UserError("--layers te-attention cannot share prompts: pass --no-share-prompt")
+        if self.share_prompt and not self.traits.shares_prompts:
+            raise UserError(f"--layers {self.layers} cannot share prompts: pass --no-share-prompt")
         if self.layers == "local" and self.precision == "fp8":
             raise UserError("--precision fp8 needs Transformer Engine's layers, not --layers local")
 
     @property
+    def traits(self) -> LayerTraits:
+        """What is known of the layers."""
+        return LAYERS[self.layers or ("local" if self.precision == "fp32" else "te")]
+
+    @property
     def plan(self) -> Plan:
         """The model's cost."""
-        layers = self.layers or ("local" if self.precision == "fp32" else "te")
-        return Plan(self.model, self.precision, LAYERS[layers])
+        return Plan(self.model, self.precision, self.traits.kept)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_infifpo.engine.kept import TE_KEPT, Kept
+from megatron_infifpo.engine.kept import LAYERS, Kept
 from megatron_infifpo.logprobs import CHUNK_BYTES
 from megatron_infifpo.planning.saves import BY_RANK, Saving
 
@@ -73,7 +73,9 @@ class Memory:
 class Plan:
     """A model's cost, from the Megatron arguments of its architecture."""
 
-    def __init__(self, model: Mapping[str, Any], precision: str = "bf16", kept: Kept = TE_KEPT):
+    def __init__(
+        self, model: Mapping[str, Any], precision: str = "bf16", kept: Kept = LAYERS["te"].kept
+    ):
         """Take `megatron_args(config)`, a key of `PRECISIONS`, and what a layer keeps."""
         self.hidden: int = model["hidden_size"]
         self.layers: int = model["num_layers"]

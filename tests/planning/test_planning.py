@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_infifpo.commands.main import make_parser
-from megatron_infifpo.engine.kept import TE_KEPT
+from megatron_infifpo.engine.kept import LAYERS
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import PUBLISHED, megatron_args, tensor_parallel_sizes
 from megatron_infifpo.flag_types import flag as spelled
@@ -116,7 +116,7 @@ def test_the_update_of_pytorch():
 def test_fp8():
     """Two bytes a parameter of linear layers more, and none of the tables."""
     model = megatron_args(PUBLISHED["phi-4"])
-    plans = [Plan(model, precision, TE_KEPT) for precision in ("bf16", "fp8")]
+    plans = [Plan(model, precision, LAYERS["te"].kept) for precision in ("bf16", "fp8")]
     weights = [plan.memory(Layout(1, 1, 1), 8192, 1).weights for plan in plans]
     assert weights[1] - weights[0] == 2 * plans[0].layers * plans[0].layer_parameters
 
