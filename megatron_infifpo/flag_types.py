@@ -3,8 +3,12 @@
 import argparse
 import contextlib
 import math
+import numbers
 import os
-from collections.abc import Callable, Collection
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
@@ -57,16 +61,58 @@ def check_choice(field: str, value: Any, choices: Collection[str]) -> None:
         raise UserError(f"{flag(field)} is {value!r}, expected one of {', '.join(choices)}")
 
 
-def check_positive(job: Any, *names: str) -> None:
-    """Refuse fields of a job that are neither a whole number above 0 nor None.
+# What a field may be, and how it is said, by its declared type. A text may be a path as well.
+_KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
+    bool: (bool, "True or False"),
+    int: (int, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: ((str, os.PathLike), "a text"),
+    Path: (Path, "a Path"),
+    Sequence: (Collection, "a list"),
+    Mapping: (Mapping, "a mapping"),
+    types.NoneType: (types.NoneType, "None"),
+}
+
+
+def check_types(job: Any) -> None:
+    """Refuse a job with a field of another type than its class declares.
+
+    Raises:
+        UserError: there is one; a text is no list, and True is no number.
+    """
+    for name, hint in typing.get_type_hints(type(job)).items():
+        value, several = getattr(job, name), isinstance(hint, types.UnionType)
+        kinds = [typing.get_origin(kind) or kind for kind in typing.get_args(hint) if several]
+        kinds = kinds or [typing.get_origin(hint) or hint]
+        if not any(_fits(value, kind) for kind in kinds):
+            words = " or ".join(_KINDS[k][1] if k in _KINDS else k.__name__ for k in kinds)
+            raise UserError(f"{flag(name)} is {value!r}, expected {words}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a declared type."""
+    if isinstance(value, bool) and kind in (int, float):
+        return False
+    if isinstance(value, str) and kind is Sequence:
+        return False
+    return isinstance(value, _KINDS[kind][0] if kind in _KINDS else kind)
+
+
+def check_positive(job: Any, *names: str, least: int = 1) -> None:
+    """Refuse fields of a job that are no whole number from `least` on; None, where it may be.
 
     Raises:
         UserError: one is not.
     """
+    hints = typing.get_type_hints(type(job))
     for name in names:
         value = getattr(job, name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise UserError(f"{flag(name)} is {value!r}, expected a whole number of at least 1")
+        if value is None and types.NoneType in typing.get_args(hints[name]):
+            continue
+        if type(value) is not int or value < least:
+            raise UserError(
+                f"{flag(name)} is {value!r}, expected a whole number of at least {least}"
+            )
 
 
 def check_number(

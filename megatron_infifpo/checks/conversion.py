@@ -14,7 +14,7 @@ from megatron_infifpo.engine.hf_model import load_causal_lm
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import megatron_args
 from megatron_infifpo.families.architecture import read_hf_config
-from megatron_infifpo.flag_types import check_number, check_positive
+from megatron_infifpo.flag_types import check_number, check_positive, check_types
 from megatron_infifpo.rows.packing import collate_text
 from megatron_infifpo.scoring.megatron_backend import MegatronBackend
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
@@ -90,6 +90,7 @@ class VerificationJob:
             UserError: a value out of its range, or one without effect.
         """
         check_positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        check_types(self)
         check_number(self, "tolerance")
         if self.by_layers and self.pipeline_model_parallel_size != 1:
             raise UserError("--pipeline-model-parallel-size has no effect with --by-layers")

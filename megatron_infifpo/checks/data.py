@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import check_types
 from megatron_infifpo.records.records import (
     PreferenceRecord,
     iter_records,
@@ -52,8 +53,9 @@ class DataJob:
         """Check what can be checked without reading a file.
 
         Raises:
-            UserError: an option without effect.
+            UserError: a field of another type, or an option without effect.
         """
+        check_types(self)
         if self.weights and self.sources is None:
             raise UserError("--weights has no effect without --sources")
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.methods import Method, resolve
+from megatron_infifpo.flag_types import check_types
+from megatron_infifpo.methods import METHODS, Method, resolve
 from megatron_infifpo.records.records import iter_records
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.reference import value
@@ -42,6 +43,20 @@ class InspectionJob:
     tokens: bool = False
     trust_remote_code: bool = False
     method: Method = field(default_factory=lambda: resolve("infifpo"))
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading a file.
+
+        Raises:
+            UserError: a field of another type, or an option without effect.
+        """
+        check_types(self)
+        if self.sources is None:
+            # A preset says how many responses are shown, too.
+            changed = all(self.method != resolve(name) for name in METHODS)
+            for given, what in ((self.tokens, "--tokens"), (changed, "an option of the method")):
+                if given:
+                    raise UserError(f"{what} has no effect without --sources")
 
 
 def inspect_record(job: InspectionJob) -> Iterator[str]:

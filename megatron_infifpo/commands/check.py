@@ -11,7 +11,7 @@ code is 1 if any failed.
 
 import argparse
 
-from megatron_infifpo.commands.flags import add_data_flags, fields_of
+from megatron_infifpo.commands.flags import add_data_flags, fields_of, read_folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Print one line a check; 1 if any failed."""
     from megatron_infifpo.checks.data import DataJob, check_data
 
-    weights = dict(text.partition("=")[::2] for text in args.weights)
+    weights = read_folders("--weights", args.weights)
     failed = 0
     for check in check_data(DataJob(**fields_of(args, DataJob) | {"weights": weights})):
         failed += check.error is not None

@@ -15,15 +15,17 @@ MBPP and HumanEval run code that the model writes: only with --run-code, in a sa
 import argparse
 from pathlib import Path
 
-from megatron_infifpo.commands.flags import fields_of, read_options, take_defaults
+from megatron_infifpo.commands.flags import (
+    fields_of,
+    read_folders,
+    read_options,
+    take_defaults,
+)
 from megatron_infifpo.commands.response_flags import add_engine_flags
-from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import positive, whole
 from megatron_infifpo.responses.benchmarks import BENCHMARKS
 from megatron_infifpo.responses.evaluate import EvaluationJob, evaluate
-from megatron_infifpo.responses.harness import HarnessOptions
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+from megatron_infifpo.responses.harness import DTYPES, ENGINES, HarnessOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--benchmarks", nargs="+", metavar="NAME", help="some of --list, or tasks of --tasks"
     )
     parser.add_argument("--tasks", metavar="DIR", help="task files of your own, in YAML")
-    add_engine_flags(parser, ("transformers", "vllm"))
+    add_engine_flags(parser, ENGINES)
     parser.add_argument(
         "--batch", type=batch, help="requests at once, or auto (default: %(default)s)"
     )
@@ -51,10 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with a model"
     )
+    parser.add_argument("--dtype", type=dtype, choices=[*DTYPES], help="(default: %(default)s)")
     take_defaults(parser, HarnessOptions)
-    parser.add_argument(
-        "--dtype", type=dtype, choices=[*DTYPES], default="bf16", help="(default: %(default)s)"
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,32 +62,10 @@ def run(args: argparse.Namespace) -> None:
     if args.list:
         show()
         return
-    templates = read_options(args.chat_template_options)
-    given = {"dtype": DTYPES[args.dtype], "chat_template_options": templates}
-    options = HarnessOptions(**fields_of(args, HarnessOptions) | given)
-    print(evaluate(EvaluationJob(read_models(args.model), args.output, args.benchmarks, options)))
-
-
-def read_models(texts: list[str]) -> dict[str, str]:
-    """Read --model NAME=DIR; returns the folders by name, in order.
-
-    Raises:
-        UserError: not of that form, a name twice, or none.
-    """
-    models: dict[str, str] = {}
-    for text in texts:
-        name, _, folder = text.partition("=")
-        if not name or not folder:
-            raise UserError(f"--model {text}: expected NAME=DIR")
-        if name in models:
-            raise UserError(
-                f"--model {name} is given twice, for {models[name]} and for {folder}: expected "
-                "names that differ"
-            )
-        models[name] = folder
-    if not models:
-        raise UserError("--model: expected NAME=DIR, for at least one model")
-    return models
+    templates = {"chat_template_options": read_options(args.chat_template_options)}
+    options = HarnessOptions(**fields_of(args, HarnessOptions) | templates)
+    models = read_folders("--model", args.model)
+    print(evaluate(EvaluationJob(models, args.output, args.benchmarks, options)))
 
 
 def dtype(text: str) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_infifpo.errors import UserError
@@ -53,10 +54,34 @@ def add_record_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-bad-record",
         choices=ON_BAD,
-        default="error",
+        default=ON_BAD[0],
         help="stop at the first malformed record, or leave such records out, then in every "
-        "command (default: error)",
+        "command (default: %(default)s)",
     )
+
+
+def read_folders(flag: str, texts: Sequence[str]) -> dict[str, str]:
+    """Read NAME=DIR; returns the folders by name, in order.
+
+    Args:
+        flag: that has them.
+        texts: its words.
+
+    Raises:
+        UserError: not of that form, or a name twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            raise UserError(f"{flag} {text}: expected NAME=DIR")
+        if name in found:
+            raise UserError(
+                f"{flag} {name} is given twice, for {found[name]} and for {folder}: expected "
+                "names that differ"
+            )
+        found[name] = folder
+    return found
 
 
 def add_tokenizer_flags(parser: argparse._ActionsContainer, *, scored: bool = True) -> None:

@@ -17,6 +17,7 @@ from megatron_infifpo.commands.flags import (
     add_tokenizer_flags,
     fields_of,
     hidden_alias,
+    take_defaults,
     tokenizer_options,
 )
 from megatron_infifpo.flag_types import positive
@@ -42,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="PREFIX", help="of the log-prob dataset to write"
     )
     parser.add_argument("--name", help="the model's name in the manifest (default: its folder)")
-    parser.add_argument("--tensor-model-parallel-size", type=positive, default=1, metavar="N")
-    parser.add_argument("--pipeline-model-parallel-size", type=positive, default=1, metavar="N")
+    parser.add_argument("--tensor-model-parallel-size", type=positive, metavar="N")
+    parser.add_argument("--pipeline-model-parallel-size", type=positive, metavar="N")
     parser.add_argument(
         "--bf16", action="store_true", help="weights in bfloat16 (default: float32)"
     )
@@ -63,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--over-context",
         choices=OVER_CONTEXT,
-        default=ScoringJob.over_context,
         help="a record with a longer response is masked, or its responses are cut, which the "
         "manifest notes (default: %(default)s)",
     )
@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_tokenizer_flags(what)
     add_work_flags(parser)
+    take_defaults(parser, ScoringJob)
 
 
 def add_work_flags(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +81,6 @@ def add_work_flags(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--micro-batch-tokens",
         type=positive,
-        default=ScoringJob.micro_batch_tokens,
         metavar="N",
         help="tokens of a packed row (default: %(default)s)",
     )
@@ -88,7 +88,6 @@ def add_work_flags(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--shard-records",
         type=positive,
-        default=ScoringJob.shard_records,
         metavar="N",
         help="records of a shard, the unit of work and of resuming (default: %(default)s)",
     )

@@ -20,9 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preference", required=True, type=Path, metavar="FILE", help=".jsonl to write"
     )
     parser.add_argument(
-        "--share", type=float, default=0.5, help="expected share of SFT prompts (default: 0.5)"
+        "--share",
+        type=float,
+        default=0.5,
+        help="expected share of SFT prompts (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import check_positive, check_types
 from megatron_infifpo.recipes.commands import STAGES, Job
 from megatron_infifpo.recipes.options import SEVERAL, read_site_options
 
@@ -34,20 +35,34 @@ class Launch:
     dry_run: bool = False
     detach: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be started.
+
+        Raises:
+            UserError: an unknown stage, or an option that has no effect here.
+        """
+        check_types(self)
+        check_positive(self, "nodes", "ranks")
+        if self.name not in (*STAGES, *SEVERAL):
+            known = ", ".join((*STAGES, *SEVERAL))
+            raise UserError(f"there is no stage {self.name!r}, expected one of {known}")
+        if self.executor != "here":
+            return
+        several_nodes = ["--nodes"] * (self.nodes > 1)
+        if unused := [*self.site, *several_nodes, *(["--detach"] * self.detach)]:
+            raise UserError(f"{', '.join(unused)} has no effect here: choose an --executor")
+        if self.name in SEVERAL:
+            raise UserError(f"{self.name} is several commands: choose an --executor, or a stage")
+
 
 def launch(job: Launch) -> int:
     """Start a stage, or several; return the exit code. A stage that starts here never returns.
 
     Raises:
-        UserError: an option has no effect here, or nemo-run cannot start it.
+        UserError: nemo-run cannot start it.
     """
     if job.executor != "here":
         return _by_nemo_run(job)
-    unused = [*job.site, *(["--nodes"] if job.nodes > 1 else []), *(["--detach"] * job.detach)]
-    if unused:
-        raise UserError(f"{', '.join(unused)} has no effect here: choose an --executor")
-    if job.name in SEVERAL:
-        raise UserError(f"{job.name} is several commands: choose an --executor, or a stage")
     _here(STAGES[job.name](**job.options), dry_run=job.dry_run)
     return 0
 

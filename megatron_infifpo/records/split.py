@@ -27,7 +27,7 @@ def split_records(
     preference: Path,
     *,
     share: float,
-    seed: int = 0,
+    seed: int,
     on_bad: str = "error",
 ) -> tuple[int, int]:
     """Write each record to one of two files, by its prompt.

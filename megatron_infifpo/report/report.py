@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import check_positive, check_types
 from megatron_infifpo.report.collect import method_of, read_curves, read_pairs
 from megatron_infifpo.report.html import Page
 from megatron_infifpo.storage.aside import make_folder
@@ -31,6 +32,15 @@ class ReportJob:
     tokenizer: str | None = None
     shown: int = 8
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading a file.
+
+        Raises:
+            UserError: a field of another type, or a number that is none.
+        """
+        check_types(self)
+        check_positive(self, "shown")
 
 
 def write_report(job: ReportJob) -> Path:

@@ -13,6 +13,7 @@ import torch
 
 from megatron_infifpo.engine.batch_rule import BatchRule
 from megatron_infifpo.engine.hf_model import load_causal_lm
+from megatron_infifpo.flag_types import check_positive, check_types
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.responses.answers import REFUSED, Response
 from megatron_infifpo.responses.prompts import Prompt
@@ -56,6 +57,15 @@ class EngineOptions:
     tensor_model_parallel_size: int = 1
     trust_remote_code: bool = False
     skip_refused: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are none.
+
+        Raises:
+            UserError: one is not.
+        """
+        check_types(self)
+        check_positive(self, "batch", "tensor_model_parallel_size")
 
 
 @dataclass(frozen=True)

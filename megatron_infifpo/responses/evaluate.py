@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_infifpo.engine.hf_model import check_folder, check_whole
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import check_types
 from megatron_infifpo.responses.benchmarks import BENCHMARKS, Benchmark, score_of, table
 from megatron_infifpo.responses.evaluation import (
     changes,
@@ -35,6 +36,16 @@ class EvaluationJob:
     output: Path
     benchmarks: Sequence[str] | None = None
     options: HarnessOptions = field(default_factory=HarnessOptions)
+
+    def __post_init__(self) -> None:
+        """Refuse a table without rows.
+
+        Raises:
+            UserError: there is no model, or a field is of another type.
+        """
+        check_types(self)
+        if not self.models:
+            raise UserError("--model: expected NAME=DIR, for at least one model")
 
 
 @dataclass(frozen=True)
@@ -138,8 +149,8 @@ def list_cells(job: EvaluationJob, chosen: Mapping[str, Benchmark]) -> list[Cell
     """
     # What changes speed, such as the batch, is no part of it.
     options = job.options
-    flags = ("limit", "dtype", "engine", "trust_remote_code", "chat_template_options")
-    common = {name: getattr(options, name) for name in flags}
+    flags = ("limit", "engine", "trust_remote_code", "chat_template_options")
+    common = {name: getattr(options, name) for name in flags} | {"dtype": options.torch_dtype}
     tasks = {name: task_settings(name, b, options.tasks) for name, b in chosen.items()}
     cells = []
     paths: dict[str, str] = {}

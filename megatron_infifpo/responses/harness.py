@@ -10,9 +10,13 @@ import torch
 from megatron_infifpo.engine.batch_rule import BatchRule
 from megatron_infifpo.engine.hf_model import load_causal_lm
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import check_choice, check_positive, check_types
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.responses.benchmarks import Benchmark
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+ENGINES = ("transformers", "vllm")
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,9 @@ class HarnessOptions:
     """How the harness runs models and tasks.
 
     Attributes:
-        engine: "transformers" or "vllm".
+        engine: one of `ENGINES`.
         tensor_model_parallel_size: GPUs of a model, of vLLM.
-        dtype: of the weights, as PyTorch calls it.
+        dtype: of the weights, a key of `DTYPES`.
         batch: requests at once, or "auto".
         limit: only so many questions of each task.
         tasks: folder with task files of the user's.
@@ -33,13 +37,31 @@ class HarnessOptions:
 
     engine: str = "transformers"
     tensor_model_parallel_size: int = 1
-    dtype: str = "bfloat16"
+    dtype: str = "bf16"
     batch: int | str = "auto"
     limit: int | None = None
     tasks: str | None = None
     chat_template_options: Mapping[str, Any] = field(default_factory=dict)
     run_code: bool = False
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the harness.
+
+        Raises:
+            UserError: an unknown choice, or a number that is none.
+        """
+        check_types(self)
+        check_choice("engine", self.engine, ENGINES)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_positive(self, "tensor_model_parallel_size", "limit")
+        if self.batch != "auto":
+            check_positive(self, "batch")
+
+    @property
+    def torch_dtype(self) -> str:
+        """The dtype, as PyTorch calls it."""
+        return DTYPES[self.dtype]
 
 
 def open_harness(tasks: set[str | None], folder: str | None = None) -> Any:
@@ -97,11 +119,13 @@ def load(folder: str, options: HarnessOptions) -> Any:
     if options.chat_template_options:
         named["chat_template_args"] = dict(options.chat_template_options)
     if options.engine == "vllm":
-        named |= {"pretrained": folder, "dtype": options.dtype, "device": cpu.device()}
+        named |= {"pretrained": folder, "dtype": options.torch_dtype, "device": cpu.device()}
         return get_model("vllm")(tensor_parallel_size=options.tensor_model_parallel_size, **named)
     remote = options.trust_remote_code
     # The harness would fill weights that are missing with random numbers.
-    model = load_causal_lm(folder, dtype=getattr(torch, options.dtype), trust_remote_code=remote)
+    model = load_causal_lm(
+        folder, dtype=getattr(torch, options.torch_dtype), trust_remote_code=remote
+    )
     rule = BatchRule(model, writes=True)
     if rule.by_length:
         print(f"{folder}: its numbers depend on the texts in a batch: one at a time", flush=True)

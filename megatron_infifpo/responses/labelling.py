@@ -9,7 +9,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import check_choice, check_files, check_types
 from megatron_infifpo.records.read_report import report_skipped
+from megatron_infifpo.records.records import ON_BAD
 from megatron_infifpo.records.split import to_json
 from megatron_infifpo.responses.labels import label, read_responses
 from megatron_infifpo.responses.scorers import Judge, open_judge
@@ -35,6 +37,16 @@ class LabellingJob:
     pivot: str | None = None
     on_bad_record: str = "error"
     keep_cut: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading a file.
+
+        Raises:
+            UserError: an unknown choice, or no files.
+        """
+        check_files(self, "input")
+        check_choice("on_bad_record", self.on_bad_record, ON_BAD)
+        check_types(self)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from megatron_infifpo.engine.batch_rule import BatchRule
 from megatron_infifpo.engine.hf_model import load_classifier
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import check_positive, check_types
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.responses.answers import Response
 from megatron_infifpo.responses.prompts import Prompt
@@ -40,6 +41,17 @@ class Judge:
     bf16: bool = False
     batch: int = 8
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is no judge, or two.
+
+        Raises:
+            UserError: it is.
+        """
+        check_types(self)
+        check_positive(self, "batch")
+        if (self.reward_model is None) == (self.program is None):
+            raise UserError("expected --reward-model or --program: one of them, not both")
 
     @property
     def identity(self) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.flag_types import check_number
+from megatron_infifpo.flag_types import check_number, check_positive, check_types
 from megatron_infifpo.responses.answers import (
     MARKERS,
     REFUSED,
@@ -63,6 +63,9 @@ class ServerOptions:
         Raises:
             UserError: it is none.
         """
+        check_types(self)
+        check_positive(self, "server_requests")
+        check_positive(self, "server_retries", least=0)
         check_number(self, "server_timeout", above=True)
         if not self.server.startswith(("http://", "https://")):
             raise UserError(f"--server is {self.server}, expected such as http://localhost:8000/v1")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.flag_types import check_choice
+from megatron_infifpo.flag_types import check_choice, check_types
 from megatron_infifpo.tokens.rendering import REASONING, SCORE
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
@@ -45,6 +45,7 @@ class TokenizerOptions:
         """
         check_choice("score", self.score, SCORE)
         check_choice("score_reasoning", self.score_reasoning, REASONING)
+        check_types(self)
 
 
 def open_tokenizer(path: str | Path, options: TokenizerOptions) -> ChatTokenizer:

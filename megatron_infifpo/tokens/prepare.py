@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.flag_types import check_choice, check_files
+from megatron_infifpo.flag_types import check_choice, check_files, check_types
 from megatron_infifpo.records.read_report import ReadReport
 from megatron_infifpo.records.records import ON_BAD, iter_records
 from megatron_infifpo.tokens.dataset import TokenDataset
@@ -42,6 +42,7 @@ class PreparationJob:
         """
         check_files(self, "input")
         check_choice("on_bad_record", self.on_bad_record, ON_BAD)
+        check_types(self)
 
 
 def prepare(job: PreparationJob) -> TokenDataset:
