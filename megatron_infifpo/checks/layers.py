@@ -77,15 +77,14 @@ def layer_logprobs(
     return both[0], both[1], layer
 
 
-def _rows(table: Tensor, ids: list[np.ndarray], scale: float, dtype: torch.dtype) -> list[Tensor]:
-    """Embeddings `[tokens, hidden]` of each text; the scale is rounded to their dtype first."""
-    factor = torch.tensor(scale, dtype=dtype)
-    return [table[torch.from_numpy(text).long()].to(dtype) * factor for text in ids]
-
-
 def _target_logprobs(hidden: Tensor, head: Tensor, text: np.ndarray) -> Tensor:
     logprobs = (hidden[:-1] @ head.t()).float().log_softmax(-1)
     return logprobs.gather(1, torch.from_numpy(text[1:]).long()[:, None]).squeeze(1)
+
+
+def _head_key(mapping: WeightMapping) -> str:
+    """Megatron's name of the output layer's weight: the embedding's where they are tied."""
+    return OUTPUT_LAYER if OUTPUT_LAYER in mapping.rows else _EMBEDDING
 
 
 class _HfLayers:
@@ -114,8 +113,18 @@ class _HfLayers:
         return self.models[kind]
 
     def embed(self, ids: list[np.ndarray]) -> list[Tensor]:
-        scale = getattr(self._model(0).model.embed_tokens, "scalar_embed_scale", 1.0)
-        return _rows(self.weights.load("model.embed_tokens.weight"), ids, scale, self.dtype)
+        embedding, table = self._model(0).get_input_embeddings(), self._weight(_EMBEDDING)
+        states = []
+        for text in ids:  # transformers scales embeddings where a model does
+            rows = table[torch.from_numpy(text).long()].to(self.dtype)
+            embedding.weight = torch.nn.Parameter(rows)
+            states.append(embedding(torch.arange(len(text))))
+        return states
+
+    def _weight(self, key: str) -> Tensor:
+        """The one tensor that a tensor of Megatron's is made of, by the family's mapping."""
+        (name,) = self.mapping.entry(key).hf_names
+        return self.weights.load(name)
 
     def run(self, layer: int, states: list[Tensor]) -> list[Tensor]:
         model, prefix = self._model(layer), f"model.layers.{layer}."
@@ -132,10 +141,8 @@ class _HfLayers:
 
     def logprobs(self, states: list[Tensor], ids: list[np.ndarray]) -> list[Tensor]:
         norm = self._model(0).final_norm
-        norm.load_state_dict({"weight": self.weights.load("model.norm.weight").to(self.dtype)})
-        tied = OUTPUT_LAYER not in self.mapping.rows
-        head = self.weights.load("model.embed_tokens.weight" if tied else "lm_head.weight")
-        head = head.to(self.dtype)
+        norm.load_state_dict({"weight": self._weight(_FINAL_NORM).to(self.dtype)})
+        head = self._weight(_head_key(self.mapping)).to(self.dtype)
         return [_target_logprobs(norm(h), head, t) for h, t in zip(states, ids, strict=True)]
 
 
@@ -144,8 +151,9 @@ class _MegatronLayers:
 
     def __init__(self, directory: str | Path, tensor_parallel: int, bf16: bool):
         self.checkpoint, self.mapping, config = open_checkpoint(directory)
-        self.rows = family(config).rows
-        self.args = megatron_args(config)
+        kind = family(config)
+        self.rows, self.args = kind.rows, megatron_args(config)
+        self.scale = kind.layers().embedding_scale(self.args["extras"])
         self.layout = ModelLayout(tensor_parallel, bf16=bf16)
         check_tensor_parallel(self.args, tensor_parallel)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
@@ -183,9 +191,10 @@ class _MegatronLayers:
         return model, norm
 
     def embed(self, ids: list[np.ndarray]) -> list[Tensor]:
-        scale = self.args["extras"].get("embedding_scale", 1.0)
         table = read_entry(self.checkpoint, self.mapping.entry(_EMBEDDING))
-        return _rows(table, ids, scale, self.dtype)
+        # Rounded to the weights' dtype first, as the model does.
+        factor = torch.tensor(self.scale, dtype=self.dtype)
+        return [table[torch.from_numpy(text).long()].to(self.dtype) * factor for text in ids]
 
     def run(self, layer: int, states: list[Tensor]) -> list[Tensor]:
         model, _ = self._fill(layer)
@@ -210,8 +219,8 @@ class _MegatronLayers:
 
     def logprobs(self, states: list[Tensor], ids: list[np.ndarray]) -> list[Tensor]:
         _, norm = self._fill(self.mapping.num_layers - 1)
-        key = OUTPUT_LAYER if OUTPUT_LAYER in self.mapping.rows else _EMBEDDING
-        head = read_entry(self.checkpoint, self.mapping.entry(key)).to(self.dtype)
+        entry = self.mapping.entry(_head_key(self.mapping))
+        head = read_entry(self.checkpoint, entry).to(self.dtype)
         device = torch.cuda.current_device()
         normed = [norm(hidden.to(device)).cpu() for hidden in states]
         return [_target_logprobs(h, head, t) for h, t in zip(normed, ids, strict=True)]

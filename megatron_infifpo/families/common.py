@@ -23,11 +23,14 @@ class FamilyLayers:
         adapt: changes a layer's `ModuleSpec`, given the norm of the kind of layers.
         configure: sets in a `GPTModelConfig` what has no Megatron argument, from `extras`.
         complete: changes a built `GPTModel`, from `extras`.
+        embedding_scale: what `complete` makes embeddings be multiplied by, rounded to their dtype,
+            from `extras`.
     """
 
     adapt: Callable[[Any, Any], Any] = lambda layer, norm: layer
     configure: Callable[[Any, Mapping[str, Any]], None] = lambda config, extras: None
     complete: Callable[[Any, Mapping[str, Any]], None] = lambda model, extras: None
+    embedding_scale: Callable[[Mapping[str, Any]], float] = lambda extras: 1.0
 
 
 @dataclass(frozen=True)

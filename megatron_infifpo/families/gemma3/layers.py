@@ -29,11 +29,17 @@ def configure(config: GPTModelConfig, extras: Mapping[str, Any]) -> None:
     transformer.local_layers = tuple(extras["local_layers"])
 
 
+def embedding_scale(extras: Mapping[str, Any]) -> float:
+    """What embeddings are multiplied by."""
+    scale: float = extras["embedding_scale"]
+    return scale
+
+
 def complete(model: GPTModel, extras: Mapping[str, Any]) -> None:
     """Scale embeddings, and rotate local and global layers by their own angles."""
     if model.pre_process:
         # Rounded to the weights' dtype first, as transformers does.
-        factor = torch.tensor(extras["embedding_scale"], dtype=model.config.params_dtype).item()
+        factor = torch.tensor(embedding_scale(extras), dtype=model.config.params_dtype).item()
 
         def scale(_: torch.nn.Module, __: Any, embedded: Tensor) -> Tensor:
             return embedded * factor
@@ -106,4 +112,4 @@ def adapt_layer(layer: ModuleSpec, norm: Any) -> ModuleSpec:
     return layer
 
 
-LAYERS = FamilyLayers(adapt_layer, configure, complete)
+LAYERS = FamilyLayers(adapt_layer, configure, complete, embedding_scale)
