@@ -1,7 +1,6 @@
 """Group 1: driver, PyTorch, the packages that GPUs bring into play, and a product on every GPU."""
 
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 
 from megatron_infifpo import __version__
+from megatron_infifpo.engine.environment import DRIVER, driver_version, version
 from megatron_infifpo.gpu_check.records import FAILED, PASSED, Options, Recorder, first_line
 
-DRIVER = Path("/proc/driver/nvidia/version")
 # Distributions that decide what runs. They are looked up and not imported: one may be broken.
 PACKAGES = (
     "torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "triton", "transformers",
@@ -74,13 +73,6 @@ def cuda_problem() -> str | None:
     return None
 
 
-def driver_version() -> str | None:
-    """First line of what the NVIDIA driver says of itself; None without one."""
-    if not DRIVER.is_file():
-        return None
-    return DRIVER.read_text(encoding="utf-8").splitlines()[0].split(":", 1)[-1].strip()
-
-
 def facts(cuda: bool) -> dict[str, Any]:
     """Return what a reader of the report needs to know of the machine."""
     found: dict[str, Any] = {
@@ -104,14 +96,6 @@ def facts(cuda: bool) -> dict[str, Any]:
             "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         }
     return found
-
-
-def version(name: str) -> str:
-    """Version of a distribution, or that it is missing."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def product_error(device: str) -> float:

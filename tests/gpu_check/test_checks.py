@@ -283,7 +283,7 @@ def test_why_cuda_cannot_be_used(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "init", too_old)
     driver = tmp_path / "version"
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.54.03  Tue\nGCC: 12\n")
-    monkeypatch.setattr(environment, "DRIVER", driver)
+    monkeypatch.setattr("megatron_infifpo.engine.environment.DRIVER", driver)
     said = str(environment.cuda_problem())
     assert "too old" in said and "535.54.03" in said and "CUDA 13.0" in said
     record = Recorder("environment", tmp_path / "checks.jsonl")
