@@ -1,7 +1,6 @@
 """The architecture that a converted checkpoint carries, as Megatron arguments."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from megatron_infifpo.families import (
     check_tensor_parallel,
     megatron_args,
 )
-from megatron_infifpo.storage.aside import whole_folder
+from megatron_infifpo.flag_types import flag
 from megatron_infifpo.storage.beside import check_adapters
-from megatron_infifpo.storage.checkpoints import HF_FOLDER, TRACKER
+from megatron_infifpo.storage.checkpoints import HF_FOLDER
 
 # The checkpoint's value is a starting point here, not part of the architecture.
 _FREE = ("make_vocab_size_divisible_by", "seq_length", "tokenizer_type", "vocab_size")
@@ -70,10 +69,10 @@ def architecture(
     """
     found = megatron_args(read_hf_config(checkpoint))
     for name, value in found.items():
-        flag = given.get(name)
-        if name not in _FREE and flag not in (defaults.get(name), value):
+        asked = given.get(name)
+        if name not in _FREE and asked not in (defaults.get(name), value):
             raise UserError(
-                f"--{name.replace('_', '-')} is {flag!r}, but the checkpoint in {checkpoint} has "
+                f"{flag(name)} is {asked!r}, but the checkpoint in {checkpoint} has "
                 f"{value!r}: leave architecture flags out, they come from the checkpoint"
             )
     check_tensor_parallel(found, given["tensor_model_parallel_size"])
@@ -81,29 +80,3 @@ def architecture(
         virtual = given["num_virtual_stages_per_pipeline_rank"] or 1
         check_pipeline_parallel(found, given["pipeline_model_parallel_size"], virtual)
     return {k: v for k, v in found.items() if k not in _FREE or given.get(k) is None}
-
-
-def pivot_directory(load: str | None, pretrained: str | None) -> Path:
-    """Return the checkpoint that carries the pivot's architecture: the run's own once it exists.
-
-    Raises:
-        UserError: there is none.
-    """
-    candidates = [Path(directory) for directory in (load, pretrained) if directory is not None]
-    if not candidates:
-        raise UserError("no pivot: give --pretrained-checkpoint DIR, a converted checkpoint")
-    for directory in candidates:
-        if (directory / TRACKER).is_file():
-            return directory
-    raise UserError(
-        f"no checkpoint in {' or '.join(map(str, candidates))}: convert the pivot with "
-        "infifpo import and give its directory to --pretrained-checkpoint"
-    )
-
-
-def carry_architecture(pivot: Path, save: str | None) -> None:
-    """Copy the Hugging Face configuration and tokenizer beside the run's checkpoints."""
-    if save is None or (Path(save) / HF_FOLDER).exists():
-        return
-    with whole_folder(Path(save) / HF_FOLDER) as folder:
-        shutil.copytree(pivot / HF_FOLDER, folder, dirs_exist_ok=True)

@@ -6,6 +6,7 @@ Phi-4 has 10 key-value heads, so TP may be 1, 2, 5 or 10.
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_infifpo.families import llama
 from megatron_infifpo.families.common import Family, dense_args, rope_args, window_args
 from megatron_infifpo.families.mapping import Row
 from megatron_infifpo.families.transforms import FUSED_QKV
@@ -16,28 +17,12 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
     return dense_args(config) | rope_args(config, partial=True) | window_args(config)
 
 
-ROWS = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab", "hidden")),
-    Row(
-        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
-        ("model.layers.{}.input_layernorm.weight",),
-        ("hidden",),
-    ),
+_FUSED = (
     Row(
         "decoder.layers.self_attention.linear_qkv.weight",
         ("model.layers.{}.self_attn.qkv_proj.weight",),
         ("qkv", "hidden"),
         FUSED_QKV,
-    ),
-    Row(
-        "decoder.layers.self_attention.linear_proj.weight",
-        ("model.layers.{}.self_attn.o_proj.weight",),
-        ("hidden", "attention"),
-    ),
-    Row(
-        "decoder.layers.mlp.linear_fc1.layer_norm_weight",
-        ("model.layers.{}.post_attention_layernorm.weight",),
-        ("hidden",),
     ),
     # Both hold the gate, then the up projection.
     Row(
@@ -45,14 +30,8 @@ ROWS = (
         ("model.layers.{}.mlp.gate_up_proj.weight",),
         ("gate_up", "hidden"),
     ),
-    Row(
-        "decoder.layers.mlp.linear_fc2.weight",
-        ("model.layers.{}.mlp.down_proj.weight",),
-        ("hidden", "ffn"),
-    ),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",)),
-    Row("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden")),
 )
+ROWS = tuple({row.key: row for row in (*llama.ROWS, *_FUSED)}.values())
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "phi-4": {

@@ -5,6 +5,7 @@ Manifests chain from records to tokens to log-probs; this file goes on from ther
 
 import datetime
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,11 @@ import torch
 from megatron_infifpo import __version__
 from megatron_infifpo.engine.environment import version
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.families.architecture import carry_architecture
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
-from megatron_infifpo.storage.aside import Aside, make_folder
-from megatron_infifpo.storage.checkpoints import RUN_FILE
+from megatron_infifpo.storage.aside import Aside, make_folder, whole_folder
+from megatron_infifpo.storage.checkpoints import HF_FOLDER, RUN_FILE
 from megatron_infifpo.storage.manifests import Format
 from megatron_infifpo.training.lock import RunLock
 from megatron_infifpo.training.resharding import KEPT
@@ -161,7 +161,15 @@ def record_run(save: str, run: dict[str, Any], pivot: Path, lock: RunLock) -> No
     lock.take()
     with Aside() as files:
         FORMAT.write(Path(save) / RUN_FILE.removesuffix(".json"), run, files)
-    carry_architecture(pivot, save)
+    _carry_architecture(pivot, save)
+
+
+def _carry_architecture(pivot: Path, save: str | None) -> None:
+    """Copy the Hugging Face configuration and tokenizer beside the run's checkpoints."""
+    if save is None or (Path(save) / HF_FOLDER).exists():
+        return
+    with whole_folder(Path(save) / HF_FOLDER) as folder:
+        shutil.copytree(pivot / HF_FOLDER, folder, dirs_exist_ok=True)
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:

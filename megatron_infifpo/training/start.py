@@ -15,7 +15,6 @@ from megatron.core.rerun_state_machine import RerunState
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.families.architecture import pivot_directory
 from megatron_infifpo.ranks import rank
 from megatron_infifpo.storage.checkpoints import TRACKER, find_checkpoint
 from megatron_infifpo.storage.torch_dist import BROKEN_PICKLE, TorchDistCheckpoint
@@ -120,7 +119,7 @@ def find_start(folders: Folders) -> Start:
         UserError: a folder means two things, or is not there, or holds no checkpoint.
     """
     _check_folders(folders)
-    folder = pivot_directory(folders.loaded, folders.pretrained)
+    folder = _pivot_directory(folders.loaded, folders.pretrained)
     tracker = (folder / TRACKER).read_text(encoding="utf-8").strip()
     new = folders.finetune or tracker == "release"
     resumed = not new and (folders.pretrained is None or folder != Path(folders.pretrained))
@@ -128,6 +127,24 @@ def find_start(folders: Folders) -> Start:
     if rank() == 0:
         checkpoint.check_sizes()
     return Start(folder, tracker, checkpoint, resumed)
+
+
+def _pivot_directory(load: str | None, pretrained: str | None) -> Path:
+    """Return the checkpoint that carries the pivot's architecture: the run's own once it exists.
+
+    Raises:
+        UserError: there is none.
+    """
+    candidates = [Path(directory) for directory in (load, pretrained) if directory is not None]
+    if not candidates:
+        raise UserError("no pivot: give --pretrained-checkpoint DIR, a converted checkpoint")
+    for directory in candidates:
+        if (directory / TRACKER).is_file():
+            return directory
+    raise UserError(
+        f"no checkpoint in {' or '.join(map(str, candidates))}: convert the pivot with "
+        "infifpo import and give its directory to --pretrained-checkpoint"
+    )
 
 
 def _check_folders(folders: Folders) -> None:
