@@ -68,16 +68,14 @@ class SourcesConfig:
     path: str = "sources.yaml"
 
 
-def read_sources(path: str | Path, *, domains: Sequence[str] | None = None) -> SourcesConfig:
+def read_sources(path: str | Path) -> SourcesConfig:
     """Read a sources.yaml; prefixes in it are relative to the file.
 
     Args:
         path: the file.
-        domains: the known domains, to check the sources' against, if given.
 
     Raises:
-        UserError: not a readable file, an unknown or missing key, a wrong type, a name twice, or
-            an unknown domain.
+        UserError: not a readable file, an unknown or missing key, a wrong type, or a name twice.
     """
     path = Path(path)
     try:
@@ -97,10 +95,7 @@ def read_sources(path: str | Path, *, domains: Sequence[str] | None = None) -> S
         if names.count(name) > 1:
             raise UserError(f"{path}: the name {name!r} is used twice, expected unique names")
     initial = _prefix(content["initial"], f"{path}: initial", path)
-    config = SourcesConfig(initial, sources, str(path))
-    if domains is not None:
-        check_domains(config, domains)
-    return config
+    return SourcesConfig(initial, sources, str(path))
 
 
 def check_domains(config: SourcesConfig, known: Sequence[str]) -> None:

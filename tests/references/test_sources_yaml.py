@@ -3,7 +3,7 @@ import json
 import pytest
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.references.sources import Source, read_sources
+from megatron_infifpo.references.sources import Source, check_domains, read_sources
 
 GOOD = """
 initial: logprobs/pivot
@@ -20,7 +20,7 @@ def write(folder, text):
 
 
 def test_prefixes_are_relative_to_the_file(tmp_path):
-    config = read_sources(write(tmp_path, GOOD), domains=["code", "math"])
+    config = read_sources(write(tmp_path, GOOD))
     assert config.initial == str(tmp_path / "logprobs/pivot")
     assert config.sources == (
         Source("qwen", str(tmp_path / "logprobs/qwen")),
@@ -68,6 +68,6 @@ BAD = {
 @pytest.mark.parametrize("text", BAD)
 def test_bad_files(tmp_path, text):
     with pytest.raises(UserError, match=BAD[text]):
-        read_sources(write(tmp_path, text), domains=["code", "math"])
+        check_domains(read_sources(write(tmp_path, text)), ["code", "math"])
     with pytest.raises(UserError, match="cannot read"):
         read_sources(tmp_path / "absent.yaml")
