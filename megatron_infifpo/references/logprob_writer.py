@@ -3,14 +3,13 @@
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.references.logprob_store import FORMAT
-from megatron_infifpo.storage.aside import Aside, make_folder
+from megatron_infifpo.storage.aside import Aside, end_block, make_folder
 from megatron_infifpo.storage.documents import DocumentWriter, write_array
 from megatron_infifpo.storage.notes import Notes
 
@@ -191,18 +190,6 @@ class LogprobWriter:
         """Return the writer."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Finish, or discard after an exception."""
-        try:
-            if error is None:
-                self.finish()
-        except BaseException:
-            self.discard()
-            raise
-        if error is not None:
-            self.discard()
+        end_block(error, self.finish, self.discard)

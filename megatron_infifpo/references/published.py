@@ -21,6 +21,7 @@ from megatron_infifpo.references.imported import imported_manifest, refuse_exist
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.logprob_writer import LogprobWriter
 from megatron_infifpo.references.summary import print_summary
+from megatron_infifpo.storage.aside import write_text
 
 # sum / mean is a whole number of tokens; more than this beside it, and one of them is wrong.
 COUNT_ERROR = 0.02
@@ -86,7 +87,7 @@ def import_published(
             for writer, (sums, counts) in zip(writers, values.transpose(1, 2, 0), strict=True):
                 writer.add_sums(record.id, sums.tolist(), counts.astype(int).tolist())
     sources = {"initial": "initial", "sources": [{"name": n, "logprobs": n} for n in names]}
-    (folder / "sources.yaml").write_text(yaml.safe_dump(sources, sort_keys=False))
+    write_text(folder / "sources.yaml", yaml.safe_dump(sources, sort_keys=False))
     for name in models:
         print_summary(LogprobStore(folder / name), [record.domain for record in records])
     print(f"\nwrote {folder}/sources.yaml")

@@ -7,7 +7,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_positive, check_types
 from megatron_infifpo.report.collect import method_of, read_curves, read_pairs
 from megatron_infifpo.report.html import Page
-from megatron_infifpo.storage.aside import make_folder
+from megatron_infifpo.storage.aside import make_folder, write_text
 from megatron_infifpo.training.provenance import read_run
 
 
@@ -86,5 +86,5 @@ def write_report(job: ReportJob) -> Path:
     sections.provenance(page, found)
     output = job.output or job.run / "report.html"
     make_folder(output.parent)
-    output.write_text(page.render(), encoding="utf-8")
+    write_text(output, page.render())
     return output

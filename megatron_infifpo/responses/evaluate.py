@@ -19,6 +19,7 @@ from megatron_infifpo.responses.evaluation import (
     write,
 )
 from megatron_infifpo.responses.harness import HarnessOptions, load, open_harness, run_task
+from megatron_infifpo.storage.aside import write_text
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def evaluate(job: EvaluationJob) -> str:
     text = table(scores)
     if job.options.limit is not None:
         text += f"\n\nA rehearsal: at most {job.options.limit} questions of each."
-    (job.output / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_text(job.output / "table.md", text + "\n")
     if without:
         print(text)
         raise UserError("; ".join(without))

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from megatron_infifpo.errors import UserError
@@ -24,6 +23,20 @@ def make_folder(path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
+
+
+def end_block(
+    error: BaseException | None, finish: Callable[[], object], discard: Callable[[], None]
+) -> None:
+    """End a `with` block: finish, or discard where the block or finishing has raised."""
+    try:
+        if error is None:
+            finish()
+    except BaseException:
+        discard()
+        raise
+    if error is not None:
+        discard()
 
 
 class Aside:
@@ -68,21 +81,9 @@ class Aside:
         """Return the files."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Publish, or discard after an exception."""
-        try:
-            if error is None:
-                self.publish()
-        except BaseException:
-            self.discard()
-            raise
-        if error is not None:
-            self.discard()
+        end_block(error, self.publish, self.discard)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,8 @@ class ShardedJob:
                 yield file
         except FileNotFoundError:
             raise UserError(
-                f"{self.folder} is not there for rank {rank()}, expected a folder that all nodes see"
+                f"{self.folder} is not there for rank {rank()}, expected a folder that all nodes "
+                "see"
             ) from None
 
     def files(self, count: int) -> Iterator[BinaryIO]:
