@@ -47,7 +47,7 @@ def real(least: float, most: float = math.inf) -> Callable[[str], float]:
 
 
 def flag(field: str) -> str:
-    """Spelling of a job's field on the command line."""
+    """Spelling of a job's field, or of a method's option, on the command line."""
     return "--" + field.replace("_", "-")
 
 

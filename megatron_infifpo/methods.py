@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import flag
 from megatron_infifpo.losses import BETA, LOSSES, MEANS_FACTOR, Loss
 from megatron_infifpo.options import Option, described
 from megatron_infifpo.reference import DEFAULT_FUSION, FUSIONS
@@ -181,11 +182,6 @@ def _usual(name: str) -> str:
         return f"{usual:g} for sums and {usual * MEANS_FACTOR:g} for means; {rest}"
     value, *others = {getattr(method, name) for method in METHODS.values()}
     return "the method's" if others else {False: "no", None: "none"}.get(value, value)
-
-
-def flag(option: str) -> str:
-    """Spelling of an option on the command line."""
-    return "--" + option.replace("_", "-")
 
 
 def method_from_options(name: str, options: Mapping[str, Any]) -> Method:
