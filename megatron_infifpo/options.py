@@ -52,9 +52,9 @@ class Option:
             return None if isinstance(value, bool) else "True or False"
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             return f"a number in {self.range}"
-        low, high = map(float, self.range[1:-1].split(","))
-        above = value >= low if self.range[0] == "[" else value > low
-        below = value <= high if self.range[-1] == "]" else value < high
+        number, (low, high) = float(value), map(float, self.range[1:-1].split(","))
+        above = number >= low if self.range[0] == "[" else number > low
+        below = number <= high if self.range[-1] == "]" else number < high
         return None if above and below else f"a number in {self.range}"
 
     def describe(self) -> str:
