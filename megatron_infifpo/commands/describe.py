@@ -1,6 +1,8 @@
 """Print what a checkpoint is: format, family, sizes, dtype, and the flags that it needs.
 
     infifpo describe --load ckpt/phi-4
+
+Weights are not read, only what their files say of them.
 """
 
 import argparse
