@@ -24,7 +24,6 @@ from megatron_infifpo.commands.flags import (
 from megatron_infifpo.commands.response_flags import add_engine_flags, add_response_flags
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import positive, whole
-from megatron_infifpo.responses.completing import Wanted
 from megatron_infifpo.responses.engines import EngineOptions, Sampling
 from megatron_infifpo.responses.sample import LOCAL, SamplingJob, sample
 from megatron_infifpo.responses.sampling import outcome
@@ -65,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_flags(parser, (*LOCAL, "server"))
     add_server_flags(parser)
     add_check_flags(parser)
-    for job in (Sampling, Wanted, EngineOptions, ServerOptions, SamplingJob):
+    for job in (Sampling, EngineOptions, ServerOptions, SamplingJob):
         take_defaults(parser, job)
     parser.add_argument("--count", type=positive, help="responses of a prompt, if not the preset's")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="of the job (default: all)")
@@ -111,29 +110,22 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: flags that do not fit, or what `sample` refuses.
     """
-    part = read_part(args.part)
-    if part[1] > 1 and args.output is not None and args.output.exists():  # another part joined it
-        print(f"{args.output} is complete already")
-        return
-    greedy = args.temperature == 0
-    count = 1 if greedy else args.count or PRESETS[args.preset]
-    if greedy and (args.count or 1) > 1:
-        print("temperature 0: one response of a prompt, all others would be the same")
-    tokenizer, skip = tokenizer_options(args), args.on_bad_record == "skip"
-    templates = tokenizer.chat_template_options
+    count = args.count or PRESETS[args.preset]
     given = {
         "how": Sampling(**fields_of(args, Sampling) | {"count": count}),
-        "wanted": Wanted(count, 0 if greedy else args.retries, args.keep_cut),
-        "options": EngineOptions(**fields_of(args, EngineOptions), skip_refused=skip),
-        "server": args.server
-        and ServerOptions(
-            **fields_of(args, ServerOptions), template_options=templates, skip_refused=skip
-        ),
-        "tokenizer": tokenizer,
-        "part": part,
+        "options": EngineOptions(**fields_of(args, EngineOptions)),
+        "server": args.server and ServerOptions(**fields_of(args, ServerOptions)),
+        "tokenizer": tokenizer_options(args),
+        "part": read_part(args.part),
     }
-    complete = sample(SamplingJob(**fields_of(args, SamplingJob) | given))
-    if complete:
+    job = SamplingJob(**fields_of(args, SamplingJob) | given)
+    if args.count and job.sampling.count < args.count:
+        print("temperature 0: one response of a prompt, all others would be the same")
+    done = args.output is not None and args.output.exists()
+    complete = sample(job)
+    if complete and done:
+        print(f"{args.output} is complete already")
+    elif complete:
         print("\n".join(outcome(args.output, args.max_tokens)))
     elif not args.check_only:
         print(f"part {args.part} is done; {args.output} is written by the last part to end")
@@ -146,6 +138,6 @@ def read_part(text: str) -> tuple[int, int]:
         UserError: it is not I/N.
     """
     number, _, parts = text.partition("/")
-    if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
+    if not (number.isdecimal() and parts.isdecimal()):
         raise UserError(f"--part is {text}, expected I/N with I from 0 to N - 1")
     return int(number), int(parts)

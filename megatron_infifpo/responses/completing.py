@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_infifpo.flag_types import check_positive, check_types
 from megatron_infifpo.responses.answers import REFUSED, UNSENT, Response
 from megatron_infifpo.responses.engines import Engine
 from megatron_infifpo.responses.prompts import Prompt
@@ -24,6 +25,16 @@ class Wanted:
     count: int
     retries: int = 2
     keep_cut: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are none.
+
+        Raises:
+            UserError: one is not.
+        """
+        check_types(self)
+        check_positive(self, "count")
+        check_positive(self, "retries", least=0)
 
     def takes(self, response: Response) -> bool:
         """Whether a response is one of those that are wanted."""

@@ -13,7 +13,7 @@ import torch
 
 from megatron_infifpo.engine.batch_rule import BatchRule
 from megatron_infifpo.engine.hf_model import load_causal_lm
-from megatron_infifpo.flag_types import check_positive, check_types
+from megatron_infifpo.flag_types import check_number, check_positive, check_types
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.responses.answers import REFUSED, Response
 from megatron_infifpo.responses.prompts import Prompt
@@ -38,6 +38,17 @@ class Sampling:
     top_p: float = 1.0
     max_tokens: int = 2048
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are none.
+
+        Raises:
+            UserError: one is not.
+        """
+        check_types(self)
+        check_positive(self, "count", "max_tokens")
+        check_number(self, "temperature")
+        check_number(self, "top_p", most=1.0, above=True)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,22 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from megatron_infifpo.engine.hf_model import check_folder
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.flag_types import check_number
+from megatron_infifpo.flag_types import (
+    check_choice,
+    check_files,
+    check_number,
+    check_positive,
+    check_types,
+)
 from megatron_infifpo.records.read_report import ReadReport
+from megatron_infifpo.records.records import ON_BAD
 from megatron_infifpo.responses.completing import Wanted
 from megatron_infifpo.responses.engines import (
     Engine,
@@ -42,13 +49,15 @@ class SamplingJob:
         name: of the model in the output; None: the folder's.
         domain: of prompts that do not say theirs.
         domains: sample only for these; empty: for all.
-        on_bad_record: "error" or "skip".
-        how: each response is sampled.
-        wanted: how many responses of which kind.
+        on_bad_record: "error" or "skip", for malformed prompts and for those that the chat template
+            or the server refuses.
+        how: each response is sampled; at temperature 0 a prompt has one, all would be the same.
+        retries: how often a prompt is asked again in vain; not at temperature 0.
+        keep_cut: keep responses that are cut, too.
         engine: one of `LOCAL`, or "server".
-        options: of an engine on this machine.
-        server: of a server.
-        tokenizer: how it is used.
+        options: of an engine on this machine; see `engine_options` for those that follow.
+        server: of a server; see `server_options`.
+        tokenizer: how it is used; its trust_remote_code is the model's, too.
         check: prompts for which the engine's log-probs are compared with the scorer's; 0: none.
         check_model: folder to compare a server with; None: the model's, where that is one.
         check_tolerance: nats, of a token; None: what the engine's precision asks for.
@@ -65,7 +74,8 @@ class SamplingJob:
     domains: Sequence[str] = ()
     on_bad_record: str = "error"
     how: Sampling = field(default_factory=Sampling)
-    wanted: Wanted = field(default_factory=lambda: Wanted(4))
+    retries: int = Wanted.retries
+    keep_cut: bool = False
     engine: str = "transformers"
     options: EngineOptions = field(default_factory=EngineOptions)
     server: ServerOptions | None = None
@@ -85,8 +95,15 @@ class SamplingJob:
         """
         if self.output is None and not self.check_only:
             raise UserError("--output is missing: expected the file to write")
-        check_number(self.how, "temperature")
-        check_number(self.how, "top_p", most=1.0, above=True)
+        check_files(self, "input")
+        check_types(self)
+        check_choice("on_bad_record", self.on_bad_record, ON_BAD)
+        check_choice("engine", self.engine, (*LOCAL, "server"))
+        check_positive(self, "shard_prompts")
+        check_positive(self, "retries", "check", least=0)
+        if not (len(self.part) == 2 and 0 <= self.part[0] < self.part[1]):
+            said = "/".join(map(str, self.part))
+            raise UserError(f"--part is {said}, expected I/N with I from 0 to N - 1")
         check_number(self, "check_tolerance")
         if self.check_only and not self.check:
             raise UserError("--check-only and --check 0 exclude each other")
@@ -95,15 +112,42 @@ class SamplingJob:
         if self.engine != "server" and self.check_model:
             raise UserError("--check-model is for --engine server: others have the model itself")
 
+    @property
+    def sampling(self) -> Sampling:
+        """How each response is sampled, and how many are."""
+        return self.how if self.how.temperature else replace(self.how, count=1)
+
+    @property
+    def wanted(self) -> Wanted:
+        """How many responses of which kind."""
+        retries = self.retries if self.how.temperature else 0
+        return Wanted(self.sampling.count, retries, self.keep_cut)
+
+    @property
+    def engine_options(self) -> EngineOptions:
+        """Options of an engine on this machine, with what other fields say."""
+        skip, remote = self.on_bad_record == "skip", self.tokenizer.trust_remote_code
+        return replace(self.options, skip_refused=skip, trust_remote_code=remote)
+
+    @property
+    def server_options(self) -> ServerOptions | None:
+        """Options of a server, with what other fields say."""
+        if self.server is None:
+            return None
+        skip, templates = self.on_bad_record == "skip", self.tokenizer.chat_template_options
+        return replace(self.server, skip_refused=skip, template_options=templates)
+
 
 def sample(job: SamplingJob) -> bool:
     """Sample what is missing; return whether the output is complete.
 
     Raises:
         UserError: a bad prompt, an engine that is not there or (with `check_only`) whose log-probs
-            differ, or an output that is there already.
+            differ, or an output that is there already, of a job without parts.
     """
     if job.output is not None and job.output.exists():
+        if job.part[1] > 1:  # another part joined it
+            return True
         raise UserError(f"{job.output} exists: delete it or choose another name")
     prompts = read(job)
     engine, chat = open_engine(job)
@@ -121,7 +165,7 @@ def sample(job: SamplingJob) -> bool:
         prompts,
         engine,
         job.output,
-        plan | asdict(job.how),
+        plan | asdict(job.sampling),
         job.wanted,
         shard_prompts=job.shard_prompts,
         part=job.part,
@@ -155,17 +199,18 @@ def open_engine(job: SamplingJob) -> tuple[Engine, ChatTokenizer | None]:
     Raises:
         UserError: an engine that is not there, or options that have no effect.
     """
-    if job.server is None:
+    server = job.server_options
+    if server is None:
         check_folder(job.model)
         chat = open_tokenizer(job.model, job.tokenizer)
-        return LOCAL[job.engine](job.model, chat, job.how, job.options), chat
+        return LOCAL[job.engine](job.model, chat, job.sampling, job.engine_options), chat
     folder = job.check_model or job.model
     if job.check_model:
         check_folder(folder)
     known = job.check_model or (Path(folder) / "config.json").is_file()
     if job.tokenizer.chat_template and not known:
         raise UserError("--chat-template has no effect: the server has the template")
-    engine = ServerEngine(job.model, job.how, job.server)
+    engine = ServerEngine(job.model, job.sampling, server)
     return engine, open_tokenizer(folder, job.tokenizer) if known else None
 
 
@@ -179,7 +224,7 @@ def compare(
     """
     if not job.check:
         return
-    options = job.options
+    options = job.engine_options
     coarse = options.bf16 or job.engine != "transformers"  # servers have bfloat16, mostly
     tolerance = job.check_tolerance or TOLERANCE[coarse]
     try:
