@@ -14,10 +14,12 @@ from megatron_infifpo.methods import resolve
 from megatron_infifpo.planning.estimate import PlanningJob
 from megatron_infifpo.recipes.launch import Launch
 from megatron_infifpo.report.report import ReportJob
-from megatron_infifpo.responses.engines import EngineOptions
+from megatron_infifpo.responses.completing import Wanted
+from megatron_infifpo.responses.engines import EngineOptions, Sampling
 from megatron_infifpo.responses.evaluate import EvaluationJob
 from megatron_infifpo.responses.harness import HarnessOptions
 from megatron_infifpo.responses.labelling import LabellingJob
+from megatron_infifpo.responses.sample import SamplingJob, sample
 from megatron_infifpo.responses.scorers import Judge
 from megatron_infifpo.responses.server import ServerOptions
 from megatron_infifpo.scoring.job import ScoringJob
@@ -36,6 +38,8 @@ WHOLE: dict[Any, dict[str, Any]] = {
     HarnessOptions: {},
     EngineOptions: {},
     ServerOptions: {"server": "http://localhost"},
+    Sampling: {},
+    SamplingJob: {"input": ["p.jsonl"], "model": "m", "output": Path("o.jsonl")},
     InspectionJob: {"data": "d", "id": "r"},
     DataJob: {"data": "d"},
     ReportJob: {"run": Path("run")},
@@ -73,6 +77,16 @@ WHOLE: dict[Any, dict[str, Any]] = {
         (EngineOptions, {"tensor_model_parallel_size": None}, "-size is None"),
         (ServerOptions, {"server_requests": 0}, "--server-requests is 0"),
         (ServerOptions, {"server_retries": -1}, "is -1, expected a whole number of at least 0"),
+        (Sampling, {"count": 0}, "--count is 0"),
+        (Sampling, {"max_tokens": 0}, "--max-tokens is 0"),
+        (Sampling, {"top_p": 0.0}, "--top-p is 0.0, expected a number above 0, 1 at most"),
+        (SamplingJob, {"input": "p.jsonl"}, "--input is 'p.jsonl', expected a list of files"),
+        (SamplingJob, {"engine": "sglang"}, "--engine is 'sglang', expected one of transformers"),
+        (SamplingJob, {"part": (3, 2)}, "--part is 3/2, expected I/N with I from 0 to N - 1"),
+        (SamplingJob, {"part": (0, 1, 2)}, "--part is 0/1/2"),
+        (SamplingJob, {"shard_prompts": 0}, "--shard-prompts is 0"),
+        (SamplingJob, {"retries": -1}, "--retries is -1, expected a whole number of at least 0"),
+        (SamplingJob, {"on_bad_record": "mend"}, "--on-bad-record is 'mend', expected one of"),
         (InspectionJob, {"tokens": True}, "--tokens has no effect without --sources"),
         (InspectionJob, {"method": resolve("dpo", beta=1.0)}, "an option of the method has no eff"),
         (DataJob, {"input": "r.jsonl"}, "--input is 'r.jsonl', expected a list"),
@@ -104,6 +118,28 @@ def test_jobs_that_can_be():
     assert InspectionJob("d", "r", "s.yaml", tokens=True, method=resolve("dpo", beta=1.0)).tokens
     assert HarnessOptions(dtype="fp16").torch_dtype == "float16"
     assert PlanningJob({}, 8, sft_records=0).sft_records == 0
+
+
+def test_a_sampling_job_says_each_thing_once(tmp_path):
+    """At temperature 0 a prompt has one response; options of engines follow from the job."""
+    given, how = WHOLE[SamplingJob], Sampling(count=8)
+    job = SamplingJob(**given | {"how": how, "retries": 3, "keep_cut": True})
+    assert (job.sampling, job.wanted) == (how, Wanted(8, 3, keep_cut=True))
+    greedy = SamplingJob(**given | {"how": Sampling(count=8, temperature=0.0)})
+    assert (greedy.sampling.count, greedy.wanted) == (1, Wanted(1, 0))
+    tokenizer = TokenizerOptions(chat_template_options={"a": 1}, trust_remote_code=True)
+    more = {"tokenizer": tokenizer, "on_bad_record": "skip"}
+    job = SamplingJob(**given | more)
+    assert job.engine_options == EngineOptions(trust_remote_code=True, skip_refused=True)
+    assert job.server_options is None
+    server = ServerOptions("http://localhost")
+    asked = SamplingJob(**given | more | {"engine": "server", "server": server}).server_options
+    assert asked is not None and asked.skip_refused and asked.template_options == {"a": 1}
+    output = tmp_path / "o.jsonl"
+    output.touch()
+    assert sample(SamplingJob(**given | {"output": output, "part": (1, 2)}))
+    with pytest.raises(UserError, match="exists: delete it"):
+        sample(SamplingJob(**given | {"output": output}))
 
 
 def test_folders_by_name():
