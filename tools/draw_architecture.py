@@ -8,8 +8,8 @@ into, in the colour of the imported wing; its width counts imports. The wings th
 everything have no rivers.
 """
 
+import argparse
 import colorsys
-import sys
 import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -205,6 +205,10 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    output = Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUT
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", nargs="?", type=Path, default=OUTPUT, metavar="FILE.svg")
+    output = parser.parse_args().output
     output.write_text(draw(), encoding="utf-8")
     print(output)

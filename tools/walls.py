@@ -7,6 +7,7 @@ A wing imports only what stands before it in `WINGS`: tests/test_walls.py holds 
 tools/draw_architecture.py draws it.
 """
 
+import argparse
 import ast
 from collections import Counter
 from collections.abc import Iterator
@@ -129,6 +130,9 @@ def _full_name(file: Path, node: ast.ImportFrom, name: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for (wing, target), count in sorted(arrows().items(), key=lambda item: PLACE[item[0][0]]):
         mark = "" if PLACE[target] < PLACE[wing] else "   upward"
         print(f"{wing:>15} -> {target:<15} {count:3d}{mark}")

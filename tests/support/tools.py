@@ -44,6 +44,8 @@ def command(program: str, argv: list[str]) -> None:
     """Run a program (a module, or tools/NAME.py) as its command line does, exit code included."""
     sys.argv = [program, *argv]
     if program.startswith("tools/"):
-        runpy.run_path(str(ROOT / program), run_name="__main__")
+        # As Python does with a script's folder.
+        with mock.patch.object(sys, "path", [str(ROOT / "tools"), *sys.path]):
+            runpy.run_path(str(ROOT / program), run_name="__main__")
     else:
         runpy.run_module(program, run_name="__main__")
