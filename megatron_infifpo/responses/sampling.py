@@ -16,7 +16,7 @@ from megatron_infifpo.responses.answers import CUT, UNKNOWN
 from megatron_infifpo.responses.completing import Wanted, complete, to_line
 from megatron_infifpo.responses.engines import Engine
 from megatron_infifpo.responses.prompts import Prompt
-from megatron_infifpo.storage.aside import make_folder, whole_file
+from megatron_infifpo.storage.aside import whole_file
 from megatron_infifpo.storage.sharded_job import ShardedJob
 
 
@@ -51,7 +51,6 @@ def run_job(
     plan = {**plan, **asdict(wanted), "prompts": len(prompts), "shard_prompts": shard_prompts}
     plan["prompts_sha256"] = hashlib.sha256(content.encode()).hexdigest()
     job = ShardedJob(output, ".jsonl")
-    make_folder(job.folder)
     job.claim(plan)
     shards = [prompts[i : i + shard_prompts] for i in range(0, len(prompts), shard_prompts)]
     missing = job.missing(len(shards))

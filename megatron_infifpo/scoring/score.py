@@ -28,7 +28,6 @@ from megatron_infifpo.scoring.merge import merge
 from megatron_infifpo.scoring.ranks import Progress, on_first_rank
 from megatron_infifpo.scoring.rows import Limits, ShardRows, prepare_shard
 from megatron_infifpo.scoring.shards import read_records, write_shard
-from megatron_infifpo.storage.aside import make_folder
 from megatron_infifpo.storage.sharded_job import ShardedJob, different
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_infifpo.tokens.options import open_tokenizer
@@ -67,7 +66,6 @@ def score(job: ScoringJob) -> None:
     def start() -> tuple[dict[str, Any], list[int]]:
         plan = _plan(job, tokenizer, limits, scanned)
         plan |= {"device": _device(), "share_prompt": model.layout.share_prompt}
-        make_folder(shards.folder)
         shards.claim(plan)
         return plan, shards.missing(-(-plan["count"] // job.shard_records))
 

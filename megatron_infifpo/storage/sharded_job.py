@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.ranks import rank
-from megatron_infifpo.storage.aside import whole_file, write_text
+from megatron_infifpo.storage.aside import make_folder, whole_file, write_text
 
 PLAN = "plan.json"
 
@@ -44,11 +44,11 @@ class ShardedJob:
             plan: what the job's result depends on; JSON.
 
         Raises:
-            UserError: the folder holds shards of another job, or of one without a plan.
+            UserError: the folder cannot be made, or holds shards of another job or without a plan.
         """
         path = self.folder / PLAN
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             # The plan is written first; asked for again, since another process may have done so.
             if any(self.folder.glob(f"*{self._suffix}")) and not path.exists():
                 raise UserError(
