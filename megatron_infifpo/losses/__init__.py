@@ -1,0 +1,30 @@
+"""Preference losses: pure functions of policy and reference log-probs, one value a record.
+
+Every loss takes two tensors `[B, R]`, one number for each response of a record: a pair's in the
+order chosen, rejected[, the pivot's own chosen] (`pairs.py`), or a list's in any order
+(`lists.py`). What the reference is (the initial pivot or a fused source model) and whether
+log-probs are sums or means is decided before, by the method's preset and in `reference.py`.
+
+A loss declares its options at its keyword arguments and what else it needs in `LOSSES`; flags,
+help texts and checks follow from that. To add one, see docs/adding-a-loss.md.
+"""
+
+from megatron_infifpo.losses.pairs import CHOSEN, PIVOT_CHOSEN, REJECTED
+from megatron_infifpo.losses.registry import (
+    BETA,
+    LOSSES,
+    MEANS_FACTOR,
+    Loss,
+    preference_loss,
+)
+
+__all__ = [
+    "BETA",
+    "CHOSEN",
+    "LOSSES",
+    "MEANS_FACTOR",
+    "PIVOT_CHOSEN",
+    "REJECTED",
+    "Loss",
+    "preference_loss",
+]

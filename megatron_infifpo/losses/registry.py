@@ -1,0 +1,108 @@
+"""Every loss by name, what each needs, and the call that checks it."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_infifpo.losses import pairs
+from megatron_infifpo.options import Option, declared
+
+BETA = Option("strength of the KL constraint", range="(0, inf)")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss, and what it needs beside the options that its signature declares.
+
+    Attributes:
+        function: `(policy [B, R], reference [B, R], *, beta, **options)` to losses `[B]`. A keyword
+            argument that is a Tensor is a value of the row by that name, such as token_counts.
+        responses: how many responses of a record it compares, of chosen, rejected, pivot_chosen.
+        several_pairs: it looks at the pairs of a row together, so `--micro-batch-size` changes it.
+        beta: the published one for sums of log-probs.
+    """
+
+    function: Callable[..., Tensor]
+    responses: int = 2
+    several_pairs: bool = False
+    beta: float = 0.1
+
+    @property
+    def options(self) -> Mapping[str, Option]:
+        """Its options beside beta."""
+        return declared(self.function)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Values of the row that it takes beside log-probs."""
+        parameters = inspect.signature(self.function).parameters.values()
+        names = (p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "beta")
+        return tuple(name for name in names if name not in self.options)
+
+    def __call__(self, policy: Tensor, reference: Tensor, **options: Any) -> Tensor:
+        """Losses `[B]`, unchecked: see `preference_loss`."""
+        return self.function(policy, reference, **options)
+
+
+LOSSES: dict[str, Loss] = {
+    "dpo": Loss(pairs.dpo),
+    "ipo": Loss(pairs.ipo, beta=0.004),  # its 0.1 is for means
+    "wrpo": Loss(pairs.wrpo, responses=3, beta=0.01),
+    "hinge": Loss(pairs.hinge),
+    "robust": Loss(pairs.robust),
+    "exo_pair": Loss(pairs.exo_pair),
+    "nca_pair": Loss(pairs.nca_pair),
+    "bco_pair": Loss(pairs.bco_pair),
+    "sppo_hard": Loss(pairs.sppo_hard),
+    "aot": Loss(pairs.aot, several_pairs=True),
+    "aot_unpaired": Loss(pairs.aot_unpaired, several_pairs=True),
+    "apo_zero": Loss(pairs.apo_zero),
+    "apo_down": Loss(pairs.apo_down),
+    "discopop": Loss(pairs.discopop),
+}
+# A mean needs a beta larger by about the length of a response: InfiFPO has 2.5 for DPO's 0.1.
+MEANS_FACTOR = 25
+
+
+def preference_loss(
+    objective: str, policy_logps: Tensor, reference_logps: Tensor, *, beta: float, **options: Any
+) -> Tensor:
+    """Loss of every pair, unreduced.
+
+    Args:
+        objective: a key of `LOSSES`.
+        policy_logps: `[B, R]` with gradient.
+        reference_logps: `[B, R]`, constants.
+        beta: strength of the implied KL constraint; for means about 25 times that for sums.
+        options: of the objective: label_smoothing, alpha (wrpo), discopop_tau; and what it reads.
+
+    Returns:
+        `[B]` losses.
+
+    Raises:
+        ValueError: an unknown objective, an option that has no effect for it, one that it needs
+            and does not get, a value out of its range, or too few responses.
+    """
+    if objective not in LOSSES:
+        raise ValueError(f"objective is {objective!r}, expected one of {', '.join(LOSSES)}")
+    loss = LOSSES[objective]
+    for name in options:
+        if name not in loss.options and name not in loss.reads:
+            raise ValueError(f"option {name!r} has no effect for objective {objective!r}")
+    for name in (*(n for n, option in loss.options.items() if option.required), *loss.reads):
+        if name not in options:
+            raise ValueError(f"objective {objective!r} needs the option {name!r}")
+    for name, option in {"beta": BETA, **loss.options}.items():
+        value = options.get(name, beta if name == "beta" else option.default)
+        grown = option.grows and value == 0  # before the first step
+        if not grown and (expected := option.expected(value)):
+            raise ValueError(f"{name} is {value!r}, expected {expected}")
+    if policy_logps.shape[1] < loss.responses:
+        raise ValueError(
+            f"policy_logps is {list(policy_logps.shape)}, expected {loss.responses} responses a "
+            f"pair for objective {objective!r}"
+        )
+    return loss(policy_logps, reference_logps.detach(), beta=beta, **options)
