@@ -117,7 +117,7 @@ def prepare_data(case: Case, tokenizer: ChatTokenizer, folder: Path) -> None:
 
     records = [
         PreferenceRecord(
-            str(i), "any", ({"role": "user", "content": text()},), reply(text()), reply(text())
+            str(i), "any", ({"role": "user", "content": text()},), (reply(text()), reply(text()))
         )
         for i in range(case.pairs)
     ]

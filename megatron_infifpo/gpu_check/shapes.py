@@ -69,8 +69,10 @@ def make_pairs(count: int, prompt: int, response: int) -> "list[PreferenceRecord
             str(i),
             "any",
             ({"role": "user", "content": text(prompt - AROUND_PROMPT)},),
-            reply(text(response - AROUND_RESPONSE)),
-            reply(text(response - AROUND_RESPONSE)),
+            (
+                reply(text(response - AROUND_RESPONSE)),
+                reply(text(response - AROUND_RESPONSE)),
+            ),
         )
         for i in range(count)
     ]

@@ -52,24 +52,28 @@ __all__ = [
 ]
 
 RESPONSES = ("chosen", "rejected", "pivot_chosen")
-"""The order of a record's responses, everywhere."""
+"""The order of a pair's responses, everywhere."""
+
+Reply = tuple[Message, ...]
+"""One assistant message, or several that end with one (assistant, tool, assistant)."""
 
 ON_BAD = ("error", "skip")
+# What a record is -> how messages call it.
+_KINDS = {(True, False): "a list", (False, 2): "a pair", (False, 3): "a pair with 'pivot_chosen'"}
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRecord:
-    """One prompt with a preferred and a rejected response.
-
-    A reply is one assistant message, or several that end with one (assistant, tool, assistant).
+    """One prompt with a preferred and a rejected response, or with a list of responses.
 
     Attributes:
         id: unique over all files that are read together.
         domain: such as "math"; sources can be limited to some domains.
         prompt: messages; the last one is the user's or a tool's.
-        chosen: messages of the preferred response.
-        rejected: messages of the other response.
-        pivot_chosen: messages of the pivot's own best response (WRPO), if there is one.
+        responses: of a pair in `RESPONSES` order, 2 or 3 of them; of a list at least 2.
+        scores: a judge's, one a response, NaN where it has none; None: there are none.
+        listed: a list, whose responses have no roles; else a pair.
+        cut: which responses were cut, so that their end of turn is not theirs; (): none.
         tools: JSON schemas of the functions that the conversation may call.
         template_options: variables for the chat template, such as `enable_thinking`.
     """
@@ -77,17 +81,22 @@ class PreferenceRecord:
     id: str
     domain: str
     prompt: tuple[Message, ...]
-    chosen: tuple[Message, ...]
-    rejected: tuple[Message, ...]
-    pivot_chosen: tuple[Message, ...] | None = None
+    responses: tuple[Reply, ...]
+    scores: tuple[float, ...] | None = None
+    listed: bool = False
+    cut: tuple[bool, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     template_options: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def responses(self) -> tuple[tuple[Message, ...], ...]:
-        """The responses in `RESPONSES` order, 2 or 3 of them."""
-        pair = (self.chosen, self.rejected)
-        return pair if self.pivot_chosen is None else (*pair, self.pivot_chosen)
+    def names(self) -> tuple[str, ...]:
+        """A name for each response."""
+        return response_names(len(self.responses), listed=self.listed)
+
+
+def response_names(count: int, *, listed: bool) -> tuple[str, ...]:
+    """Return names of so many responses: by their place in a list, by their role in a pair."""
+    return tuple(f"response_{i}" for i in range(count)) if listed else RESPONSES[:count]
 
 
 def read_records(
@@ -135,7 +144,7 @@ def iter_with_raw(
     files = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     report = report or ReadReport()
     first_seen: dict[str, str] = {}
-    with_pivot = None
+    known_kind = None
     for raw in iter_files(files):
         try:
             if raw.error is not None:
@@ -146,11 +155,11 @@ def iter_with_raw(
                     f"duplicate id {record.id!r}, first used at {first_seen[record.id]}; "
                     "expected every id once over all input files"
                 )
-            if with_pivot is not None and with_pivot != (record.pivot_chosen is not None):
-                found, before = ("no ", "has one") if with_pivot else ("", "has none")
+            kind_now = (record.listed, not record.listed and len(record.responses))
+            if known_kind not in (None, kind_now):
                 raise BadRecordError(
-                    f"found {found}'pivot_chosen' although the first record {before}; expected "
-                    "it in every record or in none"
+                    f"found {_KINDS[kind_now]} although the first record is "
+                    f"{_KINDS[known_kind]}; expected records of one kind"
                 )
         except BadRecordError as error:
             message = f"{raw.where}: {error}"
@@ -159,7 +168,7 @@ def iter_with_raw(
             report.skipped.append(message)
             continue
         first_seen[record.id] = raw.where
-        with_pivot = record.pivot_chosen is not None
+        known_kind = kind_now
         if ignored:
             report.ignored.update(ignored)
         yield record, raw
@@ -171,10 +180,11 @@ def iter_with_raw(
 
 
 def canonical_bytes(record: PreferenceRecord) -> bytes:
-    """Serialise a record for hashing; equal exactly where all its content is.
+    """Serialise a record for hashing; equal exactly where all that models see of it is.
 
     Plain replies are strings and tools are there only where a record has some, so that records of
-    text alone have the bytes that they have always had.
+    text alone have the bytes that they have always had. Scores are no content: other ones need no
+    other log-probs.
     """
     fields: list[Any] = [record.id, record.domain, [listed(m) for m in record.prompt]]
     for messages in record.responses:
@@ -182,6 +192,8 @@ def canonical_bytes(record: PreferenceRecord) -> bytes:
         fields.append([listed(m) for m in messages] if text is None else text)
     if record.tools or record.template_options:
         fields.append({"tools": record.tools, "options": record.template_options})
+    if any(record.cut):
+        fields.append({"cut": record.cut})
     return json.dumps(fields, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
 
 
@@ -240,7 +252,7 @@ def parse_record(value: Any, *, default_id: str) -> tuple[PreferenceRecord, set[
         prompt=prompt,
         tools=read_tools(value, parts.tools),
         template_options=template_options(value),
-        **replies,
+        responses=tuple(replies.values()),
     )
     return record, ignored
 

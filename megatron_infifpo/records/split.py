@@ -12,7 +12,6 @@ from tqdm import tqdm
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.read_report import ReadReport
 from megatron_infifpo.records.records import (
-    RESPONSES,
     PreferenceRecord,
     iter_records,
     listed,
@@ -101,7 +100,7 @@ def to_json(record: PreferenceRecord) -> dict[str, Any]:
     if record.template_options:
         fields["chat_template_kwargs"] = record.template_options
     fields["prompt"] = list(record.prompt)
-    for name, messages in zip(RESPONSES, record.responses, strict=False):
+    for name, messages in zip(record.names, record.responses, strict=True):
         text = plain_text(messages)
         # A text that opens like these may be read as messages.
         as_text = text is not None and not text.lstrip().startswith(("[", "{", "Human:"))

@@ -175,14 +175,14 @@ def choose_pair(
         return "no response is worse than the best but the pivot's best one"
     worst_one = min(worst, key=lambda i: scores[i])
     prompt, answers = responses.prompt, responses.answers
-    own_reply = None if own_best is None else responses.given[own_best][str(pivot)]
+    replies = [answers[best].message(), answers[worst_one].message()]
+    if own_best is not None:
+        replies.append(responses.given[own_best][str(pivot)].message())
     return PreferenceRecord(
         prompt.id,
         prompt.domain,
         prompt.messages,
-        (answers[best].message(),),
-        (answers[worst_one].message(),),
-        pivot_chosen=None if own_reply is None else (own_reply.message(),),
+        tuple((message,) for message in replies),
         tools=prompt.tools,
         template_options=prompt.template_options,
     )

@@ -152,7 +152,7 @@ def _scored_ids(one: Measured, chat: ChatTokenizer, prompt_ids: list[int]) -> li
     if not message["content"]:
         message["content"] = "."  # cut within its reasoning: what comes after is not compared
     record = PreferenceRecord(
-        one.prompt.id, one.prompt.domain, one.prompt.messages, (message,), (message,),
+        one.prompt.id, one.prompt.domain, one.prompt.messages, ((message,), (message,)),
         tools=one.prompt.tools, template_options=one.prompt.template_options,
     )  # fmt: skip
     try:

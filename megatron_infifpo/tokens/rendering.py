@@ -95,8 +95,14 @@ class Renderer:
         Raises:
             RefusedRecordError: the template cannot render it.
         """
-        given = (tuple(messages), (), (), None, tuple(tools), dict(options or {}))
-        record = PreferenceRecord(record_id, "", *given)
+        record = PreferenceRecord(
+            record_id,
+            "",
+            tuple(messages),
+            (),
+            tools=tuple(tools),
+            template_options=dict(options or {}),
+        )
         record = self._with_known_options(record, {})
         try:
             self._check_able(record, record.prompt)

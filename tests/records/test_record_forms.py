@@ -184,7 +184,7 @@ def test_a_form_becomes_this_record(name):
     value, prompt, chosen, rejected, unused = EXAMPLES[name]
     record, ignored = parse_record(value, default_id="d-0")
     assert record == PreferenceRecord(
-        "d-0", value.get("domain", "general"), tuple(prompt), tuple(chosen), tuple(rejected),
+        "d-0", value.get("domain", "general"), tuple(prompt), (tuple(chosen), tuple(rejected)),
         tools=(SUM,) if "tools" in value else (),
     )  # fmt: skip
     assert ignored == unused
@@ -194,7 +194,7 @@ def test_the_pivots_best_reply_may_be_a_conversation():
     value = {"prompt": "1+1?", "chosen": QUESTION + TWO, "rejected": QUESTION + THREE}
     for own in ("It is 2.", said("a:It is 2."), QUESTION + said("a:It is 2.")):
         record, _ = parse_record(value | {"pivot_chosen": own}, default_id="d")
-        assert record.pivot_chosen == reply("It is 2.")
+        assert record.responses[2] == reply("It is 2.")
 
 
 ASSISTANT = {"role": "assistant", "content": ""}

@@ -60,7 +60,12 @@ def test_what_is_written_is_read_back(before, last, chosen, rejected, tools, opt
     options = {} if option is None else {"option": option}
     try:
         record = PreferenceRecord(
-            "x", "math", (*before, last), chosen, rejected, None, tuple(tools), options
+            "x",
+            "math",
+            (*before, last),
+            (chosen, rejected),
+            tools=tuple(tools),
+            template_options=options,
         )
         found, ignored = parse_record(json.loads(json.dumps(to_json(record))), default_id="d")
     except BadRecordError as error:

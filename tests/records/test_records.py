@@ -57,7 +57,7 @@ BAD = {
     "surrogate id": (dict(GOOD, id="a\ud800"), "'id' holds half a surrogate pair"),
     "implicit empty": ({"chosen": [], "rejected": []}, "an empty list"),
     "duplicate": (dict(GOOD, id="ok"), "duplicate id 'ok', first used at"),
-    "pivot in some": (dict(GOOD, pivot_chosen="4"), "the first record has none"),
+    "pivot in some": (dict(GOOD, pivot_chosen="4"), "although the first record is a pair"),
 }
 
 
@@ -182,7 +182,7 @@ def test_a_reply_that_a_template_rendered_is_refused(chosen):
 def test_text_that_speaks_of_templates_is_text():
     text = "In ChatML a turn is <|im_start|>user ... <|im_end|>, and <s>[INST] elsewhere."
     value = {"prompt": f"Why? {text}", "chosen": text, "rejected": "In HTML: <s>old</s>"}
-    assert parse_record(value, default_id="x")[0].chosen == reply(text)
+    assert parse_record(value, default_id="x")[0].responses[0] == reply(text)
 
 
 @pytest.mark.parametrize(

@@ -153,8 +153,8 @@ def scored(tmp_path):
         {
             "id": r.id,
             "prompt": list(r.prompt),
-            "chosen": list(r.chosen),
-            "rejected": list(r.rejected),
+            "chosen": list(r.responses[0]),
+            "rejected": list(r.responses[1]),
         }
         for r in RECORDS
     ]

@@ -147,11 +147,11 @@ def test_reasoning_is_not_judged(files, label, tmp_path):
     pivot.write_text(json.dumps(line | {"model": "pivot", "responses": ["aa", "aaaa", "aaaaaaa"]}))
     label("--program", f"{tmp_path}/checks.py:length", "--pivot", "pivot")
     (record,) = read_records([tmp_path / "pairs.jsonl"])
-    assert record.chosen == (
+    assert record.responses[0] == (
         {"role": "assistant", "content": "aaaaaa", "reasoning_content": "long"},
     )
-    assert record.rejected == reply("a")
-    assert record.pivot_chosen == reply("aaaa"), "the longest one was cut"
+    assert record.responses[1] == reply("a")
+    assert record.responses[2] == reply("aaaa"), "the longest one was cut"
     assert record.tools == tuple(line["tools"])
     assert record.template_options == {"effort": "low"}
 

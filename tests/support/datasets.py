@@ -41,9 +41,11 @@ def record(number: int, *, domain: str = "general", pivot: bool = False) -> Pref
         id=f"r-{number}",
         domain=domain,
         prompt=({"role": "user", "content": "why? " * (1 + number % 3)},),
-        chosen=reply("yes " * (1 + number % 5) + str(number)),
-        rejected=reply("no " * (1 + number % 4) + str(number)),
-        pivot_chosen=reply(f"maybe {number}") if pivot else None,
+        responses=(
+            reply("yes " * (1 + number % 5) + str(number)),
+            reply("no " * (1 + number % 4) + str(number)),
+            *((reply(f"maybe {number}"),) if pivot else ()),
+        ),
     )
 
 

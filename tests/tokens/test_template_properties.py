@@ -42,7 +42,7 @@ prompts = st.lists(st.tuples(users, answers), max_size=1).flatmap(
 @given(prompt=prompts, chosen=replies, rejected=replies)
 def test_prompt_and_reply_decode_to_the_rendering(name, prompt, chosen, rejected):
     chat = known(name)
-    source = PreferenceRecord("x", "general", prompt, chosen, rejected)
+    source = PreferenceRecord("x", "general", prompt, (chosen, rejected))
     found, hf = chat.encode(source), chat.tokenizer
     for number, messages in enumerate(source.responses):
         whole = hf.apply_chat_template([*prompt, *messages], tokenize=False)

@@ -85,7 +85,7 @@ def chats():
 
 
 def record(chosen, tools=()):
-    return PreferenceRecord("x", "general", (USER,), chosen, reply("It is 5."), None, tools)
+    return PreferenceRecord("x", "general", (USER,), (chosen, reply("It is 5.")), tools=tools)
 
 
 def render(chat, messages, tools=()):
@@ -178,7 +178,7 @@ def test_all_turns_are_scored_if_asked(chats):
     for name in ("qwen3", "llama3_1", "gptoss", "glm4moe", "gemma3", "deepseek_r1_distill"):
         chat = ChatTokenizer(chats[name].tokenizer, name, score="all")
         source = PreferenceRecord(
-            "x", "general", (USER, *earlier), REPLIES["turns"], reply("It is 5.")
+            "x", "general", (USER, *earlier), (REPLIES["turns"], reply("It is 5."))
         )
         text = chat.render(source)
         end = "<|end|>" if name == "gptoss" else chat.end_of_turn
@@ -223,7 +223,7 @@ def test_short_answers_are_placed_as_long_ones(chats, name, choice):
 
     def scored(form, answer):
         messages = form(answer)
-        found = chat.render(PreferenceRecord("x", "g", (USER,), messages, reply("other")))
+        found = chat.render(PreferenceRecord("x", "g", (USER,), (messages, reply("other"))))
         return [found.replies[0].text[a:b] for a, b in found.replies[0].scored]
 
     forms = [
@@ -259,7 +259,7 @@ def test_calls_and_contents_that_a_template_drops_are_refused(chats):
     # Llama 3.1 writes no content beside calls: the same words elsewhere do not stand for it.
     said = ({**CALL, "content": "I will add."}, RESULT, *reply("It is 4."))
     system: dict[str, Any] = {"role": "system", "content": "Say: I will add."}
-    source = PreferenceRecord("x", "g", (system, USER), said, reply("5."), None, (ADD,))
+    source = PreferenceRecord("x", "g", (system, USER), (said, reply("5.")), tools=(ADD,))
     with pytest.raises(RefusedRecordError, match="role assistant as it is"):
         chats["llama3_1"].encode(source)
 
@@ -286,7 +286,7 @@ def test_nothing_stands_for_an_end_of_turn_that_is_not_there(chats):
     chat = ChatTokenizer(chats["glm4moe"].tokenizer, score="all")
     for first in ("A1", "<think>so</think>A1"):
         said = (*reply(first), {"role": "user", "content": "And?"}, *reply("A2"))
-        found = chat.render(PreferenceRecord("x", "g", (USER,), said, reply("B"))).replies[0]
+        found = chat.render(PreferenceRecord("x", "g", (USER,), (said, reply("B")))).replies[0]
         spans = [found.text[a:b] for a, b in found.scored]
         assert [s.split("</think>")[-1].strip() for s in spans] == ["A1", "A2"]
 
@@ -349,7 +349,7 @@ BAD = {
 def test_templates_that_rewrite_are_refused(reason):
     chat = ChatTokenizer(byte_tokenizer(BAD[reason]))
     system = {"role": "system", "content": "Answer in at most twenty words."}
-    source = PreferenceRecord("r1", "general", (system, USER), reply("2+2 is 4."), reply("5."))
+    source = PreferenceRecord("r1", "general", (system, USER), (reply("2+2 is 4."), reply("5.")))
     with pytest.raises(RefusedRecordError, match=f"record 'r1' .*{reason}") as refused:
         chat.encode(source)
     assert "r1" not in refused.value.reason

@@ -41,8 +41,9 @@ REAL = {
 
 
 def pair(chosen="Yes.", rejected="No.", prompt=(USER,), pivot=None):
-    third = None if pivot is None else reply(pivot)
-    return PreferenceRecord("x", "general", tuple(prompt), reply(chosen), reply(rejected), third)
+    third = () if pivot is None else (reply(pivot),)
+    replies = (reply(chosen), reply(rejected), *third)
+    return PreferenceRecord("x", "general", tuple(prompt), replies)
 
 
 @pytest.fixture(scope="module")
