@@ -16,7 +16,7 @@ from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 from megatron_infifpo.engine.environment import report  # noqa: E402
 from megatron_infifpo.errors import UserError  # noqa: E402
-from megatron_infifpo.flag_types import check_number, flag, positive  # noqa: E402
+from megatron_infifpo.flag_types import check_number, check_positive, flag, positive  # noqa: E402
 from megatron_infifpo.megatron_flags.check import defaults, mend, unsupported  # noqa: E402
 from megatron_infifpo.methods import Method, add_method_flags, method_from_options  # noqa: E402
 from megatron_infifpo.training.config_file import CONFIG, with_file  # noqa: E402
@@ -104,6 +104,12 @@ class RunConfig:
         default="error",
         **_CHECK,
     )
+    stop_at: int | None = _flag(
+        "save and end once N steps of the run are done; its schedule is that of --train-iters "
+        "(default: all steps)",
+        type=positive,
+        metavar="N",
+    )
     allow_changed_run: bool = _flag(
         "resume although the method, the data or a source is not what run.json says; the schedule "
         "has flags of its own: --override-opt-param-scheduler",
@@ -146,6 +152,9 @@ class RunConfig:
         self._check_data()
         self._check_batch()
         check_number(self, "reference_tolerance")
+        check_positive(self, "stop_at")
+        if self.stop_at is not None and self.flags["exit_interval"] is not None:
+            raise UserError("give one of --stop-at (once) and --exit-interval (at its multiples)")
         if self.share_prompt is not None and self.method.responses == 1:
             raise UserError(
                 f"--share-prompt has no effect: {self.method.objective} sees one response"

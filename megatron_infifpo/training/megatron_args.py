@@ -19,7 +19,7 @@ from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.training.config import RunConfig, run_parser
 from megatron_infifpo.training.data import Datasets, lengths
 from megatron_infifpo.training.rates import Schedule
-from megatron_infifpo.training.resume import settled_schedule
+from megatron_infifpo.training.resume import settled_schedule, stop
 from megatron_infifpo.training.start import Folders, Start
 
 
@@ -73,7 +73,8 @@ def megatron_args(
     values["share_prompt"] = rows.share_prompt
     values |= architecture(values, usual, start.folder)
     values |= _unless_given(fixed_arguments(kind), values, usual)
-    values |= lengths(config, values, datasets, rows)
+    complete = values | lengths(config, values, datasets, rows)
+    values = complete | stop(config.stop_at, complete, evaluates=values["eval_interval"] is None)
     args = validated(values)
     vars(args).update(
         settled_schedule(vars(args), start, length_matters=bool(config.method.growing))

@@ -126,11 +126,47 @@ def schedule_identity(run: Mapping[str, Any]) -> dict[str, Any]:
     return {name: completed[name] for name in SCHEDULE if completed.get(name) is not None}
 
 
-def nothing_left(schedule: Schedule, start: Start) -> str | None:
-    """Say so if a resumed run has all of its steps; None if there are some left."""
-    if not start.resumed or start.step < schedule.steps:
+def stop(step: int | None, run: Mapping[str, Any], *, evaluates: bool) -> dict[str, Any]:
+    """Let a run end once so many of its steps are done.
+
+    Args:
+        step: to stop at; None: the last one.
+        run: its arguments, with its length.
+        evaluates: whether to evaluate there, as at the end.
+
+    Returns:
+        The arguments that do it, by name.
+
+    Raises:
+        UserError: it has fewer steps.
+    """
+    if step is None:
+        return {}
+    steps = run["train_iters"] or run["train_samples"] // run["global_batch_size"]
+    if step > steps:
+        raise UserError(
+            f"--stop-at is {step}, but the run has {steps} steps by --train-iters (or "
+            "--preference-epochs, --train-samples): expected one of them"
+        )
+    if step == steps:
+        return {}
+    # Megatron ends at multiples, and this is the first one after any step before it.
+    return {"exit_interval": step} | ({"eval_interval": step} if evaluates else {})
+
+
+def nothing_left(schedule: Schedule, start: Start, stop_at: int | None = None) -> str | None:
+    """Say so if a resumed run has all of its steps; None if there are some left.
+
+    Args:
+        schedule: of the run.
+        start: the checkpoint that it begins with.
+        stop_at: the step that it is to stop at, if not at the last.
+    """
+    steps = schedule.steps if stop_at is None else stop_at
+    if not start.resumed or start.step < steps:
         return None
+    more = "--train-iters or --preference-epochs" if steps == schedule.steps else "--stop-at"
     return (
         f"nothing left to do: the run in {start.folder} is at step {start.step} and these flags "
-        f"ask for {schedule.steps}; for more steps raise --train-iters or --preference-epochs"
+        f"ask for {steps}; for more steps raise {more}"
     )

@@ -59,7 +59,8 @@ def train(config: RunConfig) -> None:
     with refusals():
         model = model_config(run.arguments, kind)
     record = accept_on_first_rank(run, start, datasets)
-    if not run.conduct.skip_train and (finished := nothing_left(run.schedule, start)):
+    finished = nothing_left(run.schedule, start, config.stop_at)
+    if finished and not run.conduct.skip_train:
         print_rank_0(finished, rank=run.layout.rank)
         return
     verify_share(start.checkpoint.checksums, run.layout.rank, run.layout.world_size)
@@ -85,7 +86,10 @@ def introduction(run: Run, start: Start, datasets: Datasets) -> str:
     lines = [f"preference optimization: Method({said})"]
     if changes := schedule_changes(run.arguments, start):
         lines.append(f"from step {start.step + 1} on: {', '.join(changes)}")
-    return "\n".join([*lines, describe(run, datasets.train, start.step)])
+    lines.append(describe(run, datasets.train, start.step))
+    if run.config.stop_at is not None:
+        lines.append(f"this run ends at step {run.config.stop_at}")
+    return "\n".join(lines)
 
 
 def prepare_megatron(run: Run, start: Start) -> None:
