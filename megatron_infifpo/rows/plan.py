@@ -54,8 +54,8 @@ def fill(lengths: np.ndarray, row_tokens: int) -> Rows:
 
 
 @functools.lru_cache(maxsize=4)
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of the pairs in an epoch.
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Order of `count` things in an epoch; not to be written to.
 
     From Philox's raw numbers: NumPy keeps them the same in every version, unlike `permutation`.
     """
@@ -90,7 +90,7 @@ def plan_step(
     samples = np.empty(global_batch_size, dtype=np.int64)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         taken = epochs == epoch
-        samples[taken] = _permutation(count, seed, epoch)[offsets[taken]]
+        samples[taken] = permutation(count, seed, epoch)[offsets[taken]]
     return spread(samples, lengths, rows)
 
 
