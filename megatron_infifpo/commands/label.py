@@ -1,20 +1,28 @@
-"""Score sampled responses and write preference pairs: best and worst of every prompt.
+"""Score sampled responses and write preference pairs, best and worst of every prompt, or lists.
 
     infifpo label --input phi-4.jsonl qwen.jsonl coder.jsonl --pivot phi-4 \\
         --reward-model models/Skywork-Reward-Gemma-2-27B-v0.2 --bf16 --output pairs.jsonl
     infifpo label --input ... --program checks.py:passes --output pairs.jsonl
+    infifpo label --input policy.jsonl --program checks.py:passes --list 8 --keep-cut \\
+        --output lists.jsonl
 
 Inputs are files of `infifpo sample`, one a model. Scores come from a reward model (the paper's is
 the one above) or from a function of yours, `passes(prompt, response) -> number`, which has the data
 set's answer or unit tests in `prompt.extra`. A pair is the best and the worst response of all
 models, with --pivot also the pivot's own best, for WRPO. Prompts without contrast are left out and
 counted. Scores are kept in OUTPUT.scores, so that an interrupted command goes on.
+
+With --list N a record has the responses of a prompt with their scores, for fuserlhf and pad: the
+first N in the order in which they were sampled (of several models the first of each, then the
+second of each), never the best ones, and equal ones as often as they were sampled: a policy's list
+stays a sample of the policy. All scores may be equal. A prompt needs 2 responses that differ.
 """
 
 import argparse
 
 from megatron_infifpo.commands.flags import fields_of, take_defaults
 from megatron_infifpo.commands.response_flags import add_response_flags
+from megatron_infifpo.flag_types import real, whole
 from megatron_infifpo.responses.labelling import LabellingJob, label_responses
 from megatron_infifpo.responses.scorers import Judge
 
@@ -27,8 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         bad="line that is malformed or cannot be judged, or leave such lines",
         bf16="the reward model in bfloat16",
         batch="responses at once",
-        cut="judge responses that were cut at --max-tokens, too",
+        cut="judge responses that were cut at --max-tokens, too; a list marks them",
     )
+    parser.add_argument(
+        "--list", dest="longest", type=whole(2), metavar="N",
+        help="write lists of N responses at most, in the order in which they were sampled "
+        "(default: pairs)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cut-penalty", type=real(0), metavar="X",
+        help="subtracted from the score of a response that was cut, in lists with --keep-cut "
+        "(default: %(default)g)",
+    )  # fmt: skip
     parser.add_argument("--pivot", metavar="NAME", help="of the pivot in the inputs, for WRPO")
     scorer = parser.add_mutually_exclusive_group(required=True)
     scorer.add_argument("--reward-model", metavar="DIR", help="a sequence classifier")
@@ -41,10 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the pairs, and say what gave none."""
+    """Write the records, and say what gave none."""
     judge = Judge(**fields_of(args, Judge))
-    found = label_responses(LabellingJob(judge=judge, **fields_of(args, LabellingJob)))
-    print(f"{args.output}: {found.pairs} pairs of {found.prompts} prompts")
+    job = LabellingJob(judge=judge, **fields_of(args, LabellingJob))
+    found = label_responses(job)
+    print(f"{args.output}: {found.lengths.total()} {job.kind} of {found.prompts} prompts")
+    if job.longest is not None:
+        print(f"  {sum(n * count for n, count in found.lengths.items())} responses")
+        for length, number in sorted(found.lengths.items()):
+            if length < job.longest:
+                print(f"  {number} lists have {length} responses, fewer than {job.longest}")
     for reason, number in found.dropped.most_common():
         print(f"  left out {number}: {reason}")
     for fault, number in found.unused.most_common():

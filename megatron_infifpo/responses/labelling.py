@@ -1,4 +1,4 @@
-"""Turn files of sampled responses into a file of preference pairs."""
+"""Turn files of sampled responses into a file of preference pairs, or of lists with scores."""
 
 import json
 from collections import Counter
@@ -9,11 +9,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.flag_types import check_choice, check_files, check_types
+from megatron_infifpo.flag_types import (
+    check_choice,
+    check_files,
+    check_number,
+    check_types,
+)
 from megatron_infifpo.records.read_report import report_skipped
-from megatron_infifpo.records.records import ON_BAD
+from megatron_infifpo.records.records import ON_BAD, PreferenceRecord
 from megatron_infifpo.records.split import to_json
-from megatron_infifpo.responses.labels import label, read_responses
+from megatron_infifpo.responses.choosing import choose_list, choose_pair
+from megatron_infifpo.responses.judging import label
+from megatron_infifpo.responses.labels import Responses, read_responses
 from megatron_infifpo.responses.scorers import Judge, open_judge
 from megatron_infifpo.storage.aside import make_folder, whole_file
 
@@ -24,29 +31,57 @@ class LabellingJob:
 
     Attributes:
         input: files that `sample` wrote, one a model.
-        output: .jsonl of pairs; scores are kept in OUTPUT.scores.
+        output: .jsonl of pairs or lists; scores are kept in OUTPUT.scores.
         judge: of the responses.
         pivot: its name in the files, for WRPO; or None.
+        longest: write lists, of so many responses at most; None: write pairs.
         on_bad_record: "error" or "skip", for lines and prompts that cannot be judged.
-        keep_cut: judge responses that were cut, too.
+        keep_cut: judge responses that were cut, too; in a list they are marked.
+        cut_penalty: subtracted from the score of a response of a list that was cut.
     """
 
     input: Sequence[str]
     output: Path
     judge: Judge
     pivot: str | None = None
+    longest: int | None = None
     on_bad_record: str = "error"
     keep_cut: bool = False
+    cut_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a file.
 
         Raises:
-            UserError: an unknown choice, or no files.
+            UserError: an unknown choice, no files, or an option without effect.
         """
         check_files(self, "input")
         check_choice("on_bad_record", self.on_bad_record, ON_BAD)
         check_types(self)
+        if self.longest is not None and self.longest < 2:
+            raise UserError(f"--list is {self.longest}, expected at least 2 responses")
+        check_number(self, "cut_penalty")
+        if self.longest is not None and self.pivot is not None:
+            raise UserError(
+                "--pivot has no effect with --list: it is for the pivot's own best response in "
+                "pairs; a list of the pivot alone is made of its --input alone"
+            )
+        if self.cut_penalty and not (self.longest is not None and self.keep_cut):
+            raise UserError(
+                "--cut-penalty has no effect without --list and --keep-cut: it is for lists that "
+                "have responses that were cut"
+            )
+
+    @property
+    def kind(self) -> str:
+        """What the output has, in the plural."""
+        return "pairs" if self.longest is None else "lists"
+
+    def choose(self, responses: Responses, scores: Sequence[float]) -> PreferenceRecord | str:
+        """Return a prompt's record, or why there is none."""
+        if self.longest is None:
+            return choose_pair(responses, scores, self.pivot)
+        return choose_list(responses, scores, self.longest, self.cut_penalty)
 
 
 @dataclass(frozen=True)
@@ -54,23 +89,24 @@ class Labelled:
     """What came of a labelling job.
 
     Attributes:
-        pairs, prompts: how many.
-        dropped: prompts without a pair, by reason.
+        lengths: how many records have so many responses.
+        prompts: how many there were.
+        dropped: prompts without a record, by reason.
         unused: responses that are not judged, by fault.
     """
 
-    pairs: int
+    lengths: Counter[int]
     prompts: int
     dropped: Counter[str]
     unused: Counter[str]
 
 
 def label_responses(job: LabellingJob) -> Labelled:
-    """Judge, and write the pairs.
+    """Judge, and write the pairs or the lists.
 
     Raises:
         UserError: the output is there already, a file or the judge cannot be used, or no prompt
-            gives a pair.
+            gives a record.
     """
     if job.output.exists():
         raise UserError(f"{job.output} exists: delete it or choose another name")
@@ -87,13 +123,13 @@ def label_responses(job: LabellingJob) -> Labelled:
     dropped: Counter[str] = Counter()
     make_folder(job.output.parent)
     cache = Path(f"{job.output}.scores")
-    count = 0
+    lengths: Counter[int] = Counter()
     with whole_file(job.output) as aside, aside.open("w", encoding="utf-8") as file:
         bar = tqdm(responses.values(), desc="label", unit="prompt")
-        for record in label(bar, score, name, cache, job.pivot, dropped, skip=skip):
+        for record in label(bar, score, name, cache, job.choose, dropped, skip=skip):
             file.write(json.dumps(to_json(record), ensure_ascii=False) + "\n")
-            count += 1
-        if not count:
+            lengths[len(record.responses)] += 1
+        if not lengths:
             unused_ones = f"; responses that are not judged: {dict(unused)}" if unused else ""
-            raise UserError(f"no prompt gives a pair: {dict(dropped)}{unused_ones}")
-    return Labelled(count, len(responses), dropped, unused)
+            raise UserError(f"no prompt gives a {job.kind[:-1]}: {dict(dropped)}{unused_ones}")
+    return Labelled(lengths, len(responses), dropped, unused)

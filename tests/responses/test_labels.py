@@ -10,7 +10,8 @@ from megatron_infifpo.commands.main import run_command
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import plain_text, read_records, reply
 from megatron_infifpo.responses.answers import Response
-from megatron_infifpo.responses.labels import Responses, choose_pair
+from megatron_infifpo.responses.choosing import choose_pair
+from megatron_infifpo.responses.labels import Responses
 from megatron_infifpo.responses.prompts import Prompt
 from support import tiny
 

@@ -1,0 +1,87 @@
+"""Scores of responses, kept in a file, and the records that follow from them."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_infifpo.records.records import PreferenceRecord
+from megatron_infifpo.responses.labels import Responses, judged, rendered
+from megatron_infifpo.responses.scorers import Scorer, UnjudgedError
+
+Chooser = Callable[[Responses, Sequence[float]], PreferenceRecord | str]
+"""Makes a record of responses and their scores, or says why there is none."""
+
+
+def label(
+    all_responses: Iterable[Responses],
+    scorer: Scorer,
+    scorer_name: str,
+    cache: Path,
+    choose: Chooser,
+    dropped: Counter[str],
+    *,
+    skip: bool = False,
+) -> Iterator[PreferenceRecord]:
+    """Yield the records; scores are kept in a file, so that an interrupted job goes on.
+
+    A text is judged once: equal responses have one score.
+
+    Args:
+        all_responses: by prompt.
+        scorer: called for prompts whose scores are not there yet.
+        scorer_name: what it is; scores of another one are not used.
+        cache: JSON lines `{"id", "scorer", "judged_sha256", "models", "responses", "scores"}`.
+        choose: makes the record of a prompt.
+        dropped: counts prompts that give no record, by reason.
+        skip: count a prompt that cannot be judged, too; else it is an error.
+
+    Raises:
+        UserError: a prompt cannot be judged.
+    """
+    known = _read_cache(cache, scorer_name)
+    with cache.open("a", encoding="utf-8") as file:
+        for responses in all_responses:
+            prompt, texts = responses.prompt, [answer.text for answer in responses.answers]
+            seen = json.dumps([*map(judged, responses.answers), rendered(prompt)], default=str)
+            digest = hashlib.sha256(seen.encode()).hexdigest()
+            before = known.get(prompt.id)
+            if before is not None and before.get("judged_sha256") == digest:
+                scores = before["scores"]
+            else:
+                try:
+                    scores = scorer(prompt, responses.answers) if texts else []
+                except UnjudgedError as error:
+                    if not skip:
+                        raise
+                    dropped[error.reason] += 1
+                    continue
+                entry = {
+                    "id": prompt.id,
+                    "scorer": scorer_name,
+                    "judged_sha256": digest,
+                    "models": [sorted(models) for models in responses.models],
+                    "responses": texts,
+                    "scores": scores,
+                }
+                print(json.dumps(entry), file=file, flush=True)
+            found = choose(responses, scores)
+            if isinstance(found, str):
+                dropped[found] += 1
+            else:
+                yield found
+
+
+def _read_cache(path: Path, scorer_name: str) -> dict[str, Any]:
+    """Read the scores that are there; the last line may have been cut short."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and entry.get("scorer") == scorer_name:
+            found[entry["id"]] = entry
+    return found
