@@ -1,4 +1,4 @@
-"""Score sampled responses and write preference pairs, best and worst of every prompt, or lists.
+"""Score sampled responses and write preference records: pairs of best and worst, or lists.
 
     infifpo label --input phi-4.jsonl qwen.jsonl coder.jsonl --pivot phi-4 \\
         --reward-model models/Skywork-Reward-Gemma-2-27B-v0.2 --bf16 --output pairs.jsonl
