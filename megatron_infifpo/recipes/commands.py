@@ -14,7 +14,7 @@ Defaults are the paper's run: Phi-4, on two nodes of eight GPUs.
 import functools
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from megatron_infifpo.scoring.job import BACKENDS
 RUN = "runs/phi4"
 PIVOT = "models/phi-4"
 PROGRAM = "megatron_infifpo"
+LAYOUT = ("tensor-model-parallel-size", "pipeline-model-parallel-size")
 BASELINES = ("dpo", "ipo", "wrpo", "infifpo-ipo", "infifpo-wrpo")
 
 
@@ -84,6 +85,20 @@ def flag_words(name: str, value: Any) -> list[str]:
     return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
 
 
+def scoring_words(usual: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Flags of scoring a model: the usual ones, but where the model has its own.
+
+    Args:
+        usual: values of flags by name, `backend` among them.
+        own: the same of this model; a backend without a layout has one only here.
+    """
+    options = {**usual, **own}
+    backend = BACKENDS.get(str(options["backend"]))
+    if backend and "pipeline_parallel" not in backend.takes:
+        options = {k: v for k, v in options.items() if k not in LAYOUT or k in own}
+    return [word for option, value in options.items() for word in flag_words(option, value)]
+
+
 def convert(run: str = RUN, hf: str = PIVOT, dtype: str = "bf16") -> Job:
     """Import the pivot from Hugging Face to RUN/pivot.
 
@@ -136,22 +151,17 @@ def score(
         UserError: there is no such source, or it does not say what model it is.
     """
     config = read_sources(f"{run}/sources.yaml")
-    options: dict[str, Any] = {"bf16": bf16, "backend": "megatron"}
-    layout = {"tensor-model-parallel-size": tensor, "pipeline-model-parallel-size": pipeline}
-    options |= layout
+    usual: dict[str, Any] = {"bf16": bf16, "backend": "megatron"}
+    usual |= dict(zip(LAYOUT, (tensor, pipeline), strict=True))
     domains: tuple[str, ...] = ()
     if index == 0:
         name, output = "initial", config.initial
-        options["model"] = f"{run}/{initial}"
+        own: dict[str, Any] = {"model": f"{run}/{initial}"}
     elif 0 < index <= len(config.sources):
         source = config.sources[index - 1]
         name, output, domains = source.name, source.logprobs, source.domains or ()
-        options |= source.score
-        backend = BACKENDS.get(str(options["backend"]))
-        if backend and "pipeline_parallel" not in backend.takes:
-            # It has no layout where the source says none.
-            options = {k: v for k, v in options.items() if k not in layout or k in source.score}
-        if "model" not in source.score:
+        own = source.score
+        if "model" not in own:
             raise UserError(
                 f"{config.path}: source {name!r} does not say which model it is, expected for "
                 "example: score: {model: models/qwen}"
@@ -161,9 +171,7 @@ def score(
             f"{config.path} has {len(config.sources)} sources, but index is {index}: expected 0 "
             "(the initial pivot) to their number"
         )
-    arguments = ["score"]
-    for option, value in options.items():
-        arguments += flag_words(option, value)
+    arguments = ["score", *scoring_words(usual, own)]
     arguments += ["--name", name, "--input", f"{run}/data/preference.jsonl", "--output", output]
     if domains:
         arguments += ["--domains", *domains]
