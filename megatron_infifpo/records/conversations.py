@@ -67,39 +67,42 @@ def anthropic_turns(text: str) -> tuple[Message, ...]:
 
 
 def common_head(
-    one: Sequence[Message], other: Sequence[Message], names: tuple[str, str]
+    conversations: Sequence[Sequence[Message]], names: Sequence[str]
 ) -> tuple[Message, ...]:
-    """Return the prompt of two conversations: their common messages before the assistant's.
+    """Return the prompt of conversations: their common messages before the assistant's.
 
-    It ends with a user's or a tool's message, and both go on with the assistant's.
+    It ends with a user's or a tool's message, and all go on with the assistant's.
     """
-    for messages, name in zip((one, other), names, strict=True):
+    for messages, name in zip(conversations, names, strict=True):
         if messages[-1]["role"] != "assistant":
             raise BadRecordError(
                 f"{name!r} ends with a message of role {messages[-1]['role']}, expected the "
                 "assistant's reply"
             )
-    length = 0
-    while length < min(len(one), len(other)) - 1 and one[length] == other[length]:
+    one, *others = conversations
+    shortest, length = min(map(len, conversations)) - 1, 0
+    while length < shortest and all(other[length] == one[length] for other in others):
         length += 1
     first = length
     while length and not (
-        one[length]["role"] == other[length]["role"] == "assistant"
+        all(messages[length]["role"] == "assistant" for messages in conversations)
         and one[length - 1]["role"] != "assistant"
     ):
         length -= 1
-    starts = [messages[first]["role"] for messages in (one, other)]
+    starts = [messages[first]["role"] for messages in conversations]
     if not length or not {"assistant", "tool"}.issuperset(starts):
+        number = next((i for i, other in enumerate(others, 1) if other[first] != one[first]), 1)
         raise BadRecordError(
-            f"{names[0]!r} ({len(one)} messages) and {names[1]!r} ({len(other)}) differ first in "
-            f"message {first} (of roles {starts[0]} and {starts[1]}), expected one common prompt "
-            "and then the assistant's replies"
+            f"{names[0]!r} ({len(one)} messages) and {names[number]!r} "
+            f"({len(conversations[number])}) differ first in message {first} (of roles "
+            f"{starts[0]} and {starts[number]}), expected one common prompt and then the "
+            "assistant's replies"
         )
     return tuple(one[:length])
 
 
 def prompt_beside(
-    prompt: tuple[Message, ...], head: tuple[Message, ...], name: str, names: tuple[str, str]
+    prompt: tuple[Message, ...], head: tuple[Message, ...], name: str, names: Sequence[str]
 ) -> tuple[Message, ...]:
     """Compare a prompt with the conversations it stands beside.
 

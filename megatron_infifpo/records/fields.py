@@ -51,8 +51,14 @@ def system_messages(value: dict[str, Any], prompt: tuple[Message, ...]) -> tuple
     return ()
 
 
-def check_reply(messages: tuple[Message, ...], name: str) -> None:
-    """Refuse what is no reply: the assistant begins and ends it, and says or calls something."""
+def check_reply(messages: tuple[Message, ...], name: str, *, hint: str = "") -> None:
+    """Refuse what is no reply: the assistant begins and ends it, and says or calls something.
+
+    Args:
+        messages: of the reply.
+        name: of the field, for errors.
+        hint: what to do with an empty one.
+    """
     roles = [message["role"] for message in messages]
     if not roles or roles[0] != "assistant" or roles[-1] != "assistant":
         raise BadRecordError(
@@ -66,7 +72,7 @@ def check_reply(messages: tuple[Message, ...], name: str) -> None:
         reasons = thoughts or "reasoning_content" in last
         raise BadRecordError(
             f"field {name!r} is empty ({answer!r}{' after the reasoning' if reasons else ''}), "
-            "expected a response with text"
+            f"expected a response with text{hint}"
         )
 
 

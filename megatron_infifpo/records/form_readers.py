@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,15 +35,21 @@ class Parts:
 
     Attributes:
         prompt: messages; empty if the record has none.
-        replies: messages of the better reply, and of the other one.
+        replies: messages of the better reply, and of the other one; of a list, of each response.
         used: fields that were read beside those that the form is known by.
         tools: schemas of functions that lie inside other fields, if any.
+        listed: the field that holds a list of responses; None: it is a pair.
+        scores: of each reply, NaN where it has none; None: there are none.
+        cut: whether each reply was cut; (): none was.
     """
 
     prompt: tuple[Message, ...]
-    replies: tuple[tuple[Message, ...], tuple[Message, ...]]
+    replies: tuple[tuple[Message, ...], ...]
     used: tuple[str, ...] = ()
     tools: Any = None
+    listed: str | None = None
+    scores: tuple[float, ...] | None = None
+    cut: tuple[bool, ...] = ()
 
 
 def read_pair(value: dict[str, Any], ignored: set[str], names: tuple[str, str]) -> Parts:
@@ -53,31 +59,50 @@ def read_pair(value: dict[str, Any], ignored: set[str], names: tuple[str, str]) 
     `input`) and `input` hold a prompt; the first of them counts. Pairs in `history` precede it.
     """
     both = read_both(value, names, ignored)
-    whole = [messages[0]["role"] != "assistant" for messages in both]
+    return beside_prompt(value, [value[name] for name in names], both, names, ignored)
+
+
+def beside_prompt(
+    value: dict[str, Any],
+    given: Sequence[Any],
+    replies: Sequence[tuple[Message, ...]],
+    names: Sequence[str],
+    ignored: set[str],
+) -> Parts:
+    """Find the prompt of replies: in a field of its own, or in front of every one of them.
+
+    Args:
+        value: the record.
+        given: the replies as the record has them.
+        replies: their messages.
+        names: of the replies, for errors.
+        ignored: receives what nothing uses.
+    """
+    whole = [messages[0]["role"] != "assistant" for messages in replies]
     if not any(whole):
         for name in PROMPTS:
             if value.get(name) not in (None, [], {}):
                 prompt, used = read_prompt(value, name, ignored)
-                return Parts(prompt, both, used)
-        if all(isinstance(value[name], str) for name in names):
+                return Parts(prompt, tuple(replies), used)
+        if all(isinstance(reply, str) for reply in given):
             raise BadRecordError(
                 "field 'prompt' is missing or empty; expected it as a string or a list of messages "
-                "(only conversations in 'chosen' and 'rejected' may carry the prompt themselves)"
+                "(only whole conversations as responses may carry the prompt themselves)"
             )
-        return Parts((), both)
+        return Parts((), tuple(replies))
     if not all(whole):
         raise BadRecordError(
             f"field {names[whole.index(True)]!r} is a whole conversation and "
-            f"{names[whole.index(False)]!r} a reply, expected two of the same"
+            f"{names[whole.index(False)]!r} a reply, expected all of the same kind"
         )
-    head = common_head(*both, names)
-    replies = both[0][len(head) :], both[1][len(head) :]
+    head = common_head(replies, names)
+    rest = tuple(messages[len(head) :] for messages in replies)
     for name in CHECKED_PROMPTS:
         if value.get(name) not in (None, "", [], {}):
             prompt, used = read_prompt(value, name, ignored)
             extra = prompt_beside(prompt, head, name, names)
-            return Parts((*extra, *head), replies, used)
-    return Parts(head, replies)
+            return Parts((*extra, *head), rest, used)
+    return Parts(head, rest)
 
 
 def read_both(
@@ -171,31 +196,40 @@ def read_by_score(
     text: str,
     score: str,
     best: Callable = max,
+    lists: bool = False,
 ) -> Parts:
-    """Read a list of responses with scores or ranks: the best and the worst; ties: the first."""
+    """Read a list of responses with scores or ranks.
+
+    The best and the worst make a pair, the first one of ties. With `lists` all of them are read,
+    each with its score; it may have none, and a rank counts as its negative.
+    """
     items = from_json(value[answers])
+    needed = (text,) if lists else (text, score)
     if not isinstance(items, list) or not all(
-        isinstance(i, dict) and i.get(text) is not None and i.get(score) is not None for i in items
+        isinstance(i, dict) and all(i.get(name) is not None for name in needed) for i in items
     ):
         raise BadRecordError(
             f"field {answers!r} is {kind(items)}, expected a list of objects with {text} and "
             f"{score}"
         )
-    scores = [number(item[score], f"{answers}.{score}") for item in items]
-    if len(set(scores)) < 2:
+    to_score = number_or_nan if lists else number
+    scores = [to_score(item.get(score), f"{answers}.{score}") for item in items]
+    if not lists and len(set(scores)) < 2:
         raise BadRecordError(
             f"no contrast: the {len(items)} responses in {answers!r} have {len(set(scores))} "
             f"different values of {score}, expected at least two"
         )
-    worst = min if best is max else max
     ignored |= {f"{answers}.{key}" for item in items for key in item if key not in (text, score)}
-
-    def reply_with(wanted: float) -> tuple[Message, ...]:
-        place = scores.index(wanted)
-        return conversation(items[place][text], f"{answers}[{place}].{text}", ignored)
-
-    replies = reply_with(best(scores)), reply_with(worst(scores))
-    return Parts(prompt_messages(value[prompt], prompt, ignored), replies)
+    given = [(items[i][text], f"{answers}[{i}].{text}") for i in range(len(items))]
+    if not lists:
+        worst = min if best is max else max
+        given = [given[scores.index(of(scores))] for of in (best, worst)]
+    replies = tuple(conversation(said, name, ignored) for said, name in given)
+    found = Parts(prompt_messages(value[prompt], prompt, ignored), replies)
+    if lists:
+        found.listed = answers
+        found.scores = known_scores(scores if best is max else [0 - rank for rank in scores])
+    return found
 
 
 def read_openai(value: dict[str, Any], ignored: set[str]) -> Parts:
@@ -225,3 +259,15 @@ def number(value: Any, name: str) -> float:
     if not math.isfinite(found):
         raise BadRecordError(f"field {name!r} is {kind(value)}, expected a number")
     return found
+
+
+def number_or_nan(value: Any, name: str) -> float:
+    """Return a finite number, or NaN where there is none: null, or NaN as tables have it."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return math.nan
+    return number(value, name)
+
+
+def known_scores(scores: Sequence[float]) -> tuple[float, ...] | None:
+    """Return scores, or None where all of them are NaN."""
+    return None if all(map(math.isnan, scores)) else tuple(scores)

@@ -18,6 +18,7 @@ from megatron_infifpo.records.form_readers import (
     read_openai,
     read_pair,
 )
+from megatron_infifpo.records.lists import read_list
 from megatron_infifpo.records.messages import BadRecordError
 
 
@@ -28,10 +29,12 @@ class Form:
     Attributes:
         fields: the fields by which it is known; all are there.
         read: takes the record and a set for what nothing uses inside its fields; returns its parts.
+        rates: it rates several responses; `read` makes a pair, or with `lists=True` a list.
     """
 
     fields: tuple[str, ...]
-    read: Callable[[dict[str, Any], set[str]], Parts]
+    read: Callable[..., Parts]
+    rates: bool = False
 
 
 def form_of(value: dict[str, Any]) -> Form:
@@ -61,7 +64,6 @@ SAMPLE = "(infifpo sample gives others, infifpo label compares them)"
 NO_PAIRS = {
     ("prompt", "completion", "label"): "a better and a worse completion of one prompt: join "
     "those of label true and false",
-    ("responses",): "pairs made of such lists by infifpo label",
     ("prompt", "response"): f"the best and the worst rated response of one prompt {SAMPLE}",
     ("messages",): f"another reply to compare the conversation's with {SAMPLE}",
     ("conversations",): f"another reply to compare the conversation's with {SAMPLE}",
@@ -104,6 +106,7 @@ FORMS: dict[str, Form] = {
         partial(
             read_by_score, prompt="prompt", answers="answers", text="answer", score="rank", best=min
         ),
+        rates=True,
     ),
     "UltraFeedback": Form(
         ("instruction", "completions"),
@@ -114,6 +117,7 @@ FORMS: dict[str, Form] = {
             text="response",
             score="overall_score",
         ),
+        rates=True,
     ),
     "NeMo-RL": Form(
         ("context", "completions"),
@@ -125,6 +129,7 @@ FORMS: dict[str, Form] = {
             score="rank",
             best=min,
         ),
+        rates=True,
     ),
     "ms-swift": Form(("messages", "rejected_response"), read_messages_and_rejected),
     "PKU-SafeRLHF": Form(
@@ -139,5 +144,7 @@ FORMS: dict[str, Form] = {
         ("conversation_a", "conversation_b", "winner"),
         partial(read_by_name, prompt=None, replies=_CONVERSATIONS, winner="winner"),
     ),
+    # Ours; what infifpo sample and infifpo label --list write.
+    "list": Form(("responses",), read_list),
 }
 """Name -> form, in the order in which a record is tried."""

@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.records.conversations import conversation
 from megatron_infifpo.records.fields import (
     COMMON,
-    check_reply,
     label,
     read_tools,
     refuse_lost,
-    same_reply,
     system_messages,
     template_options,
 )
@@ -32,10 +29,10 @@ from megatron_infifpo.records.messages import (
     plain_text,
     read_messages,
     reply,
-    short,
 )
 from megatron_infifpo.records.read_report import ReadReport
 from megatron_infifpo.records.rendered_text import rendered_mark
+from megatron_infifpo.records.replies import add_pair_fields, check_list, check_pair
 
 __all__ = [
     "BadRecordError",
@@ -103,6 +100,7 @@ def read_records(
     paths: str | Path | Sequence[str | Path],
     *,
     on_bad: str = "error",
+    lists: bool = False,
     report: ReadReport | None = None,
 ) -> list[PreferenceRecord]:
     """Read preference files and folders of `datasets` (`files.SUFFIXES`).
@@ -110,6 +108,7 @@ def read_records(
     Args:
         paths: the files, read in this order.
         on_bad: "error" stops at the first bad record, "skip" leaves bad records out.
+        lists: of forms that rate several responses take all, instead of the best and the worst.
         report: receives what was left out, if given.
 
     Returns:
@@ -119,23 +118,26 @@ def read_records(
         UserError: names file:line (file:record N, from 0, in .json arrays, Parquet and folders),
             what was found and what was expected.
     """
-    return list(iter_records(paths, on_bad=on_bad, report=report))
+    return list(iter_records(paths, on_bad=on_bad, lists=lists, report=report))
 
 
 def iter_records(
     paths: str | Path | Sequence[str | Path],
     *,
     on_bad: str = "error",
+    lists: bool = False,
     report: ReadReport | None = None,
 ) -> Iterator[PreferenceRecord]:
     """Yield what `read_records` returns, one record at a time."""
-    return (record for record, _ in iter_with_raw(paths, on_bad=on_bad, report=report))
+    found = iter_with_raw(paths, on_bad=on_bad, lists=lists, report=report)
+    return (record for record, _ in found)
 
 
 def iter_with_raw(
     paths: str | Path | Sequence[str | Path],
     *,
     on_bad: str = "error",
+    lists: bool = False,
     report: ReadReport | None = None,
 ) -> Iterator[tuple[PreferenceRecord, RawRecord]]:
     """Yield the records of `read_records`, each with what the file has."""
@@ -149,7 +151,7 @@ def iter_with_raw(
         try:
             if raw.error is not None:
                 raise BadRecordError(raw.error)
-            record, ignored = parse_record(raw.value, default_id=raw.default_id)
+            record, ignored = parse_record(raw.value, default_id=raw.default_id, lists=lists)
             if record.id in first_seen:
                 raise BadRecordError(
                     f"duplicate id {record.id!r}, first used at {first_seen[record.id]}; "
@@ -159,7 +161,8 @@ def iter_with_raw(
             if known_kind not in (None, kind_now):
                 raise BadRecordError(
                     f"found {_KINDS[kind_now]} although the first record is "
-                    f"{_KINDS[known_kind]}; expected records of one kind"
+                    f"{_KINDS[known_kind]}; expected records of one kind (--lists reads all of "
+                    "several rated responses, not a pair of them)"
                 )
         except BadRecordError as error:
             message = f"{raw.where}: {error}"
@@ -205,8 +208,15 @@ def records_fingerprint(records: Iterable[PreferenceRecord]) -> str:
     return digest.hexdigest()
 
 
-def parse_record(value: Any, *, default_id: str) -> tuple[PreferenceRecord, set[str]]:
+def parse_record(
+    value: Any, *, default_id: str, lists: bool = False
+) -> tuple[PreferenceRecord, set[str]]:
     """Turn one decoded record of any accepted form into a `PreferenceRecord`.
+
+    Args:
+        value: as decoded.
+        default_id: of a record that has none.
+        lists: of forms that rate several responses take all, instead of the best and the worst.
 
     Returns:
         The record, and the names of what it has that nothing uses.
@@ -219,7 +229,7 @@ def parse_record(value: Any, *, default_id: str) -> tuple[PreferenceRecord, set[
     refuse_lost(value)
     form = form_of(value)
     ignored: set[str] = set()
-    parts = form.read(value, ignored)
+    parts = form.read(value, ignored, **({"lists": True} if lists and form.rates else {}))
     prompt = (*system_messages(value, parts.prompt), *parts.prompt)
     if prompt[-1:] and prompt[-1]["role"] == "tool":
         pass  # an empty output is one
@@ -228,31 +238,27 @@ def parse_record(value: Any, *, default_id: str) -> tuple[PreferenceRecord, set[
             f"the prompt's last message is {prompt[-1] if prompt else 'absent'}, expected a "
             "message of role user that is not empty, or of role tool"
         )
-    rejected = parts.replies[1]
-    replies = dict(zip(RESPONSES, parts.replies, strict=False))
-    if value.get("pivot_chosen") is not None:
-        found = conversation(value["pivot_chosen"], "pivot_chosen", ignored)
-        if found[: len(parts.prompt)] == parts.prompt:  # a whole conversation
-            found = found[len(parts.prompt) :]
-        replies["pivot_chosen"] = found
-    for name, messages in replies.items():
-        check_reply(messages, name)
-        if name != "rejected" and same_reply(messages, rejected):
-            raise BadRecordError(
-                f"{name!r} equals 'rejected' ({short(messages[-1]['content'])}), expected two "
-                "different responses"
-            )
-    for name, messages in {"prompt": prompt, **replies}.items():
+    if parts.listed:
+        check_list(parts)
+    else:
+        add_pair_fields(value, parts, ignored)
+        check_pair(parts, RESPONSES)
+    _refuse_rendered(prompt, "prompt")
+    for number, messages in enumerate(parts.replies):
+        name = f"{parts.listed}[{number}]" if parts.listed else RESPONSES[number]
         _refuse_rendered(messages, name)
-    unused = value.keys() - COMMON - {*form.fields, *parts.used, "pivot_chosen"}
+    unused = value.keys() - COMMON - {*form.fields, *parts.used}
     ignored |= {str(name) for name in unused if value[name] is not None}
     record = PreferenceRecord(
         id=label(value, "id", default_id),
         domain=label(value, "domain", "general"),
         prompt=prompt,
+        responses=parts.replies,
+        scores=parts.scores,
+        listed=parts.listed is not None,
+        cut=parts.cut,
         tools=read_tools(value, parts.tools),
         template_options=template_options(value),
-        responses=tuple(replies.values()),
     )
     return record, ignored
 

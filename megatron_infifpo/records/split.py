@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.lists import CUT
+from megatron_infifpo.records.messages import Message, listed, plain_text
 from megatron_infifpo.records.read_report import ReadReport
-from megatron_infifpo.records.records import (
-    PreferenceRecord,
-    iter_records,
-    listed,
-    plain_text,
-)
+from megatron_infifpo.records.records import PreferenceRecord, Reply, iter_records
+from megatron_infifpo.records.replies import PAIR_SCORES
 from megatron_infifpo.storage.aside import Aside, make_folder
 
 
@@ -100,9 +99,26 @@ def to_json(record: PreferenceRecord) -> dict[str, Any]:
     if record.template_options:
         fields["chat_template_kwargs"] = record.template_options
     fields["prompt"] = list(record.prompt)
-    for name, messages in zip(record.names, record.responses, strict=True):
-        text = plain_text(messages)
-        # A text that opens like these may be read as messages.
-        as_text = text is not None and not text.lstrip().startswith(("[", "{", "Human:"))
-        fields[name] = text if as_text else list(messages)
+    replies = [_reply_json(messages) for messages in record.responses]
+    if record.listed:
+        fields["responses"] = replies
+    else:
+        fields |= zip(record.names, replies, strict=True)
+    if record.scores is not None:
+        scores = [None if math.isnan(score) else score for score in record.scores]
+        if record.listed:
+            fields["scores"] = scores
+        else:
+            fields |= zip(PAIR_SCORES[0], scores, strict=False)
+    if any(record.cut):
+        fields["finish_reasons"] = [CUT if cut else "stop" for cut in record.cut]
     return fields
+
+
+def _reply_json(messages: Reply) -> str | list[Message]:
+    """Return a reply as text where it is read back as this text, else as messages."""
+    text = plain_text(messages)
+    # A text that opens like these may be read as messages.
+    if text is None or text.lstrip().startswith(("[", "{", "Human:")):
+        return list(messages)
+    return text

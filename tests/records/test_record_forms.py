@@ -176,6 +176,8 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list, list, list, set[str]]] = {
 
 def test_every_form_has_an_example():
     for name, form in FORMS.items():
+        if name == "list":  # tests/records/test_lists.py
+            continue
         assert any(set(form.fields) <= set(value) for value, *_ in EXAMPLES.values()), name
 
 
