@@ -10,7 +10,8 @@ Infinity-Instruct, NuminaMath-1.5 and KodCode as they are published; FILE=COUNT 
 Responses that are cut at --max-tokens or empty are left out and asked for again; reasoning is kept
 apart from the answer. First, the engine's log-probs of a few responses are compared with the
 scorer's. Finished shards are kept: run an interrupted command again. Several processes or array
-tasks share a job with --part 0/4, 1/4, ...
+tasks share a job with --part 0/4, 1/4, ... Samples of the policy itself, for a policy gradient, are
+those of --temperature 1 --keep-cut.
 """
 
 import argparse
@@ -87,7 +88,8 @@ def add_check_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", type=whole(0), metavar="N",
         help="prompts for which the engine's log-probs are compared with the scorer's before "
-        "anything else; 0: none (default: %(default)s)",
+        "anything else; those of an engine here are kept in OUTPUT.measured; 0: none "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--check-model", metavar="DIR",

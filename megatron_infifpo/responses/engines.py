@@ -85,12 +85,14 @@ class Measured:
 
     Attributes:
         prompt: the prompt.
+        prompt_ids: `[P]` as the engine was asked; empty of a server, which makes them itself.
         response: what was answered.
         tokens: `[L]` ids of the response's tokens; of a server their texts.
         logprobs: `[L]`, nats.
     """
 
     prompt: Prompt
+    prompt_ids: list[int]
     response: Response
     tokens: list[int] | list[str]
     logprobs: list[float]
@@ -191,7 +193,7 @@ class TransformersEngine:
             for i, row, values in zip(batch, output["new"], logprobs, strict=True):
                 ids = self.turns.cut(row)
                 response = self.turns.response(row, opened[i])
-                found.append(Measured(prompts[i], response, ids, values[: len(ids)]))
+                found.append(Measured(prompts[i], opened[i].ids, response, ids, values[: len(ids)]))
         return found
 
     def _open(self, prompts: Sequence[Prompt]) -> dict[int, Opened]:

@@ -20,8 +20,9 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.records.records import PreferenceRecord
 from megatron_infifpo.responses.engines import Engine, Measured, TransformersEngine
-from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.responses.turns import Turns
+from megatron_infifpo.storage.aside import make_folder
+from megatron_infifpo.tokens.measured import MeasuredResponse, write_measured
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 MAX_TOKENS = 64  # of a response
@@ -106,19 +107,39 @@ class Comparison:
         ) + (LONG if self.by_length else "")
 
 
-def check_engine(
-    engine: Engine, prompts: Sequence[Prompt], chat: ChatTokenizer, scorer: Scorer, seed: int
-) -> Comparison:
-    """Sample a response of each prompt and compare.
-
-    Raises:
-        NotMeasuredError: the engine gives no log-probs.
-    """
-    measured = engine.measure(prompts, MAX_TOKENS, seed)
+def compare_with(measured: Sequence[Measured], chat: ChatTokenizer, scorer: Scorer) -> Comparison:
+    """Compare what an engine has measured with what scoring gives the same tokens."""
     found = Comparison(by_length=scorer.by_length)
     for one in measured:
         _compare(one, chat, scorer, found)
     return found
+
+
+def keep(output: Path, measured: Sequence[Measured], model: str) -> None:
+    """Write what was measured to OUTPUT.measured; not that of a server, which gives no ids.
+
+    A run that trains on the responses tells by it whether it starts from the model that gave them.
+    All parts of a job measure the same: whose file stays is no matter.
+
+    Args:
+        output: of the job.
+        measured: a few responses.
+        model: its name.
+    """
+    found = [
+        MeasuredResponse(
+            one.prompt.id,
+            np.array(one.prompt_ids, np.int32),
+            np.array(one.tokens, np.int32),
+            np.array(one.logprobs, np.float32),
+            model,
+        )
+        for one in measured
+        if one.prompt_ids and one.tokens
+    ]
+    if found:
+        make_folder(output.parent)
+        write_measured(f"{output}.measured", found)
 
 
 def _compare(one: Measured, chat: ChatTokenizer, scorer: Scorer, found: Comparison) -> None:

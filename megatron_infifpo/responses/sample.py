@@ -27,7 +27,13 @@ from megatron_infifpo.responses.engines import (
     Sampling,
     TransformersEngine,
 )
-from megatron_infifpo.responses.logprob_check import TOLERANCE, check_engine, open_scorer
+from megatron_infifpo.responses.logprob_check import (
+    MAX_TOKENS,
+    TOLERANCE,
+    compare_with,
+    keep,
+    open_scorer,
+)
 from megatron_infifpo.responses.prompts import Prompt, read_prompts
 from megatron_infifpo.responses.sampling import run_job
 from megatron_infifpo.responses.server import ServerEngine, ServerOptions
@@ -58,7 +64,8 @@ class SamplingJob:
         options: of an engine on this machine; see `engine_options` for those that follow.
         server: of a server; see `server_options`.
         tokenizer: how it is used; its trust_remote_code is the model's, too.
-        check: prompts for which the engine's log-probs are compared with the scorer's; 0: none.
+        check: prompts for which the engine's log-probs are compared with the scorer's, and kept in
+            OUTPUT.measured; 0: none.
         check_model: folder to compare a server with; None: the model's, where that is one.
         check_tolerance: nats, of a token; None: what the engine's precision asks for.
         check_only: sample nothing, and fail where they differ.
@@ -113,6 +120,11 @@ class SamplingJob:
             raise UserError("--check-model is for --engine server: others have the model itself")
 
     @property
+    def model_name(self) -> str:
+        """The model's name in the output."""
+        return self.name or Path(self.model).resolve().name
+
+    @property
     def sampling(self) -> Sampling:
         """How each response is sampled, and how many are."""
         return self.how if self.how.temperature else replace(self.how, count=1)
@@ -155,8 +167,13 @@ def sample(job: SamplingJob) -> bool:
     if job.check_only:
         return False
     assert job.output is not None
-    options, model = job.options, job.name or Path(job.model).resolve().name
-    plan = {"model": model, "engine": job.engine, "bf16": options.bf16, "batch": options.batch}
+    options = job.options
+    plan = {
+        "model": job.model_name,
+        "engine": job.engine,
+        "bf16": options.bf16,
+        "batch": options.batch,
+    }
     plan["chat_template"] = job.tokenizer.chat_template
     plan["template_options"] = dict(job.tokenizer.chat_template_options)
     if chat is not None and job.engine != "server":
@@ -217,7 +234,7 @@ def open_engine(job: SamplingJob) -> tuple[Engine, ChatTokenizer | None]:
 def compare(
     job: SamplingJob, engine: Engine, chat: ChatTokenizer | None, prompts: list[Prompt]
 ) -> None:
-    """Compare the engine's log-probs with the scorer's, and say what came of it.
+    """Compare the engine's log-probs with the scorer's, say what came of it, and keep the former.
 
     Raises:
         UserError: with `check_only`, they differ or cannot be compared.
@@ -230,6 +247,9 @@ def compare(
     try:
         if chat is None:
             raise NotMeasuredError("no model's folder to score them with: give --check-model")
+        measured = engine.measure(prompts[: job.check], MAX_TOKENS, job.how.seed)
+        if job.output is not None:
+            keep(job.output, measured, job.model_name)
         try:
             scorer = open_scorer(
                 job.check_model or job.model,
@@ -239,7 +259,7 @@ def compare(
             )
         except (UserError, torch.OutOfMemoryError) as error:
             raise NotMeasuredError(str(error)) from None
-        found = check_engine(engine, prompts[: job.check], chat, scorer, job.how.seed)
+        found = compare_with(measured, chat, scorer)
         fine, said = found.agrees(tolerance), found.sentence(tolerance, chat.path)
     except NotMeasuredError as error:
         fine, said = False, f"the engine's log-probs are not checked: {error}"

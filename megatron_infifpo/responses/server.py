@@ -123,7 +123,7 @@ class ServerEngine:
                 content = choice["logprobs"]["content"]
                 tokens = [str(one["token"]) for one in content]
                 values = [float(one["logprob"]) for one in content]
-                found.append(Measured(prompt, self._response(choice), tokens, values))
+                found.append(Measured(prompt, [], self._response(choice), tokens, values))
             except RefusedError as error:
                 raise NotMeasuredError(f"the server refuses to give log-probs ({error})") from None
             except (LookupError, TypeError, ValueError):

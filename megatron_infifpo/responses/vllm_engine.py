@@ -60,38 +60,38 @@ class VllmEngine:
         settings = [{"n": count, **how} for count in counts]
         return [
             [response for response, _ in answers] or [Response("", REFUSED)]
-            for answers in self._generate(prompts, settings, self.how.max_tokens, seed)
+            for answers in self._generate(
+                self.turns.open_all(prompts), settings, self.how.max_tokens, seed
+            )
         ]
 
     def measure(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Measured]:
         """Return one response of each prompt with vLLM's log-probs."""
         settings = {"n": 1, "temperature": 1.0, "logprobs": 1}
         found = []
-        for prompt, answers in zip(
-            prompts,
-            self._generate(prompts, [settings] * len(prompts), max_tokens, seed),
-            strict=True,
-        ):
+        opened = self.turns.open_all(prompts)
+        outputs = self._generate(opened, [settings] * len(prompts), max_tokens, seed)
+        for prompt, one, answers in zip(prompts, opened, outputs, strict=True):
             for response, output in answers:
+                assert one is not None, "nothing is asked of a prompt that is left out"
                 if output.logprobs is None:
                     raise NotMeasuredError("vLLM gives no log-probs")
                 ids = self.turns.cut(output.token_ids)
                 values = [output.logprobs[i][token].logprob for i, token in enumerate(ids)]
-                found.append(Measured(prompt, response, ids, values))
+                found.append(Measured(prompt, one.ids, response, ids, values))
         return found
 
     def _generate(
         self,
-        prompts: Sequence[Prompt],
+        opened: Sequence[Opened | None],
         settings: Sequence[dict[str, Any]],
         max_tokens: int,
         seed: int,
     ) -> list[list[tuple[Response, Any]]]:
         """Return responses, each with what vLLM says of it; none of a prompt that is left out."""
-        opened = self.turns.open_all(prompts)
         asked = [(one, how) for one, how in zip(opened, settings, strict=True) if one is not None]
         if not asked:
-            return [[] for _ in prompts]
+            return [[] for _ in opened]
         outputs = self.network.generate(
             [{"prompt_token_ids": one.ids} for one, _ in asked],
             [

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses.engines import EngineOptions, Sampling, TransformersEngine
-from megatron_infifpo.responses.logprob_check import check_engine, open_scorer
+from megatron_infifpo.responses.logprob_check import compare_with, open_scorer
 from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.responses.turns import Turns
+from megatron_infifpo.tokens.measured import read_measured
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 from support import tiny
 from support.talkers import save_talker
@@ -134,10 +135,14 @@ def test_a_rope_that_the_check_finds(tmp_path):
     chat = ChatTokenizer.from_pretrained(folder)
     engine = TransformersEngine(str(folder), chat, Sampling(), OPTIONS)
     scorer = open_scorer(folder, engine, bf16=False, trust_remote_code=False)
-    found = check_engine(engine, [ask("the sun " * 20), ask("x", "q")], chat, scorer, 0)
+
+    def check(prompts, seed):
+        return compare_with(engine.measure(prompts, 64, seed), chat, scorer)
+
+    found = check([ask("the sun " * 20), ask("x", "q")], 0)
     assert found.by_length and found.agrees(0.01), "one is long, the other ends before the limit"
     crossing = [ask("the sun " * n, f"r{n}") for n in range(6, 12)]
-    found = check_engine(engine, crossing, chat, scorer, 1)
+    found = check(crossing, 1)
     assert not found.agrees(0.01)
     assert "rope depends on how long a text is" in found.sentence(0.01, "x")
 
@@ -252,7 +257,7 @@ def stand_in_for_vllm(chat: ChatTokenizer, asked: list) -> types.ModuleType:
     return module
 
 
-def test_vllm(sample, monkeypatch, talker, capsys):
+def test_vllm(sample, monkeypatch, talker, tmp_path, capsys):
     """What vLLM is asked for, and what its answers are taken for; it is not run here."""
     chat = ChatTokenizer.from_pretrained(talker)
     asked: list[Any] = []
@@ -270,6 +275,11 @@ def test_vllm(sample, monkeypatch, talker, capsys):
     assert (settings[0].temperature, settings[0].n, settings[0].stop) == (0.8, 3, [])
     assert settings[0].stop_token_ids == [chat.end_of_turn_ids[-1]]
     assert asked[1][1][0].temperature == 1.0 and asked[3][1][0].n == 1
+    kept = read_measured(tmp_path / "out.jsonl.measured")
+    assert [one.id for one in kept] == ["p0", "p1", "p2", "p3"]
+    assert kept[1].prompt_ids.tolist() == prompts[1]["prompt_token_ids"]
+    assert chat.tokenizer.decode(kept[1].response_ids[:-1]) == "yes 0"
+    assert set(kept[1].logprobs.tolist()) == {-0.5}
 
 
 def test_vllm_is_missing(sample):
