@@ -70,8 +70,7 @@ def inspect_record(job: InspectionJob) -> Iterator[str]:
     """
     method = job.method
     config = read_sources(job.sources) if job.sources else None
-    fused = config is not None and method.fused
-    dataset = PreferenceDataset(job.data, config, require_sources=fused, responses=method.responses)
+    dataset = PreferenceDataset.for_method(method, job.data, config)
     index = dataset.tokens.find(job.id)
     if index is None:
         raise UserError(

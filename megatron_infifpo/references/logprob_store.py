@@ -1,11 +1,12 @@
 """One model's log-prob dataset: a float32 for every scored response token of every record.
 
     PREFIX_sums.npy, PREFIX_counts.npy   [N, R]: all that training reads
-    PREFIX.bin, PREFIX.idx   float32, one document a record: chosen, rejected[, pivot_chosen]
+    PREFIX.bin, PREFIX.idx   float32, one document a record: chosen, rejected[, pivot_chosen], or
+                             a list's responses, R at most
     PREFIX.json              the manifest, written last: whose log-probs these are, and of what
 
 A masked record (its text does not fit the model, say) has no tokens; a response of any other has
-some. Imported log-probs may lack the values (.bin and .idx).
+some, but those that a shorter list lacks. Imported log-probs may lack the values (.bin and .idx).
 """
 
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import RESPONSES
 from megatron_infifpo.storage.documents import Documents, read_array
 from megatron_infifpo.storage.manifests import Format
 from megatron_infifpo.storage.notes import find_notes
@@ -51,6 +53,7 @@ class LogprobStore:
     Attributes:
         manifest: the content of `PREFIX.json`.
         responses: names of the R responses.
+        listed: the records are lists of up to R responses; else pairs.
         all_sums: float64 `[N, R]`, sums of the responses' log-probs, 0 where masked; mapped.
         token_counts: int32 `[N, R]`, scored tokens in the model's own, 0 where masked.
         masked_records: bool `[N]`.
@@ -69,7 +72,11 @@ class LogprobStore:
         self.all_sums = np.asarray(self._array("_sums.npy", np.float64))
         self.token_counts = np.array(self._array("_counts.npy", np.int32))
         self.masked_records: np.ndarray = ~self.token_counts.any(axis=1)
-        empty = (self.token_counts == 0).any(axis=1) & ~self.masked_records
+        self.listed = self.responses[0] not in RESPONSES
+        there = self.token_counts > 0
+        least = 2 if self.listed else len(self.responses)
+        empty = ~there[:, :least].all(axis=1) | (there[:, :-1] < there[:, 1:]).any(axis=1)
+        empty &= ~self.masked_records
         if empty.any():
             raise UserError(
                 f"{prefix}_counts.npy has no tokens for one response of record "
@@ -135,7 +142,8 @@ class LogprobStore:
                 f"{self.prefix} holds sums and counts only, expected a log-prob for every token; "
                 "it was imported without them"
             )
-        documents = Documents(self.prefix, np.float32, len(self.responses))
+        width = len(self.responses)
+        documents = Documents(self.prefix, np.float32, width, fewer=self.listed)
         if not np.array_equal(documents.lengths, self.token_counts):
             raise UserError(
                 f"{self.prefix}.idx and {self.prefix}_counts.npy disagree about the number of "
@@ -178,6 +186,14 @@ class LogprobStore:
                 f"{where}: it has log-probs by --score {rule}, the token dataset is of --score "
                 f"{expected}: all models must score the same messages of a reply; score the "
                 f"records with --score {expected}, or prepare them with --score {rule}"
+            )
+        here, there = self.token_counts > 0, tokens.response_lengths > 0
+        other = (here != there).any(axis=1) & ~(self.masked_records | tokens.masked_records)
+        if other.any():
+            index = int(other.argmax())
+            raise UserError(
+                f"{where}: record {tokens.ids(index)!r} has {int(here[index].sum())} responses, "
+                f"expected {int(there[index].sum())}; {fix}"
             )
         # Read apart: pages of the mapped file would stay in memory.
         sums = read_array(f"{self.prefix}_sums.npy", self._again)

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import RESPONSES
 from megatron_infifpo.references.logprob_store import FORMAT
 from megatron_infifpo.storage.aside import Aside, end_block, make_folder
 from megatron_infifpo.storage.documents import DocumentWriter, write_array
@@ -46,7 +47,8 @@ class LogprobWriter:
 
         Args:
             prefix: of the files to write; an older dataset of this name is replaced.
-            responses: names of the R responses, a head of `records.RESPONSES`.
+            responses: names of the R responses, see `records.response_names`; a record of lists
+                may have fewer.
             manifest: whose log-probs these are; holds at least the fields of `REQUIRED`.
             values: whether there is a log-prob for every scored token (`add`), or sums only
                 (`add_sums`).
@@ -58,6 +60,7 @@ class LogprobWriter:
         if missing:
             raise ValueError(f"the manifest lacks {', '.join(missing)}, expected all of {REQUIRED}")
         self.prefix, self.responses, self.fields = str(prefix), list(responses), dict(manifest)
+        self._least = len(responses) if responses[0] in RESPONSES else 2
         make_folder(Path(prefix).parent)
         self._files = Aside()
         self._documents = DocumentWriter(self.prefix, np.float32, self._files) if values else None
@@ -81,21 +84,22 @@ class LogprobWriter:
 
         Args:
             record_id: for errors.
-            logprobs: R arrays, of the scored tokens of each response.
+            logprobs: an array a response, of its scored tokens.
             note: what was done to the record's text, if anything was.
             remarks: `TokenizedRecord.notes`.
 
         Raises:
             UserError: a value is NaN, infinite or above 0.
-            ValueError: not one non-empty array a response.
+            ValueError: an array is empty, or there are too few or too many.
         """
         arrays = [np.asarray(values, dtype=np.float32) for values in logprobs]
-        if len(arrays) != len(self.responses) or any(a.ndim != 1 or not len(a) for a in arrays):
+        fits = self._least <= len(arrays) <= len(self.responses)
+        if not fits or any(a.ndim != 1 or not len(a) for a in arrays):
             raise ValueError(
                 f"record {record_id!r}: shapes {[a.shape for a in arrays]}, expected one "
                 f"non-empty vector for each of {self.responses}"
             )
-        for name, values in zip(self.responses, arrays, strict=True):
+        for name, values in zip(self.responses, arrays, strict=False):
             self._check(record_id, name, values)
         arrays = [np.minimum(values, 0.0) for values in arrays]
         assert self._documents is not None, "this dataset holds sums only"
@@ -111,7 +115,8 @@ class LogprobWriter:
         Raises:
             UserError: a sum is NaN, infinite or above 0, or a count is not at least 1.
         """
-        for name, total, count in zip(self.responses, sums, counts, strict=True):
+        assert self._least <= len(sums) <= len(self.responses), f"{len(sums)} sums"
+        for name, total, count in zip(self.responses, sums, counts, strict=False):
             self._check(record_id, name, np.array([total]))
             if count < 1:
                 raise UserError(
@@ -132,8 +137,9 @@ class LogprobWriter:
     def _append(self, sums: Sequence[float], counts: Sequence[int], note: str | None) -> None:
         if note:
             self.notes.add(len(self), note)
-        self._sums.extend(sums)
-        self._counts.extend(counts)
+        lacks = [0] * (len(self.responses) - len(sums))
+        self._sums.extend([*sums, *lacks])
+        self._counts.extend([*counts, *lacks])
 
     def _check(self, record_id: str, name: str, values: np.ndarray) -> None:
         bad = ~np.isfinite(values) | (values > ROUNDING)

@@ -24,16 +24,19 @@ class PairValues:
     """The values of one record: R responses, M sources. Rows have them by these names.
 
     Attributes:
-        initial_sum_logps: float32 `[R]`, over the scored tokens of the pivot.
-        source_sum_logps: float32 `[R, M]`, 0 where masked.
-        source_token_counts: int64 `[R, M]`, 1 where masked, so that a mean is always defined.
+        initial_sum_logps: float32 `[R]`, over the scored tokens of the pivot; 0 where a response
+            is absent.
+        source_sum_logps: float32 `[R, M]`, 0 where masked or absent.
+        source_token_counts: int64 `[R, M]`, then 1, so that a mean is always defined.
         source_mask: bool `[M]`, true where the source takes part.
+        source_weights: float32 `[M + 1]`, of the sources and at last of the initial pivot.
     """
 
     initial_sum_logps: np.ndarray
     source_sum_logps: np.ndarray
     source_token_counts: np.ndarray
     source_mask: np.ndarray
+    source_weights: np.ndarray
 
 
 class Values(NamedTuple):
@@ -88,11 +91,17 @@ class Reference:
         inside = np.array([domains is None or domain in domains for domain in tokens.domains])
         return cls(name, store, inside[tokens.domain_codes] & ~store.masked_records)
 
-    def table(self, indices: np.ndarray, responses: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return sums, float64, and counts, int64, of K records, both `[K, responses]`."""
-        used = slice(responses)
-        sums, counts = self.store.all_sums, self.store.token_counts
-        return sums[indices][:, used], counts[indices][:, used].astype(np.int64)
+    def table(self, indices: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return sums, float64, and counts, int64, of K records, both `[K, R]`, 0 where absent.
+
+        Args:
+            indices: `[K]`.
+            columns: `[K, R]`, which of a record's responses are taken, -1 for none.
+        """
+        rows = indices[:, None]
+        sums, counts = self.store.all_sums[rows, columns], self.store.token_counts[rows, columns]
+        absent = columns < 0
+        return np.where(absent, 0.0, sums), np.where(absent, 0, counts).astype(np.int64)
 
 
 class References:
@@ -101,6 +110,7 @@ class References:
     Attributes:
         initial: the initial pivot's.
         sources: the M sources', in the order of sources.yaml.
+        weights: float32 `[M + 1]`, of the sources and at last of the initial pivot.
     """
 
     def __init__(self, config: SourcesConfig, tokens: TokenDataset) -> None:
@@ -115,46 +125,57 @@ class References:
             Reference.open(source.name, source.logprobs, tokens, domains=source.domains)
             for source in config.sources
         )
+        self.weights = np.array(config.weights, np.float32)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the sources."""
         return tuple(source.name for source in self.sources)
 
-    def take(self, index: int, responses: int) -> PairValues:
-        """Return a record's values of its first R responses, in arrays of their own."""
-        used, shape = slice(responses), (responses, len(self.sources))
-        sums, counts = np.zeros(shape, np.float32), np.ones(shape, np.int64)
-        mask = np.zeros(len(self.sources), bool)
-        for column, source in enumerate(self.sources):
-            if source.takes_part[index]:
-                mask[column] = True
-                sums[:, column] = source.store.sums(index)[used]
-                counts[:, column] = source.store.token_counts[index][used]
-        initial = self.initial.store.sums(index)[used].astype(np.float32)
-        return PairValues(initial, sums, counts, mask)
+    def take(self, index: int, columns: np.ndarray) -> PairValues:
+        """Return a record's values of R responses, in arrays of their own.
 
-    def table(self, indices: np.ndarray, responses: int) -> dict[str, Tensor]:
+        Args:
+            index: of the record.
+            columns: `[R]`, which of its responses, -1 for none.
+        """
+        table = self._table(np.array([index]), columns[None])[0]
+        one = {name: getattr(table, name)[0] for name in _NAMES}
+        one["initial_sum_logps"] = one["initial_sum_logps"].astype(np.float32)
+        one["source_sum_logps"] = one["source_sum_logps"].astype(np.float32)
+        return PairValues(**one)
+
+    def table(self, indices: np.ndarray, columns: np.ndarray) -> dict[str, Tensor]:
         """Return the values of K records as a row has them of its pairs, but in float64.
 
-        Beside them token_counts `[K, R]`: the pivot's scored tokens.
+        Beside them token_counts `[K, R]`: the pivot's scored tokens; and valid bool `[K, R]`.
+
+        Args:
+            indices: `[K]`.
+            columns: `[K, R]`, which of a record's responses are taken, -1 for none.
         """
-        initial, token_counts = self.initial.table(indices, responses)
+        found, token_counts = self._table(indices, columns)
+        row = {name: torch.from_numpy(getattr(found, name)) for name in _NAMES}
+        row["token_counts"] = torch.from_numpy(token_counts)
+        return row | {"valid": torch.from_numpy(columns >= 0)}
+
+    def _table(self, indices: np.ndarray, columns: np.ndarray) -> tuple[PairValues, np.ndarray]:
+        initial, token_counts = self.initial.table(indices, columns)
         shape = (*initial.shape, len(self.sources))
         found = PairValues(
             initial,
             np.zeros(shape),
             np.ones(shape, np.int64),
             np.zeros((len(indices), len(self.sources)), bool),
+            np.broadcast_to(self.weights, (len(indices), len(self.weights))).copy(),
         )
         for column, source in enumerate(self.sources):
             here = source.takes_part[indices]
-            sums, counts = source.table(indices, responses)
+            sums, counts = source.table(indices, columns)
             found.source_mask[:, column] = here
             found.source_sum_logps[here, :, column] = sums[here]
-            found.source_token_counts[here, :, column] = counts[here]
-        row = {name: torch.from_numpy(getattr(found, name)) for name in _NAMES}
-        return row | {"token_counts": torch.from_numpy(token_counts)}
+            found.source_token_counts[here, :, column] = counts[here].clip(1)
+        return found, token_counts
 
 
 _NAMES = tuple(field.name for field in fields(PairValues))
@@ -176,6 +197,6 @@ def value(row: dict[str, Any], *, means: bool) -> Values:
     """
     initial, sources = row["initial_sum_logps"], row["source_sum_logps"]
     if means:
-        initial = initial / row["token_counts"]
+        initial = initial / row["token_counts"].clamp_min(1)  # 0 where a response is absent
         sources = sources / row["source_token_counts"]
     return Values(initial, sources, row["source_mask"])

@@ -10,11 +10,13 @@ sources:
     score: {model: models/qwen-coder, tensor-model-parallel-size: 8}
 
 `score` has flags: `true` is a flag alone, a list several values, a mapping one value in JSON, as in
-`chat-template-options: {enable_thinking: false}`.
+`chat-template-options: {enable_thinking: false}`. For a weighted fusion every model may have a
+`weight`, the initial pivot as `initial: {logprobs: logprobs/pivot, weight: 0.3}`.
 """
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,12 +47,14 @@ class Source:
         domains: the domains that it takes part in; None means all.
         score: flags of infifpo score that recipes score it with, without their dashes:
             a text, a number, a bool, a list or a mapping each; training ignores them.
+        weight: its share in a weighted fusion, which normalises them.
     """
 
     name: str
     logprobs: str
     domains: tuple[str, ...] | None = None
     score: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +65,18 @@ class SourcesConfig:
         initial: prefix of the initial pivot's log-prob dataset.
         sources: the M sources, in order.
         path: the file, for errors.
+        initial_weight: as a source's.
     """
 
     initial: str
     sources: tuple[Source, ...] = ()
     path: str = "sources.yaml"
+    initial_weight: float = 1.0
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of the sources, and of the initial pivot as the last one."""
+        return (*(source.weight for source in self.sources), self.initial_weight)
 
 
 def read_sources(path: str | Path) -> SourcesConfig:
@@ -75,7 +86,8 @@ def read_sources(path: str | Path) -> SourcesConfig:
         path: the file.
 
     Raises:
-        UserError: not a readable file, an unknown or missing key, a wrong type, or a name twice.
+        UserError: not a readable file, an unknown or missing key, a wrong type, a name twice, or
+            weights of some models alone.
     """
     path = Path(path)
     try:
@@ -94,8 +106,26 @@ def read_sources(path: str | Path) -> SourcesConfig:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{path}: the name {name!r} is used twice, expected unique names")
-    initial = _prefix(content["initial"], f"{path}: initial", path)
-    return SourcesConfig(initial, sources, str(path))
+    first, where = content["initial"], f"{path}: initial"
+    if not isinstance(first, dict):
+        first = {"logprobs": first}
+    _check_keys(first, where, required=("logprobs",), optional=("weight",))
+    items = {"initial": first} | {
+        source.name: item for source, item in zip(sources, listed, strict=True)
+    }
+    without = [name for name, item in items.items() if item.get("weight") is None]
+    if without and len(without) < len(items):
+        raise UserError(
+            f"{path}: there are weights, but not of {', '.join(without)}; expected a weight of "
+            "every source and of the initial pivot (initial: {logprobs: PREFIX, weight: NUMBER}), "
+            "or none"
+        )
+    config = SourcesConfig(
+        _prefix(first["logprobs"], where, path), sources, str(path), _weight(first, where)
+    )
+    if not sum(config.weights):
+        raise UserError(f"{path}: all weights are 0, expected one above")
+    return config
 
 
 def check_domains(config: SourcesConfig, known: Sequence[str]) -> None:
@@ -116,7 +146,7 @@ def check_domains(config: SourcesConfig, known: Sequence[str]) -> None:
 
 
 def _source(item: Any, where: str, path: Path) -> Source:
-    _check_keys(item, where, required=("name", "logprobs"), optional=("domains", "score"))
+    _check_keys(item, where, required=("name", "logprobs"), optional=("domains", "score", "weight"))
     name, domains, score = item["name"], item.get("domains"), item.get("score") or {}
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{where}: name is {name!r}, expected a word")
@@ -128,7 +158,19 @@ def _source(item: Any, where: str, path: Path) -> Source:
             )
         domains = tuple(domains)
     flags = _flags(score, f"{where}: score")
-    return Source(name, _prefix(item["logprobs"], f"{where}: logprobs", path), domains, flags)
+    prefix = _prefix(item["logprobs"], f"{where}: logprobs", path)
+    return Source(name, prefix, domains, flags, _weight(item, where))
+
+
+def _weight(item: dict[str, Any], where: str) -> float:
+    """Return a model's weight, which is 1 where nothing is said."""
+    value = item.get("weight")
+    if value is None:
+        return 1.0
+    fine = isinstance(value, int | float) and not isinstance(value, bool)
+    if not fine or not 0 <= value < math.inf:
+        raise UserError(f"{where}: weight is {value!r}, expected a number of at least 0")
+    return float(value)
 
 
 def _flags(score: Any, where: str) -> dict[str, Any]:

@@ -107,10 +107,10 @@ def read_pairs(
     Raises:
         UserError: the data sets do not belong together, or the trained pivot lacks some pairs.
     """
-    dataset = PreferenceDataset(data, read_sources(sources), responses=method.responses)
+    dataset = PreferenceDataset.for_method(method, data, read_sources(sources))
     assert dataset.references is not None
     indices = dataset.require_eligible(max_tokens)
-    row = dataset.references.table(indices, dataset.responses)
+    row = dataset.references.table(indices, dataset.columns[indices])
     losses, _, fused = pair_losses(method, row, row["initial_sum_logps"], progress=0.0)
     values = value(row, means=True)
     source_means = np.where(values.mask[:, None], values.sources, np.nan)
@@ -123,7 +123,7 @@ def read_pairs(
                 f"{trained} has no log-probs of {missing} of the {len(indices)} pairs of this run, "
                 "expected all of them: score the trained pivot as the initial one was scored"
             )
-        sums, counts = after_training.table(indices, dataset.responses)
+        sums, counts = after_training.table(indices, dataset.columns[indices])
         means.append((sums / counts)[..., None])
         names = (*names, after_training.name)
         after = pair_losses(method, row, torch.from_numpy(sums))[2].weights.numpy()

@@ -29,7 +29,7 @@ class RowLayout:
         """Return how many tokens are added to a row of so many."""
         return -tokens % self.multiple
 
-    def pair_tokens[T: (int, np.ndarray)](self, prompt: T, responses: T, count: int) -> T:
+    def pair_tokens[T: (int, np.ndarray)](self, prompt: T, responses: T, count: T) -> T:
         """Return the tokens of a packed pair, without padding.
 
         Args:

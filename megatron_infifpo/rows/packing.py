@@ -20,10 +20,11 @@ from megatron_infifpo.tokens.encoding import scored_marks
 def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
     """Pack pairs into one row.
 
-    B pairs, R responses, S = B R segments, K scored tokens, T tokens of the row.
+    B pairs, R responses, S segments, one for each response that is there, K scored tokens, T tokens
+    of the row.
 
     Args:
-        pairs: B of them, all with R responses and the same sources.
+        pairs: B of them, all with R responses or empty places of such, and the same sources.
         layout: of the row. Where T is padded, the tail is an attention segment of its own, of
             token 0, and never scored. With shared prompts, `[prompt chosen | rejected]`, the
             segments of the other responses have the prompt's keys and values beside their own.
@@ -33,7 +34,9 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
         cu_seqlens int32 `[S + 1]` (one more with a tail), the same as a list segment_lengths `[S]`,
         max_seqlen int; scored_rows int64 `[K]`,
         positions whose hidden state predicts a scored token; target_ids int64 `[K]`, those tokens;
-        segment_ids int64 `[K]`, b * R + r; token_counts int64 `[B, R]`, scored ones; indices and
+        segment_ids int64 `[K]`, b * R + r; token_counts int64 `[B, R]`, scored ones; valid bool
+        `[B, R]`, which responses are there; ended bool `[B, R]`, whether their last token is
+        scored, the end of their turn; rewards float32 `[B, R]`, where pairs have some; indices and
         domain_codes int64 `[B]`; where the pairs have stored values of models, these as
         `references.reference.collate` makes them; and with shared prompts the segments of the keys,
         cu_seqlens_kv int32 `[S + 1]`, key_lengths, max_seqlen_kv int, and key_rows int64 `[T_kv]`,
@@ -41,6 +44,9 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
     """
     marks = [mark for pair in pairs for mark in scored_marks(pair.response_ids, pair.scored)]
     counts = np.array([mark.sum() for mark in marks], dtype=np.int64)
+    valid = np.array([len(mark) > 0 for mark in marks])
+    ended = np.array([bool(mark[-1:].any()) for mark in marks])
+    shape = (len(pairs), -1)
     scored = np.concatenate(marks)
     segments = _Segments()
     for pair in pairs:
@@ -57,7 +63,9 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
         "scored_rows": torch.from_numpy(_ranges(segments.predicting)[scored]),
         "target_ids": torch.from_numpy(targets[scored].astype(np.int64)),
         "segment_ids": torch.from_numpy(np.repeat(np.arange(counts.size), counts)),
-        "token_counts": torch.from_numpy(counts.reshape(len(pairs), -1)),
+        "token_counts": torch.from_numpy(counts.reshape(shape)),
+        "valid": torch.from_numpy(valid.reshape(shape)),
+        "ended": torch.from_numpy(ended.reshape(shape)),
         "indices": torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
         "domain_codes": torch.tensor([pair.domain_code for pair in pairs], dtype=torch.int64),
     }
@@ -65,6 +73,9 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
         row["cu_seqlens_kv"], row["max_seqlen_kv"] = _borders(segments.keys), max(segments.keys)
         row["key_lengths"] = segments.keys
         row["key_rows"] = torch.from_numpy(_ranges(segments.key_rows))
+    rewards = [pair.rewards for pair in pairs if pair.rewards is not None]
+    if rewards:
+        row["rewards"] = torch.from_numpy(np.stack(rewards))
     if pairs[0].values is not None:
         row |= reference.collate([pair.values for pair in pairs if pair.values is not None])
     return row
@@ -106,7 +117,7 @@ class _Segments:
     def add(self, pair: PreferencePair, share_prompt: bool) -> None:
         """Append a pair's segments, with one prompt or with one for each response."""
         prompt = len(pair.prompt_ids)
-        for r, ids in enumerate(pair.response_ids):
+        for r, ids in enumerate(filter(len, pair.response_ids)):
             shared = share_prompt and r > 0
             if not shared:
                 begin = self.total  # of the prompt that this response has

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.records.records import RESPONSES
+from megatron_infifpo.methods import Method
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.reference import PairValues, References
 from megatron_infifpo.references.sources import SourcesConfig
+from megatron_infifpo.rows.choice import choose
 from megatron_infifpo.rows.layout import PLAIN, RowLayout
 from megatron_infifpo.storage.notes import counted
 from megatron_infifpo.tokens.dataset import TokenDataset
@@ -22,10 +24,12 @@ class PreferencePair:
     Attributes:
         index: of the record in the token dataset.
         prompt_ids: int32 `[P]`.
-        response_ids: R arrays of int32, end of turn included.
+        response_ids: R arrays of int32, end of turn included; empty, at the end, where there are
+            fewer responses.
         domain_code: index into `PreferenceDataset.domains`.
         values: what is stored of models; None where no sources were given.
         scored: R arrays of bool, which tokens of `response_ids` are scored; None: all of them.
+        rewards: float32 `[R]`, the responses' scores, 0 where there is none; None without any.
     """
 
     index: int
@@ -34,6 +38,10 @@ class PreferencePair:
     domain_code: int = 0
     values: PairValues | None = None
     scored: tuple[np.ndarray, ...] | None = None
+    rewards: np.ndarray | None = None
+
+
+_NONE, _NO_MARK = np.empty(0, np.int32), np.empty(0, bool)
 
 
 class PreferenceDataset:
@@ -44,7 +52,8 @@ class PreferenceDataset:
         references: stored values of the initial pivot and of the sources; None without sources.
         domains: names by domain code.
         domain_codes: int64 `[N]`, of the records.
-        responses: how many responses of a record are used, R.
+        columns: int64 `[N, R]`, which responses of a record are used, see `choice.Choice`.
+        responses: R, at most so many are.
         segment_lengths: int64 `[N]`, tokens of the longest response with its prompt; 0 where the
             record is masked.
     """
@@ -56,6 +65,7 @@ class PreferenceDataset:
         *,
         require_sources: bool = False,
         responses: int | None = None,
+        rewards: bool = False,
     ) -> None:
         """Open all datasets and check that they belong together.
 
@@ -63,22 +73,18 @@ class PreferenceDataset:
             token_prefix: of the token dataset.
             sources: the log-prob datasets; None gives tokens only (SFT, scoring).
             require_sources: refuse a configuration that lists no source.
-            responses: use the first so many of chosen, rejected, pivot_chosen; default: all that
+            responses, rewards: which responses are used, see `choice.choose`; default: all that
                 the records have.
 
         Raises:
             UserError: a dataset is missing, broken or of other records, a domain is unknown, or
-                the records have fewer responses.
+                the records have fewer responses or no scores.
         """
         self.tokens = TokenDataset(token_prefix)
-        self.responses = responses or len(self.tokens.responses)
-        if self.responses > len(self.tokens.responses):
-            raise UserError(
-                f"record {self.tokens.ids(0)!r} of {token_prefix} has no "
-                f"{RESPONSES[self.responses - 1]!r}, and neither has any other: the method "
-                f"compares {', '.join(RESPONSES[: self.responses])}; give the field in every "
-                "record and prepare them again"
-            )
+        choice = choose(self.tokens, responses, rewards=rewards)
+        self.columns, self._lacking = choice.columns, choice.obstacles
+        self.responses = self.columns.shape[1]
+        self._rewards = self._used_rewards()
         self.domains = self.tokens.domains
         self.domain_codes = self.tokens.domain_codes.astype(np.int64)
         if require_sources and (sources is None or not sources.sources):
@@ -89,9 +95,29 @@ class PreferenceDataset:
             )
         self.references = None if sources is None else References(sources, self.tokens)
         prompts = self.tokens.prompt_lengths.astype(np.int64)
-        lengths = self.tokens.response_lengths[:, : self.responses].astype(np.int64)
+        lengths = np.take_along_axis(self.tokens.response_lengths, self.columns, axis=1)
+        lengths = np.where(self.columns < 0, 0, lengths).astype(np.int64)
         self._response_tokens = lengths.sum(axis=1)
+        self._response_counts = (lengths > 0).sum(axis=1)
         self.segment_lengths = prompts + lengths.max(axis=1)
+
+    @classmethod
+    def for_method(
+        cls, method: Method, token_prefix: str | Path, sources: SourcesConfig | None
+    ) -> Self:
+        """Open what a method is trained on; see `__init__`.
+
+        Raises:
+            UserError: as there, or lists are longer than the method's loss takes.
+        """
+        found = cls(
+            token_prefix,
+            sources,
+            require_sources=sources is not None and method.fused,
+            responses=method.responses,
+            rewards="rewards" in method.reads,
+        )
+        return found
 
     @property
     def initial(self) -> LogprobStore | None:
@@ -106,7 +132,7 @@ class PreferenceDataset:
     def pair_lengths(self, layout: RowLayout = PLAIN) -> np.ndarray:
         """Return int64 `[N]`, tokens of each pair in a row of this layout."""
         prompts = self.tokens.prompt_lengths.astype(np.int64)
-        return layout.pair_tokens(prompts, self._response_tokens, self.responses)
+        return layout.pair_tokens(prompts, self._response_tokens, self._response_counts)
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -114,15 +140,28 @@ class PreferenceDataset:
 
     def __getitem__(self, index: int) -> PreferencePair:
         """Return one pair; its arrays are its own and writable."""
-        tokens, used = self.tokens.record(index), slice(self.responses)
+        tokens, columns = self.tokens.record(index), self.columns[index]
+        ids, marks = tokens.response_ids, tokens.scored
         return PreferencePair(
             int(index),
             tokens.prompt_ids,
-            tokens.response_ids[used],
+            tuple(_NONE if c < 0 else ids[c] for c in columns),
             int(self.domain_codes[index]),
-            None if self.references is None else self.references.take(index, self.responses),
-            tokens.scored and tokens.scored[used],
+            None if self.references is None else self.references.take(index, columns),
+            marks and tuple(_NO_MARK if c < 0 else marks[c] for c in columns),
+            None if self._rewards is None else self._rewards[index].copy(),
         )
+
+    def names(self, index: int) -> tuple[str, ...]:
+        """Return the names of a record's responses that are used."""
+        return tuple(self.tokens.responses[c] for c in self.columns[index] if c >= 0)
+
+    def _used_rewards(self) -> np.ndarray | None:
+        """Return float32 `[N, R]`, the scores of the used responses; 0 where there is none."""
+        if self.tokens.scores is None:
+            return None
+        scores = np.take_along_axis(self.tokens.scores, self.columns, axis=1)
+        return np.where((self.columns < 0) | np.isnan(scores), 0.0, scores).astype(np.float32)
 
     def align_domains(self, names: tuple[str, ...]) -> None:
         """Number the domains as another dataset does: first its names, then our own others."""
@@ -156,6 +195,7 @@ class PreferenceDataset:
             "the chat template refuses them": self.tokens.masked_records,
             f"longer than --seq-length {max_tokens}": self.segment_lengths > max_tokens,
         }
+        found |= self._lacking
         if self.initial is not None:
             found["without log-probs of the initial pivot"] = self.initial.masked_records
         return found

@@ -78,13 +78,13 @@ class ShardRows:
 
     def unpack(self, outputs: Sequence[Tensor]) -> list[list[np.ndarray]]:
         """Return float32 log-probs by record and response from the `[K]` of each row."""
-        responses = len(self.records[0].responses)
-        results = [[np.zeros(0, np.float32)] * responses for _ in self.records]
+        results = [[np.zeros(0, np.float32)] * len(r.responses) for r in self.records]
         for indices, row, logprobs in zip(self.plan, self.rows, outputs, strict=True):
             counts = row["token_counts"].flatten().tolist()
             pieces = iter(logprobs.float().split(counts))
             for index in indices:
-                results[index] = [next(pieces).numpy() for _ in range(responses)]
+                found = [next(pieces).numpy() for _ in range(row["token_counts"].shape[1])]
+                results[index] = found[: len(self.records[index].responses)]
         return results
 
 
@@ -108,6 +108,7 @@ def prepare_shard(
     remarks: list[tuple[str, ...]] = [()] * len(records)
     lengths = np.zeros(len(records), np.int64)
     pairs: dict[int, PreferencePair] = {}
+    width = max(len(record.responses) for record in records)
     encoded = encode_or_refuse([records[i] for i in taken], tokenizer)
     for i, whole in zip(taken, encoded, strict=True):
         if isinstance(whole, str):
@@ -117,7 +118,9 @@ def prepare_shard(
         tokens, notes[i] = limits.apply(whole)
         if tokens is not None:
             ids, remarks[i] = tokens.response_ids, whole.notes
-            pairs[i] = PreferencePair(i, tokens.prompt_ids, ids, scored=tokens.scored)
+            lacks = (np.empty(0, np.int32),) * (width - len(ids))  # a row has as many of each
+            marks = tokens.scored and (*tokens.scored, *(np.empty(0, bool) for _ in lacks))
+            pairs[i] = PreferencePair(i, tokens.prompt_ids, (*ids, *lacks), scored=marks)
             prompt = len(tokens.prompt_ids)
             lengths[i] = layout.pair_tokens(prompt, sum(map(len, ids)), len(ids))
     plan = fill(lengths, row_tokens)

@@ -17,7 +17,6 @@ from megatron_infifpo.patches import cpu
 from megatron_infifpo.ranks import rank
 from megatron_infifpo.records.read_report import ReadReport
 from megatron_infifpo.records.records import (
-    RESPONSES,
     canonical_bytes,
     iter_records,
 )
@@ -133,11 +132,13 @@ def _limits(job: ScoringJob) -> Limits:
 def _scan(job: ScoringJob, limits: Limits) -> dict[str, Any]:
     """Read all records once: are they well-formed, how many, which."""
     report = ReadReport()
-    digest, count, domains, responses = hashlib.sha256(), 0, set(), 0
+    digest, count, domains = hashlib.sha256(), 0, set()
+    names: tuple[str, ...] = ()
     for record in iter_records(job.input, on_bad=job.on_bad_record, report=report):
         digest.update(canonical_bytes(record))
         domains.add(record.domain)
-        count, responses = count + 1, len(record.responses)
+        count += 1
+        names = max(names, record.names, key=len)
     report.show()
     if not count:
         raise UserError(f"there are no records in {', '.join(job.input)}, expected at least one")
@@ -149,7 +150,7 @@ def _scan(job: ScoringJob, limits: Limits) -> dict[str, Any]:
     return {
         "count": count,
         "records_sha256": digest.hexdigest(),
-        "responses": list(RESPONSES[:responses]),
+        "responses": list(names),
     }
 
 

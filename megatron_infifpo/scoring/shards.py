@@ -63,7 +63,7 @@ def read_shard(
     Raises:
         UserError: the file is damaged, or of other records.
     """
-    width = len(records[0].responses)
+    widths = [len(record.responses) for record in records]
     try:
         with np.load(file, allow_pickle=False) as content:
             said, identity = json.loads(str(content["said"])), str(content["records_sha256"])
@@ -72,12 +72,12 @@ def read_shard(
         raise UserError(
             f"{file.name} is damaged ({error}): delete it and run this command again"
         ) from None
-    fits = len(said) == len(records) and len(lengths) == width * len(records)
+    fits = len(said) == len(records) and len(lengths) == sum(widths)
     if not fits or lengths.sum() != len(values) or identity != records_fingerprint(records):
         raise UserError(
             f"{file.name} is not of the {len(records)} records of shard {number}: the input has "
             "changed while it was scored; delete the folder and score again"
         )
     pieces = iter(np.split(values, np.cumsum(lengths)[:-1]))
-    for record, (note, remarks) in zip(records, said, strict=True):
+    for record, (note, remarks), width in zip(records, said, widths, strict=True):
         yield record, (note, remarks), [next(pieces) for _ in range(width)]

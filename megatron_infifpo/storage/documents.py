@@ -1,4 +1,4 @@
-"""Megatron's indexed format with a fixed number of sequences a document.
+"""Megatron's indexed format with a known number of sequences a document, or fewer.
 
 A thin layer over `megatron.core.datasets.indexed_dataset`: it turns what a broken file does to
 Megatron's reader (assertions, crashes) into one sentence.
@@ -56,11 +56,19 @@ class Documents:
     """Reads documents of `width` sequences each, memory-mapped.
 
     Attributes:
-        lengths: int32 `[N, width]`, items of each sequence.
+        lengths: int32 `[N, width]`, items of each sequence; 0 where a document has fewer.
     """
 
-    def __init__(self, prefix: str, dtype: type[np.number], width: int) -> None:
+    def __init__(
+        self, prefix: str, dtype: type[np.number], width: int, *, fewer: bool = False
+    ) -> None:
         """Open and check the two files; no loop over the documents.
+
+        Args:
+            prefix: of the files.
+            dtype: of their items.
+            width: sequences of a document.
+            fewer: a document may have fewer, but one.
 
         Raises:
             UserError: a file is missing, truncated, of another type or of another width.
@@ -82,15 +90,17 @@ class Documents:
                 f"{prefix}.idx holds {np.dtype(index.dtype)} values, expected {np.dtype(dtype)}; "
                 "this is another kind of dataset"
             )
-        borders = self._dataset.document_indices
-        if not np.array_equal(borders, np.arange(len(borders)) * width):
+        borders = np.array(self._dataset.document_indices)
+        counts = np.diff(borders)
+        if (counts > width).any() or (counts < (1 if fewer else width)).any() or borders[0] != 0:
             raise UserError(
                 f"{prefix}.idx holds documents of other than {width} sequences, expected one for "
                 "each response (and the prompt) of a record"
             )
         # Copies: Megatron unmaps the index when the dataset goes, and views would dangle.
-        self.lengths: np.ndarray = index.sequence_lengths.reshape(-1, width).copy()
-        self._starts: np.ndarray = index.sequence_pointers[::width].copy()
+        self.lengths: np.ndarray = np.zeros((len(counts), width), np.int32)
+        self.lengths[np.arange(width) < counts[:, None]] = index.sequence_lengths
+        self._starts: np.ndarray = np.array(index.sequence_pointers)[borders[:-1]]
         self._sizes: np.ndarray = self.lengths.sum(axis=1, dtype=np.int64)
         self._dtype, self._prefix = dtype, prefix
         sequences = index.sequence_lengths.astype(np.int64)

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,11 +12,11 @@ import numpy as np
 
 from megatron_infifpo import __version__
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.records.records import RESPONSES, PreferenceRecord, canonical_bytes
+from megatron_infifpo.records.records import PreferenceRecord, canonical_bytes, response_names
 from megatron_infifpo.storage.aside import Aside, make_folder
 from megatron_infifpo.storage.documents import DocumentWriter, write_array
 from megatron_infifpo.storage.notes import Notes, counted
-from megatron_infifpo.tokens.dataset import FORMAT
+from megatron_infifpo.tokens.dataset import FORMAT, scores_fingerprint
 from megatron_infifpo.tokens.encoding import encode_or_refuse
 from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
 
@@ -44,8 +45,8 @@ def write_token_dataset(
         The manifest.
 
     Raises:
-        UserError: no records, or none with tokens; some with and some without `pivot_chosen`; or a
-            record that the chat template refuses.
+        UserError: no records, or none with tokens; records of several kinds; or a record that the
+            chat template refuses.
     """
     writer = _Writer(str(prefix))
     try:
@@ -76,19 +77,20 @@ class _Writer:
         self.ids = DocumentWriter(f"{prefix}_ids", np.uint8, self.files)
         self.domains: dict[str, int] = {}
         # Arrays of C numbers: a million records must not become millions of Python objects.
-        self.codes, self.scored = array("i"), array("i")
+        self.codes, self.scored, self.widths = array("i"), array("i"), array("i")
+        self.scores = array("d")
+        self.kind: tuple[bool, int] | None = None  # a list, or so many responses
         self.records_digest, self.tokens_digest = hashlib.sha256(), hashlib.sha256()
-        self.notes, self.remarks, self.width = Notes(), Notes(), 0
-        self.largest_id = -1
+        self.notes, self.remarks, self.largest_id = Notes(), Notes(), -1
 
     def add(self, record: PreferenceRecord, found: TokenizedRecord | str) -> None:
         """Append a record, or its place and why it is masked."""
         width = len(record.responses)
-        self.width = self.width or width
-        if width != self.width:
+        first, self.kind = self.kind, (record.listed, not record.listed and width)
+        if first not in (None, self.kind):
             raise UserError(
-                f"record {record.id!r} has {width} responses and the first record has "
-                f"{self.width}, expected 'pivot_chosen' in all records or in none"
+                f"record {record.id!r} has the responses {', '.join(record.names)}, expected "
+                "records of one kind: lists, or pairs, with 'pivot_chosen' in all or in none"
             )
         if isinstance(found, str):
             self.notes.add(len(self.codes), found)
@@ -98,7 +100,9 @@ class _Writer:
             for remark in found.notes:
                 self.remarks.add(len(self.codes), remark)
         self.tokens.add(parts)
+        self.widths.append(width)
         self.scored.extend(int((ids >= 0).sum()) for ids in parts[1:])
+        self.scores.extend(record.scores or (math.nan for _ in range(width)))
         self.ids.add([np.frombuffer(record.id.encode(), dtype=np.uint8)])
         self.codes.append(self.domains.setdefault(record.domain, len(self.domains)))
         self.records_digest.update(canonical_bytes(record))
@@ -128,19 +132,28 @@ class _Writer:
 
     def finish(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Give all files their names, and return the manifest."""
+        assert self.kind is not None, "there are no records"
         for documents in (self.tokens, self.ids):
             documents.close()
-        scored = np.frombuffer(self.scored, np.int32).reshape(-1, self.width)
+        widths = np.frombuffer(self.widths, np.int32)
+        present = np.arange(widths.max()) < widths[:, None]
+        scored, scores = np.zeros(present.shape, np.int32), np.full(present.shape, np.nan)
+        scored[present] = np.frombuffer(self.scored, np.int32)
+        scores[present] = np.frombuffer(self.scores, np.float64)
         codes = np.frombuffer(self.codes, np.int32).astype(np.uint16)
         write_array(f"{self.prefix}_scored.npy", scored, self.files)
+        judged = bool(np.isfinite(scores).any())
+        if judged:
+            write_array(f"{self.prefix}_scores.npy", scores, self.files)
         write_array(f"{self.prefix}_domains.npy", codes, self.files)
         manifest = {
             **FORMAT.fields,
             "count": len(self.codes),
-            "responses": list(RESPONSES[: self.width]),
+            "responses": list(response_names(present.shape[1], listed=self.kind[0])),
             "domains": list(self.domains),
             "records_sha256": self.records_digest.hexdigest(),
             "tokens_sha256": self.tokens_digest.hexdigest(),
+            "scores_sha256": scores_fingerprint(scores) if judged else None,
             "largest_id": self.largest_id,
             **fields,
             **self.notes.fields("note"),
@@ -149,6 +162,8 @@ class _Writer:
         }
         FORMAT.write(self.prefix, manifest, self.files)
         self.files.publish()
+        if not judged:  # there may be scores of an older dataset of this name
+            Path(f"{self.prefix}_scores.npy").unlink(missing_ok=True)
         return manifest
 
 

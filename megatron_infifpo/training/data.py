@@ -48,14 +48,8 @@ def open_datasets(config: RunConfig) -> Datasets:
 
 
 def _open(prefix: str, sources: str | None, method: Method) -> PreferenceDataset:
-    if sources is None:
-        return PreferenceDataset(prefix, responses=method.responses)
-    return PreferenceDataset(
-        prefix,
-        read_sources(sources),
-        require_sources=method.fused,
-        responses=method.responses,
-    )
+    config = None if sources is None else read_sources(sources)
+    return PreferenceDataset.for_method(method, prefix, config)
 
 
 def lengths(

@@ -132,6 +132,7 @@ def row_of(responses: int, *, shared: bool = False, sources: int = 3) -> dict:
                 np.zeros((responses, sources), np.float32),
                 np.ones((responses, sources), np.int64),
                 np.ones(sources, bool),
+                np.ones(sources + 1, np.float32),
             ),
         )
         for i in range(4)

@@ -25,9 +25,10 @@ def test_a_table_is_the_row_of_all_its_records(tmp_path):
     assert references.sources[1].takes_part.tolist() == code and 0 < sum(code) < 9
 
     indices = np.array([7, 2, 5, 0])
-    table = references.table(indices, 2)
-    row = collate([references.take(i, 2) for i in indices.tolist()])
-    assert table.keys() == row.keys() | {"token_counts"}
+    columns = np.tile(np.arange(2), (4, 1))
+    table = references.table(indices, columns)
+    row = collate([references.take(i, columns[0]) for i in indices.tolist()])
+    assert table.keys() == row.keys() | {"token_counts", "valid"}
     for name, column in row.items():
         assert torch.equal(column, table[name].to(column.dtype)), name
     assert torch.equal(table["token_counts"], torch.from_numpy(tokens.scored_lengths[indices]))

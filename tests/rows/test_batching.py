@@ -117,6 +117,7 @@ def pairs(draw, sources=2):
                     source_sum_logps=-rng.random((responses, sources), dtype=np.float32),
                     source_token_counts=rng.integers(1, 9, (responses, sources)),
                     source_mask=rng.random(sources) < 0.5,
+                    source_weights=rng.random(sources + 1, dtype=np.float32),
                 ),
             )
         )
@@ -204,12 +205,15 @@ def test_types_and_shapes(batch):
         "target_ids": (torch.int64, (k,)),
         "segment_ids": (torch.int64, (k,)),
         "token_counts": (torch.int64, (b, r)),
+        "valid": (torch.bool, (b, r)),
+        "ended": (torch.bool, (b, r)),
         "indices": (torch.int64, (b,)),
         "domain_codes": (torch.int64, (b,)),
         "initial_sum_logps": (torch.float32, (b, r)),
         "source_sum_logps": (torch.float32, (b, r, m)),
         "source_token_counts": (torch.int64, (b, r, m)),
         "source_mask": (torch.bool, (b, m)),
+        "source_weights": (torch.float32, (b, m + 1)),
     }
     found = {k: (v.dtype, tuple(v.shape)) for k, v in row.items() if torch.is_tensor(v)}
     assert found == expected and isinstance(row["max_seqlen"], int)
@@ -220,6 +224,7 @@ def test_types_and_shapes(batch):
         "source_sum_logps",
         "source_token_counts",
         "source_mask",
+        "source_weights",
     }
 
 
