@@ -65,11 +65,12 @@ def _example(record: PreferenceRecord, tokenizer: ChatTokenizer, limits: Limits)
     """Decode what was scored of a record, for people to check."""
     tokens, decode = limits.apply(tokenizer.encode(record))[0], tokenizer.tokenizer.decode
     assert tokens is not None, f"record {record.id!r} was scored"
+    first = record.names[0]
     example = {
         "id": record.id,
         "prompt": decode(tokens.prompt_ids.tolist()),
-        "chosen": decode(tokens.response_ids[0].tolist()),
+        first: decode(tokens.response_ids[0].tolist()),
     }
     if tokens.scored is not None:
-        example["chosen_not_scored"] = decode(tokens.response_ids[0][~tokens.scored[0]].tolist())
+        example[f"{first}_not_scored"] = decode(tokens.response_ids[0][~tokens.scored[0]].tolist())
     return example

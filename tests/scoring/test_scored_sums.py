@@ -20,10 +20,14 @@ from megatron_infifpo.tokens.encoding import scored_marks
 from megatron_infifpo.tokens.tokenization import TokenizedRecord
 from megatron_infifpo.tokens.writer import write_token_dataset
 from support import tiny
-from support.datasets import manifest_fields, record
+from support.datasets import list_record, manifest_fields, record
 from support.marks import VOCABULARY, Marking
 
-RECORDS = [record(i, domain="law" if i == 3 else "math", pivot=True) for i in range(30)]
+DOMAINS = ["law" if i == 3 else "math" for i in range(30)]
+RECORDS = {
+    "pairs": [record(i, domain=d, pivot=True) for i, d in enumerate(DOMAINS)],
+    "lists": [list_record(i, domain=d) for i, d in enumerate(DOMAINS)],
+}
 CHAT: Any = Marking({"r-4": "it has no tools"}, plain=("r-2",))
 SIZE = 5  # records of a shard
 
@@ -34,11 +38,11 @@ def backend(tmp_path_factory):
     return TransformersBackend.load(tiny.save_model(folder, "qwen3", vocab_size=VOCABULARY + 4))
 
 
-def score(backend, folder, limits, monkeypatch) -> LogprobStore:
+def score(backend, folder, limits, monkeypatch, records) -> LogprobStore:
     """Score the records shard by shard, and merge the shards."""
     shards = ShardedJob(folder / "out", ".npz")
     shards.claim({})
-    groups = [RECORDS[i : i + SIZE] for i in range(0, len(RECORDS), SIZE)]
+    groups = [records[i : i + SIZE] for i in range(0, len(records), SIZE)]
     for number, group in enumerate(groups):
         shard = prepare_shard(
             number, group, CHAT, limits, vocab_size=VOCABULARY, row_tokens=70, layout=PLAIN
@@ -47,10 +51,8 @@ def score(backend, folder, limits, monkeypatch) -> LogprobStore:
         with shards.writing(number) as file:
             write_shard(file, group, said, shard.unpack(backend(shard.rows)))
     monkeypatch.setattr(merge, "read_records", lambda *args: enumerate(groups))
-    plan = manifest_fields(RECORDS) | {
-        "count": len(RECORDS),
-        "responses": ["chosen", "rejected", "pivot_chosen"],
-    }
+    names = max((r.names for r in records), key=len)
+    plan = manifest_fields(records) | {"count": len(records), "responses": list(names)}
     job = ScoringJob("transformers", "x", ["x"], str(folder / "out"), shard_records=SIZE)
     merge.merge(job, shards, CHAT, limits, plan)
     return LogprobStore(folder / "out")
@@ -73,10 +75,12 @@ def by_loop(backend, tokens: TokenizedRecord, room: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("context", [100, 9])
-def test_a_data_set_is_what_a_loop_finds(backend, tmp_path, monkeypatch, cut, context):
-    store = score(backend, tmp_path, Limits(context, cut, ["math"]), monkeypatch)
+@pytest.mark.parametrize("kind", RECORDS)
+def test_a_data_set_is_what_a_loop_finds(backend, tmp_path, monkeypatch, cut, context, kind):
+    records = RECORDS[kind]
+    store = score(backend, tmp_path, Limits(context, cut, ["math"]), monkeypatch, records)
     seen = {"whole": 0, "cut": 0, "too long": 0, "cut to nothing": 0}
-    for i, r in enumerate(RECORDS):
+    for i, r in enumerate(records):
         if r.id in CHAT.refused or r.domain == "law":
             refused = "the chat template refuses it: it has no tools"
             wanted = refused if r.id in CHAT.refused else "outside the domains math"
@@ -95,7 +99,8 @@ def test_a_data_set_is_what_a_loop_finds(backend, tmp_path, monkeypatch, cut, co
         seen["cut" if longest > context else "whole"] += 1
         note = f"responses cut to the context of {context} tokens"
         assert store.note(i) == (note if longest > context else None)
-        assert store.counts(i).tolist() == list(map(len, expected))
+        lacks = [0] * (len(store.responses) - len(expected))
+        assert store.counts(i).tolist() == [*map(len, expected), *lacks]
         assert store.remarks(i) == ([] if tokens.scored is None else ["marked"])
         for n, values in enumerate(expected):
             np.testing.assert_allclose(store.logprobs(i, n), values, atol=2e-5)
@@ -106,9 +111,10 @@ def test_a_data_set_is_what_a_loop_finds(backend, tmp_path, monkeypatch, cut, co
         notes["outside the domains math"] == notes["the chat template refuses it: it has no tools"]
     )
     example = store.manifest["example"]
-    assert set(example) == {"id", "prompt", "chosen", "chosen_not_scored"}
+    first = records[0].names[0]
+    assert set(example) == {"id", "prompt", first, f"{first}_not_scored"}
     if context == 100:  # as the pivot's, it fits the tokens of the same tokenizer
-        write_token_dataset(RECORDS, CHAT, tmp_path / "t", on_refused="mask")
+        write_token_dataset(records, CHAT, tmp_path / "t", on_refused="mask")
         store.manifest["tokenizer"] = CHAT.describe()
         store.check_against(TokenDataset(tmp_path / "t"), same_tokenizer=True)
 
@@ -116,4 +122,4 @@ def test_a_data_set_is_what_a_loop_finds(backend, tmp_path, monkeypatch, cut, co
 def test_no_record_can_be_scored(backend, tmp_path, monkeypatch):
     expected = "scored: 28 longer than the context of 1 tokens; 1 outside the domains math; 1 the"
     with pytest.raises(UserError, match=expected):
-        score(backend, tmp_path, Limits(1, False, ["math"]), monkeypatch)
+        score(backend, tmp_path, Limits(1, False, ["math"]), monkeypatch, RECORDS["pairs"])

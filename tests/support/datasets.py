@@ -1,6 +1,7 @@
 """Small tokenizers, records and datasets for the data tests."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,12 @@ import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_infifpo.records.records import RESPONSES, PreferenceRecord, records_fingerprint, reply
+from megatron_infifpo.records.records import (
+    PreferenceRecord,
+    records_fingerprint,
+    reply,
+    response_names,
+)
 from megatron_infifpo.references.logprob_writer import LogprobWriter
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
@@ -49,6 +55,25 @@ def record(number: int, *, domain: str = "general", pivot: bool = False) -> Pref
     )
 
 
+def list_record(
+    number: int, *, domain: str = "general", scores: bool = True, most: int = 5
+) -> PreferenceRecord:
+    """A record of 2 to `most` responses; of every third one a response has no score."""
+    count = 2 + number % (most - 1)
+    texts = [f"{'so ' * (1 + (number + 3 * i) % 5)}{number} {i}" for i in range(count)]
+    judged = [float((7 * number + 5 * i) % 4) for i in range(count)]
+    if number % 3 == 0:
+        judged[number % count] = math.nan
+    return PreferenceRecord(
+        id=f"r-{number}",
+        domain=domain,
+        prompt=({"role": "user", "content": "why? " * (1 + number % 3)},),
+        responses=tuple(map(reply, texts)),
+        scores=tuple(judged) if scores else None,
+        listed=True,
+    )
+
+
 def write_tokens(
     folder: Path, records: Sequence[PreferenceRecord], name: str = "tokens"
 ) -> TokenDataset:
@@ -78,17 +103,16 @@ def write_scores(
     seed: int = 0,
     **fields: Any,
 ) -> None:
-    """Random log-probs of `lengths` `[N, R]` tokens."""
+    """Random log-probs of `lengths` `[N, R]` tokens, 0 where a list has no such response."""
     rng = np.random.default_rng(seed)
     manifest = manifest_fields(records) | fields
-    with LogprobWriter(
-        prefix, responses=RESPONSES[: lengths.shape[1]], manifest=manifest
-    ) as writer:
+    names = response_names(lengths.shape[1], listed=records[0].listed)
+    with LogprobWriter(prefix, responses=names, manifest=manifest) as writer:
         for i, record in enumerate(records):
             if i in masked:
                 writer.mask(record.id, "too long")
             else:
-                values = [-rng.random(n, dtype=np.float32) for n in lengths[i]]
+                values = [-rng.random(n, dtype=np.float32) for n in lengths[i] if n]
                 writer.add(record.id, values)
 
 
