@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         bad="line that is malformed or cannot be judged, or leave such lines",
         bf16="the reward model in bfloat16",
         batch="responses at once",
-        cut="judge responses that were cut at --max-tokens, too; a list marks them",
+        cut="judge responses that were cut at --max-tokens, too, and mark them as such",
     )
     parser.add_argument(
         "--list", dest="longest", type=whole(2), metavar="N",

@@ -1,7 +1,6 @@
 """Records of judged responses: the pair of best and worst, or the list of all of them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from megatron_infifpo.records.fields import same_reply
@@ -46,10 +45,11 @@ def choose_pair(
     if not worst:
         return "no response is worse than the best but the pivot's best one"
     worst_one = min(worst, key=lambda i: scores[i])
-    replies = [responses.answers[i] for i in (best, worst_one)]
+    places, answers = [best, worst_one], [responses.answers[i] for i in (best, worst_one)]
     if own_best is not None:
-        replies.append(responses.given[own_best][str(pivot)])
-    return _record(responses.prompt, replies)
+        places.append(own_best)
+        answers.append(responses.given[own_best][str(pivot)])
+    return _record(responses.prompt, answers, [scores[i] for i in places])
 
 
 def choose_list(
@@ -72,28 +72,30 @@ def choose_list(
     """
     samples = responses.in_turn()[:longest]
     found = [scores[sample.place] for sample in samples]
-    cut = [sample.answer.fault == CUT for sample in samples]
-    record = _record(responses.prompt, [sample.answer for sample in samples])
-    first, *others = record.responses or ((),)
-    # All equal, they teach nothing: the loss of a list is in how its responses differ.
-    if all(same_reply(first, other) for other in others):
-        return ONE
     if not all(map(_is_number, found)):
         return NO_NUMBER
-    return replace(
-        record,
-        scores=tuple(float(one) - cut_penalty * at for one, at in zip(found, cut, strict=True)),
-        listed=True,
-        cut=tuple(cut) if any(cut) else (),
-    )
+    answers = [sample.answer for sample in samples]
+    penalties = [cut_penalty * (answer.fault == CUT) for answer in answers]
+    found = [float(one) - penalty for one, penalty in zip(found, penalties, strict=True)]
+    record = _record(responses.prompt, answers, found, listed=True)
+    # All equal, they teach nothing: the loss of a list is in how its responses differ.
+    if all(same_reply(record.responses[0], other) for other in record.responses):
+        return ONE
+    return record
 
 
-def _record(prompt: Prompt, replies: Sequence[Response]) -> PreferenceRecord:
+def _record(
+    prompt: Prompt, answers: Sequence[Response], scores: Sequence[float], *, listed: bool = False
+) -> PreferenceRecord:
+    cut = tuple(answer.fault == CUT for answer in answers)
     return PreferenceRecord(
         prompt.id,
         prompt.domain,
         prompt.messages,
-        tuple((answer.message(),) for answer in replies),
+        tuple((answer.message(),) for answer in answers),
+        scores=tuple(map(float, scores)),
+        listed=listed,
+        cut=cut if any(cut) else (),
         tools=prompt.tools,
         template_options=prompt.template_options,
     )

@@ -36,7 +36,7 @@ class LabellingJob:
         pivot: its name in the files, for WRPO; or None.
         longest: write lists, of so many responses at most; None: write pairs.
         on_bad_record: "error" or "skip", for lines and prompts that cannot be judged.
-        keep_cut: judge responses that were cut, too; in a list they are marked.
+        keep_cut: judge responses that were cut, too; they are marked as such.
         cut_penalty: subtracted from the score of a response of a list that was cut.
     """
 

@@ -11,7 +11,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.fields import check_reply
 from megatron_infifpo.records.files import iter_raw
 from megatron_infifpo.records.records import BadRecordError
-from megatron_infifpo.responses.answers import BROKEN, EMPTY, Response
+from megatron_infifpo.responses.answers import BROKEN, CUT, EMPTY, Response
 from megatron_infifpo.responses.prompts import Prompt, parse_prompt
 
 
@@ -57,8 +57,8 @@ class Responses:
     def add(self, answer: Response, model: str) -> None:
         """Add a response; what reasons otherwise is judged as the same.
 
-        Of one model's equal answers `given` has one that reasons, the first by the text of its
-        reasoning: which one does not depend on the order in which they are added.
+        Of one model's equal answers `given` has one that is not cut and reasons, the first by the
+        text of its reasoning: which one does not depend on the order in which they are added.
         """
         seen = judged(answer)
         known = (i for i, own in enumerate(self.given) if judged(next(iter(own.values()))) == seen)
@@ -79,8 +79,8 @@ class Responses:
         return [self.samples[i] for i in sorted(range(len(turns)), key=turns.__getitem__)]
 
 
-def _order(answer: Response) -> tuple[bool, str, str]:
-    return not answer.reasoning, answer.reasoning or "", answer.text
+def _order(answer: Response) -> tuple[bool, bool, str, str]:
+    return answer.fault == CUT, not answer.reasoning, answer.reasoning or "", answer.text
 
 
 def judged(answer: Response) -> tuple[str, str]:
