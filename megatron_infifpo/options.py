@@ -87,6 +87,18 @@ def declared(function: Callable[..., Any]) -> Mapping[str, Option]:
     return found
 
 
+@functools.cache
+def values_read(function: Callable[..., Any], given: int) -> Mapping[str, bool]:
+    """Values of a row that a loss or a fusion takes, by name, and whether it needs each.
+
+    They are its parameters beyond the first so many that are `given`, beta and its options; one
+    with a default can do without.
+    """
+    known = {"beta", *declared(function)}
+    parameters = list(inspect.signature(function).parameters.values())[given:]
+    return {p.name: p.default is p.empty for p in parameters if p.name not in known}
+
+
 def described(help: str, users: Mapping[str, Option]) -> str:
     """Say what an option is, and its range and default for those that take it, by name."""
     groups: dict[str, list[str]] = {}

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from megatron_infifpo.options import Option, declared
+from megatron_infifpo.options import Option, declared, values_read
 
 MARGIN_SPACES = ("prob", "log-prob")
 MARGIN_ANCHORS = ("current", "initial")
@@ -45,14 +45,14 @@ def clip_sources(source_logps: Tensor, initial_logps: Tensor, preferred: Tensor)
     Args:
         source_logps: `[B, R, M]`.
         initial_logps: `[B, R]` of the pivot before preference training.
-        preferred: bool `[R]`, true for responses that the loss pushes up.
+        preferred: bool `[R]` or `[B, R]`, true for responses that the loss pushes up.
 
     Returns:
         `[B, R, M]`: `max(s, init)` where preferred, `min(s, init)` where rejected.
     """
     initial = initial_logps.unsqueeze(-1)
     raised, lowered = torch.maximum(source_logps, initial), torch.minimum(source_logps, initial)
-    return torch.where(preferred[:, None], raised, lowered)
+    return torch.where(preferred.unsqueeze(-1), raised, lowered)
 
 
 def log_probability_margin(a: Tensor, b: Tensor) -> Tensor:
@@ -70,7 +70,8 @@ def log_probability_margin(a: Tensor, b: Tensor) -> Tensor:
 
 # Every fusion: `(clipped [B, R, M], mask [B, R, M], current [B, R], initial [B, R], **options)` to
 # weights `[B, R, M]`, which `fuse_reference` masks and normalises. Current and initial are the
-# pivot's log-probs as it is and as it was.
+# pivot's log-probs as it is and as it was. Beside its options it may take values of the row, at
+# parameters of their names. A response that is absent has log-probs of 0 and no source.
 
 
 def max_margin(
@@ -87,7 +88,7 @@ def max_margin(
         Option("measure margins to the current or to the initial pivot", choices=MARGIN_ANCHORS),
     ] = "current",
     selection: Annotated[
-        str, Option("choose a source for each response or for the pair", choices=SELECTIONS)
+        str, Option("choose a source for each response, or for all of a record", choices=SELECTIONS)
     ] = "response",
 ) -> Tensor:
     """One-hot weights of the source that differs most from the anchor; first index wins ties."""
@@ -102,7 +103,7 @@ def max_margin(
 
 
 def _margins(clipped: Tensor, anchor: Tensor, space: str, selection: str) -> Tensor:
-    """Margin of every source to the anchor, `[B, R, M]`; one value a pair under "pair"."""
+    """Margin of every source to the anchor, `[B, R, M]`; one value a record under "pair"."""
     anchor = anchor.detach().unsqueeze(-1).expand_as(clipped)
     if space == "prob":
         margins = log_probability_margin(clipped, anchor)
@@ -145,6 +146,20 @@ def confidence(clipped: Tensor, mask: Tensor, current: Tensor, initial: Tensor) 
     return torch.where(cost == lowest, torch.ones_like(cost), lowest / cost)
 
 
+def weighted(
+    clipped: Tensor, mask: Tensor, current: Tensor, initial: Tensor, source_weights: Tensor
+) -> Tensor:
+    """Given weights, at least 0, of the sources, `[M]` or `[B, M]` (FuseRLHF's gamma)."""
+    records, _, sources = clipped.shape
+    if source_weights.shape not in ((sources,), (records, sources)):
+        raise ValueError(
+            f"source_weights is {list(source_weights.shape)}, expected [{sources}] or "
+            f"[{records}, {sources}]: a weight for each source"
+        )
+    weights = source_weights.to(clipped.dtype).expand(records, sources)
+    return weights[:, None, :].expand_as(clipped)
+
+
 @dataclass(frozen=True)
 class Fusion:
     """A fusion, beside the options that its signature declares.
@@ -163,23 +178,56 @@ class Fusion:
         """Its options."""
         return declared(self.function)
 
+    @property
+    def reads(self) -> Mapping[str, bool]:
+        """Values of the row that it takes, and whether it needs them."""
+        return values_read(self.function, 4)
+
 
 FUSIONS: dict[str, Fusion] = {
     "max-margin": Fusion(max_margin, _idle_in_max_margin),
     "average": Fusion(average),
     "confidence": Fusion(confidence),
+    "weighted": Fusion(weighted),
 }
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options that no fusion has, and values that they cannot have."""
+def _check_arguments(fusion: str, given: Mapping[str, Any]) -> None:
+    """Refuse what a fusion does not take or lacks, options that none has, values of them."""
+    if expected := Option("", choices=FUSIONS).expected(fusion):
+        raise ValueError(f"fusion is {fusion!r}, expected {expected}")
     known = {name: option for one in FUSIONS.values() for name, option in one.options.items()}
-    known["fusion"] = Option("", choices=FUSIONS)
-    for name, value in options.items():
-        if name not in known:
+    read = {name for one in FUSIONS.values() for name in one.reads}
+    chosen = FUSIONS[fusion]
+    for name, value in given.items():
+        if name in read and name not in chosen.reads:
+            raise ValueError(f"{name} has no effect for the fusion {fusion!r}")
+        if name not in known and name not in read:
             raise ValueError(f"{name!r} is no option of a fusion, expected {', '.join(known)}")
-        if expected := known[name].expected(value):
+        if name in known and (expected := known[name].expected(value)):
             raise ValueError(f"{name} is {value!r}, expected {expected}")
+    for name, needs in chosen.reads.items():
+        if needs and name not in given:
+            raise ValueError(f"the fusion {fusion!r} needs {name}")
+
+
+def _check_shapes(sources: Tensor, initial: Tensor, policy: Tensor) -> None:
+    records, responses, _ = sources.shape
+    if initial.shape != (records, responses) or policy.shape != (records, responses):
+        raise ValueError(
+            f"source_logps is {list(sources.shape)}: expected initial_logps and policy_logps "
+            f"of shape [{records}, {responses}], got {list(initial.shape)} and "
+            f"{list(policy.shape)}"
+        )
+
+
+def _mix(weights: Tensor, values: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """Values `[B, R]` by weights that add up to 1, and these; the initial pivot where all are 0."""
+    total = weights.sum(dim=-1, keepdim=True)
+    weights = torch.where(total > 0, weights / total, weights)
+    # A source of weight 0 is absent, whatever its value is.
+    mixed = torch.where(weights == 0, 0.0, weights * values).sum(dim=-1)
+    return torch.where(total.squeeze(-1) == 0, initial, mixed), weights
 
 
 @torch.no_grad()
@@ -192,6 +240,8 @@ def fuse_reference(
     fusion: str = DEFAULT_FUSION,
     clip: bool = True,
     source_mask: Tensor | None = None,
+    source_weights: Tensor | None = None,
+    valid: Tensor | None = None,
     **options: Any,
 ) -> FusedReference:
     """Fuse the sources' log-probs of every response into one reference.
@@ -200,46 +250,44 @@ def fuse_reference(
         source_logps: `[B, R, M]` log-prob of each response under each source.
         initial_logps: `[B, R]` under the pivot before preference training.
         policy_logps: `[B, R]` under the pivot as it is now; detached here.
-        preferred: bool `[R]`, true for responses that the loss pushes up.
-        fusion: "max-margin" (the source that differs most), "average" or "confidence".
+        preferred: bool `[R]` or `[B, R]`, true for responses that the loss pushes up.
+        fusion: "max-margin" (the source that differs most), "average", "confidence" or "weighted".
         clip: apply `clip_sources` first.
         source_mask: bool `[B, M]`, false where a source takes no part (its domain, its context).
+        source_weights: `[M]` or `[B, M]`, at least 0, which "weighted" alone takes, and needs.
+        valid: bool `[B, R]`, the responses that are there; None: all of them. The others may have
+            any log-probs; their reference and their weights are 0.
         options: of a fusion, those of others have no effect. Of max-margin: `margin_space`,
             margins between probabilities ("prob", the default) or "log-prob"s; `margin_anchor`,
             margins to the "current" (the default) or to the "initial" pivot; `selection`, a source
-            for each "response" (the default) or one for the whole "pair".
+            for each "response" (the default) or one for all of a record ("pair").
 
     Returns:
-        A `FusedReference`; where all sources are masked it is the initial pivot.
+        A `FusedReference`; the initial pivot where no source takes part with a weight above 0.
 
     Raises:
-        ValueError: an unknown fusion, option or choice of one, or shapes that do not fit.
+        ValueError: an unknown fusion, option or choice of one, weights that are missing or have no
+            effect, or shapes that do not fit.
     """
-    _check_options({"fusion": fusion, **options})
-    pairs, responses, sources = source_logps.shape
-    if initial_logps.shape != (pairs, responses) or policy_logps.shape != (pairs, responses):
-        raise ValueError(
-            f"source_logps is {list(source_logps.shape)}: expected initial_logps and policy_logps "
-            f"of shape [{pairs}, {responses}], got {list(initial_logps.shape)} and "
-            f"{list(policy_logps.shape)}"
-        )
+    if source_weights is not None:
+        options["source_weights"] = source_weights
+    _check_arguments(fusion, options)
+    _check_shapes(source_logps, initial_logps, policy_logps)
     if source_mask is None:
-        source_mask = source_logps.new_ones((pairs, sources), dtype=torch.bool)
+        source_mask = source_logps.new_ones(source_logps[:, 0].shape, dtype=torch.bool)
     mask = source_mask[:, None, :].expand_as(source_logps)
-
+    if valid is not None:
+        mask = mask & valid.unsqueeze(-1)
+        initial_logps = torch.where(valid, initial_logps, 0.0)
+        policy_logps = torch.where(valid, policy_logps, 0.0)
     # A masked source's value is arbitrary (it may be NaN): replace it before any arithmetic.
-    initial = initial_logps.unsqueeze(-1).expand_as(source_logps)
-    values = torch.where(mask, source_logps, initial)
+    values = torch.where(mask, source_logps, initial_logps.unsqueeze(-1))
     changed = None
     if clip:
         unclipped, values = values, clip_sources(values, initial_logps, preferred)
         changed = values != unclipped
     chosen = FUSIONS[fusion]
-    own = {name: value for name, value in options.items() if name in chosen.options}
+    own = {n: value for n, value in options.items() if n in chosen.options or n in chosen.reads}
     weights = chosen.function(values, mask, policy_logps, initial_logps, **own)
-    weights = weights.masked_fill(~mask, 0.0)
-    total = weights.sum(dim=-1, keepdim=True)
-    weights = torch.where(total > 0, weights / total, weights)
-    fused = (weights * values).sum(dim=-1)
-    logps = torch.where(mask.any(dim=-1), fused, initial_logps)
-    return FusedReference(logps, weights, changed)
+    mixed = _mix(weights.masked_fill(~mask, 0.0), values, initial_logps)
+    return FusedReference(*mixed, changed)

@@ -51,6 +51,7 @@ ORACLES = {
         + math.exp(-b * (w - r)) * sigmoid(b * (w - r) / tau)
     ),
 }
+PAIRS = [name for name, loss in LOSSES.items() if loss.responses is not None]
 SHORT = {"label_smoothing": "e", "alpha": "a", "discopop_tau": "tau"}
 OPTIONS = {"label_smoothing": 0.2, "alpha": 0.3, "discopop_tau": 0.4}
 
@@ -59,6 +60,12 @@ def options_of(objective: str, given: bool) -> dict[str, float]:
     """Options that must be given, or all that there are."""
     known = LOSSES[objective].options
     return {name: OPTIONS[name] for name, option in known.items() if option.required or given}
+
+
+def read_by(objective: str, logps: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Values of a row that a loss needs, beside log-probs of that shape."""
+    values = {"rewards": torch.linspace(-1, 1, logps.numel(), dtype=logps.dtype).view_as(logps)}
+    return {name: values[name] for name, needs in LOSSES[objective].reads.items() if needs}
 
 
 def oracle(objective: str, policy: list, reference: list, beta: float, options: dict) -> float:
@@ -99,7 +106,7 @@ def gradient(objective: str, policy: list, reference: list, beta: float, options
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["defaults", "all options"])
-@pytest.mark.parametrize("objective", LOSSES)
+@pytest.mark.parametrize("objective", PAIRS)
 def test_value_and_gradient_follow_the_formula(objective, given):
     generator = torch.Generator().manual_seed(5)
     policy, reference = -3 * torch.rand(2, 7, 3, generator=generator, dtype=torch.float64)
@@ -196,7 +203,7 @@ def test_extreme_log_probs_stay_finite(objective, kind):
     policy = torch.stack([grid[:, 0], grid[:, 1], grid[:, 1]], dim=1).requires_grad_()
     reference = torch.stack([grid[:, 2], grid[:, 3], grid[:, 3]], dim=1)
     for beta in (0.1, 2.5):
-        options = options_of(objective, given=False)
+        options = options_of(objective, given=False) | read_by(objective, policy)
         loss = preference_loss(objective, policy, reference, beta=beta, **options)
         (grad,) = torch.autograd.grad(loss.sum(), policy)
         # 1e4 squared is the largest that any formula yields, but for discopop's exponential.
@@ -232,17 +239,20 @@ def test_losses_of_pairs_do_not_mix():
     """All but AOT look at each pair on its own; AOT at the sorted margins of all."""
     policy, reference = -torch.rand(2, 6, 3, dtype=torch.float64)
     for objective in LOSSES:
-        options = options_of(objective, given=False)
-        together = preference_loss(objective, policy, reference, beta=1.0, **options)
-        alone = [
-            preference_loss(objective, policy[i : i + 1], reference[i : i + 1], beta=1.0, **options)
-            for i in range(6)
-        ]
+        options, read = options_of(objective, given=False), read_by(objective, policy)
+
+        def losses(which: Any, objective=objective, options=options, read=read) -> torch.Tensor:
+            rows = {name: value[which] for name, value in read.items()}
+            return preference_loss(
+                objective, policy[which], reference[which], beta=1.0, **options, **rows
+            )
+
+        together = losses(slice(None))
+        alone = [losses(slice(i, i + 1)) for i in range(6)]
         alike = torch.equal(together, torch.cat(alone))
         assert alike != LOSSES[objective].several_pairs, objective
         order = torch.tensor([3, 0, 5, 1, 4, 2])
-        permuted = preference_loss(objective, policy[order], reference[order], beta=1.0, **options)
-        assert torch.equal(permuted, together[order]), "each loss belongs to its pair"
+        assert torch.equal(losses(order), together[order]), "each loss belongs to its pair"
 
 
 def test_bad_arguments_say_what_was_expected():

@@ -8,15 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import flag
 from megatron_infifpo.losses import LOSSES
-from megatron_infifpo.methods import (
-    METHODS,
-    Method,
-    add_method_flags,
-    flag,
-    method_from_options,
-    resolve,
-)
+from megatron_infifpo.methods import METHODS, Method, add_method_flags, method_from_options, resolve
 from megatron_infifpo.reference import FUSIONS
 
 PUBLISHED = {
@@ -28,7 +22,12 @@ PUBLISHED = {
     "infifpo": Method("dpo", "fused", True, beta=2.5),
     "infifpo-ipo": Method("ipo", "fused", True, beta=0.1),
     "infifpo-wrpo": Method("wrpo", "fused", True, beta=0.25, options={"alpha": 0.1}),
-}
+    "fuserlhf": Method(
+        "group_regression", "fused", False, beta=0.1, fusion="weighted", clip=False,
+        initial_as_source=True,
+    ),
+    "pad": Method("plackett_luce", "fused", True, beta=10.0, fusion="average", clip=False),
+}  # fmt: skip
 
 
 def parse(*argv: str) -> Method:
@@ -65,9 +64,14 @@ def test_options_turn_one_preset_into_another(changed, preset):
 @pytest.mark.parametrize("objective", LOSSES)
 def test_every_objective_takes_any_reference(objective, reference):
     needed = {"label_smoothing": 0.1} if objective == "robust" else {}
+    if objective == "plackett_luce":  # no rewards, and a teacher
+        if reference == "initial":
+            return
+        needed = {"clip": False}
     method = resolve("infifpo", objective=objective, reference=reference, **needed)
     assert method.objective == objective and method.reference == reference
-    assert method.responses == (3 if objective == "wrpo" else 2)
+    lists = ("group_regression", "plackett_luce")
+    assert method.responses == (3 if objective == "wrpo" else None if objective in lists else 2)
 
 
 def test_beta_follows_the_length_normalization_unless_given():
@@ -100,6 +104,15 @@ def test_beta_follows_the_length_normalization_unless_given():
         ("--method wrpo --alpha 1.1", r"expected a number in \[0, 1\]"),
         ("--objective discopop --discopop-tau 1", r"expected a number in \(0, 1\)"),
         ("--sft-weight -1", "--sft-weight is -1"),
+        ("--method fuserlhf --sft-weight 1", "no response is the chosen one"),
+        ("--method pad --sft-weight 1", "no response is the chosen one"),
+        ("--method pad --reference initial", "plackett_luce learns from its reference"),
+        ("--method pad --clip", "does not know which responses are the better ones"),
+        ("--objective plackett_luce", "expected --no-clip"),
+        ("--method pad --reward-scale 2", "--reward-scale has no effect .* to group_regression"),
+        ("--method fuserlhf --divergence jsd", "--divergence has no effect .* to plackett_luce"),
+        ("--method fuserlhf --reward-scale 0", r"expected a number in \(0, inf\)"),
+        ("--method fuserlhf --reference initial --fusion average", "--fusion has no effect"),
     ],
 )
 def test_bad_options(argv, expected):
@@ -143,7 +156,28 @@ def test_run_of_before_is_the_same_method():
         "selection": "response", "initial_as_source": False, "label_smoothing": None,
         "alpha": 0.1, "discopop_tau": None, "sft_weight": None,
     }  # fmt: skip
-    assert resolve("infifpo-wrpo").describe() == before
+    now = resolve("infifpo-wrpo").describe()
+    assert {name: now[name] for name in before} == before
+    assert {now[name] for name in now.keys() - before.keys()} == {None}, "as if it were not there"
+
+
+def test_lists():
+    """As many responses as there are; the ranking losses take so many that can be counted."""
+    assert resolve("fuserlhf").responses is None and resolve("fuserlhf").most_responses is None
+    assert resolve("pad").most_responses == 10
+    assert resolve("pad", divergence="jsd").most_responses == 5
+    assert resolve("infifpo").most_responses is None and resolve("sft").most_responses is None
+    assert dict(resolve("fuserlhf").reads) == {"rewards": True, "valid": False}
+    assert dict(resolve("pad").reads) == {"valid": False} and not resolve("infifpo").reads
+
+
+def test_options_of_lists():
+    method = parse("--method", "fuserlhf", "--clip", "--reward-normalization", "group")
+    assert method.clip and method.loss_options(1.0) == {"reward_normalization": "group"}
+    assert parse("--method", "fuserlhf", "--length-normalization").beta == 2.5
+    assert parse("--method", "pad", "--no-length-normalization").beta == pytest.approx(0.4)
+    alone = parse("--method", "fuserlhf", "--reference", "initial")
+    assert not alone.fused, "the initial pivot has all the weight"
 
 
 def test_documentation_names_every_option():

@@ -57,7 +57,7 @@ def by_length(
 
 @pytest.fixture
 def more_losses(monkeypatch):
-    """What someone adds who edits losses.py alone."""
+    """What someone adds who edits one file of losses/ alone."""
     monkeypatch.setitem(LOSSES, "square_hinge", Loss(square_hinge, beta=0.2))
     monkeypatch.setitem(LOSSES, "chosen_alone", Loss(chosen_alone, responses=1))
     monkeypatch.setitem(LOSSES, "by_length", Loss(by_length, responses=3, several_pairs=True))
@@ -94,7 +94,7 @@ def test_new_option_of_a_loss(more_losses):
         "--gap GAP reward that a pair is pushed to (square_hinge: in (0, 10], default 1; "
         "chosen_alone: in (0, 10], needed)" in text
     )
-    assert "wrpo 0.01 and 0.25, square_hinge 0.2 and 5" in text
+    assert "plackett_luce 0.4 and 10, square_hinge 0.2 and 5" in text
     new = ("--objective", "square_hinge")
     assert parse(*new).beta == 5
     # beta d = 5 (-2 + 1) = -5.

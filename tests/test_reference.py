@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ from megatron_infifpo.losses import preference_loss
 from megatron_infifpo.reference import FUSIONS, clip_sources, fuse_reference, log_probability_margin
 
 PREFERRED = torch.tensor([True, False])
+
+
+def weights_for(fusion: str, sources: int) -> dict:
+    """What a fusion reads of a row, for M sources."""
+    return {"source_weights": torch.arange(1.0, sources + 1)} if fusion == "weighted" else {}
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +122,11 @@ def problems(draw):
 @given(problems(), st.sampled_from(list(FUSIONS)), st.booleans())
 def test_masked_sources_take_no_part(problem, fusion, clip):
     sources, initial, policy, mask = problem
-    fused = fuse_reference(
-        sources, initial, policy, PREFERRED, fusion=fusion, clip=clip, source_mask=mask
-    )
+    options = {"fusion": fusion, "clip": clip, "source_mask": mask}
+    options |= weights_for(fusion, sources.shape[-1])
+    fused = fuse_reference(sources, initial, policy, PREFERRED, **options)
     garbage = torch.where(mask[:, None, :], sources, math.nan)
-    same = fuse_reference(
-        garbage, initial, policy, PREFERRED, fusion=fusion, clip=clip, source_mask=mask
-    )
+    same = fuse_reference(garbage, initial, policy, PREFERRED, **options)
     assert torch.equal(fused.logps, same.logps) and torch.equal(fused.weights, same.weights)
     assert (fused.weights[~mask[:, None, :].expand_as(sources)] == 0).all()
     without = ~mask.any(-1)
@@ -136,10 +140,15 @@ def test_masked_sources_take_no_part(problem, fusion, clip):
 def test_permuting_sources_changes_nothing(problem, fusion):
     sources, initial, policy, mask = problem
     order = torch.randperm(sources.shape[-1])
-    fused = fuse_reference(sources, initial, policy, PREFERRED, fusion=fusion, source_mask=mask)
-    permuted = fuse_reference(
-        sources[..., order], initial, policy, PREFERRED, fusion=fusion, source_mask=mask[:, order]
+    read = weights_for(fusion, sources.shape[-1])
+    fused = fuse_reference(
+        sources, initial, policy, PREFERRED, fusion=fusion, source_mask=mask, **read
     )
+    read = {name: value[order] for name, value in read.items()}
+    permuted = fuse_reference(
+        sources[..., order], initial, policy, PREFERRED, fusion=fusion,
+        source_mask=mask[:, order], **read,
+    )  # fmt: skip
     if fusion == "max-margin":
         # Ties may go to another source: then the two margins are equal.
         margins = (fused.logps.exp() - policy.exp()).abs()
@@ -153,11 +162,12 @@ def test_permuting_sources_changes_nothing(problem, fusion):
 def test_one_source_makes_all_fusions_equal(problem, clip):
     sources, initial, policy, _ = problem
     fused = [
-        fuse_reference(sources[..., :1], initial, policy, PREFERRED, fusion=f, clip=clip).logps
+        fuse_reference(
+            sources[..., :1], initial, policy, PREFERRED, fusion=f, clip=clip, **weights_for(f, 1)
+        ).logps
         for f in FUSIONS
     ]
-    assert torch.equal(fused[0], fused[1])
-    assert torch.equal(fused[0], fused[2])
+    assert all(torch.equal(fused[0], other) for other in fused[1:])
 
 
 @settings(deadline=None, max_examples=200)
@@ -165,7 +175,10 @@ def test_one_source_makes_all_fusions_equal(problem, clip):
 def test_clipping_bounds_the_first_loss(problem, fusion):
     """With clipping every reference is on the far side of the initial pivot: loss >= ln 2."""
     sources, initial, _, mask = problem
-    fused = fuse_reference(sources, initial, initial, PREFERRED, fusion=fusion, source_mask=mask)
+    read = weights_for(fusion, sources.shape[-1])
+    fused = fuse_reference(
+        sources, initial, initial, PREFERRED, fusion=fusion, source_mask=mask, **read
+    )
     loss = preference_loss("dpo", initial, fused.logps, beta=2.5)
     assert (loss >= math.log(2) - 1e-12).all()
 
@@ -227,7 +240,7 @@ def test_extreme_log_probs_stay_finite(fusion, space):
     grid = torch.cartesian_prod(*[values] * 4)
     sources = grid[:, None, :2].expand(-1, 2, -1)
     initial, policy = (grid[:, i : i + 1].expand(-1, 2) for i in (2, 3))
-    options = {"margin_space": space} if fusion == "max-margin" else {}
+    options = {"margin_space": space} if fusion == "max-margin" else weights_for(fusion, 2)
     for clip in (True, False):
         fused = fuse_reference(
             sources, initial, policy, PREFERRED, fusion=fusion, clip=clip, **options
@@ -241,20 +254,24 @@ def test_extreme_log_probs_stay_finite(fusion, space):
 def test_fusion_renormalises_over_the_sources_that_take_part(problem, fusion, clip):
     """A source that is restricted to other domains might as well not be there."""
     sources, initial, policy, mask = problem
-    options = {"fusion": fusion, "clip": clip}
-    fused = fuse_reference(sources, initial, policy, PREFERRED, source_mask=mask, **options)
+    options: Any = {"fusion": fusion, "clip": clip}
+    read = weights_for(fusion, sources.shape[-1])
+    fused = fuse_reference(
+        sources, initial, policy, PREFERRED, source_mask=mask, **(options | read)
+    )
     for b in range(len(sources)):
         if not mask[b].any():
             continue
         rows = (sources[b : b + 1][..., mask[b]], initial[b : b + 1], policy[b : b + 1])
-        alone = fuse_reference(*rows, PREFERRED, **options)
+        some = {name: value[mask[b]] for name, value in read.items()}
+        alone = fuse_reference(*rows, PREFERRED, **(options | some))
         torch.testing.assert_close(fused.logps[b : b + 1], alone.logps)
         torch.testing.assert_close(fused.weights[b : b + 1][..., mask[b]], alone.weights)
 
 
 def test_bad_arguments_say_what_was_expected():
     zeros = torch.zeros(1, 2)
-    with pytest.raises(ValueError, match="max-margin, average, confidence"):
+    with pytest.raises(ValueError, match="max-margin, average, confidence, weighted"):
         fuse_reference(zeros[..., None], zeros, zeros, PREFERRED, fusion="best")
     with pytest.raises(ValueError, match=r"expected initial_logps"):
         fuse_reference(zeros[..., None], zeros[:, :1], zeros, PREFERRED)

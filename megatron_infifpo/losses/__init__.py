@@ -9,6 +9,7 @@ A loss declares its options at its keyword arguments and what else it needs in `
 help texts and checks follow from that. To add one, see docs/adding-a-loss.md.
 """
 
+from megatron_infifpo.losses.lists import group_regression, plackett_luce
 from megatron_infifpo.losses.pairs import CHOSEN, PIVOT_CHOSEN, REJECTED
 from megatron_infifpo.losses.registry import (
     BETA,
@@ -26,5 +27,7 @@ __all__ = [
     "PIVOT_CHOSEN",
     "REJECTED",
     "Loss",
+    "group_regression",
+    "plackett_luce",
     "preference_loss",
 ]

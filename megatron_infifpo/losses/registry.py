@@ -1,16 +1,15 @@
 """Every loss by name, what each needs, and the call that checks it."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from megatron_infifpo.losses import pairs
-from megatron_infifpo.options import Option, declared
+from megatron_infifpo.losses import lists, pairs
+from megatron_infifpo.options import Option, declared, values_read
 
-BETA = Option("strength of the KL constraint", range="(0, inf)")
+BETA = Option("strength of the KL constraint, or scale of the scores", range="(0, inf)")
 
 
 @dataclass(frozen=True)
@@ -18,17 +17,26 @@ class Loss:
     """A loss, and what it needs beside the options that its signature declares.
 
     Attributes:
-        function: `(policy [B, R], reference [B, R], *, beta, **options)` to losses `[B]`. A keyword
-            argument that is a Tensor is a value of the row by that name, such as token_counts.
-        responses: how many responses of a record it compares, of chosen, rejected, pivot_chosen.
+        function: `(policy [B, R], reference [B, R], ..., *, beta, **options)` to losses `[B]`. What
+            else it takes, at a parameter that is no option, is a value of the row by that name,
+            such as token_counts: one with a default is given where the row has it.
+        responses: how many responses of a record it compares, of chosen, rejected, pivot_chosen;
+            None: all there are, a list.
         several_pairs: it looks at the pairs of a row together, so `--micro-batch-size` changes it.
         beta: the published one for sums of log-probs.
+        teacher: its reference is what the policy learns from, and not what it is held to.
+        most: its options to the most responses of a record that it takes; None: any number.
+        spread: of a list, with the same arguments: standard deviation `[B]` within a record of what
+            is the same number for all responses where the loss is lowest.
     """
 
     function: Callable[..., Tensor]
-    responses: int = 2
+    responses: int | None = 2
     several_pairs: bool = False
     beta: float = 0.1
+    teacher: bool = False
+    most: Callable[..., int | None] = lambda **options: None
+    spread: Callable[..., Tensor] | None = None
 
     @property
     def options(self) -> Mapping[str, Option]:
@@ -36,15 +44,17 @@ class Loss:
         return declared(self.function)
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        """Values of the row that it takes beside log-probs."""
-        parameters = inspect.signature(self.function).parameters.values()
-        names = (p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "beta")
-        return tuple(name for name in names if name not in self.options)
+    def reads(self) -> Mapping[str, bool]:
+        """Values of the row that it takes beside log-probs, and whether it needs them."""
+        return values_read(self.function, 2)
 
     def __call__(self, policy: Tensor, reference: Tensor, **options: Any) -> Tensor:
         """Losses `[B]`, unchecked: see `preference_loss`."""
         return self.function(policy, reference, **options)
+
+
+def _most_ranked(divergence: str = "kl") -> int:
+    return lists.MOST_RANKED[divergence]
 
 
 LOSSES: dict[str, Loss] = {
@@ -62,6 +72,17 @@ LOSSES: dict[str, Loss] = {
     "apo_zero": Loss(pairs.apo_zero),
     "apo_down": Loss(pairs.apo_down),
     "discopop": Loss(pairs.discopop),
+    "group_regression": Loss(
+        lists.group_regression, responses=None, spread=lists.regression_spread
+    ),
+    "plackett_luce": Loss(
+        lists.rankings,
+        responses=None,
+        beta=0.4,  # its 10 is for means
+        teacher=True,
+        most=_most_ranked,
+        spread=lists.ranking_spread,
+    ),
 }
 # A mean needs a beta larger by about the length of a response: InfiFPO has 2.5 for DPO's 0.1.
 MEANS_FACTOR = 25
@@ -70,14 +91,15 @@ MEANS_FACTOR = 25
 def preference_loss(
     objective: str, policy_logps: Tensor, reference_logps: Tensor, *, beta: float, **options: Any
 ) -> Tensor:
-    """Loss of every pair, unreduced.
+    """Loss of every record, unreduced.
 
     Args:
         objective: a key of `LOSSES`.
         policy_logps: `[B, R]` with gradient.
         reference_logps: `[B, R]`, constants.
         beta: strength of the implied KL constraint; for means about 25 times that for sums.
-        options: of the objective: label_smoothing, alpha (wrpo), discopop_tau; and what it reads.
+        options: of the objective: label_smoothing, alpha (wrpo), discopop_tau, ...; and what it
+            reads of a row: rewards and valid `[B, R]` of lists.
 
     Returns:
         `[B]` losses.
@@ -92,17 +114,19 @@ def preference_loss(
     for name in options:
         if name not in loss.options and name not in loss.reads:
             raise ValueError(f"option {name!r} has no effect for objective {objective!r}")
-    for name in (*(n for n, option in loss.options.items() if option.required), *loss.reads):
-        if name not in options:
+    needed = {n: option.required for n, option in loss.options.items()} | dict(loss.reads)
+    for name, needs in needed.items():
+        if needs and name not in options:
             raise ValueError(f"objective {objective!r} needs the option {name!r}")
     for name, option in {"beta": BETA, **loss.options}.items():
         value = options.get(name, beta if name == "beta" else option.default)
         grown = option.grows and value == 0  # before the first step
         if not grown and (expected := option.expected(value)):
             raise ValueError(f"{name} is {value!r}, expected {expected}")
-    if policy_logps.shape[1] < loss.responses:
+    fewest = 2 if loss.responses is None else loss.responses
+    if policy_logps.shape[1] < fewest:
         raise ValueError(
-            f"policy_logps is {list(policy_logps.shape)}, expected {loss.responses} responses a "
-            f"pair for objective {objective!r}"
+            f"policy_logps is {list(policy_logps.shape)}, expected {fewest} responses a record "
+            f"for objective {objective!r}"
         )
     return loss(policy_logps, reference_logps.detach(), beta=beta, **options)

@@ -12,9 +12,12 @@ from megatron_infifpo.methods import Method
 from megatron_infifpo.records.records import RESPONSES
 from megatron_infifpo.reference import FusedReference
 from megatron_infifpo.rows import Row
+from megatron_infifpo.training.objective import loss_arguments
 
 # What is also reported for each domain; every source's share is, too.
-_BY_DOMAIN = ("loss", "rewards/accuracy", "logps/accuracy", "logps/margin")
+_BY_DOMAIN = (
+    "loss", "rewards/accuracy", "logps/accuracy", "logps/margin", "reward", "residual/std",
+)  # fmt: skip
 
 
 def preference_metrics(
@@ -26,7 +29,7 @@ def preference_metrics(
     source_names: tuple[str, ...],
     domains: tuple[str, ...],
 ) -> dict[str, Tensor]:
-    """Metrics of one row of pairs.
+    """Metrics of one row of pairs, or of lists: see `_list_metrics`.
 
     Args:
         method: the resolved method.
@@ -45,6 +48,8 @@ def preference_metrics(
         (share of source values that clipping changed). domain/<domain>/*: some of these for each
         domain, where there are several.
     """
+    if method.responses is None:
+        return _list_metrics(method, row, policy, reference, losses, source_names, domains)
     pairs = {"loss": losses}
     for name, scores in (("rewards", method.beta * (policy - reference.logps)), ("logps", policy)):
         if scores.shape[1] > REJECTED:
@@ -58,9 +63,74 @@ def preference_metrics(
     ones = torch.ones_like(losses, dtype=torch.float32)
     metrics = _averages(pairs, ones)
     if reference.clipped is not None:
-        metrics |= _clip_rates(row["source_mask"], reference.clipped, source_names)
-    by_domain = {n: v for n, v in pairs.items() if n in _BY_DOMAIN or n.startswith("share/")}
+        mask = row["source_mask"][:, None].expand(-1, policy.shape[1], -1)
+        metrics |= _clip_rates(mask, reference.clipped, source_names)
+    by_domain = {n: v for n, v in pairs.items() if _in_domains(n)}
     return metrics | _by_domain(by_domain, ones, row["domain_codes"], domains)
+
+
+def _list_metrics(
+    method: Method,
+    row: Row,
+    policy: Tensor,
+    reference: FusedReference,
+    losses: Tensor,
+    source_names: tuple[str, ...],
+    domains: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """Metrics of one row of lists, as `preference_metrics`.
+
+    Means over prompts: loss; residual/std, the spread of what the loss makes equal for all
+    responses of a prompt. Means over responses: reward, where the loss reads it; length, in tokens;
+    no-end-of-turn, the share that was cut; kl/<source> and kl/initial, the policy's summed log-prob
+    less the model's, in nats: an estimate of the KL where the responses are the policy's own; and
+    for a fused reference share/<source>, clip-rate and clip-rate/<source>, as for pairs.
+    """
+    valid, counts = row["valid"], row["token_counts"]
+    mask = row["source_mask"][:, None] & valid[..., None]
+    sums = policy * counts if method.length_normalization else policy
+    records = {"loss": _of_records(losses)}
+    assert method.loss is not None and method.loss.spread is not None
+    spread = method.loss.spread(policy, reference.logps, **loss_arguments(method, row))
+    records["residual/std"] = _of_records(spread)
+    if "rewards" in method.reads:
+        records["reward"] = _of_responses(row["rewards"], valid)
+    records["length"] = _of_responses(counts, valid)
+    records["no-end-of-turn"] = _of_responses(~row["ended"], valid)
+    records["kl/initial"] = _of_responses(sums - row["initial_sum_logps"], valid)
+    away = sums[..., None] - row["source_sum_logps"]
+    for name, column, there in zip(source_names, away.unbind(-1), mask.unbind(-1), strict=False):
+        records[f"kl/{name}"] = _of_responses(column, there)
+    if method.fused:
+        for name, column in zip(source_names, reference.weights.unbind(-1), strict=True):
+            records[f"share/{name}"] = _of_responses(column, valid)
+    stacked = torch.stack([*records.values()])
+    metrics = dict(zip(records, stacked.sum(dim=1).unbind(), strict=True))
+    if reference.clipped is not None:
+        metrics |= _clip_rates(mask, reference.clipped, source_names)
+    if len(domains) > 1:
+        names = [name for name in records if _in_domains(name)]
+        chosen = torch.stack([records[name] for name in names])
+        for code, domain in enumerate(domains):
+            inside = (row["domain_codes"] == code)[:, None]
+            parts = torch.where(inside, chosen, 0.0).sum(dim=1).unbind()
+            metrics |= {f"domain/{domain}/{n}": x for n, x in zip(names, parts, strict=True)}
+    return metrics
+
+
+def _in_domains(name: str) -> bool:
+    return name in _BY_DOMAIN or name.startswith("share/")
+
+
+def _of_records(values: Tensor) -> Tensor:
+    """`[sum, count]` of each record's value, `[B, 2]`."""
+    return torch.stack([values.float(), torch.ones_like(values, dtype=torch.float32)], dim=-1)
+
+
+def _of_responses(values: Tensor, there: Tensor) -> Tensor:
+    """`[sum, count]` over each record's responses that are `there`, `[B, 2]`."""
+    total = torch.where(there, values.float(), 0.0).sum(dim=1)
+    return torch.stack([total, there.sum(dim=1).float()], dim=-1)
 
 
 def sft_metrics(
@@ -100,8 +170,8 @@ def _averages(values: dict[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
 def _clip_rates(mask: Tensor, clipped: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Share of values that clipping changed, over all sources and for each; masked ones aside."""
     # The initial pivot as a source comes last, is never clipped, and is not in the mask.
-    changed = clipped.sum(dim=(0, 1)).float()[: mask.shape[1]]
-    rates = torch.stack([changed, mask.sum(dim=0).float() * clipped.shape[1]], dim=-1)
+    changed = clipped.sum(dim=(0, 1)).float()[: mask.shape[-1]]
+    rates = torch.stack([changed, mask.sum(dim=(0, 1)).float()], dim=-1)
     by_source = zip(names, rates.unbind(), strict=False)
     return {"clip-rate": rates.sum(dim=0), **{f"clip-rate/{name}": x for name, x in by_source}}
 

@@ -1,18 +1,22 @@
 """From a row's summed log-probs to references and losses; pure PyTorch, any layout, any device."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from megatron_infifpo.losses import CHOSEN, REJECTED, preference_loss
+from megatron_infifpo.losses.lists import valid_mean
 from megatron_infifpo.methods import Method
-from megatron_infifpo.reference import FusedReference, fuse_reference
+from megatron_infifpo.reference import FUSIONS, FusedReference, fuse_reference
 from megatron_infifpo.references import reference as stored
 from megatron_infifpo.rows import Row
 
 
 def response_logps(method: Method, sum_logps: Tensor, token_counts: Tensor) -> Tensor:
     """Sums of log-probs as the method compares them: as they are, or as means over tokens."""
-    return sum_logps / token_counts if method.length_normalization else sum_logps
+    # A response that is absent has no token, and a sum of 0.
+    return sum_logps / token_counts.clamp_min(1) if method.length_normalization else sum_logps
 
 
 def references(method: Method, row: Row, policy_logps: Tensor) -> FusedReference:
@@ -32,23 +36,43 @@ def references(method: Method, row: Row, policy_logps: Tensor) -> FusedReference
     if method.initial_as_source:
         sources = torch.cat([sources, initial.unsqueeze(-1)], dim=-1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-    preferred = torch.arange(initial.shape[1], device=initial.device) != REJECTED
+    read = {name: row[name] for name in FUSIONS[method.fusion].reads if name in row}
+    if "source_weights" in read:  # the initial pivot's is the last
+        read["source_weights"] = read["source_weights"][:, : sources.shape[-1]]
     return fuse_reference(
         sources,
         initial,
         policy_logps,
-        preferred,
+        _preferred(method, row),
         fusion=method.fusion,
         clip=method.clip,
         source_mask=mask,
+        valid=row.get("valid"),
+        **read,
         **method.fusion_options,
     )
+
+
+def _preferred(method: Method, row: Row) -> Tensor:
+    """Which responses clipping takes for the better ones, bool `[R]` or `[B, R]`."""
+    if method.responses is None and "rewards" in method.reads:
+        # In float64 equal rewards are their mean, and none is above it.
+        rewards = row["rewards"].double()
+        return rewards > valid_mean(rewards, row["valid"])
+    counts = row["token_counts"]
+    return torch.arange(counts.shape[1], device=counts.device) != REJECTED
+
+
+def loss_arguments(method: Method, row: Row, progress: float = 1.0) -> dict[str, Any]:
+    """What the method's loss takes beside log-probs: beta, its options, and values of the row."""
+    read = {name: row[name] for name in method.reads if name in row}
+    return {"beta": method.beta, **method.loss_options(progress), **read}
 
 
 def pair_losses(
     method: Method, row: Row, sum_logps: Tensor, *, progress: float = 1.0
 ) -> tuple[Tensor, Tensor, FusedReference]:
-    """Losses of a row's pairs.
+    """Losses of a row's records, pairs or lists.
 
     Args:
         method: the resolved method, not SFT.
@@ -62,9 +86,8 @@ def pair_losses(
     """
     policy = response_logps(method, sum_logps, row["token_counts"])
     reference = references(method, row, policy)
-    options = method.loss_options(progress)
-    options |= {name: row[name] for name in method.reads if name in row}
-    losses = preference_loss(method.objective, policy, reference.logps, beta=method.beta, **options)
+    arguments = loss_arguments(method, row, progress)
+    losses = preference_loss(method.objective, policy, reference.logps, **arguments)
     if method.sft_weight is not None:
         mean = sum_logps[:, CHOSEN] / row["token_counts"][:, CHOSEN]
         losses = losses - method.sft_weight * mean

@@ -79,7 +79,7 @@ class TrainingStep:
         return [self.train.tokens.ids(i) for part in self.recent[1] for i in part.tolist()]
 
     def preference_loss(self, row: Row, token_logprobs: Tensor) -> Loss:
-        """Sum the losses of a row's pairs.
+        """Sum the losses of a row's pairs, or lists.
 
         Args:
             row: the collated row.
@@ -106,7 +106,7 @@ class TrainingStep:
         return losses.sum(), _count(len(losses), losses), metrics
 
     def check(self, row: Row, sums: Tensor) -> None:
-        """Refuse log-probs that no optimizer should see: sums `[B, R]`.
+        """Refuse log-probs that no optimizer should see: sums `[B, R]`, 0 where one is absent.
 
         Looked at once a step, in its last row, since each look waits for the GPU.
 

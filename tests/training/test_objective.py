@@ -12,7 +12,7 @@ from megatron_infifpo.methods import METHODS, resolve
 from megatron_infifpo.reference import FUSIONS
 from megatron_infifpo.training.objective import pair_losses, references
 
-PREFERENCE = [name for name in METHODS if name != "sft"]
+PREFERENCE = [name for name in METHODS if resolve(name).responses in (2, 3)]
 
 
 @st.composite
@@ -35,6 +35,7 @@ def rows(draw, responses: int = 2):
         "source_sum_logps": sums(theirs),
         "source_token_counts": theirs,
         "source_mask": torch.rand(pairs, sources, generator=generator) < 0.8,
+        "source_weights": torch.rand(pairs, sources + 1, generator=generator),
     }
 
 

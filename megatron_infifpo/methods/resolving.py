@@ -1,0 +1,118 @@
+"""A preset with some options changed: defaults filled in, and what makes no sense refused."""
+
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import flag
+from megatron_infifpo.losses import MEANS_FACTOR, Loss
+from megatron_infifpo.methods.method import METHODS, OWN, Method, shared_options
+from megatron_infifpo.options import Option
+from megatron_infifpo.reference import FUSIONS
+
+
+def resolve(name: str, **options: Any) -> Method:
+    """Return a preset with some options changed and all defaults filled in.
+
+    Args:
+        name: a key of `METHODS`.
+        options: fields of `Method`, and options of losses and fusions.
+
+    Raises:
+        UserError: an unknown method or option, an option that has no effect or is missing, or a
+            value out of its range.
+    """
+    if name not in METHODS:
+        raise UserError(f"the method is {name!r}, expected one of {', '.join(METHODS)}")
+    preset, shared = METHODS[name], shared_options()
+    for option, value in options.items():
+        if option in OWN:
+            _check(option, OWN[option], value)
+        elif option not in shared:
+            known = ", ".join((*OWN, *shared))
+            raise UserError(f"{option!r} is no option of a method, expected one of {known}")
+    own = {option: value for option, value in options.items() if option in OWN}
+    given = {option: value for option, value in options.items() if option in shared}
+    method = replace(preset, **own, options=MappingProxyType({**preset.options, **given}))
+    for option in options:
+        if reason := _why_useless(name, method, option):
+            raise UserError(f"{flag(option)} has no effect {reason}")
+    loss = method.loss
+    if loss is None:
+        return method
+    if reason := _why_impossible(method, loss):
+        raise UserError(f"--objective {method.objective} {reason}")
+    if "beta" not in options:
+        scale = MEANS_FACTOR if method.length_normalization else 1
+        method = replace(method, beta=loss.beta * scale)
+    return replace(method, options=MappingProxyType(_completed(method, loss)))
+
+
+def _completed(method: Method, loss: Loss) -> dict[str, Any]:
+    """Return the options, with what is needed and was not given, all in their ranges."""
+    found = dict(method.options)
+    users = [(f"--objective {method.objective}", loss.options)]
+    if method.fused:
+        users.append((f"--fusion {method.fusion}", FUSIONS[method.fusion].options))
+    for user, options in users:
+        for name, option in options.items():
+            if option.required and name not in found:
+                if option.default is None:
+                    why = f", {option.why}" if option.why else ""
+                    raise UserError(f"{user} needs {flag(name)}{why}")
+                found[name] = option.default
+            if name in found:
+                _check(name, option, found[name])
+    return found
+
+
+def _check(name: str, option: Option, value: Any) -> None:
+    """Refuse a value that an option cannot have."""
+    if expected := option.expected(value):
+        raise UserError(f"{flag(name)} is {value!r}, expected {expected}")
+
+
+def _why_useless(name: str, method: Method, option: str) -> str | None:
+    """Say why an option has no effect, or None."""
+    if method.loss is None or METHODS[name].loss is None:
+        return "with --method sft, which trains on the chosen responses alone: leave it out"
+    of_fusions = {each for fusion in FUSIONS.values() for each in fusion.options}
+    if option in {"fusion", "clip", "initial_as_source"} | of_fusions and not method.fused:
+        by = "--reference initial" if METHODS[name].fused else f"--method {name}"
+        return f"with {by}: the reference is the initial pivot, nothing is fused; leave it out"
+    if method.fused:
+        fusion = FUSIONS[method.fusion]
+        if option in of_fusions and option not in fusion.options:
+            return f"with --fusion {method.fusion}: it belongs to {_users(option)}"
+        given = (method.clip, method.initial_as_source)
+        if reason := fusion.idle(*given, **method.fusion_options).get(option):
+            return reason
+    if option == "sft_weight" and method.loss.responses is None:
+        return (
+            f"with the objective {method.objective}: it compares a list, of which no response is "
+            "the chosen one; leave it out"
+        )
+    if option not in OWN and option not in of_fusions and option not in method.loss.options:
+        return f"with the objective {method.objective}: it belongs to {_users(option)}"
+    return None
+
+
+def _why_impossible(method: Method, loss: Loss) -> str | None:
+    """Say why a method makes no sense, whichever of its options were given, or None."""
+    if loss.teacher and not method.fused:
+        return (
+            "learns from its reference: the initial pivot would teach itself, with a loss of 0; "
+            "expected --reference fused"
+        )
+    if method.fused and method.clip and loss.responses is None and "rewards" not in loss.reads:
+        return (
+            "does not know which responses are the better ones, and --clip needs to: expected "
+            "--no-clip"
+        )
+    return None
+
+
+def _users(option: str) -> str:
+    """Names of the losses or fusions that take an option."""
+    return ", ".join(shared_options()[option])
