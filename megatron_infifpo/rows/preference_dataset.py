@@ -53,6 +53,9 @@ class PreferenceDataset:
         domains: names by domain code.
         domain_codes: int64 `[N]`, of the records.
         columns: int64 `[N, R]`, which responses of a record are used, see `choice.Choice`.
+        lacking: bool `[N]` by reason: records that have not enough of them.
+        rewards: float32 `[N, R]`, scores of the used responses, 0 where there is none; None
+            without any.
         responses: R, at most so many are.
         segment_lengths: int64 `[N]`, tokens of the longest response with its prompt; 0 where the
             record is masked.
@@ -82,9 +85,9 @@ class PreferenceDataset:
         """
         self.tokens = TokenDataset(token_prefix)
         choice = choose(self.tokens, responses, rewards=rewards)
-        self.columns, self._lacking = choice.columns, choice.obstacles
+        self.columns, self.lacking = choice.columns, choice.obstacles
         self.responses = self.columns.shape[1]
-        self._rewards = self._used_rewards()
+        self.rewards = self._used_rewards()
         self.domains = self.tokens.domains
         self.domain_codes = self.tokens.domain_codes.astype(np.int64)
         if require_sources and (sources is None or not sources.sources):
@@ -149,7 +152,7 @@ class PreferenceDataset:
             int(self.domain_codes[index]),
             None if self.references is None else self.references.take(index, columns),
             marks and tuple(_NO_MARK if c < 0 else marks[c] for c in columns),
-            None if self._rewards is None else self._rewards[index].copy(),
+            None if self.rewards is None else self.rewards[index].copy(),
         )
 
     def names(self, index: int) -> tuple[str, ...]:
@@ -195,7 +198,7 @@ class PreferenceDataset:
             "the chat template refuses them": self.tokens.masked_records,
             f"longer than --seq-length {max_tokens}": self.segment_lengths > max_tokens,
         }
-        found |= self._lacking
+        found |= self.lacking
         if self.initial is not None:
             found["without log-probs of the initial pivot"] = self.initial.masked_records
         return found
