@@ -48,6 +48,11 @@ def _variance(values: Tensor, valid: Tensor) -> Tensor:
     return off.square().sum(dim=1) / (valid.sum(dim=1) - 1).clamp_min(1)
 
 
+def deviation(values: Tensor, valid: Tensor) -> Tensor:
+    """Standard deviation of each prompt's valid values, `[B]`; 0 where there are fewer than two."""
+    return _variance(values, valid).sqrt()
+
+
 def _all_valid(like: Tensor, valid: Tensor | None) -> Tensor:
     return torch.ones_like(like, dtype=torch.bool) if valid is None else valid
 
@@ -89,22 +94,40 @@ def group_regression(
     Raises:
         ValueError: an unknown normalisation, or shapes that do not fit.
     """
+    valid = _all_valid(policy_logps, valid)
+    found = regression_residuals(
+        policy_logps,
+        reference_logps,
+        rewards,
+        beta=beta,
+        valid=valid,
+        reward_scale=reward_scale,
+        reward_normalization=reward_normalization,
+    )
+    return _variance(found, valid) / (2 * beta)
+
+
+def regression_residuals(
+    policy: Tensor,
+    reference: Tensor,
+    rewards: Tensor,
+    *,
+    beta: float,
+    valid: Tensor | None = None,
+    reward_scale: float = 1.0,
+    reward_normalization: str = "none",
+) -> Tensor:
+    """R of each response, `[B, n]`, of `group_regression`'s arguments; 0 where it is not valid."""
     if reward_normalization not in _NORMALIZATIONS:
         known = ", ".join(_NORMALIZATIONS)
         raise ValueError(f"reward_normalization is {reward_normalization!r}, expected {known}")
-    valid = _all_valid(policy_logps, valid)
-    _check_shapes(policy_logps, reference_logps=reference_logps, rewards=rewards, valid=valid)
+    valid = _all_valid(policy, valid)
+    _check_shapes(policy, reference_logps=reference, rewards=rewards, valid=valid)
     if reward_normalization == "group":
         rewards = _z_scores(rewards, valid)
     # Absent ones are replaced before any arithmetic: NaN times 0 is NaN, in the gradient too.
-    ratios = torch.where(valid, policy_logps, 0.0) - torch.where(valid, reference_logps, 0.0)
-    residuals = reward_scale * torch.where(valid, rewards, 0.0) - beta * ratios
-    return _variance(residuals, valid) / (2 * beta)
-
-
-def regression_spread(policy: Tensor, reference: Tensor, *, beta: float, **rest: Any) -> Tensor:
-    """Standard deviation of R within each prompt, `[B]`, of `group_regression`'s arguments."""
-    return (2 * beta * group_regression(policy, reference, beta=beta, **rest)).sqrt()
+    ratios = torch.where(valid, policy, 0.0) - torch.where(valid, reference, 0.0)
+    return reward_scale * torch.where(valid, rewards, 0.0) - beta * ratios
 
 
 def _z_scores(rewards: Tensor, valid: Tensor) -> Tensor:
@@ -180,11 +203,11 @@ def rankings(
     return plackett_luce(beta * policy, beta * reference, divergence=divergence, valid=valid)
 
 
-def ranking_spread(
+def ranking_residuals(
     policy: Tensor, reference: Tensor, *, beta: float, valid: Tensor | None = None, **rest: Any
 ) -> Tensor:
-    """Standard deviation of `beta (policy - reference)` within each prompt, `[B]`."""
-    return _variance(beta * (policy - reference), _all_valid(policy, valid)).sqrt()
+    """`beta (policy - reference)`, `[B, n]`, of `rankings`' arguments; 0 where it is not valid."""
+    return torch.where(_all_valid(policy, valid), beta * (policy - reference), 0.0)
 
 
 def _check_shapes(first: Tensor, **others: Tensor) -> None:

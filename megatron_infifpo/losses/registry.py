@@ -26,8 +26,8 @@ class Loss:
         beta: the published one for sums of log-probs.
         teacher: its reference is what the policy learns from, and not what it is held to.
         most: its options to the most responses of a record that it takes; None: any number.
-        spread: of a list, with the same arguments: standard deviation `[B]` within a record of what
-            is the same number for all responses where the loss is lowest.
+        residuals: of a list, with the same arguments: `[B, n]`, what is the same number for all
+            responses of a record where the loss is lowest.
     """
 
     function: Callable[..., Tensor]
@@ -36,7 +36,7 @@ class Loss:
     beta: float = 0.1
     teacher: bool = False
     most: Callable[..., int | None] = lambda **options: None
-    spread: Callable[..., Tensor] | None = None
+    residuals: Callable[..., Tensor] | None = None
 
     @property
     def options(self) -> Mapping[str, Option]:
@@ -73,7 +73,7 @@ LOSSES: dict[str, Loss] = {
     "apo_down": Loss(pairs.apo_down),
     "discopop": Loss(pairs.discopop),
     "group_regression": Loss(
-        lists.group_regression, responses=None, spread=lists.regression_spread
+        lists.group_regression, responses=None, residuals=lists.regression_residuals
     ),
     "plackett_luce": Loss(
         lists.rankings,
@@ -81,7 +81,7 @@ LOSSES: dict[str, Loss] = {
         beta=0.4,  # its 10 is for means
         teacher=True,
         most=_most_ranked,
-        spread=lists.ranking_spread,
+        residuals=lists.ranking_residuals,
     ),
 }
 # A mean needs a beta larger by about the length of a response: InfiFPO has 2.5 for DPO's 0.1.
