@@ -41,8 +41,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         hidden_alias(parser, f"--preference-{flag}", f"--{flag}")
 
 
-def add_record_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which records to read."""
+def add_record_flags(parser: argparse.ArgumentParser, *, lists: bool = True) -> None:
+    """Add the flags that say which records to read, and with `lists` how rated ones are."""
     parser.add_argument(
         "--input",
         required=True,
@@ -58,6 +58,13 @@ def add_record_flags(parser: argparse.ArgumentParser) -> None:
         help="stop at the first malformed record, or leave such records out, then in every "
         "command (default: %(default)s)",
     )
+    if lists:
+        parser.add_argument(
+            "--lists",
+            action="store_true",
+            help="where records rate several responses read all of them, as a list with scores; "
+            "in every command or in none (default: the best and the worst, as a pair)",
+        )
 
 
 def read_folders(flag: str, texts: Sequence[str]) -> dict[str, str]:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="form", required=True)
 
     command = commands.add_parser("published", help="the dataset format of the InfiFPO paper")
-    add_record_flags(command)
+    add_record_flags(command, lists=False)
     command.add_argument(
         "--names",
         nargs="+",
@@ -81,5 +81,6 @@ def run(args: argparse.Namespace) -> None:
         name=args.name,
         tokenizer=open_tokenizer(args.tokenizer, options) if args.tokenizer else None,
         on_bad=args.on_bad_record,
+        lists=args.lists,
         mask_missing=args.mask_missing,
     )

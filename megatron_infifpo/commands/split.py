@@ -39,5 +39,6 @@ def run(args: argparse.Namespace) -> None:
         share=args.share,
         seed=args.seed,
         on_bad=args.on_bad_record,
+        lists=args.lists,
     )
     print(f"{args.sft}: {sft} records; {args.preference}: {preference} records")

@@ -27,6 +27,7 @@ def split_records(
     share: float,
     seed: int,
     on_bad: str = "error",
+    lists: bool = False,
 ) -> tuple[int, int]:
     """Write each record to one of two files, by its prompt.
 
@@ -35,6 +36,7 @@ def split_records(
         sft, preference: .jsonl to write.
         share, seed: see `is_sft`.
         on_bad: what to do with malformed records: "error" or "skip".
+        lists: see `records.read_records`.
 
     Returns:
         How many records are in the SFT part, and in the preference part.
@@ -54,7 +56,7 @@ def split_records(
             raise UserError(f"{path} exists: delete it or choose another name")
         make_folder(path.parent)
     counts, report = [0, 0], ReadReport()
-    records = iter_records(files, on_bad=on_bad, report=report)
+    records = iter_records(files, on_bad=on_bad, lists=lists, report=report)
     with Aside() as aside, contextlib.ExitStack() as stack:
         written = [
             stack.enter_context(aside.path(path).open("w", encoding="utf-8")) for path in outputs
@@ -67,7 +69,7 @@ def split_records(
         if not all(counts):
             raise UserError(
                 f"one part of {' '.join(files)} is empty ({counts[1]} records for SFT, "
-                f"{counts[0]} pairs); give more records or another --share or --seed"
+                f"{counts[0]} others); give more records or another --share or --seed"
             )
     return counts[1], counts[0]
 

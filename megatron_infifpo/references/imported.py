@@ -13,9 +13,9 @@ from tqdm import tqdm
 from megatron_infifpo import __version__
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.files import RawRecord, iter_raw
+from megatron_infifpo.records.messages import kind
 from megatron_infifpo.records.read_report import ReadReport
 from megatron_infifpo.records.records import (
-    RESPONSES,
     PreferenceRecord,
     read_records,
     records_fingerprint,
@@ -39,14 +39,16 @@ def import_tokens(
     name: str,
     tokenizer: ChatTokenizer | None,
     on_bad: str = "error",
+    lists: bool = False,
     mask_missing: bool = False,
 ) -> None:
     """Turn a log-prob for every token into a dataset.
 
-    Each line is `{"id", "chosen", "rejected"[, "pivot_chosen"]}` in any order, and each response a
-    list of numbers, one a response token (end of turn included) or one a scored token, or what vLLM
-    returns for the prompt's and the response's tokens together: `{"prompt_logprobs": [null, {"17":
-    {"logprob": -0.5, ...}}, ...]}`, as it is or as the list alone.
+    Each line is `{"id", "chosen", "rejected"[, "pivot_chosen"]}`, of a list `{"id", "responses":
+    [one entry a response]}`, in any order. Each response has a list of numbers, one a response
+    token (end of turn included) or one a scored token, or what vLLM returns for the prompt's and
+    the response's tokens together: `{"prompt_logprobs": [null, {"17": {"logprob": -0.5, ...}},
+    ...]}`, as it is or as the list alone.
 
     Args:
         files: the preference records.
@@ -57,6 +59,7 @@ def import_tokens(
             were scored; without it only lists of numbers can be read, unchecked.
         on_bad: what to do with bad preference records; "skip" also masks those that the tokenizer's
             chat template refuses.
+        lists: see `records.read_records`.
         mask_missing: mask records without log-probs, else refuse them.
 
     Raises:
@@ -64,7 +67,7 @@ def import_tokens(
     """
     refuse_existing(Path(f"{output}.json"))
     report = ReadReport()
-    records = read_records(files, on_bad=on_bad, report=report)
+    records = read_records(files, on_bad=on_bad, lists=lists, report=report)
     report.show()
     if not records:
         raise UserError(f"there are no records in {', '.join(files)}, expected at least one")
@@ -79,7 +82,7 @@ def import_tokens(
     manifest["imported"]["files"] = list(map(str, logprob_files))
     if tokenizer:
         manifest["tokenizer"] = tokenizer.describe()
-    names = RESPONSES[: len(records[0].responses)]
+    names = max((record.names for record in records), key=len)
     with LogprobWriter(output, responses=names, manifest=manifest) as writer:
         for record, values in zip(records, found, strict=True):
             if values is None or isinstance(values, str):
@@ -100,7 +103,7 @@ def _read(
     found: list[list[np.ndarray] | str | None] = [None] * len(records)
     for raw in tqdm(raw_records(files), desc="read log-probs", unit=" records"):
         if raw.error or not isinstance(raw.value, dict):
-            raise UserError(f"{raw.where}: {raw.error or 'expected an object with id and chosen'}")
+            raise UserError(f"{raw.where}: {raw.error or 'expected an object with id'}")
         place = places.get(str(raw.value.get("id")))
         if place is None:
             raise UserError(
@@ -126,10 +129,18 @@ def _responses(
     raw: RawRecord, record: PreferenceRecord, tokens: TokenizedRecord | None
 ) -> list[np.ndarray]:
     """Return the log-probs of each response of a line."""
-    result = []
-    for number in range(len(record.responses)):
-        name = RESPONSES[number]
-        value = raw.value.get(name)
+    given, result = raw.value, []
+    if record.listed:
+        entries, count = raw.value.get("responses"), len(record.responses)
+        if not isinstance(entries, list) or len(entries) != count:
+            found = f"{len(entries)} entries" if isinstance(entries, list) else kind(entries)
+            raise UserError(
+                f"{raw.where}: 'responses' of record {record.id!r} is {found}, expected a list "
+                f"with one entry for each of its {count} responses"
+            )
+        given = dict(zip(record.names, entries, strict=True))
+    for number, name in enumerate(record.names):
+        value = given.get(name)
         if isinstance(value, dict):
             value = value.get("prompt_logprobs")
         where = f"{raw.where}: {name!r} of record {record.id!r}"

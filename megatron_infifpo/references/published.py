@@ -107,6 +107,11 @@ def _checked_names(names: Sequence[str], count: int) -> list[str]:
 
 def _published(raw: RawRecord, record: PreferenceRecord) -> np.ndarray:
     """Return sums and counts of a record: `[responses, initial and sources, 2]`."""
+    if record.listed:
+        raise UserError(
+            f"{raw.where}: record {record.id!r} is a list of responses, expected a pair: the "
+            "published form has log-probs of pairs alone"
+        )
     result = []
     for response in RESPONSES[:2]:
         sums, means = (

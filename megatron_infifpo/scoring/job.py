@@ -83,6 +83,7 @@ class ScoringJob:
         input: files of preference records, in order.
         output: prefix of the log-prob dataset to write.
         on_bad_record: "error": stop at the first malformed record; "skip": leave such ones out.
+        lists: where records rate several responses take all of them, not the best and the worst.
         name: the model's name in the manifest; None: its folder's.
         tensor_model_parallel_size, pipeline_model_parallel_size: layout; the other ranks are data
             parallel.
@@ -101,6 +102,7 @@ class ScoringJob:
     input: Sequence[str]
     output: str
     on_bad_record: str = "error"
+    lists: bool = False
     name: str | None = None
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_infifpo.records.records import RESPONSES, PreferenceRecord
+from megatron_infifpo.records.records import PreferenceRecord
 from megatron_infifpo.storage.notes import one_line
 from megatron_infifpo.tokens.tokenization import ChatTokenizer, RefusedRecordError, TokenizedRecord
 
@@ -16,7 +16,8 @@ def encode_or_refuse(
     if not records:
         return []
     try:
-        return [_checked(tokens) for tokens in tokenizer.encode_batch(records)]
+        found = tokenizer.encode_batch(records)
+        return [_checked(*both) for both in zip(records, found, strict=True)]
     except RefusedRecordError as error:
         if len(records) == 1:
             return [one_line(f"the chat template refuses it: {error.reason}")]
@@ -36,12 +37,12 @@ def scored_marks(
     return scored or [np.ones(len(ids), dtype=bool) for ids in response_ids]
 
 
-def _checked(tokens: TokenizedRecord) -> TokenizedRecord | str:
+def _checked(record: PreferenceRecord, tokens: TokenizedRecord) -> TokenizedRecord | str:
     """Refuse what has no mean log-prob, or a first token that nothing predicts."""
     if not len(tokens.prompt_ids):
         return "its prompt has no tokens, and nothing predicts the first token of a response"
     marks = scored_marks(tokens.response_ids, tokens.scored)
-    for name, ids, mark in zip(RESPONSES, tokens.response_ids, marks, strict=False):
+    for name, ids, mark in zip(record.names, tokens.response_ids, marks, strict=True):
         assert len(mark) == len(ids), f"{len(mark)} marks of {len(ids)} tokens"
         if not mark.any():
             return f"no token of {name!r} is scored"

@@ -25,6 +25,7 @@ class PreparationJob:
         on_bad_record: "error": stop at the first record that is malformed or that the chat
             template refuses; "skip": leave out malformed ones, and keep the place of refused ones
             without tokens.
+        lists: where records rate several responses take all of them, not the best and the worst.
         tokenizer_options: how the tokenizer is used, and what of a reply is scored.
     """
 
@@ -32,6 +33,7 @@ class PreparationJob:
     tokenizer: str
     output: str
     on_bad_record: str = "error"
+    lists: bool = False
     tokenizer_options: TokenizerOptions = TokenizerOptions()
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ def prepare(job: PreparationJob) -> TokenDataset:
     """
     tokenizer = open_tokenizer(job.tokenizer, job.tokenizer_options)
     report = ReadReport()
-    records = iter_records(job.input, on_bad=job.on_bad_record, report=report)
+    records = iter_records(job.input, on_bad=job.on_bad_record, lists=job.lists, report=report)
     try:
         write_token_dataset(
             tqdm(records, desc="tokenize", unit=" records"),
