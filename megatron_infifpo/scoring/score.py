@@ -134,7 +134,8 @@ def _scan(job: ScoringJob, limits: Limits) -> dict[str, Any]:
     report = ReadReport()
     digest, count, domains = hashlib.sha256(), 0, set()
     names: tuple[str, ...] = ()
-    for record in iter_records(job.input, on_bad=job.on_bad_record, report=report):
+    on_bad, lists = job.on_bad_record, job.lists
+    for record in iter_records(job.input, on_bad=on_bad, lists=lists, report=report):
         digest.update(canonical_bytes(record))
         domains.add(record.domain)
         count += 1

@@ -26,7 +26,7 @@ def read_records(
     """
     if not wanted:
         return
-    records = iter_records(job.input, on_bad=job.on_bad_record)
+    records = iter_records(job.input, on_bad=job.on_bad_record, lists=job.lists)
     for number, shard in enumerate(batched(records, job.shard_records)):
         if number in wanted:
             yield number, shard
