@@ -73,6 +73,8 @@ def test_best_and_worst(label, tmp_path, capsys):
     found = label("--program", program, "--pivot", "pivot", output="wrpo.jsonl")
     assert found["p0"] == ("aaaaaa", "a", "aaaa")
     assert found["p3"] == ("zzz", "x", "yy")
+    scores = {record.id: record.scores for record in read_records([tmp_path / "wrpo.jsonl"])}
+    assert scores == {"p0": (6, 1, 4), "p3": (3, 1, 2), "p1": (3, 1, 3)}
 
 
 def test_a_checker_sees_the_answer(label, tmp_path, capsys):

@@ -1,4 +1,6 @@
-"""OUTPUT.measured: what the engine said of a few responses is what the model says, and is kept."""
+"""What an engine samples from is the model's softmax; OUTPUT.measured keeps its log-probs."""
+
+import json
 
 import numpy as np
 import pytest
@@ -6,10 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_infifpo.commands.main import run_command
+from megatron_infifpo.responses.engines import EngineOptions, Sampling, TransformersEngine
 from megatron_infifpo.responses.logprob_check import Scorer
+from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.tokens.measured import read_measured
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
-from support.talkers import answer, choice
+from support.talkers import answer, choice, save_talker
 
 
 def test_it_has_the_models_log_probs(sample, talker, tmp_path):
@@ -32,6 +36,32 @@ def test_it_has_the_models_log_probs(sample, talker, tmp_path):
         assert expected.std() > 0.1, "else any number would do"
         scored = scorer(one.prompt_ids.tolist(), one.response_ids.tolist()).numpy()
         np.testing.assert_allclose(one.logprobs, scored, atol=1e-4)
+
+
+def test_nothing_else_shapes_the_distribution(tmp_path, monkeypatch):
+    """At temperature 1 the tokens come as the softmax has them, whatever the model's files say."""
+    folder = save_talker(tmp_path / "talker")
+    settings = {"do_sample": True, "top_k": 3, "top_p": 0.5, "temperature": 0.3, "min_p": 0.1}
+    settings |= {"repetition_penalty": 4.0, "min_new_tokens": 1, "typical_p": 0.5}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    chat = ChatTokenizer.from_pretrained(folder)
+    how = Sampling(temperature=1.0, max_tokens=1)
+    engine = TransformersEngine(str(folder), chat, how, EngineOptions(batch=1))
+    prompt = Prompt("p", "general", ({"role": "user", "content": "the sun and the sun"},), {})
+    with torch.no_grad():
+        engine.network.lm_head.weight *= 3  # so that tokens are as different as a trained model's
+    opened, count = engine.turns.open(prompt), 3000
+    ids: list[int] = []
+    monkeypatch.setattr(engine.turns, "response", lambda row, _: ids.append(row[0]))
+    engine.sample([prompt], [count], 0)
+    with torch.no_grad():
+        expected = count * engine.network(torch.tensor([opened.ids])).logits[0, -1].softmax(-1)
+    found = torch.bincount(torch.tensor(ids), minlength=len(expected))
+    often = expected >= 5
+    groups = torch.stack([found, expected])
+    found, expected = torch.cat([groups[:, often], groups[:, ~often].sum(1, keepdim=True)], dim=1)
+    chi_square, degrees = float(((found - expected) ** 2 / expected).sum()), len(found) - 1
+    assert degrees > 20 and abs(chi_square - degrees) < 3 * (2 * degrees) ** 0.5
 
 
 def test_every_part_writes_the_same(sample, tmp_path):
