@@ -98,6 +98,17 @@ class RunConfig:
         type=float,
         metavar="NATS",
     )
+    sampler_logprobs: str | None = _flag(
+        "OUTPUT.measured of infifpo sample: refuse to begin a round on samples of another model",
+        metavar="FILE",
+    )
+    sampler_tolerance: float | None = _flag(
+        "mean absolute difference of these log-probs, a token, that is accepted, and five times "
+        "as much of a response alone (default: 0.002 in float32, 0.01 in float16, 0.05 in "
+        "bfloat16, 0.2 with FP8)",
+        type=float,
+        metavar="NATS",
+    )
     tokenizer_check: str = _flag(
         "what to do when the data were prepared with another tokenizer or chat template than those "
         "that the checkpoint carries (default: error)",
@@ -109,6 +120,12 @@ class RunConfig:
         "(default: all steps)",
         type=positive,
         metavar="N",
+    )
+    next_round: bool = _flag(
+        "resume with other data, of the same references: a new round, on samples of the policy as "
+        "it is now",
+        default=False,
+        action="store_true",
     )
     allow_changed_run: bool = _flag(
         "resume although the method, the data or a source is not what run.json says; the schedule "
@@ -151,7 +168,10 @@ class RunConfig:
             raise UserError("--preference-data is missing: the prefix of the pivot's token dataset")
         self._check_data()
         self._check_batch()
-        check_number(self, "reference_tolerance")
+        for name in ("reference_tolerance", "sampler_tolerance"):
+            check_number(self, name)
+        if self.sampler_tolerance is not None and self.sampler_logprobs is None:
+            raise UserError("--sampler-tolerance has no effect without --sampler-logprobs")
         check_positive(self, "stop_at")
         if self.stop_at is not None and self.flags["exit_interval"] is not None:
             raise UserError("give one of --stop-at (once) and --exit-interval (at its multiples)")

@@ -11,6 +11,7 @@ from megatron.training.training import disable_forward_pre_hook, enable_forward_
 from torch import Tensor
 
 from megatron_infifpo.engine.packed import score_rows
+from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.training.megatron_args import gathers_before_forward
@@ -80,29 +81,49 @@ def compare(
     """
     assert dataset.initial is not None
     records = probe_records(dataset, run.batch.max_tokens, run.config.reference_probes or PROBES)
-    mine = records[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()].tolist()
-    size = run.batch.micro
+    mine, size = share(records.tolist()), run.batch.micro
     groups = [mine[i : i + size] for i in range(0, len(mine), size)]
     rows = [collate([dataset[i] for i in group], run.batch.rows) for group in groups]
+    found: list[Difference] = []
+    for group, output in zip(groups, run_rows(run, models, rows), strict=False):
+        found += _unpack(group, output, dataset)
+    return from_all(found)
+
+
+def share[T](items: Sequence[T]) -> Sequence[T]:
+    """Return what this data-parallel replica runs of some items."""
+    return items[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+
+
+def run_rows(run: Run, models: Sequence[torch.nn.Module], rows: Sequence[Row]) -> list[Tensor]:
+    """Run the model as it is on a replica's rows; all its ranks call it.
+
+    Returns:
+        The `[K]` log-probs of each row on the replica's first rank of the last pipeline stage, else
+        an empty list.
+    """
+    if not rows:
+        return []
     # Interleaved stages take rows by the pipeline's size.
-    repeated = -len(rows) % run.layout.pipeline_parallel if rows and len(models) > 1 else 0
+    repeated = -len(rows) % run.layout.pipeline_parallel if len(models) > 1 else 0
     hooks = gathers_before_forward()
     if hooks:  # they would gather parameters that no optimizer step has changed yet
         disable_forward_pre_hook(models, param_sync=False)
     for model in models:
         model.eval()
-    outputs = score_rows(models, rows + rows[:1] * repeated, run.vocab_size) if rows else []
+    outputs = score_rows(models, [*rows, *[rows[0]] * repeated], run.vocab_size)
     for model in models:
         model.train()
     if hooks:
         enable_forward_pre_hook(models)
-    found: list[Difference] = []
-    if mpu.get_tensor_model_parallel_rank() == 0:
-        for group, output in zip(groups, outputs, strict=False):
-            found += _unpack(group, output, dataset)
-    everyone: list[list[Difference]] = [[] for _ in range(dist.get_world_size())]
+    return outputs[: len(rows)] if mpu.get_tensor_model_parallel_rank() == 0 else []
+
+
+def from_all[T](found: list[T]) -> list[T]:
+    """Return what all ranks have found, on every rank."""
+    everyone: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, found)
-    return [difference for part in everyone for difference in part]
+    return [one for part in everyone for one in part]
 
 
 def _unpack(group: Sequence[int], output: Tensor, dataset: PreferenceDataset) -> list[Difference]:

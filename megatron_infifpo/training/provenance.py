@@ -4,7 +4,6 @@ Manifests chain from records to tokens to log-probs; this file goes on from ther
 """
 
 import datetime
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -17,14 +16,12 @@ from megatron_infifpo import __version__
 from megatron_infifpo.engine.environment import version
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.patches import cpu
-from megatron_infifpo.references.logprob_store import LogprobStore
-from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.storage.aside import Aside, make_folder, whole_folder
 from megatron_infifpo.storage.checkpoints import HF_FOLDER, RUN_FILE
 from megatron_infifpo.storage.manifests import Format
+from megatron_infifpo.training.identity import SCHEDULE_KEY, changed_identity
 from megatron_infifpo.training.lock import RunLock
-from megatron_infifpo.training.resharding import KEPT
-from megatron_infifpo.training.resume import schedule_identity
+from megatron_infifpo.training.rounds import CHANGED, Round, continued, read_rounds
 from megatron_infifpo.training.settings import Run
 from megatron_infifpo.training.start import Start
 
@@ -38,99 +35,59 @@ FORMAT = Format(
         "attempts": [{"iteration": str, "files": dict, "command": [str]}],
     },
 )
-SCHEDULE_KEY = "schedule"  # of an identity; flags say by which one a run goes on
 _LAYOUT = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
 _FILES = ("preference_data", "preference_sources")
 _PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "apex")
 
 
-def identity(run: Run, train: PreferenceDataset) -> dict[str, Any]:
-    """What must stay the same from the first step of a run to its last, or change knowingly."""
-    method, arguments = run.config.method, run.arguments
-    found: dict[str, Any] = {
-        "method": method.describe(),
-        "seed": run.batch.seed,
-        "seq_length": run.batch.max_tokens,
-        "global_batch_size": run.batch.pairs,
-        "dtype": run.precision.dtype,
-        "fp8": arguments["fp8"],
-        "clip_grad": arguments["clip_grad"],
-        "optimizer": {name: arguments[name] for name in KEPT},
-        SCHEDULE_KEY: schedule_identity(arguments),
-        "data": data_identity(train),
-    }
-    if method.several_pairs:
-        found["micro_batch_size"] = run.batch.micro
-    return found
-
-
-def data_identity(dataset: PreferenceDataset) -> dict[str, Any]:
-    """What the pairs, their tokens and their log-probs are."""
-    manifest = dataset.tokens.manifest
-    found: dict[str, Any] = {name: manifest[name] for name in ("records_sha256", "tokens_sha256")}
-    found |= {
-        name: manifest["tokenizer"][name] for name in ("tokenizer_sha256", "chat_template_sha256")
-    }
-    if dataset.references is not None:
-        found["initial"] = _logprobs(dataset.references.initial.store)
-        found["sources"] = {
-            source.name: _logprobs(source.store) | {"takes_part_in": int(source.takes_part.sum())}
-            for source in dataset.references.sources
-        }
-    return found
-
-
-def _logprobs(store: LogprobStore) -> dict[str, Any]:
-    values = hashlib.sha256(store.all_sums.tobytes() + store.token_counts.tobytes())
-    return {
-        "weights_sha256": store.manifest["weights_sha256"],
-        "dtype": store.manifest["dtype"],
-        "logprobs_sha256": values.hexdigest(),
-    }
-
-
-def describe_run(run: Run, found: dict[str, Any], start: Start) -> dict[str, Any]:
+def describe_run(
+    run: Run, found: dict[str, Any], start: Start, *, finished: bool = False
+) -> dict[str, Any]:
     """Compare a resumed run with what it was, and say what it is; the first rank calls it.
 
     Args:
         run: that is about to start.
         found: its `identity`.
         start: the checkpoint that it begins with.
+        finished: whether no step is left to be done.
 
     Returns:
         What `record_run` writes.
 
     Raises:
-        UserError: a resumed run is not what it was, without `--allow-changed-run`.
+        UserError: a resumed run is not what it was, without `--allow-changed-run`; its data are
+            others, without `--next-round`, or are no data of a next round.
     """
     before = read_run(start.folder)
-    if start.resumed and before is not None and not run.config.allow_changed_run:
-        changes = changed_identity(before["identity"], found)
-        changes += _other_pivot(run.folders.pretrained, before["started_from"]["checkpoint"])
-        if changes:
-            raise UserError(
-                f"the run in {start.folder} cannot go on as it is started now: "
-                f"{'; '.join(changes)}. Give it what it had, save a new run elsewhere, or pass "
-                "--allow-changed-run"
-            )
+    attempt = _attempt(run, start.tracker if start.resumed else "0")
     content: dict[str, Any] = FORMAT.fields | {"identity": found, "attempts": []}
+    rounds = [Round(0, found["data"], attempt["files"])]
     if start.resumed and before is not None:
+        _check_same(run, before, found, start)
+        rounds = continued(
+            read_rounds(before),
+            rounds[0]._replace(iteration=start.step),
+            next_round=run.config.next_round,
+            changed=run.config.allow_changed_run,
+            finished=finished,
+        )
         content |= {name: before[name] for name in ("started_from", "attempts")}
     else:
         origin = {"checkpoint": str(start.folder.resolve()), "iteration": start.tracker}
         content["started_from"] = origin | ({"run": before["identity"]} if before else {})
-    attempt = _attempt(run, start.tracker if start.resumed else "0")
     content["attempts"].append(attempt | {SCHEDULE_KEY: found[SCHEDULE_KEY]})
-    return content
+    return content | {"rounds": [each._asdict() for each in rounds]}
 
 
-def changed_identity(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Say where a run differs from what it was, one text a value.
-
-    The schedule is settled elsewhere, and files of older versions lack some of the values.
-    """
-    known = before.keys() - {SCHEDULE_KEY}
-    return differences({k: before[k] for k in known}, {k: v for k, v in now.items() if k in known})
+def _check_same(run: Run, before: dict[str, Any], found: dict[str, Any], start: Start) -> None:
+    """Refuse a resumed run that is not what it was, but for its data."""
+    changes = changed_identity(before["identity"], found)
+    changes += _other_pivot(run.folders.pretrained, before["started_from"]["checkpoint"])
+    if changes and not run.config.allow_changed_run:
+        raise UserError(
+            f"the run in {start.folder} cannot go on as it is started now: {'; '.join(changes)}. "
+            f"{CHANGED}"
+        )
 
 
 def _other_pivot(given: str | None, started_from: str) -> list[str]:
@@ -181,25 +138,6 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     if not (directory / RUN_FILE).is_file():
         return None
     return FORMAT.read(directory / RUN_FILE.removesuffix(".json"))
-
-
-def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
-    """Say where two identities differ, one text a value."""
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        name, old, new = f"{path}{key}", before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{name}.")
-        elif old != new:
-            found.append(f"{name} is {_short(new)}, but was {_short(old)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return "there"
-    is_hash = isinstance(value, str) and len(value) == 64
-    return value[:12] if is_hash else "missing" if value is None else repr(value)
 
 
 def _attempt(run: Run, iteration: str) -> dict[str, Any]:

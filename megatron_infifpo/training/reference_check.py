@@ -142,18 +142,22 @@ def failure(
         ids = pair.response_ids[difference.response][marks]
         name = RESPONSES[difference.response]
         lines.append(f"  record {record!r}, {name}, {difference.size:.3g} nats a token")
-        if len(difference.initial) != len(ids):
-            mean = difference.now.mean()
-            lines.append(f"    mean {mean:.3f}, was {difference.initial[0]:.3f}")
-            continue
-        for i in sorted({*range(len(ids))[:AROUND], *range(len(ids))[-AROUND:]}):
-            now, then = difference.now[i], difference.initial[i]
-            lines.append(f"    token {i} (id {ids[i]}): {now:.3f}, was {then:.3f}")
+        lines += shown_tokens(difference, ids)
     lines.append(
         "score the pairs again with this checkpoint as --model, or pass --reference-check off if "
         "you want another reference; infifpo inspect --tokens shows a record's texts"
     )
     return "\n".join(lines)
+
+
+def shown_tokens(difference: Difference, ids: np.ndarray) -> list[str]:
+    """Show both ends of a response `[L]`, a line a token; its mean where no more is known."""
+    if len(difference.initial) != len(ids):
+        return [f"    mean {difference.now.mean():.3f}, was {difference.initial[0]:.3f}"]
+    ends = sorted({*range(len(ids))[:AROUND], *range(len(ids))[-AROUND:]})
+    values = zip(ids.tolist(), difference.now, difference.initial, strict=True)
+    lines = [f"    token {i} (id {n}): {a:.3f}, was {b:.3f}" for i, (n, a, b) in enumerate(values)]
+    return [lines[i] for i in ends]
 
 
 def likely_cause(bad: Sequence[Difference], tolerance: float) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -21,14 +22,16 @@ from megatron_infifpo.patches.signals import shield_helpers
 from megatron_infifpo.storage.checksums import verify_share, write_checksums
 from megatron_infifpo.training.data import NOT_SAVED, Datasets, describe, open_datasets
 from megatron_infifpo.training.failures import explained
+from megatron_infifpo.training.identity import identity
 from megatron_infifpo.training.lock import RunLock
 from megatron_infifpo.training.megatron_args import layers_of, megatron_args, rows_of
-from megatron_infifpo.training.provenance import describe_run, identity, record_run
+from megatron_infifpo.training.provenance import describe_run, record_run
 from megatron_infifpo.training.provider import DatasetsProvider
 from megatron_infifpo.training.rates import check_rates
 from megatron_infifpo.training.reference_check import begin_weights_check, check_initial_logprobs
 from megatron_infifpo.training.resharding import check_optimizer_state
 from megatron_infifpo.training.resume import check_batch, nothing_left, schedule_changes
+from megatron_infifpo.training.sampler_check import check_samples, read_samples
 from megatron_infifpo.training.schedule import get_training_schedule
 from megatron_infifpo.training.settings import Run
 from megatron_infifpo.training.start import Folders, Start, find_start
@@ -58,17 +61,18 @@ def train(config: RunConfig) -> None:
     check_rates(run.schedule, start.step, warn=run.layout.rank == 0)
     with refusals():
         model = model_config(run.arguments, kind)
-    record = accept_on_first_rank(run, start, datasets)
     finished = nothing_left(run.schedule, start, config.stop_at)
+    accepted = accept_on_first_rank(run, start, datasets, finished=finished is not None)
     if finished and not run.conduct.skip_train:
         print_rank_0(finished, rank=run.layout.rank)
         return
+    checks = begin_checks(run, start, datasets, accepted.begins)
     verify_share(start.checkpoint.checksums, run.layout.rank, run.layout.world_size)
-    provider = DatasetsProvider(run, datasets, begin_checks(run, start, datasets), record)
+    provider = DatasetsProvider(run, datasets, checks, accepted.record)
     model.pre_wrap_hooks.append(partial(accept_older, start.checkpoint))
     model.post_wrap_hooks.append(provider.keep_models)
     set_global_variables(args, build_tokenizer=False)
-    print_rank_0(introduction(run, start, datasets), rank=run.layout.rank)
+    print_rank_0(introduction(run, start, datasets, accepted), rank=run.layout.rank)
     prepare_megatron(run, start)
     step = TrainingStep(run, datasets)
     with refusals():
@@ -79,7 +83,23 @@ def train(config: RunConfig) -> None:
         print_rank_0(NOT_SAVED)
 
 
-def introduction(run: Run, start: Start, datasets: Datasets) -> str:
+class Accepted(NamedTuple):
+    """What the first rank knows of a run that may start; other ranks have the defaults.
+
+    Attributes:
+        record: writes it down, once the loaded model has passed its checks.
+        rounds: how many rounds it has had, with this one.
+        since: the step that this round begins after.
+        begins: whether it begins now.
+    """
+
+    record: Callable[[], None] = lambda: None
+    rounds: int = 1
+    since: int = 0
+    begins: bool = False
+
+
+def introduction(run: Run, start: Start, datasets: Datasets, accepted: Accepted) -> str:
     """Say what is trained, on how much, and what is not as it was before a resume."""
     settings = run.config.method.describe()
     said = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
@@ -87,6 +107,8 @@ def introduction(run: Run, start: Start, datasets: Datasets) -> str:
     if changes := schedule_changes(run.arguments, start):
         lines.append(f"from step {start.step + 1} on: {', '.join(changes)}")
     lines.append(describe(run, datasets.train, start.step))
+    if accepted.rounds > 1:
+        lines.append(f"round {accepted.rounds} on these pairs began after step {accepted.since}")
     if run.config.stop_at is not None:
         lines.append(f"this run ends at step {run.config.stop_at}")
     return "\n".join(lines)
@@ -104,33 +126,51 @@ def prepare_megatron(run: Run, start: Start) -> None:
 
 
 def begin_checks(
-    run: Run, start: Start, datasets: Datasets
+    run: Run, start: Start, datasets: Datasets, begins: bool
 ) -> Callable[[Sequence[torch.nn.Module]], None]:
-    """Begin to read the pivot's weights; return what checks the loaded model."""
+    """Begin to read the pivot's weights; return what checks the loaded model.
+
+    Args:
+        run: that is about to start.
+        start: the checkpoint that it begins with.
+        datasets: what it trains and validates on.
+        begins: whether a round begins, as the first rank knows.
+
+    Raises:
+        UserError: the sampler's log-probs cannot be this model's.
+    """
+    samples = read_samples(run)
     check_weights = begin_weights_check(run, start, datasets.train)
 
     def check(models: Sequence[torch.nn.Module]) -> None:
         check_weights()
         check_initial_logprobs(run, start, datasets.train, models)
+        check_samples(run, start, samples, models, begins=begins)
 
     return check
 
 
-def accept_on_first_rank(run: Run, start: Start, datasets: Datasets) -> Callable[[], None]:
-    """Make the checks that one rank can make for all; return what records the run at last.
+def accept_on_first_rank(
+    run: Run, start: Start, datasets: Datasets, *, finished: bool = False
+) -> Accepted:
+    """Make the checks that one rank can make for all.
 
     Raises:
         UserError: the data are not for this model, the run is not the one that is resumed, or
             another one is writing to the folder.
     """
     if run.layout.rank != 0:
-        return lambda: None
+        return Accepted()
     both = [data for data in (datasets.train, datasets.valid) if data is not None]
     mode = run.config.tokenizer_check
     check_tokens(start.folder, *both, vocabulary=run.vocab_size, mode=mode)
-    content = describe_run(run, identity(run, datasets.train), start)
+    content = describe_run(run, identity(run, datasets.train), start, finished=finished)
+    since = content["rounds"][-1]["iteration"]
+    accepted = Accepted(rounds=len(content["rounds"]), since=since, begins=since == start.step)
     if run.folders.save is None:
-        return lambda: None
+        return accepted
     lock = RunLock(run.folders.save)
     lock.try_early()
-    return partial(record_run, run.folders.save, content, start.folder, lock)
+    return accepted._replace(
+        record=partial(record_run, run.folders.save, content, start.folder, lock)
+    )

@@ -23,7 +23,8 @@ from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 from megatron_infifpo.tokens.writer import write_token_dataset
-from megatron_infifpo.training.provenance import differences, read_run
+from megatron_infifpo.training.identity import differences
+from megatron_infifpo.training.provenance import read_run
 from support import tiny
 
 

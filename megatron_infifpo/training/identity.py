@@ -1,0 +1,85 @@
+"""What must stay the same from the first step of a run to its last, and how two of it differ."""
+
+import hashlib
+from typing import Any
+
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.training.resharding import KEPT
+from megatron_infifpo.training.resume import schedule_identity
+from megatron_infifpo.training.settings import Run
+
+SCHEDULE_KEY = "schedule"  # of an identity; flags say by which one a run goes on
+
+
+def identity(run: Run, train: PreferenceDataset) -> dict[str, Any]:
+    """What must stay the same from the first step of a run to its last, or change knowingly."""
+    method, arguments = run.config.method, run.arguments
+    found: dict[str, Any] = {
+        "method": method.describe(),
+        "seed": run.batch.seed,
+        "seq_length": run.batch.max_tokens,
+        "global_batch_size": run.batch.pairs,
+        "dtype": run.precision.dtype,
+        "fp8": arguments["fp8"],
+        "clip_grad": arguments["clip_grad"],
+        "optimizer": {name: arguments[name] for name in KEPT},
+        SCHEDULE_KEY: schedule_identity(arguments),
+        "data": data_identity(train),
+    }
+    if method.several_pairs:
+        found["micro_batch_size"] = run.batch.micro
+    return found
+
+
+def data_identity(dataset: PreferenceDataset) -> dict[str, Any]:
+    """What the pairs, their tokens and their log-probs are."""
+    manifest = dataset.tokens.manifest
+    found: dict[str, Any] = {name: manifest[name] for name in ("records_sha256", "tokens_sha256")}
+    found |= {
+        name: manifest["tokenizer"][name] for name in ("tokenizer_sha256", "chat_template_sha256")
+    }
+    if dataset.references is not None:
+        found["initial"] = _logprobs(dataset.references.initial.store)
+        found["sources"] = {
+            source.name: _logprobs(source.store) | {"takes_part_in": int(source.takes_part.sum())}
+            for source in dataset.references.sources
+        }
+    return found
+
+
+def _logprobs(store: LogprobStore) -> dict[str, Any]:
+    values = hashlib.sha256(store.all_sums.tobytes() + store.token_counts.tobytes())
+    return {
+        "weights_sha256": store.manifest["weights_sha256"],
+        "dtype": store.manifest["dtype"],
+        "logprobs_sha256": values.hexdigest(),
+    }
+
+
+def changed_identity(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say where a run differs from what it was, one text a value; its data are compared by rounds.
+
+    The schedule is settled elsewhere, and files of older versions lack some of the values.
+    """
+    known = before.keys() - {SCHEDULE_KEY, "data"}
+    return differences({k: before[k] for k in known}, {k: v for k, v in now.items() if k in known})
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
+    """Say where two identities differ, one text a value."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        name, old, new = f"{path}{key}", before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{name}.")
+        elif old != new:
+            found.append(f"{name} is {_short(new)}, but was {_short(old)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "there"
+    is_hash = isinstance(value, str) and len(value) == 64
+    return value[:12] if is_hash else "missing" if value is None else repr(value)
