@@ -26,7 +26,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "From prompts to preference pairs": ("sample", "label", "split"),
     "Checkpoints": ("import", "export", "describe", "verify"),
     "What training reads": ("prepare", "score", "import-logprobs", "inspect", "check"),
-    "Training, and what came of it": ("train", "report", "evaluate"),
+    "Training, and what came of it": ("train", "rounds", "report", "evaluate"),
     "Clusters and machines": ("plan", "launch", "environment", "gpu-check", "completion"),
 }
 # Name -> module.

@@ -1,0 +1,150 @@
+"""Train in rounds on the policy's own samples: sample, label, score, train, export, again.
+
+    infifpo rounds --output runs/rounds --pivot models/phi-4 --prompts prompts.jsonl \\
+        --method fuserlhf --sources sources.yaml --rounds 10 --steps 8 --round-prompts 1024 \\
+        --count 8 --launcher "torchrun --nproc-per-node 8" \\
+        --sample-options "--engine vllm --bf16 --max-tokens 2048" \\
+        --label-options "--reward-model models/Skywork-Reward-Gemma-2-27B-v0.2 --bf16" \\
+        --score-options "--bf16 --tensor-model-parallel-size 2" \\
+        --train-options "--bf16 --lr 1e-6 --global-batch-size 128 --micro-batch-tokens 8192 \\
+            --seq-length 4096 --tensor-model-parallel-size 2 --use-distributed-optimizer"
+
+Each round samples --count responses to its prompts from the policy as it is, at temperature 1, has
+them judged, scores them under the given pivot and every source of sources.yaml (by its `score`),
+trains --steps steps, and exports. The references stay those of the given pivot. Every stage is a
+command of this program, skipped where it is done: give the same command again after an
+interruption, wherever that was; with more --rounds to go on. Methods of lists (fuserlhf, pad) see
+all responses to a prompt, the others the best and the worst. docs/rounds.md says more.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_infifpo.commands.flags import fields_of, take_defaults
+from megatron_infifpo.commands.main import make_parser
+from megatron_infifpo.flag_types import positive, whole
+from megatron_infifpo.rounds.job import OPTIMIZERS, STAGES, RoundsJob
+from megatron_infifpo.rounds.run import StageError, dry_run, run_rounds
+from megatron_infifpo.rounds.stages import import_pivot, stages_of
+
+WHAT = {
+    "import": "the pivot",
+    "sample": "responses: the engine, --max-tokens, ...",
+    "label": "them: --reward-model or --program, --cut-penalty, ...",
+    "prepare": "records for the pivot",
+    "score": "models; a source's own, in sources.yaml, go first",
+    "train": "the policy: Megatron's flags, and the method's",
+    "export": "the policy",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what rounds are made of, and the words that go to their stages."""
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="of all rounds")
+    parser.add_argument("--pivot", required=True, metavar="DIR", help="Hugging Face folder")
+    parser.add_argument(
+        "--prompts", required=True, nargs="+", metavar="FILE[=COUNT]",
+        help="the pool, as infifpo sample reads it: each prompt comes once an epoch",
+    )  # fmt: skip
+    parser.add_argument("--method", required=True, help="of infifpo train; not of wrpo's kind")
+    parser.add_argument("--sources", metavar="FILE", help="sources.yaml, each with its `score`")
+    parser.add_argument("--rounds", type=positive, required=True, help="how many in all")
+    parser.add_argument("--steps", type=positive, required=True, help="of training, a round")
+    parser.add_argument("--round-prompts", type=positive, required=True, metavar="N")
+    parser.add_argument(
+        "--count", type=whole(2), help="responses to a prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS,
+        help="one training run through all rounds, or a run a round (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=whole(0), help="of prompts and samples (default: 1234)")
+    parser.add_argument(
+        "--sampler-check", action=argparse.BooleanOptionalAction,
+        help="begin no round whose sampler has other weights than the trainer (default: check)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-rounds", type=positive, metavar="K",
+        help="delete checkpoints and exports of older rounds (default: keep all)",
+    )  # fmt: skip
+    where = parser.add_argument_group("how it runs")
+    where.add_argument(
+        "--launcher", metavar="WORDS",
+        help="what starts scoring and training, up to -m: 'torchrun --nproc-per-node 8', 'srun "
+        "python' (default: as --python)",
+    )  # fmt: skip
+    where.add_argument(
+        "--python", metavar="WORDS", help="what starts all else, likewise (default: this Python)"
+    )
+    where.add_argument(
+        "--until", type=whole(0), metavar="ROUND",
+        help="end after this round, counted from 0 (default: the last)",
+    )  # fmt: skip
+    where.add_argument(
+        "--allow-changed-settings", action="store_true",
+        help="go on with other settings than rounds.json says",
+    )  # fmt: skip
+    where.add_argument("--dry-run", action="store_true", help="print all commands, run none")
+    words = parser.add_argument_group(
+        "further words of a stage", "in one string, quoted as for a shell"
+    )
+    for stage in STAGES:
+        text = f"how to {stage} {WHAT[stage]}"
+        words.add_argument(f"--{stage}-options", default="", metavar="WORDS", help=text)
+    take_defaults(parser, RoundsJob)
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse words; what follows --STAGE-options is its value, even where it is one flag."""
+    flags, found = {f"--{stage}-options" for stage in STAGES}, list[str]()
+    for word in words:
+        if found and found[-1] in flags:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return parser.parse_args(found)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the rounds, or print what would run.
+
+    Raises:
+        UserError: as `RoundsJob` and `run_rounds`.
+    """
+    given = {stage: getattr(args, f"{stage}_options") for stage in STAGES}
+    options = {stage: words for stage, words in given.items() if words}
+    job = RoundsJob(**fields_of(args, RoundsJob), options=options)
+    check_words(job)
+    if args.dry_run:
+        dry_run(job)
+        return 0
+    try:
+        run_rounds(job)
+    except StageError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def check_words(job: RoundsJob) -> None:
+    """Have the parsers of all stages read their words, before the first one has run for hours.
+
+    Raises:
+        UserError, SystemExit: one cannot be read.
+    """
+    from megatron_infifpo.training.config import RunConfig
+
+    domains = sorted({d for s in source_domains(job) for d in s} | {"general"})
+    for stage in (import_pivot(job), *stages_of(job, 0, domains)):
+        name, *words = stage.job.arguments
+        args = make_parser(name)[1].parse_args(words)
+        if name == "train":
+            RunConfig.from_options(vars(args))
+
+
+def source_domains(job: RoundsJob) -> list[tuple[str, ...]]:
+    """Domains that sources are limited to."""
+    config = job.source_file()
+    return [source.domains or () for source in (config.sources if config else ())]

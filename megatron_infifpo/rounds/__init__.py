@@ -1,0 +1,1 @@
+"""Rounds on the policy's own samples: sample, label, score, train, export, again."""

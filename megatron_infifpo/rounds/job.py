@@ -1,0 +1,180 @@
+"""What rounds are: one frozen job, checked once."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import check_choice, check_files, check_positive, check_types
+from megatron_infifpo.methods import METHODS, Method
+from megatron_infifpo.recipes.commands import split_words
+from megatron_infifpo.references.sources import SourcesConfig, read_sources
+from megatron_infifpo.storage.yaml_files import read_yaml
+
+STAGES = ("import", "sample", "label", "prepare", "score", "train", "export")
+"""Commands that rounds run, and that have options of their own."""
+OPTIMIZERS = ("carry", "fresh")
+INITIAL = "initial"
+
+
+@dataclass(frozen=True)
+class RoundsJob:
+    """Rounds of sampling from the policy and training on what it said.
+
+    Attributes:
+        output: folder of everything.
+        pivot: Hugging Face folder that the first round samples from; the references' initial pivot
+            for good.
+        prompts: files of the pool, each FILE or FILE=COUNT.
+        method: a key of `METHODS`.
+        rounds: how many there are in all.
+        steps: of training, a round.
+        round_prompts: prompts of a round.
+        count: responses to a prompt.
+        sources: sources.yaml, each source with its `score`; None for methods without sources.
+        optimizer: "carry": one training run goes through all rounds; "fresh": a run a round.
+        seed: of the plan of prompts and, with the round's number, of sampling.
+        sampler_check: compare the sampler's own log-probs with the trainer's.
+        options: further words of each of `STAGES`, as a shell takes them.
+        keep_rounds: rounds whose weights are kept; None: all.
+        until: the round that this call ends after; None: the last.
+        launcher: what starts the stages that all ranks run, up to `-m megatron_infifpo`; empty: as
+            `python`.
+        python: what starts every other stage; empty: this Python.
+        allow_changed_settings: go on although settings are not what they were.
+    """
+
+    output: Path
+    pivot: str
+    prompts: Sequence[str]
+    method: str
+    rounds: int
+    steps: int
+    round_prompts: int
+    count: int = 8
+    sources: str | None = None
+    optimizer: str = "carry"
+    seed: int = 1234
+    sampler_check: bool = True
+    options: Mapping[str, str] = field(default_factory=dict)
+    keep_rounds: int | None = None
+    until: int | None = None
+    launcher: str = ""
+    python: str = ""
+    allow_changed_settings: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be done.
+
+        Raises:
+            UserError: a method that rounds have no data for, sources without effect or missing, an
+                option of a stage that is none, or a number out of range.
+        """
+        check_files(self, "prompts")
+        check_types(self)
+        check_choice("method", self.method, METHODS)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_positive(self, "rounds", "steps", "round_prompts", "keep_rounds")
+        check_positive(self, "count", least=2)
+        check_positive(self, "seed", "until", least=0)
+        if self.until is not None and self.until >= self.rounds:
+            raise UserError(f"--until is {self.until}, expected one of 0 to {self.rounds - 1}")
+        if self.kind.responses == 3:
+            raise UserError(
+                f"--method {self.method} compares the pivot's own best with the best of others, "
+                "and rounds sample from the pivot alone: choose a method of pairs or of lists"
+            )
+        if self.kind.fused != (self.sources is not None):
+            raise UserError(
+                f"--method {self.method} has the {self.kind.reference or 'no'} reference: "
+                + ("give --sources FILE" if self.kind.fused else "--sources has no effect")
+            )
+        self._check_options()
+        self.source_names()
+
+    def _check_options(self) -> None:
+        """Refuse words of stages that are none, and what starts no Python."""
+        for name in self.options:
+            check_choice("options", name, STAGES)
+            self.words(name)
+        judges = ("--reward-model", "--program")
+        if self.judged and not any(word.startswith(judges) for word in self.words("label")):
+            raise UserError(
+                f"--method {self.method} needs scores: give --label-options '--program "
+                "FILE.py:FUNCTION', or '--reward-model DIR'"
+            )
+        if not self.judged and self.words("label"):
+            raise UserError(f"--label-options has no effect: --method {self.method} has no judge")
+        for name, what in (("launcher", self.launcher), ("python", self.python)):
+            words = split_words(what, f"--{name}")
+            if words and not any(re.match("python|torchrun", Path(w).name) for w in words):
+                raise UserError(
+                    f"--{name} is {what!r}, expected what runs Python, up to its -m: such as "
+                    "'torchrun --nproc-per-node 8' or 'srun python'"
+                )
+
+    @property
+    def kind(self) -> Method:
+        """The method as it is without options."""
+        return METHODS[self.method]
+
+    @property
+    def lists(self) -> bool:
+        """Whether the method sees all responses of a prompt, else the best and the worst."""
+        return self.kind.responses is None
+
+    @property
+    def judged(self) -> bool:
+        """Whether responses get scores of a judge."""
+        return not self.lists or "rewards" in self.kind.reads
+
+    @property
+    def carried(self) -> bool:
+        """Whether one optimizer goes through all rounds."""
+        return self.optimizer == "carry"
+
+    def words(self, stage: str) -> list[str]:
+        """Further words of a stage.
+
+        Raises:
+            UserError: a quote that is not closed.
+        """
+        return split_words(self.options.get(stage, ""), f"--{stage}-options")
+
+    def source_file(self) -> SourcesConfig | None:
+        """The sources, and how each is scored."""
+        return None if self.sources is None else read_sources(self.sources)
+
+    def source_names(self) -> dict[str, str]:
+        """Names that the sources' files have, by the sources' names.
+
+        Raises:
+            UserError: two are the same, or a source does not say what model it is.
+        """
+        found: dict[str, str] = {}
+        config = self.source_file()
+        for source in config.sources if config else ():
+            name = re.sub(r"[^\w.-]+", "-", source.name)
+            if name in (INITIAL, *found.values()):
+                raise UserError(f"{self.sources}: a file called {name} would be of two models")
+            if "model" not in source.score:
+                raise UserError(
+                    f"{self.sources}: source {source.name!r} does not say which model it is, "
+                    "expected for example: score: {model: models/qwen}"
+                )
+            found[source.name] = name
+        return found
+
+    def settings(self, pool: str) -> dict[str, Any]:
+        """Return what the numbers of all rounds depend on, as JSON has it.
+
+        Args:
+            pool: what tells the pool of prompts from others.
+        """
+        names = ("method", "steps", "round_prompts", "count", "optimizer", "seed", "sampler_check")
+        found: dict[str, Any] = {name: getattr(self, name) for name in names}
+        found |= {"pivot": str(Path(self.pivot).resolve()), "prompts_sha256": pool}
+        found["sources"] = read_yaml(Path(self.sources)) if self.sources else None
+        return found | {"options": {stage: self.words(stage) for stage in STAGES}}

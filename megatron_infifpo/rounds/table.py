@@ -1,0 +1,107 @@
+"""What came of each round: `rounds.jsonl`, a line a round, and a table of it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.rounds.job import RoundsJob
+from megatron_infifpo.rounds.stages import RoundFolder
+from megatron_infifpo.storage.aside import write_text
+
+CUT = "length"  # the finish reason of a response that was cut
+# Column -> metric of training.
+METRICS = {"loss": "loss", "spread": "residual/spread", "KL initial": "kl/initial"}
+Row = dict[str, Any]
+
+
+def record_round(job: RoundsJob, here: RoundFolder, seconds: dict[str, float | None]) -> Row:
+    """Write what came of a round, when all of its stages are done; return it.
+
+    Args:
+        job: the rounds.
+        here: the round.
+        seconds: of each stage; None where nobody knows.
+    """
+    row: Row = {"round": here.number, **sampled(here)}
+    row |= {"records": lines(here.records), "seconds": seconds}
+    row["training"] = training_means(job, here)
+    write_text(here.row, json.dumps(row, indent=1) + "\n")
+    write_text(job.output / "rounds.jsonl", "".join(json.dumps(r) + "\n" for r in rows(job)))
+    return row
+
+
+def rows(job: RoundsJob) -> list[Row]:
+    """The rounds that are done."""
+    paths = (RoundFolder(job, number).row for number in range(job.rounds))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def sampled(here: RoundFolder) -> Row:
+    """Return counts of prompts and responses, and the mean reward of all that were judged.
+
+    A text is judged once, and counts as often as it was sampled.
+    """
+    scores: dict[str, dict[str, float]] = {}
+    judged = Path(f"{here.records}.scores")
+    for entry in map(json.loads, judged.open(encoding="utf-8")) if judged.exists() else ():
+        texts = [text.strip() for text in entry["responses"]]
+        scores[entry["id"]] = dict(zip(texts, entry["scores"], strict=True))
+    found, prompts, responses, cut = [], 0, 0, 0
+    with here.responses.open(encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            prompts, responses = prompts + 1, responses + len(line["responses"])
+            cut += line["finish_reasons"].count(CUT)
+            own = scores.get(line["id"], {})
+            found += [own[text.strip()] for text in line["responses"] if text.strip() in own]
+    reward = sum(found) / len(found) if found else None
+    return {"prompts": prompts, "responses": responses, "cut": cut, "reward": reward}
+
+
+def training_means(job: RoundsJob, here: RoundFolder) -> dict[str, float]:
+    """Return the mean of each metric over the steps of the round, of those that are numbers."""
+    from megatron_infifpo.report.collect import read_curves
+
+    start = here.number * job.steps if job.carried else 0
+    try:
+        curves = read_curves(here.checkpoint / "tensorboard")
+    except UserError:  # the user's --tensorboard-dir is another one
+        return {}
+    means = {}
+    for name, (steps, values, _) in curves.items():
+        inside = values[(steps > start) & (steps <= start + job.steps)]
+        if len(inside) and math.isfinite(inside.mean()):
+            means[name] = float(inside.mean())
+    return means
+
+
+def lines(path: Path) -> int:
+    """Lines of a file."""
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def table(rows: list[Row]) -> str:
+    """Return a table of rounds, with the columns that one of them has."""
+    metrics = {
+        name: tag for name, tag in METRICS.items() if any(tag in r["training"] for r in rows)
+    }
+    stages = list(dict.fromkeys(stage for row in rows for stage in row["seconds"]))
+    heads = ["round", "prompts", "records", "cut", "reward", *metrics]
+    heads += [f"{stage} s" for stage in stages]
+    cells = [heads]
+    for row in rows:
+        share = row["cut"] / max(row["responses"], 1)
+        numbers = [row["reward"], *(row["training"].get(tag) for tag in metrics.values())]
+        times = [row["seconds"].get(stage) for stage in stages]
+        cells.append(
+            [str(row["round"]), str(row["prompts"]), str(row["records"]), f"{share:.0%}"]
+            + ["-" if number is None else f"{number:.4g}" for number in numbers]
+            + ["-" if time is None else f"{time:.0f}" for time in times]
+        )
+    widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in cells
+    )

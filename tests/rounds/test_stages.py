@@ -1,0 +1,234 @@
+"""Command lines of the stages, word for word; what is refused before anything runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_infifpo.commands.main import run_words
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.references.sources import read_sources
+from megatron_infifpo.rounds.run import command
+from megatron_infifpo.rounds.stages import (
+    RoundFolder,
+    import_pivot,
+    read_flags,
+    sources_yaml,
+    stages_of,
+)
+
+TRAIN = (
+    "--lr-decay-style constant --save-interval 5 --log-interval 1 --tensorboard-log-interval 1 "
+    "--tensorboard-dir {save}/tensorboard --exit-signal-handler"
+)
+
+
+def words(job, number: int, domains=("code", "general")) -> list[str]:
+    return [" ".join(stage.job.arguments) for stage in stages_of(job, number, domains)]
+
+
+def test_a_round(make_job):
+    options = {
+        "import": "--dtype bf16", "sample": "--engine vllm --bf16", "prepare": "--score all",
+        "label": "--program judge.py:score --cut-penalty 1", "train": "--lr 1e-6 --bf16",
+        "score": "--bf16 --tensor-model-parallel-size 2",
+    }  # fmt: skip
+    job = make_job(options=options)
+    assert import_pivot(job).job.arguments == (
+        "import", "--hf", "hf", "--save", "out/pivot", "--dtype", "bf16",
+    )  # fmt: skip
+    here, score = "out/round-001", "--input out/round-001/records.jsonl --output out/round-001"
+    assert words(job, 1) == [
+        f"sample --model out/round-000/hf --name policy --input {here}/prompts.jsonl "
+        f"--output {here}/responses.jsonl --count 3 --temperature 1 --top-p 1 --seed 1235 "
+        "--keep-cut --engine vllm --bf16",
+        f"label --input {here}/responses.jsonl --output {here}/records.jsonl --list 3 --keep-cut "
+        "--program judge.py:score --cut-penalty 1",
+        f"prepare --input {here}/records.jsonl --tokenizer hf --output {here}/tokens --score all",
+        "score --backend megatron --bf16 --tensor-model-parallel-size 2 --model out/pivot "
+        f"--name initial {score}/logprobs/initial",
+        f"score --backend transformers --bf16 --model one --name one {score}/logprobs/one",
+        "score --backend megatron --bf16 --tensor-model-parallel-size 4 --model two "
+        f"--name two {score}/logprobs/two --domains code",
+        f"train --method fuserlhf --preference-data {here}/tokens "
+        f"--preference-sources {here}/sources.yaml --stop-at 10 --next-round "
+        "--pretrained-checkpoint out/pivot --save out/checkpoint --train-iters 15 "
+        f"--sampler-logprobs {here}/responses.jsonl.measured "
+        f"{TRAIN.format(save='out/checkpoint')} --lr 1e-6 --bf16",
+        f"export --load out/checkpoint --save {here}/hf",
+    ]
+    assert words(job, 0)[0].startswith("sample --model hf --name policy")
+
+
+def test_a_fresh_optimizer(make_job):
+    job = make_job(optimizer="fresh", sampler_check=False)
+    first, second = words(job, 0), words(job, 1)
+    assert first[0].endswith("--keep-cut --check 0")
+    assert first[-2] == (
+        "train --method fuserlhf --preference-data out/round-000/tokens "
+        "--preference-sources out/round-000/sources.yaml --pretrained-checkpoint out/pivot "
+        "--save out/round-000/checkpoint --train-iters 5 "
+        + TRAIN.format(save="out/round-000/checkpoint")
+    )
+    assert (
+        "--preference-sources out/round-001/sources.yaml --reference-check off "
+        "--pretrained-checkpoint out/round-000/checkpoint --save out/round-001/checkpoint "
+    ) in second[-2]
+
+
+def test_by_method(make_job):
+    """Pairs are labelled without a list, PAD is not labelled, DPO has no sources, SFT no scores."""
+
+    def names(**more):
+        return [stage.name for stage in stages_of(make_job(**more), 0, ("general",))]
+
+    both, rest = ["sample", "label", "prepare"], ["train", "export"]
+    assert names(method="infifpo") == [*both, "score-initial", "score-one", *rest]
+    assert names(method="dpo", sources=None) == [*both, "score-initial", *rest]
+    assert names(method="sft", sources=None) == [*both, *rest]
+    assert names(method="pad", options={}) == [
+        "sample", "prepare", "score-initial", "score-one", *rest,
+    ]  # fmt: skip
+    pairs = words(make_job(method="infifpo"), 0)
+    assert pairs[1].endswith("--output out/round-000/records.jsonl --program judge.py:score")
+    pad = words(make_job(method="pad", options={}), 0)
+    for line in pad[1:4]:
+        assert "--input out/round-000/responses.jsonl" in line and "--on-bad-record skip" in line
+    assert "--preference-sources" not in words(make_job(method="sft", sources=None), 0)[-2]
+
+
+def test_sources_of_a_round(make_job):
+    """Weights stay the user's; a source without prompts is left out, with its domains."""
+    job = make_job()
+    for domains, names in ((("code", "general"), ["one", "two"]), (("general",), ["one"])):
+        here = RoundFolder(job, 1)
+        here.path.mkdir(parents=True, exist_ok=True)
+        here.sources.write_text(sources_yaml(job, here, domains))
+        found = read_sources(here.sources)
+        assert found.initial == "out/round-001/logprobs/initial" and found.initial_weight == 0.5
+        assert [source.name for source in found.sources] == names
+        assert [source.weight for source in found.sources] == [0.3, 0.2][: len(names)]
+        assert [source.logprobs for source in found.sources] == [
+            f"out/round-001/logprobs/{name}" for name in names
+        ]
+    assert read_sources("sources.yaml").sources[1].domains == ("code", "law")
+    job = make_job(method="dpo", sources=None)
+    assert json.loads(sources_yaml(job, here, ["general"])) == {
+        "initial": "logprobs/initial", "sources": [],
+    }  # fmt: skip
+
+
+def test_what_starts_a_stage(make_job):
+    sample, *_, train, _ = stages_of(make_job(), 0, ["general"])
+    job = make_job(launcher="torchrun --nproc-per-node 8")
+    assert command(job, train.job)[:5] == [
+        "torchrun", "--nproc-per-node", "8", "-m", "megatron_infifpo",
+    ]  # fmt: skip
+    assert command(job, sample.job)[1:4] == ["-m", "megatron_infifpo", "sample"]
+    job = make_job(launcher="srun --wait=60 python -u", python="srun -n1 '/a b/python3'")
+    assert command(job, train.job)[:5] == ["srun", "--wait=60", "python", "-u", "-m"]
+    assert command(job, sample.job)[:4] == ["srun", "-n1", "/a b/python3", "-m"]
+    assert command(make_job(python="python"), train.job)[:2] == ["python", "-m"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "wrpo", "sources": None}, "wrpo compares the pivot's own best"),
+        ({"method": "best"}, "--method is 'best', expected one of"),
+        ({"sources": None}, "fuserlhf has the fused reference: give --sources FILE"),
+        ({"method": "dpo"}, "dpo has the initial reference: --sources has no effect"),
+        ({"method": "pad"}, "--label-options has no effect: --method pad has no judge"),
+        ({"options": {}}, "fuserlhf needs scores: give --label-options '--program"),
+        ({"until": 3}, "--until is 3, expected one of 0 to 2"),
+        ({"count": 1}, "--count is 1, expected a whole number of at least 2"),
+        ({"launcher": "srun"}, "--launcher is 'srun', expected what runs Python"),
+        ({"launcher": "srun 'python"}, "--launcher=srun 'python: No closing quotation"),
+        ({"sources": "same.yaml"}, "a file called a-b would be of two models"),
+        ({"sources": "initial.yaml"}, "a file called initial would be of two models"),
+        ({"sources": "silent.yaml"}, "source 'a' does not say which model it is"),
+    ],
+)
+def test_refused(make_job, given, message):
+    for name, entries in (
+        ("same", "{name: a b, logprobs: a, score: {model: a}}, {name: a/b, logprobs: b}"),
+        ("initial", "{name: initial, logprobs: a, score: {model: a}}"),
+        ("silent", "{name: a, logprobs: a}"),
+    ):
+        Path(f"{name}.yaml").write_text(f"initial: x\nsources: [{entries}]\n")
+    with pytest.raises(UserError, match=message):
+        make_job(**given)
+
+
+@pytest.mark.parametrize(
+    ("stage", "option", "flag"),
+    [
+        ("sample", "--temperature 0.8", "--temperature"),
+        ("label", "--program a.py:b --list 4", "--list"),
+        ("score", "--input x", "--input"),
+        ("train", "--save=elsewhere", "--save"),
+        ("export", "--load x", "--load"),
+    ],
+)
+def test_flags_of_rounds_themselves(make_job, stage, option, flag):
+    job = make_job(options={"label": "--program a.py:b", stage: option})
+    with pytest.raises(UserError, match=f"--{stage}-options has {flag}, which rounds give"):
+        stages_of(job, 0, ["general"])
+
+
+def test_usual_flags_give_way(make_job):
+    options = {"label": "--program a.py:b", "train": "--lr-decay-style cosine --save-interval=2"}
+    train = words(make_job(options=options), 0)[-2]
+    assert train.count("--lr-decay-style") == train.count("--save-interval") == 1
+    assert train.endswith("--lr-decay-style cosine --save-interval=2")
+
+
+def test_words_as_flags():
+    read = read_flags(["--bf16", "--domains", "a", "b", "--model=x y", "--shard-records", "4"])
+    assert read == {"bf16": True, "domains": ["a", "b"], "model": "x y", "shard-records": "4"}
+    with pytest.raises(UserError, match="bf16: expected flags"):
+        read_flags(["bf16"])
+
+
+COMMAND = (
+    "rounds --output out --pivot hf --prompts prompts.jsonl --method fuserlhf --sources "
+    "sources.yaml --rounds 2 --steps 5 --round-prompts 4 --count 3 --until 1"
+).split()
+TRAINING = "--lr 1e-6 --global-batch-size 4 --micro-batch-size 1 --seq-length 64"
+
+
+def test_dry_run(make_job, capsys):
+    """All commands of all rounds, and nothing else happens."""
+    options = ["--label-options", "--program judge.py:score", "--score-options", "--bf16"]
+    options += ["--launcher", "torchrun --nproc-per-node 2", "--train-options", TRAINING]
+    assert run_words([*COMMAND, *options, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["# once", "infifpo import --hf hf --save out/pivot"]
+    assert [line for line in lines if line.startswith("#")][1:] == [
+        "# round 0: 4 prompts", "# round 1: 4 prompts",
+    ]  # fmt: skip
+    trained = [line for line in lines if " train " in line]
+    assert len(trained) == 2 and all(
+        line.startswith("torchrun --nproc-per-node 2 -m megatron_infifpo train --method fuserlhf")
+        for line in trained
+    )
+    assert any("score --backend megatron --bf16 --model out/pivot" in line for line in lines)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--train-options", f"{TRAINING} --learning-rate 1"], "unrecognized arguments"),
+        (["--train-options", "--lr 1e-6"], "give one of --micro-batch-size"),
+        (["--train-options", TRAINING, "--sample-options", "--engine vlm"], "invalid choice"),
+        (["--train-options", TRAINING, "--score-options", "--backend jax"], "invalid choice"),
+    ],
+)
+def test_words_that_a_stage_cannot_read(make_job, capsys, option, message):
+    """They are found before the first stage has run for hours."""
+    given = [*COMMAND, "--label-options", "--program judge.py:score", *option]
+    with pytest.raises((SystemExit, UserError)) as caught:
+        run_words(given)
+    assert message in capsys.readouterr().err + str(caught.value)
+    assert not Path("out").exists()
