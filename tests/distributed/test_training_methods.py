@@ -14,38 +14,28 @@ from megatron_infifpo.training.objective import pair_losses
 from support.runs import BOTH, LAYOUTS, steps_of
 
 
-def sft_flags(setup, *more: str) -> list[str]:
-    """The command line of a run without a reference."""
-    argv = setup.flags(setup.records, "--method", "sft", *more)
-    position = argv.index("--preference-sources")
-    return argv[:position] + argv[position + 2 :]
-
-
-def method_flags(setup, method: str, *more: str) -> list[str]:
-    if method == "sft":
-        return sft_flags(setup, *more)
-    return setup.flags(setup.sources("both", *BOTH), "--method", method, *more)
-
-
 @pytest.fixture(scope="module")
 def one_rank(setup, ranks):
     return {
-        method: ranks(1, "support.training:train", method_flags(setup, method))
-        for method in ("sft", "wrpo", "infifpo-wrpo")
+        method: ranks(1, "support.training:train", setup.method_flags(method))
+        for method in ("sft", "wrpo", "infifpo-wrpo", "fuserlhf", "pad")
     }
 
 
 # infifpo-wrpo differs from wrpo in its reference only, which infifpo's own tests cover.
 METHOD_LAYOUTS = [
-    (m, layout) for m in ("sft", "wrpo") for layout in ("tp2", "pp2", "dp2", "tp2-sp")
+    (m, layout)
+    for m in ("sft", "wrpo", "fuserlhf", "pad")
+    for layout in ("tp2", "pp2", "dp2", "tp2-sp")
 ]
-METHOD_LAYOUTS += [(method, "tp2-pp2") for method in ("sft", "wrpo", "infifpo-wrpo")]
+METHOD_LAYOUTS += [(m, "tp2-pp2") for m in ("sft", "wrpo", "infifpo-wrpo", "fuserlhf")]
+METHOD_LAYOUTS += [("fuserlhf", "pp2-vpp2")]
 
 
 @pytest.mark.parametrize("method, layout", METHOD_LAYOUTS)
 def test_layouts_agree(setup, ranks, one_rank, method, layout):
     world, flags = LAYOUTS[layout]
-    got = ranks(world, "support.training:train", method_flags(setup, method, *flags))
+    got = ranks(world, "support.training:train", setup.method_flags(method, *flags))
     expected = one_rank[method]
     assert len(expected[0]["norms"]) == 3
     assert got[0]["norms"] == pytest.approx(expected[0]["norms"], rel=1e-4)
@@ -65,8 +55,9 @@ def expected_first_loss(setup, argv: list[str]) -> float:
     add_method_flags(parser)
     args = parser.parse_args(argv)
     method = method_from_options(args.method, vars(args))
-    sources = read_sources(setup.sources("both", *BOTH))
-    data = PreferenceDataset(setup.data, sources, responses=method.responses)
+    job = setup.lists if method.responses is None else setup
+    sources = read_sources(job.sources("both", *BOTH))
+    data = PreferenceDataset.for_method(method, job.data, sources)
     row = collate([data[i] for i in range(len(data))])
     losses, _, _ = pair_losses(method, row, row["initial_sum_logps"], progress=0.0)
     return losses.mean().item()
@@ -81,6 +72,8 @@ OPTIONS = {
     "dpo": ["--fusion", "confidence", "--initial-as-source", "--label-smoothing", "0.1"],
     "hinge": ["--margin-space", "log-prob", "--margin-anchor", "initial", "--selection", "pair"],
     "aot_unpaired": ["--label-smoothing", "0.2"],
+    "group_regression": ["--reward-normalization", "group", "--reward-scale", "0.5"],
+    "plackett_luce": ["--divergence", "jsd", "--no-clip"],
 }
 CASES = [["--method", name] for name in METHODS if name != "sft"]
 CASES += [["--objective", name, *OPTIONS.get(name, [])] for name in LOSSES]
@@ -90,7 +83,9 @@ CASES += [["--objective", name, *OPTIONS.get(name, [])] for name in LOSSES]
 def test_first_loss_follows_from_the_datasets(setup, ranks, argv):
     """Training computes what the datasets and `pair_losses` say, whose options are tested there."""
     whole = ["--global-batch-size", "20", "--micro-batch-size", "20", "--train-iters", "1"]
-    flags = setup.flags(setup.sources("both", *BOTH), *whole, *argv)
+    lists = METHODS.get(argv[1]) or LOSSES[argv[1]]
+    job = setup.lists if lists.responses is None else setup
+    flags = job.flags(job.sources("both", *BOTH), *whole, *argv)
     first = steps_of(ranks(1, "support.training:train", flags))[0]
     assert first["loss"] == pytest.approx(expected_first_loss(setup, argv), abs=1e-5, rel=1e-5)
 
@@ -99,7 +94,8 @@ def test_first_loss_follows_from_the_datasets(setup, ranks, argv):
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "sft"])
 def test_finite_differences_of_the_whole_loss(ranks, name, world):
     """Hidden states to loss: head, sums, fusion and objective, the vocabulary split or not."""
-    for results in ranks(world, "support.heads:whole_loss_gradients", name, {"sft_weight": 0.2}):
+    options = {} if METHODS[name].responses is None else {"sft_weight": 0.2}
+    for results in ranks(world, "support.heads:whole_loss_gradients", name, options):
         assert len(results) > 25
         for gradient, difference in results:
             assert gradient == pytest.approx(difference, abs=1e-7, rel=1e-6)
@@ -110,7 +106,7 @@ def test_alpha_grows_over_training_and_survives_resume(setup, ranks, tmp_path):
 
     def run(name, *more):
         save = ["--save", str(tmp_path / name), *schedule, *more]
-        return steps_of(ranks(2, "support.training:train", method_flags(setup, "wrpo", *save)))
+        return steps_of(ranks(2, "support.training:train", setup.method_flags("wrpo", *save)))
 
     whole = run("whole")
     assert [step["alpha"] for step in whole] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
@@ -167,7 +163,7 @@ def test_two_stages(setup, ranks, tmp_path):
     """SFT, then preference optimization from its checkpoint, whose scores are the initial ones."""
     sft = tmp_path / "sft"
     stage = ["--save", str(sft), "--save-interval", "3", "--preference-epochs", "1"]
-    argv = sft_flags(setup, *stage)
+    argv = setup.method_flags("sft", *stage)
     position = argv.index("--train-iters")
     ranks(1, "support.training:train", argv[:position] + argv[position + 2 :])
     inputs = ["--input", str(setup.records), "--output", str(tmp_path / "initial")]

@@ -10,12 +10,9 @@ STEPS = 8
 
 def curve(setup: Setup, ranks: Ranks, method: str) -> dict[str, list[float]]:
     """Train by a method from the tiny pivot; losses and norms of gradients, by step."""
-    sources = setup.sources("golden", *(f"{{name: {n}, logprobs: {n}}}" for n in ("qwen", "phi")))
-    steps = ["--train-iters", str(STEPS), "--lr", "2e-4", "--method", method]
-    argv = setup.flags(sources, *steps)
-    if method == "sft":
-        position = argv.index("--preference-sources")
-        del argv[position : position + 2]
+    sources = [f"{{name: {name}, logprobs: {name}}}" for name in ("qwen", "phi")]
+    steps = ["--train-iters", str(STEPS), "--lr", "2e-4"]
+    argv = setup.method_flags(method, *steps, entries=sources)
     (record,) = ranks(1, "support.training:train", argv)
     return {"losses": [step["loss"] for step in record["steps"]], "norms": record["norms"]}
 

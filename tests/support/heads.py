@@ -56,6 +56,8 @@ def whole_loss_gradients(name: str, options: dict) -> list[tuple[float, float]]:
     generator = torch.Generator().manual_seed(17)
     method, pairs, vocab = resolve(name, **options), 3, 12
     counts = torch.tensor([[2, 3, 1], [1, 1, 4], [5, 2, 2]])[:, : method.responses]
+    if method.responses is None:
+        counts[1, 2] = 0  # a shorter list
     tokens = int(counts.sum())
 
     def random(*shape: int) -> torch.Tensor:
@@ -68,8 +70,11 @@ def whole_loss_gradients(name: str, options: dict) -> list[tuple[float, float]]:
         "token_counts": counts,
         "initial_sum_logps": -3 * random(*counts.shape) * counts,
         "source_sum_logps": -5 * random(*counts.shape, 3) * counts[..., None],
-        "source_token_counts": counts[..., None].expand(-1, -1, 3),
+        "source_token_counts": counts.clamp_min(1)[..., None].expand(-1, -1, 3),
         "source_mask": torch.tensor([[True] * 3, [True, False, True], [False] * 3]),
+        "source_weights": torch.tensor([[0.5, 1.0, 2.0, 0.25]]).expand(pairs, -1),
+        "valid": counts > 0,
+        "rewards": 2 * random(*counts.shape) - 1,
     }
     world, rank = dist.get_world_size(), dist.get_rank()
     world_group = dist.group.WORLD

@@ -14,6 +14,7 @@ from megatron_infifpo.gpu_check.tiny import (  # noqa: F401  (for the tests)
     config,
     save_model,
     save_tokenizer,
+    write_lists,
     write_records,
 )
 
