@@ -3,14 +3,13 @@
 Opening a dataset compares counts and fingerprints; this reads everything, and tokenizes again.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from megatron_infifpo.checks.logprobs import batches, check_counts, check_logprobs, check_weights
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_types
 from megatron_infifpo.records.records import (
@@ -21,13 +20,10 @@ from megatron_infifpo.records.records import (
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.sources import SourcesConfig, check_domains, read_sources
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
-from megatron_infifpo.storage.notes import noted
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.encoding import encode_or_refuse, scored_marks
 from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
 
-BATCH = 256
-_ROUNDING = 1e-6  # of a float64 sum of float32 values, relative
 INITIAL = "initial"
 
 
@@ -98,6 +94,8 @@ def check_data(job: DataJob) -> Iterator[Check]:
     yield attempt("records", read)
     if records:
         yield attempt(f"tokens in {job.data}", lambda: check_tokens(tokens, records))
+        if tokens.listed or tokens.scores is not None:
+            yield attempt(f"responses in {job.data}", lambda: check_responses(tokens, records))
     if job.sources:
         config = read_sources(job.sources)
         yield attempt(job.sources, lambda: _check_domains(config, tokens))
@@ -127,7 +125,7 @@ def read_source_records(tokens: TokenDataset, files: Sequence[str]) -> list[Pref
         UserError: they are gone, or are not the ones.
     """
     paths = list(files) or tokens.manifest["source_files"]
-    records = list(iter_records(paths, on_bad="skip"))
+    records = list(iter_records(paths, on_bad="skip", lists=tokens.listed))
     found = records_fingerprint(records)
     if found != tokens.records_sha256:
         raise UserError(
@@ -145,7 +143,7 @@ def check_tokens(tokens: TokenDataset, records: Sequence[PreferenceRecord]) -> s
         UserError: something differs; names the record.
     """
     tokenizer = ChatTokenizer.reopen(tokens.manifest["tokenizer"])
-    for start, batch in _batches(records, f"tokenize for {tokens.prefix}"):
+    for start, batch in batches(records, f"tokenize for {tokens.prefix}"):
         for index, (record, again) in enumerate(
             zip(batch, encode_or_refuse(batch, tokenizer), strict=True), start
         ):
@@ -163,8 +161,8 @@ def _same(tokens: TokenDataset, index: int, again: TokenizedRecord | str) -> boo
     """Whether a stored record is what its text gives: tokens and marks, or a refusal."""
     if isinstance(again, str):
         return bool(tokens.masked_records[index])
-    stored = tokens.record(index)
-    return all(np.array_equal(a, b) for a, b in zip(_arrays(stored), _arrays(again), strict=True))
+    here, there = _arrays(tokens.record(index)), _arrays(again)
+    return len(here) == len(there) and all(map(np.array_equal, here, there))
 
 
 def _arrays(tokens: TokenizedRecord) -> list[np.ndarray]:
@@ -173,70 +171,45 @@ def _arrays(tokens: TokenizedRecord) -> list[np.ndarray]:
     return [tokens.prompt_ids, *tokens.response_ids, *marks]
 
 
-def check_logprobs(store: LogprobStore, tokens: TokenDataset, *, initial: bool = False) -> str:
-    """Read every value: finite, at most 0, and adding up to the sums that training reads.
+def check_responses(tokens: TokenDataset, records: Sequence[PreferenceRecord]) -> str:
+    """Compare every score with the records', and count responses.
 
     Raises:
-        UserError: one is not; names the record.
+        UserError: another score; names the record.
     """
-    store.check_against(tokens, same_tokenizer=initial)
-    masked = int(store.masked_records.sum())
-    summary = f"{len(store)} records, {masked} of them masked"
-    if not store.has_values:
-        return f"{summary}; sums only"
-    for index in tqdm(range(len(store)), desc=f"values of {store.prefix}", leave=False):
-        if store.masked(index):
-            continue
-        for response, total in enumerate(store.sums(index)):
-            values = store.logprobs(index, response)
-            added = values.sum(dtype=np.float64)
-            if (
-                not np.isfinite(values).all()
-                or values.max() > 0
-                or not np.isclose(added, total, rtol=_ROUNDING, atol=_ROUNDING)
-            ):
-                raise UserError(
-                    f"record {tokens.ids(index)!r}: {store.responses[response]!r} adds up to "
-                    f"{added} in {store.prefix}.bin, expected {total} by {store.prefix}_sums.npy, "
-                    "of finite values of at most 0: the files were changed or damaged"
-                )
-    return f"{summary}; all values add up"
-
-
-def check_counts(store: LogprobStore, records: Sequence[PreferenceRecord]) -> str:
-    """Tokenize every record for the model again, and compare the number of tokens.
-
-    Raises:
-        UserError: another number of tokens; names the record.
-    """
-    description = store.manifest["tokenizer"]
-    if description["path"] is None:
-        return "imported: its tokenizer is unknown"
-    tokenizer = ChatTokenizer.reopen(description)
-    known = ~noted(store.manifest["notes"], len(store), f"{store.prefix}.json")
-    compared = 0
-    for start, batch in _batches(records, f"tokenize for {store.prefix}"):
-        whole = [(i, r) for i, r in enumerate(batch, start) if known[i]]
-        encoded = encode_or_refuse([record for _, record in whole], tokenizer)
-        for (index, record), again in zip(whole, encoded, strict=True):
-            if isinstance(again, str):
-                raise UserError(f"{store.prefix} has scored record {record.id!r}, but {again}")
-            marks = scored_marks(again.response_ids, again.scored)
-            expected = [int(mark.sum()) for mark in marks]
-            if store.counts(index).tolist() != expected:
-                raise UserError(
-                    f"record {record.id!r}: {store.prefix} has log-probs of "
-                    f"{store.counts(index).tolist()} tokens, but its tokenizer gives {expected}: "
-                    "score it again"
-                )
-            compared += 1
-    return f"{compared} records have the tokens of {description['path']}"
+    counts = np.array([len(record.responses) for record in records])
+    scores = np.full((len(records), len(tokens.responses)), np.nan)
+    for row, record in zip(scores, records, strict=True):
+        if record.scores is not None:
+            row[: len(record.scores)] = record.scores
+    known = np.isfinite(scores)
+    stored = np.full_like(scores, np.nan) if tokens.scores is None else tokens.scores
+    other = ((scores != stored) & (known | np.isfinite(stored))).any(axis=1)
+    if other.any():
+        index = int(other.argmax())
+        found, given = (table[index, : counts[index]].tolist() for table in (stored, scores))
+        raise UserError(
+            f"record {tokens.ids(index)!r} ({other.sum()} such records) has the scores {found} in "
+            f"{tokens.prefix}, expected {given} as in the records: prepare them again (log-probs "
+            "stay as they are)"
+        )
+    cut = sum(sum(record.cut) for record in records)
+    return (
+        f"{counts.min()} to {counts.max()} a record, median {np.median(counts):g}; "
+        f"{known.sum() / counts.sum():.1%} of {counts.sum()} with a score, "
+        f"{cut / counts.sum():.1%} cut"
+    )
 
 
 def _check_domains(config: SourcesConfig, tokens: TokenDataset) -> str:
-    """Check the sources' domains."""
+    """Check the sources' domains; say what they weigh where somebody weighs them."""
     check_domains(config, tokens.domains)
-    return f"{len(config.sources)} sources, domains {', '.join(tokens.domains)}"
+    found = f"{len(config.sources)} sources, domains {', '.join(tokens.domains)}"
+    if set(config.weights) == {1.0}:
+        return found
+    names = (*(source.name for source in config.sources), "initial pivot")
+    weights = (f"{name} {weight:g}" for name, weight in zip(names, config.weights, strict=True))
+    return f"{found}, weights {', '.join(weights)}"
 
 
 def _check_model(
@@ -253,28 +226,13 @@ def _check_model(
     if records:
         yield attempt(f"{name}, tokens", lambda: check_counts(store, records))
     if model is not None:
-        yield attempt(f"{name}, weights", lambda: _check_weights(store, model))
-
-
-def _check_weights(store: LogprobStore, model: str) -> str:
-    """Compare the fingerprint of a model's weights."""
-    from megatron_infifpo.convert.fingerprint import weights_fingerprint
-
-    expected = store.manifest["weights_sha256"]
-    if expected is None:
-        return "imported: its weights are unknown"
-    found = weights_fingerprint(model)
-    if found != expected:
-        raise UserError(
-            f"{model} has weights of fingerprint {found[:12]}, but {store.prefix} was scored with "
-            f"{expected[:12]}: score it again"
-        )
-    return f"{model}, fingerprint {found[:12]}"
+        yield attempt(f"{name}, weights", lambda: check_weights(store, model))
 
 
 def _check_run(run: Path, job: DataJob) -> str:
     """Compare the data with what a run says that it is made of."""
-    from megatron_infifpo.training.provenance import data_identity, differences, read_run
+    from megatron_infifpo.training.identity import data_identity, differences
+    from megatron_infifpo.training.provenance import read_run
 
     found = read_run(run)
     if found is None:
@@ -287,13 +245,3 @@ def _check_run(run: Path, job: DataJob) -> str:
     if changes:
         raise UserError(f"it was made of other data: {'; '.join(changes)}")
     return f"{len(found['attempts'])} attempts on these data"
-
-
-def _batches(
-    records: Sequence[PreferenceRecord], title: str
-) -> Iterator[tuple[int, tuple[PreferenceRecord, ...]]]:
-    """Batches of records with the index of their first one, under a progress bar."""
-    with tqdm(total=len(records), desc=title, leave=False) as bar:
-        for number, batch in enumerate(itertools.batched(records, BATCH)):
-            yield number * BATCH, batch
-            bar.update(len(batch))

@@ -5,19 +5,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_types
+from megatron_infifpo.losses.lists import deviation
 from megatron_infifpo.methods import METHODS, Method, resolve
 from megatron_infifpo.records.records import iter_records
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.reference import value
 from megatron_infifpo.references.sources import read_sources
+from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset, PreferencePair
 from megatron_infifpo.tokens.encoding import scored_marks
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
-from megatron_infifpo.training.objective import pair_losses
+from megatron_infifpo.training.objective import loss_arguments, pair_losses
 
 EDGE = 6  # tokens shown on each side of a border
 
@@ -52,7 +55,7 @@ class InspectionJob:
         """
         check_types(self)
         if self.sources is None:
-            # A preset says how many responses are shown, too.
+            # A preset says which responses are used, too.
             changed = all(self.method != resolve(name) for name in METHODS)
             for given, what in ((self.tokens, "--tokens"), (changed, "an option of the method")):
                 if given:
@@ -84,36 +87,51 @@ def inspect_record(job: InspectionJob) -> Iterator[str]:
     pair = dataset[index]
     yield f"record {job.id!r}, index {index}, domain {dataset.tokens.domain(index)}"
     if dataset.tokens.masked_records[index]:
-        yield f"masked: {dataset.tokens.note(index)}; training leaves this pair out"
+        yield f"masked: {dataset.tokens.note(index)}; training leaves this record out"
         return
     for remark in dataset.tokens.remarks(index):
         yield f"remark: {remark}"
-    yield from _tokens(pair, dataset.tokens.responses[: method.responses], tokenizer)
+    missing = next((why for why, holds in dataset.lacking.items() if holds[index]), None)
+    unused = set(range(len(dataset.tokens.responses))) - set(dataset.columns[index].tolist())
+    yield from _tokens(dataset, index, tokenizer, unused if missing is None else set())
+    if missing is not None:
+        yield f"\nno response is used: {missing}; training leaves this record out"
+    elif dataset.tokens.listed:
+        yield f"\nused, in this order: {', '.join(dataset.names(index))}"
     if dataset.initial is not None:
         yield from _models_table(dataset, pair)
         if job.tokens:
             yield from _scored_tokens(dataset, index, job.trust_remote_code)
-        yield from _reference(dataset, pair, method)
+        if missing is None:
+            yield from _reference(dataset, pair, method)
 
 
 def _tokens(
-    pair: PreferencePair, names: tuple[str, ...], tokenizer: ChatTokenizer
+    dataset: PreferenceDataset, index: int, tokenizer: ChatTokenizer, unused: set[int]
 ) -> Iterator[str]:
-    """Prompt and responses decoded, and the ids around each border."""
-    hf = tokenizer.tokenizer
+    """Prompt and responses decoded, what is known of each, and the ids around each border."""
+    hf, record = tokenizer.tokenizer, dataset.tokens.record(index)
 
     def ids(part: np.ndarray) -> str:
         return " ".join(f"{i}:{hf.decode([i])!r}" for i in part.tolist())
 
-    yield f"\nprompt, {len(pair.prompt_ids)} tokens, not scored:"
-    yield hf.decode(pair.prompt_ids.tolist())
-    marks = scored_marks(pair.response_ids, pair.scored)
-    for name, response, mark in zip(names, pair.response_ids, marks, strict=True):
-        yield f"\n{name}, {len(response)} tokens, {int(mark.sum())} of them scored:"
+    yield f"\nprompt, {len(record.prompt_ids)} tokens, not scored:"
+    yield hf.decode(record.prompt_ids.tolist())
+    marks = scored_marks(record.response_ids, record.scored)
+    for r, (response, mark) in enumerate(zip(record.response_ids, marks, strict=True)):
+        known = [f"{len(response)} tokens", f"{int(mark.sum())} of them scored"]
+        if dataset.tokens.scores is not None:
+            score = dataset.tokens.scores[index, r]
+            known.append("no score" if np.isnan(score) else f"score {score:g}")
+        if not mark[-1]:
+            known.append("cut, without its end of turn")
+        if r in unused:
+            known.append("not used")
+        yield f"\n{dataset.tokens.responses[r]}, {', '.join(known)}:"
         yield hf.decode(response.tolist())
         for number, part in enumerate(_unscored_parts(response, mark), 1):
             yield f"  not scored, {number}: {hf.decode(part.tolist())!r}"
-        yield f"  border: ... {ids(pair.prompt_ids[-EDGE:])}  |  {ids(response[:EDGE])} ..."
+        yield f"  border: ... {ids(record.prompt_ids[-EDGE:])}  |  {ids(response[:EDGE])} ..."
         yield f"  end:    ... {ids(response[-EDGE:])}"
 
 
@@ -149,6 +167,8 @@ def _models_table(dataset: PreferenceDataset, pair: PreferencePair) -> Iterator[
             note = "masked: its domains do not include this record's"
         sums, counts = store.sums(pair.index), store.counts(pair.index)
         for response, total, count in zip(store.responses, sums, counts, strict=True):
+            if not count:
+                continue  # the list is shorter
             line = f"{name:<24}{response:<14}{total:>12.4f}{count:>8}{total / count:>10.4f}"
             yield f"{line}  {note}" if note else line
 
@@ -171,7 +191,7 @@ def _scored_tokens(
 ) -> Iterator[str]:
     """Each model's prompt and response tokens: `[not scored]`, or with the log-prob."""
     files, record_id = dataset.tokens.manifest["source_files"], dataset.tokens.ids(index)
-    records = iter_records(files, on_bad="skip")
+    records = iter_records(files, on_bad="skip", lists=dataset.tokens.listed)
     record = next((r for r in records if r.id == record_id), None)
     if record is None:
         raise UserError(f"--tokens needs the record's text, but {record_id!r} is not in {files}")
@@ -193,7 +213,7 @@ def _scored_tokens(
         if (shown := decode(tokens.prompt_ids.tolist())) != rendered.prompt:
             yield f"its tokens read: {shown}"
         marks = scored_marks(tokens.response_ids, tokens.scored)
-        for r, (response, mark) in enumerate(zip(store.responses, marks, strict=True)):
+        for r, (response, mark) in enumerate(zip(record.names, marks, strict=True)):
             values = iter(store.logprobs(index, r).tolist())
             shown = []
             for token, scored in zip(tokens.response_ids[r].tolist(), mark.tolist(), strict=True):
@@ -213,7 +233,7 @@ def _reference(dataset: PreferenceDataset, pair: PreferencePair, method: Method)
     """Each source's clipped value and share, the reference, and the first loss."""
     assert dataset.initial is not None
     if dataset.initial.masked(pair.index):
-        yield "\nno reference: the initial pivot has no log-probs; training leaves this pair out"
+        yield "\nno reference: the initial pivot has no log-probs; training leaves this record out"
         return
     if method.reference is None:
         yield "\nno reference: SFT"
@@ -224,10 +244,11 @@ def _reference(dataset: PreferenceDataset, pair: PreferencePair, method: Method)
     yield f"\nreference at step 0: {method.reference}, {compared}, {method.objective}'s loss"
     yield f"{'response':<14}{'source':<24}{'value':>12}{'clipped to':>12}{'share':>8}"
     sources = value(row, means=method.length_normalization).sources
-    names = dataset.source_names if method.fused else ()
-    for r, response in enumerate(dataset.tokens.responses[: method.responses]):
+    sources_used = dataset.source_names if method.fused else ()
+    names = dataset.names(pair.index)
+    for r, response in enumerate(names):
         own = initial[0, r].item()
-        for m, name in enumerate(names):
+        for m, name in enumerate(sources_used):
             if not row["source_mask"][0, m]:
                 yield f"{response:<14}{name:<24}{'masked':>12}"
                 continue
@@ -239,4 +260,21 @@ def _reference(dataset: PreferenceDataset, pair: PreferencePair, method: Method)
             share = fused.weights[0, r, -1].item()
             yield f"{response:<14}{'initial pivot':<24}{own:>12.4f}{'-':>12}{share:>8.3f}"
         yield f"{response:<14}{'reference':<24}= {fused.logps[0, r]:.4f} (initial pivot {own:.4f})"
+    if method.loss is not None and method.loss.residuals is not None:
+        arguments = loss_arguments(method, row, 0.0)
+        found = method.loss.residuals(initial, fused.logps, **arguments)
+        yield from _residuals(row, names, found, rewarded="rewards" in method.reads)
     yield f"loss {losses.item():.4f}"
+
+
+def _residuals(
+    row: Row, names: tuple[str, ...], residuals: Tensor, *, rewarded: bool
+) -> Iterator[str]:
+    """What a loss of lists makes equal for all responses: residuals `[1, R]`, with the rewards."""
+    yield "\nresidual: the same number for all responses where the loss is lowest"
+    yield f"{'response':<14}{'reward':>12}{'residual':>12}"
+    for r, response in enumerate(names):
+        reward = f"{row['rewards'][0, r]:.4f}" if rewarded else "-"
+        yield f"{response:<14}{reward:>12}{residuals[0, r]:>12.4f}"
+    spread = deviation(residuals, row["valid"]).item()
+    yield f"{'spread':<14}{'':>12}{spread:>12.4f}"
