@@ -45,10 +45,15 @@ def print_summary(tokens: "TokenDataset") -> None:
     """Print counts, masked records, domains and percentiles of lengths."""
     import numpy as np
 
+    from megatron_infifpo.references.summary import list_sizes
+
     kept = ~tokens.masked_records
     responses = tokens.response_lengths[kept]
     lengths = {"prompt": tokens.prompt_lengths[kept]}
-    lengths |= {name: responses[:, column] for column, name in enumerate(tokens.responses)}
+    if tokens.listed:
+        lengths["response"] = responses[responses > 0]
+    else:
+        lengths |= {name: responses[:, column] for column, name in enumerate(tokens.responses)}
     lengths["prompt + longest"] = lengths["prompt"] + responses.max(axis=1)
     prompts, replied, scored = (
         int(part.sum(dtype=np.int64))
@@ -59,6 +64,8 @@ def print_summary(tokens: "TokenDataset") -> None:
         f"{tokens.prefix}: {len(tokens)} records, {prompts + replied} tokens, {replied} of "
         f"responses{unscored}"
     )
+    if tokens.listed:
+        print(list_sizes(responses))
     for reason, count in tokens.manifest["note_counts"].items():
         print(f"masked, in their place but without tokens: {count} records: {reason}")
     for remark, count in tokens.manifest["remark_counts"].items():

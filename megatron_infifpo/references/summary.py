@@ -8,7 +8,9 @@ from megatron_infifpo.references.logprob_store import LogprobStore
 
 
 def print_summary(store: LogprobStore, domains: Sequence[str]) -> None:
-    """Print what was scored: records, masked ones, response tokens, mean log-prob, preference.
+    """Print what was scored: records, masked ones, response tokens, mean log-prob.
+
+    Of pairs it says which response the model prefers, of lists how many responses there are.
 
     Args:
         store: the finished dataset of N records.
@@ -17,23 +19,35 @@ def print_summary(store: LogprobStore, domains: Sequence[str]) -> None:
     print(f"\n{store.manifest['model']} -> {store.prefix}")
     print(
         f"{'domain':<12}{'records':>9}{'masked':>8}{'tokens':>12}"
-        f"{'mean log-prob':>15}{'prefers chosen':>16}"
+        f"{'mean log-prob':>15}{'responses' if store.listed else 'prefers chosen':>16}"
     )
     names, codes = np.unique(np.array(domains), return_inverse=True)
     for code, name in enumerate(names):
         print(_line(name, store, codes == code))
     print(_line("all", store, codes >= 0))
+    if store.listed and not store.masked_records.all():
+        print(list_sizes(store.token_counts[~store.masked_records]))
     for kind in ("note", "remark"):
         for text, count in store.manifest[f"{kind}_counts"].items():
             print(f"{kind} on {count} records: {text}")
 
 
+def list_sizes(lengths: np.ndarray) -> str:
+    """Say how many lists of which sizes there are: lengths `[N, R]`, 0 of what a list lacks."""
+    sizes = np.unique((lengths > 0).sum(axis=1), return_counts=True)
+    found = zip(*sizes, strict=True)
+    return "lists: " + ", ".join(f"{count} of {size} responses" for size, count in found)
+
+
 def _line(title: str, store: LogprobStore, inside: np.ndarray) -> str:
     scored = inside & ~store.masked_records
     sums, counts = store.all_sums[scored], store.token_counts[scored]
-    means = sums / counts
     total, tokens, kept = float(sums.sum()), int(counts.sum(dtype=np.int64)), int(scored.sum())
     mean = f"{total / tokens:.3f}" if kept else "-"
-    share = f"{(means[:, 0] > means[:, 1]).mean():.1%}" if kept else "-"
     masked = int(inside.sum()) - kept
-    return f"{title:<12}{inside.sum():>9}{masked:>8}{tokens:>12}{mean:>15}{share:>16}"
+    if store.listed:
+        last = str((counts > 0).sum())
+    else:
+        means = sums / counts
+        last = f"{(means[:, 0] > means[:, 1]).mean():.1%}" if kept else "-"
+    return f"{title:<12}{inside.sum():>9}{masked:>8}{tokens:>12}{mean:>15}{last:>16}"
