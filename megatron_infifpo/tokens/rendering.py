@@ -7,7 +7,8 @@ Each conversation of a record is rendered once, and its prompt where it cannot b
   text of every reply of the record (an empty think block).
 - Where the generation prompt opens a block that a finished reply does not have, the prompt ends
   before that block.
-- The reply ends with the end of turn that the template writes; it may write none.
+- The reply ends with the end of turn that the template writes; it may write none. Of a reply that
+  was cut it is there, but not scored: the model has not said it.
 - What cannot be placed in the rendered text is refused, never guessed.
 """
 
@@ -130,9 +131,10 @@ class Renderer:
             for reply, text in zip(replies, texts, strict=True):
                 _check_written([*prompt, *reply], text)
             asked = self._asked(record, texts[0], replies[0])
+            cuts = record.cut or (False,) * len(replies)
             wholes = [
-                self._whole(record, reply, text, asked, notes)
-                for reply, text in zip(replies, texts, strict=True)
+                self._whole(record, reply, text, asked, notes, cut)
+                for reply, text, cut in zip(replies, texts, cuts, strict=True)
             ]
         except RewrittenError as error:
             raise RefusedRecordError(record.id, str(error), self.template.path) from None
@@ -191,10 +193,13 @@ class Renderer:
         text: str,
         asked: str,
         notes: dict[str, None],
+        cut: bool,
     ) -> Whole:
         """Find where the reply of a rendered conversation may begin and what of it is scored."""
         habits = self.template.habits(record.template_options)
-        end = last_end(text, habits, self._special)
+        end, own_end = (last_end(text, habits, self._special, cut=c) for c in (False, cut))
+        if own_end < end:
+            notes["the end of turn of a response that was cut is not scored"] = None
         users = [i for i, m in enumerate(reply) if m["role"] == "user"]
         first = users[-1] + 1 if users and self.score == "last" else 0
         scored: list[tuple[int, int]] = []
@@ -210,7 +215,7 @@ class Renderer:
             begin = self._begin(text, message, places, habits, notes)
             if i < first:
                 continue
-            finish = end
+            finish = own_end
             if i < len(reply) - 1:
                 until = self._render(record, reply[: i + 1])
                 finish = earlier_end(text, places[-1], message, until, habits, self._special)

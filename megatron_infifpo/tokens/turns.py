@@ -94,17 +94,18 @@ def asked_before(text: str, message: Message, habits: Habits) -> str | None:
     return None
 
 
-def last_end(text: str, habits: Habits, special: SpecialText) -> int:
-    """Return where the last turn ends, its end of turn included.
+def last_end(text: str, habits: Habits, special: SpecialText, *, cut: bool = False) -> int:
+    """Return where the last turn ends: behind its end of turn, which is not its own if it was cut.
 
     Raises:
         RewrittenError: it does not end as replies do.
     """
     if text.endswith(habits.tail):
-        return len(text) - len(habits.tail) + len(habits.end_of_turn)
+        return len(text) - len(habits.tail) + (0 if cut else len(habits.end_of_turn))
     stripped = text.rstrip()
-    if any(stripped.endswith(name) for name in special.names):
-        return len(stripped)  # a call of a tool may end otherwise than a reply
+    ends = [name for name in special.names if stripped.endswith(name)]
+    if ends:  # a call of a tool may end otherwise than a reply
+        return len(stripped) - (len(max(ends, key=len)) if cut else 0)
     raise RewrittenError(f"it does not end the reply with {habits.end_of_turn!r}")
 
 

@@ -2,20 +2,18 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import PreferenceRecord, reply
 from megatron_infifpo.tokens.chat_template import RefusedRecordError
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
+from support import templates
 from support.datasets import CHATML, byte_tokenizer
+from support.templates import FOLDER, NAMES
 
-FOLDER = Path(trl.__file__).parent / "chat_templates"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 USER: dict[str, Any] = {"role": "user", "content": "What is 2+2?"}
 CALL: dict[str, Any] = {
     "role": "assistant",
@@ -72,16 +70,7 @@ TAILS = ("", " ", "\n", "\n</s>", "<|END_OF_TURN_TOKEN|>")  # what nothing predi
 
 @pytest.fixture(scope="module")
 def chats():
-    """Every template with one vocabulary, which has its special tokens."""
-    found = {}
-    for name in NAMES:
-        text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-        hf = byte_tokenizer(text)
-        special = re.findall(r"<[|｜][^<>'\"\s]*?[|｜]?>|<\w+[|]>|<(?:start|end)_of\w+>", text)
-        hf.add_special_tokens({"additional_special_tokens": sorted(set(special))})
-        hf.add_tokens(["<think>", "</think>"])
-        found[name] = ChatTokenizer(hf, name)
-    return found
+    return {name: templates.chat(name) for name in NAMES}
 
 
 def record(chosen, tools=()):
