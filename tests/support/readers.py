@@ -21,6 +21,7 @@ from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.sources import check_domains, read_sources
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.tokens.dataset import TokenDataset
+from megatron_infifpo.tokens.measured import MeasuredResponse, read_measured, write_measured
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 from megatron_infifpo.tokens.writer import write_token_dataset
 from megatron_infifpo.training.identity import differences
@@ -112,6 +113,7 @@ READERS = {
     "safetensors": Reader(("hf/model.safetensors",), read_safetensors),
     "checkpoint": Reader(("pivot/*.txt", "pivot/release/*", "pivot/release/.*"), read_checkpoint),
     "run.json": Reader(("run.json",), read_run_file, text=True),
+    "measured": Reader(("measured",), lambda f: read_measured(f / "measured"), text=True),
 }
 
 
@@ -180,6 +182,9 @@ def write_good_files(folder: Path) -> None:
         "initial: logprobs\nsources:\n  - name: a\n    logprobs: logprobs\n"
         "    domains: [code]\n    score: {model: models/a, bf16: true}\n"
     )
+    ids = np.arange(1, 6, dtype=np.int32)
+    sampled = MeasuredResponse("a", ids, ids[:3], np.linspace(-2, 0, 3, dtype=np.float32), "m")
+    write_measured(folder / "measured", [sampled] * 3)
     import_checkpoint(folder / "hf", folder / "pivot")
     identity = {"seed": 1, "seq_length": 8, "method": {"beta": 0.1}, "data": {"a": "b"}}
     attempt = {"iteration": "0", "files": {}, "command": ["train"]}
