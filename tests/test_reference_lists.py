@@ -29,15 +29,15 @@ def fuse(sources: Tensor, initial: Tensor | None = None, **options: Any) -> Fuse
 
 def test_given_weights():
     sources = torch.tensor([[[-1.0, -2.0], [-4.0, -8.0]], [[-3.0, -1.0], [0.0, -1.0]]]).double()
-    weights = torch.tensor([0.9, 2.1]).double()  # 0.3 and 0.7
+    weights = torch.tensor([0.9, 2.1], dtype=torch.float64)  # 0.3 and 0.7
     options: Any = {"preferred": torch.tensor([True, False])}
     fused = fuse(sources, source_weights=weights, **options)
-    expected = torch.tensor([[-1.7, -6.8], [-1.6, -0.7]]).double()
+    expected = torch.tensor([[-1.7, -6.8], [-1.6, -0.7]], dtype=torch.float64)
     torch.testing.assert_close(fused.logps, expected, atol=1e-15, rtol=0)
     each = torch.stack([weights, weights.flip(0)])
     other = fuse(sources, source_weights=each, **options)
     assert torch.equal(other.logps[0], fused.logps[0])
-    torch.testing.assert_close(other.logps[1], torch.tensor([-2.4, -0.3]).double())
+    torch.testing.assert_close(other.logps[1], torch.tensor([-2.4, -0.3], dtype=torch.float64))
     # Of the second record only the first source takes part; then only one without weight.
     mask = torch.tensor([[True, True], [True, False]])
     torch.testing.assert_close(
