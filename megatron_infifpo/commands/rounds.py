@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sources", metavar="FILE", help="sources.yaml, each with its `score`")
     parser.add_argument("--rounds", type=positive, required=True, help="how many in all")
     parser.add_argument("--steps", type=positive, required=True, help="of training, a round")
-    parser.add_argument("--round-prompts", type=positive, required=True, metavar="N")
+    parser.add_argument(
+        "--round-prompts", type=positive, required=True, metavar="N", help="prompts of a round"
+    )
     parser.add_argument(
         "--count", type=whole(2), help="responses to a prompt (default: %(default)s)"
     )

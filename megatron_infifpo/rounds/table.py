@@ -1,6 +1,7 @@
 """What came of each round: `rounds.jsonl`, a line a round, and a table of it."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from megatron_infifpo.rounds.stages import RoundFolder
 from megatron_infifpo.storage.aside import write_text
 
 CUT = "length"  # the finish reason of a response that was cut
-# Column -> metric of training.
-METRICS = {"loss": "loss", "spread": "residual/spread", "KL initial": "kl/initial"}
+# Column -> metric of training, as the round begins.
+METRICS = {"loss": "loss", "spread": "residual/std", "KL": "kl/initial", "tokens": "length"}
 Row = dict[str, Any]
 
 
@@ -26,7 +27,7 @@ def record_round(job: RoundsJob, here: RoundFolder, seconds: dict[str, float | N
     """
     row: Row = {"round": here.number, **sampled(here)}
     row |= {"records": lines(here.records), "seconds": seconds}
-    row["training"] = training_means(job, here)
+    row["training"] = trained(job, here)
     write_text(here.row, json.dumps(row, indent=1) + "\n")
     write_text(job.output / "rounds.jsonl", "".join(json.dumps(r) + "\n" for r in rows(job)))
     return row
@@ -59,21 +60,26 @@ def sampled(here: RoundFolder) -> Row:
     return {"prompts": prompts, "responses": responses, "cut": cut, "reward": reward}
 
 
-def training_means(job: RoundsJob, here: RoundFolder) -> dict[str, float]:
-    """Return the mean of each metric over the steps of the round, of those that are numbers."""
+def trained(job: RoundsJob, here: RoundFolder) -> dict[str, dict[str, float]]:
+    """Return the metrics of training: at the round's first step, and the means over its steps.
+
+    At the first step responses are the policy's own, so that `kl/initial` estimates the KL there.
+    """
     from megatron_infifpo.report.collect import read_curves
 
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)
     start = here.number * job.steps if job.carried else 0
+    found: dict[str, dict[str, float]] = {"first": {}, "mean": {}}
     try:
         curves = read_curves(here.checkpoint / "tensorboard")
     except UserError:  # the user's --tensorboard-dir is another one
-        return {}
-    means = {}
+        return found
     for name, (steps, values, _) in curves.items():
         inside = values[(steps > start) & (steps <= start + job.steps)]
-        if len(inside) and math.isfinite(inside.mean()):
-            means[name] = float(inside.mean())
-    return means
+        if len(inside) and math.isfinite(inside.sum()):
+            found["first"][name] = float(inside[0])
+            found["mean"][name] = float(inside.mean())
+    return found
 
 
 def lines(path: Path) -> int:
@@ -85,7 +91,9 @@ def lines(path: Path) -> int:
 def table(rows: list[Row]) -> str:
     """Return a table of rounds, with the columns that one of them has."""
     metrics = {
-        name: tag for name, tag in METRICS.items() if any(tag in r["training"] for r in rows)
+        name: tag
+        for name, tag in METRICS.items()
+        if any(tag in r["training"]["first"] for r in rows)
     }
     stages = list(dict.fromkeys(stage for row in rows for stage in row["seconds"]))
     heads = ["round", "prompts", "records", "cut", "reward", *metrics]
@@ -93,7 +101,7 @@ def table(rows: list[Row]) -> str:
     cells = [heads]
     for row in rows:
         share = row["cut"] / max(row["responses"], 1)
-        numbers = [row["reward"], *(row["training"].get(tag) for tag in metrics.values())]
+        numbers = [row["reward"], *(row["training"]["first"].get(tag) for tag in metrics.values())]
         times = [row["seconds"].get(stage) for stage in stages]
         cells.append(
             [str(row["round"]), str(row["prompts"]), str(row["records"]), f"{share:.0%}"]
