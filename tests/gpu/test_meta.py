@@ -118,14 +118,21 @@ def test_output_processor():
     assert gradient(hidden).is_meta
 
 
-def row_of(responses: int, *, shared: bool = False, sources: int = 3) -> dict:
-    """A collated row of four pairs on the device, indices aside, as training hands it on."""
+def row_of(responses: int | None, *, shared: bool = False, sources: int = 3) -> dict:
+    """A collated row of four pairs on the device, indices aside, as training hands it on.
+
+    None: lists of 4, 4, 4 and 2 responses, with rewards.
+    """
+    lists, responses = responses is None, responses or 4
     rng = np.random.default_rng(0)
     pairs = [
         PreferencePair(
             i,
             rng.integers(0, 90, 4),
-            tuple(rng.integers(0, 90, 3 + r) for r in range(responses)),
+            tuple(
+                rng.integers(0, 90, 0 if lists and i == 3 and r >= 2 else 3 + r)
+                for r in range(responses)
+            ),
             i % 2,
             PairValues(
                 np.zeros(responses, np.float32),
@@ -134,6 +141,7 @@ def row_of(responses: int, *, shared: bool = False, sources: int = 3) -> dict:
                 np.ones(sources, bool),
                 np.ones(sources + 1, np.float32),
             ),
+            rewards=rng.random(responses, np.float32) if lists else None,
         )
         for i in range(4)
     ]
@@ -159,7 +167,7 @@ def loss_of(monkeypatch):
         )
         step = training_step.TrainingStep(run, data)
         with torch.utils._python_dispatch._disable_current_modes():  # collating is the host's
-            row = row_of(method.responses or 2)
+            row = row_of(method.responses)
         logprobs = random(row["target_ids"].numel(), grad=True)
         loss, count, metrics = step.loss(row, logprobs)
         loss.backward()
@@ -182,8 +190,20 @@ def test_methods(loss_of, name):
 def test_losses(loss_of, objective):
     needed = [n for n, o in LOSSES[objective].options.items() if o.required and o.default is None]
     options = dict.fromkeys(needed, 0.1)
+    if LOSSES[objective].responses is None:
+        for clip in (False, "rewards" in LOSSES[objective].reads):
+            loss_of(resolve("infifpo", objective=objective, clip=clip, **options))
+        return
     loss_of(resolve("infifpo-wrpo" if objective == "wrpo" else "infifpo", objective=objective,
                     sft_weight=0.5, **options))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("fuserlhf", {"reward_normalization": "group", "clip": True}), ("pad", {"divergence": "jsd"})],
+)
+def test_options_of_lists(loss_of, name, options):
+    loss_of(resolve(name, **options))
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
