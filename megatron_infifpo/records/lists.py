@@ -74,7 +74,7 @@ def check_count(responses: Sequence[Any], name: str) -> None:
     """Refuse lists that leave nothing to compare."""
     if len(responses) < 2:
         raise BadRecordError(
-            f"found {len(responses)} responses in {name!r}, expected at least 2; "
+            f"field {name!r} is a list of {len(responses)}, expected at least 2 responses; "
             "--on-bad-record skip leaves such records out"
         )
 
@@ -85,9 +85,9 @@ def column(value: dict[str, Any], name: str, count: int) -> list[Any]:
     if found is None:
         return [None] * count
     if not isinstance(found, list) or len(found) != count:
-        length = f"{len(found)} entries" if isinstance(found, list) else kind(found)
+        is_there = f"a list of {len(found)}" if isinstance(found, list) else kind(found)
         raise BadRecordError(
-            f"field {name!r} is {length}, expected a list with one entry for each of the {count} "
+            f"field {name!r} is {is_there}, expected a list with one entry for each of the {count} "
             "responses"
         )
     return found

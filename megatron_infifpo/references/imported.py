@@ -133,7 +133,7 @@ def _responses(
     if record.listed:
         entries, count = raw.value.get("responses"), len(record.responses)
         if not isinstance(entries, list) or len(entries) != count:
-            found = f"{len(entries)} entries" if isinstance(entries, list) else kind(entries)
+            found = f"a list of {len(entries)}" if isinstance(entries, list) else kind(entries)
             raise UserError(
                 f"{raw.where}: 'responses' of record {record.id!r} is {found}, expected a list "
                 f"with one entry for each of its {count} responses"
