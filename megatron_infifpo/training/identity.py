@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any
 
+from megatron_infifpo.reference import FUSIONS
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.training.resharding import KEPT
@@ -25,20 +26,31 @@ def identity(run: Run, train: PreferenceDataset) -> dict[str, Any]:
         "clip_grad": arguments["clip_grad"],
         "optimizer": {name: arguments[name] for name in KEPT},
         SCHEDULE_KEY: schedule_identity(arguments),
-        "data": data_identity(train),
+        "data": data_identity(train, rewards="rewards" in method.reads),
     }
+    if train.references is not None and "source_weights" in FUSIONS[method.fusion].reads:
+        names = (*train.source_names, "initial")
+        weights = [float(str(weight)) for weight in train.references.weights]  # 0.3, as given
+        found["source_weights"] = dict(zip(names, weights, strict=True))
     if method.several_pairs:
         found["micro_batch_size"] = run.batch.micro
     return found
 
 
-def data_identity(dataset: PreferenceDataset) -> dict[str, Any]:
-    """What the pairs, their tokens and their log-probs are."""
+def data_identity(dataset: PreferenceDataset, *, rewards: bool = False) -> dict[str, Any]:
+    """What the records, their tokens and their log-probs are; scores where they matter.
+
+    Args:
+        dataset: the records.
+        rewards: the loss reads them. Of a list they also choose the best response and the worst.
+    """
     manifest = dataset.tokens.manifest
     found: dict[str, Any] = {name: manifest[name] for name in ("records_sha256", "tokens_sha256")}
     found |= {
         name: manifest["tokenizer"][name] for name in ("tokenizer_sha256", "chat_template_sha256")
     }
+    if rewards or dataset.tokens.listed:
+        found["scores_sha256"] = manifest.get("scores_sha256")
     if dataset.references is not None:
         found["initial"] = _logprobs(dataset.references.initial.store)
         found["sources"] = {

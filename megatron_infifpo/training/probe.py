@@ -26,7 +26,7 @@ class Difference:
 
     Attributes:
         index: of the record.
-        response: index of the response.
+        response: index of the response, of those that are used.
         now: float32 `[L]`, log-probs of its tokens.
         initial: the same of the initial pivot, or `[1]`, their mean, where only sums are known.
     """
@@ -130,13 +130,13 @@ def _unpack(group: Sequence[int], output: Tensor, dataset: PreferenceDataset) ->
     """Split a row's log-probs into responses, each beside its initial values."""
     initial = dataset.initial
     assert initial is not None
-    found, counts = [], initial.token_counts[group][:, : dataset.responses]
-    pieces = iter(output.float().split(counts.flatten().tolist()))
-    for index, lengths in zip(group, counts, strict=True):
-        for response, length in enumerate(lengths.tolist()):
-            if initial.has_values:
-                expected = initial.logprobs(index, response)
-            else:
-                expected = np.array([initial.sums(index)[response] / length], np.float32)
-            found.append(Difference(index, response, next(pieces).numpy(), expected))
+    places = [(i, r, c) for i in group for r, c in enumerate(dataset.columns[i]) if c >= 0]
+    lengths = [int(initial.token_counts[index, column]) for index, _, column in places]
+    found, pieces = [], output.float().split(lengths)
+    for (index, response, column), now in zip(places, pieces, strict=True):
+        if initial.has_values:
+            expected = initial.logprobs(index, column)
+        else:
+            expected = np.array([initial.sums(index)[column] / len(now)], np.float32)
+        found.append(Difference(index, response, now.numpy(), expected))
     return found

@@ -11,7 +11,6 @@ from megatron.training import print_rank_0
 from megatron_infifpo.convert.fingerprint import weights_fingerprint
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.losses import CHOSEN, REJECTED
-from megatron_infifpo.records.records import RESPONSES
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.tokens.encoding import scored_marks
 from megatron_infifpo.training.probe import Difference, compare
@@ -86,10 +85,9 @@ def check_initial_logprobs(
     found = compare(run, models, dataset)
     records = len({difference.index for difference in found})
     if start.step > 0:
-        moved = {r: np.mean([d.mean for d in found if d.response == r]) for r in (CHOSEN, REJECTED)}
         print_rank_0(
-            f"reference check: on {records} records the pivot has moved by {moved[CHOSEN]:+.4f} "
-            f"nats a token of chosen and {moved[REJECTED]:+.4f} of rejected responses since step 0"
+            f"reference check: on {records} records the pivot has moved by {moved(found, dataset)} "
+            "responses since step 0"
         )
         return
     tolerance, dtype = run.config.reference_tolerance, run.precision.dtype
@@ -105,6 +103,14 @@ def check_initial_logprobs(
         )
         return
     _complain(run, failure(found, tolerance, dataset, dtype))
+
+
+def moved(found: Sequence[Difference], dataset: PreferenceDataset) -> str:
+    """Say by how much the mean of a response has moved: of chosen and rejected, or of a list's."""
+    if dataset.tokens.listed:
+        return f"{np.mean([one.mean for one in found]):+.4f} nats a token of all"
+    of = [np.mean([d.mean for d in found if d.response == r]) for r in (CHOSEN, REJECTED)]
+    return f"{of[0]:+.4f} nats a token of chosen and {of[1]:+.4f} of rejected"
 
 
 def _complain(run: Run, message: str) -> None:
@@ -140,7 +146,7 @@ def failure(
         pair = dataset[difference.index]
         marks = scored_marks(pair.response_ids, pair.scored)[difference.response]
         ids = pair.response_ids[difference.response][marks]
-        name = RESPONSES[difference.response]
+        name = dataset.names(difference.index)[difference.response]
         lines.append(f"  record {record!r}, {name}, {difference.size:.3g} nats a token")
         lines += shown_tokens(difference, ids)
     lines.append(

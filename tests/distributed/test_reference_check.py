@@ -1,14 +1,18 @@
 """The pivot must give the initial pivot's log-probs, and a run must stay the run that it is."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 
 from megatron_infifpo.storage.documents import Documents
+from megatron_infifpo.tokens.dataset import scores_fingerprint
 from support.launcher import refused
 from support.runs import BOTH, LAYOUTS
+
+PROGRAM = "megatron_infifpo.train"
 
 
 @pytest.fixture
@@ -133,3 +137,68 @@ def test_resume_is_the_same_run(setup, copies, ranks, tmp_path):
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [attempt["iteration"] for attempt in run["attempts"]] == ["0", "2"]
     assert run["identity"]["data"]["sources"].keys() == {"other"}
+
+
+@pytest.mark.parametrize("method, layout", [("fuserlhf", "tp2-pp2"), ("infifpo", "dp2")])
+def test_lists_agree(setup, ranks, tmp_path, method, layout):
+    """All responses of a list, or its best and its worst; a run that goes on says how far it is."""
+    world, flags = LAYOUTS[layout]
+    job = setup.lists
+    sources = job.sources("both", *BOTH)
+    argv = job.flags(sources, "--method", method, *flags, "--save", str(tmp_path / "run"))
+    ranks(world, "support.training:train", [*argv, "--stop-at", "1"])
+    line = next(x for x in ranks.logs[0].splitlines() if x.startswith("reference check:"))
+    assert "records the pivot agrees" in line
+    assert float(line.split("within ")[1].split()[0]) < 1e-4
+    ranks(world, "support.training:train", [*argv, "--stop-at", "2"])
+    assert re.search(r"moved by [-+.\d]+ nats a token of all responses since", ranks.logs[0])
+
+
+def test_a_lists_worst_response_is_named(setup, ranks, tmp_path):
+    """Other values of one response of one record, the last one of a longest list."""
+    job = setup.lists
+    for path in job.folder.glob("[iq][nw]*[._]*"):  # of initial and of qwen
+        shutil.copy(path, tmp_path / path.name)
+    sources = "initial: initial\nsources: [{name: qwen, logprobs: qwen}]\n"
+    (tmp_path / "sources.yaml").write_text(sources)
+    counts = np.load(tmp_path / "initial_counts.npy")
+    record = int((counts > 0).all(axis=1).argmax())
+    last = counts.shape[1] - 1
+    values = np.fromfile(tmp_path / "initial.bin", np.float32)
+    sums = np.load(tmp_path / "initial_sums.npy")
+    sums[record, last] -= counts[record, last]
+    end = int(counts[: record + 1].sum())
+    values[end - counts[record, last] : end] -= 1.0
+    values.tofile(tmp_path / "initial.bin")
+    np.save(tmp_path / "initial_sums.npy", sums)
+    argv = job.flags(tmp_path / "sources.yaml", "--method", "fuserlhf")
+    said = refused(ranks, "megatron_infifpo.train", argv)
+    assert "on 1 of 20 records, by up to 1 nats" in said, said
+    assert f"record 'train-{record}', response_{last}, 1 nats a token" in ranks.logs[0]
+
+
+def test_scores_and_weights_are_of_a_runs_identity(setup, ranks, tmp_path):
+    """A run does not go on with other rewards, or other weights of its sources."""
+    job, data = setup.lists, tmp_path / "data"
+    weighted = "initial: {{logprobs: initial, weight: 0.3}}\nsources:\n" \
+        "  - {{name: qwen, logprobs: qwen, weight: {}}}\n"  # fmt: skip
+    for name, weight in (("sources", 0.7), ("other", 0.6)):
+        (job.folder / f"{name}.yaml").write_text(weighted.format(weight))
+    argv = job.flags(job.folder / "sources.yaml", "--save", str(tmp_path / "run"))
+    argv += ["--method", "fuserlhf", "--next-round"]
+    ranks(1, "support.training:train", [*argv, "--stop-at", "1"])
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
+    assert found["source_weights"] == {"qwen": 0.7, "initial": 0.3}
+    at = argv.index("--preference-sources") + 1
+    other = [*argv[:at], str(job.folder / "other.yaml"), *argv[at + 1 :]]
+    assert "source_weights.qwen is 0.6, but was 0.7" in refused(ranks, PROGRAM, other)
+    for path in job.folder.glob("train*"):
+        shutil.copy(path, tmp_path / path.name.replace("train", "data"))
+    scores = np.load(f"{data}_scores.npy") + 1
+    np.save(f"{data}_scores.npy", scores)
+    manifest = json.loads((tmp_path / "data.json").read_text())
+    manifest["scores_sha256"] = scores_fingerprint(scores)
+    (tmp_path / "data.json").write_text(json.dumps(manifest))
+    argv[argv.index("--preference-data") + 1] = str(data)
+    argv.remove("--next-round")
+    assert "data.scores_sha256 is " in refused(ranks, PROGRAM, argv)
