@@ -139,6 +139,33 @@ def test_loss_that_reads_the_row(more_losses):
         resolve("dpo", objective="by_length", kind="worst")
 
 
+def best_of_list(policy, reference, rewards: torch.Tensor, valid: torch.Tensor, *, beta):
+    logits = torch.where(valid, beta * (policy - reference), -math.inf)
+    best = torch.where(valid, rewards, -math.inf).argmax(dim=1)
+    return -logits.log_softmax(dim=1).gather(1, best[:, None])[:, 0]
+
+
+def test_new_loss_of_a_list(monkeypatch):
+    """It reads the row at its parameters, before the star as behind it, and can be clipped for."""
+    monkeypatch.setitem(LOSSES, "best_of_list", Loss(best_of_list, responses=None))
+    method = parse("--objective", "best_of_list", "--beta", "1", "--margin-anchor", "initial")
+    assert method.responses is None and method.clip and method.most_responses is None
+    assert dict(method.reads) == {"rewards": True, "valid": True}
+    valid = torch.tensor([[True, True, False], [True] * 3])
+    row = row_of(3, valid=valid, ended=valid, rewards=torch.tensor([[0.1, 0.2, 9], [3.0, 2, 1]]))
+    row["source_sum_logps"] = row["source_sum_logps"] - 1  # -2: it may lower the worse ones only
+    policy = torch.tensor([[-1.0, -1.0, 0.0]] * 2)
+    losses, logps, reference = pair_losses(method, row, policy)
+    assert reference.logps.tolist() == [[-2, -1, 0], [-1, -2, -2]]
+    # Log-ratios 1, 0 and 0, 1, 2.
+    expected = [math.log(1 + math.e), math.log(1 + math.e + math.e**2)]
+    assert losses.tolist() == pytest.approx(expected)
+    metrics = preference_metrics(method, row, logps, reference, losses, ("a",), ())
+    assert "reward" in metrics and "residual/std" not in metrics
+    with pytest.raises(ValueError, match="'best_of_list' needs the option 'rewards'"):
+        preference_loss("best_of_list", policy, policy, beta=1.0, valid=valid)
+
+
 def test_new_option_of_a_fusion(monkeypatch):
     """One entry of `FUSIONS` gives the same."""
 

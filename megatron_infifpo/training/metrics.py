@@ -91,9 +91,9 @@ def _list_metrics(
     mask = row["source_mask"][:, None] & valid[..., None]
     sums = policy * counts if method.length_normalization else policy
     records = {"loss": _of_records(losses)}
-    assert method.loss is not None and method.loss.residuals is not None
-    found = method.loss.residuals(policy, reference.logps, **loss_arguments(method, row))
-    records["residual/std"] = _of_records(deviation(found, valid))
+    if method.loss is not None and method.loss.residuals is not None:
+        found = method.loss.residuals(policy, reference.logps, **loss_arguments(method, row))
+        records["residual/std"] = _of_records(deviation(found, valid))
     if "rewards" in method.reads:
         records["reward"] = _of_responses(row["rewards"], valid)
     records["length"] = _of_responses(counts, valid)
