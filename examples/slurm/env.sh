@@ -27,3 +27,4 @@
 : "${SCORE:=}"                 # and of scoring (infifpo launch show score)
 : "${PREPARE:=}"               # and of tokenizing for the pivot (infifpo launch show prepare)
 : "${INITIAL:=}"               # and of scoring the initial pivot, after SCORE: its template as above
+: "${ROUNDS:=}"                # of infifpo rounds, what is not in rounds.sbatch (docs/rounds.md)

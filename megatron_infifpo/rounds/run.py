@@ -8,6 +8,7 @@ another one is refused, never mixed.
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,14 +164,19 @@ def command(job: RoundsJob, stage: Job) -> list[str]:
 
 @contextmanager
 def stoppable() -> Iterator[Start]:
-    """Yield what runs a command; SIGTERM goes to that, and ends the rounds once it has ended."""
+    """Yield what runs a command; after SIGTERM or SIGUSR1 it starts no further one.
+
+    SIGTERM goes to the stage that runs. SIGUSR1 leaves that alone: who sends it ends srun's steps
+    himself, since srun kills its own at once where it gets SIGTERM.
+    """
     child: list[subprocess.Popen[bytes]] = []
     stopped: list[int] = []
 
     def stop(number: int, _: Any) -> None:
         stopped.append(number)
-        for process in child:
-            process.send_signal(number)
+        if number == signal.SIGTERM:
+            for process in child:
+                process.send_signal(number)
 
     def run(words: list[str], log: Path) -> int:
         if stopped:
@@ -178,23 +184,24 @@ def stoppable() -> Iterator[Start]:
         with log.open("ab") as file:
             file.write(f"$ {shlex.join(words)}\n".encode())
             file.flush()
-            # This environment's torchrun, activated or not.
+            # This environment's torchrun, activated or not; what srun starts has its own PATH.
             path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-            environment = {**os.environ, "PATH": path}
+            first = shutil.which(words[0], path=path) or words[0]
             try:
-                process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
+                process = subprocess.Popen([first, *words[1:]], stdout=file, stderr=file)
             except OSError as error:
                 raise UserError(f"cannot start {words[0]}: {error.strerror}") from None
         child[:] = [process]
-        if stopped:  # between the question above and now
-            process.send_signal(stopped[0])
+        if signal.SIGTERM in stopped:  # between the question above and now
+            process.send_signal(signal.SIGTERM)
         return process.wait()
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield run
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def dry_run(job: RoundsJob) -> None:

@@ -11,17 +11,10 @@ import pytest
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.rounds import run
 from megatron_infifpo.rounds.run import StageError, run_rounds
-from support.round_stages import Killed, StandIn, digest
+from support.round_stages import Killed, StandIn, content
 
 FIRST = ["import"]
 ROUND = ["sample", "label", "prepare", "score", "score", "score", "train", "export"]
-OWN = ("stages", "logs", "round.json", "rounds.jsonl", ".run.lock")  # have times, or paths
-
-
-def content(folder: Path) -> dict[str, str]:
-    """All files that stages wrote, by path."""
-    files = (p for p in folder.rglob("*") if p.is_file() and not set(p.parts) & set(OWN))
-    return {str(path.relative_to(folder)): digest(path) for path in files}
 
 
 @pytest.mark.parametrize("optimizer", ["carry", "fresh"])
@@ -209,6 +202,16 @@ def test_terminated(make_job, monkeypatch):
     monkeypatch.setattr(run, "command", lambda job, stage: [sys.executable, "-c", child])
     with pytest.raises(StageError, match="out: the stage import ended with -15"):
         run_rounds(make_job())
+
+
+def test_ends_after_a_stage(make_job, monkeypatch):
+    """SIGUSR1 leaves the stage alone, and nothing starts after it."""
+    job, child = make_job(), "import os, signal; os.kill(os.getppid(), signal.SIGUSR1)"
+    child += "; import pathlib; p = pathlib.Path('out/pivot'); p.mkdir(); "
+    child += "(p / 'latest_checkpointed_iteration.txt').touch()"
+    monkeypatch.setattr(run, "command", lambda job, stage: [sys.executable, "-c", child])
+    with pytest.raises(StageError, match="round-000: the stage sample ended with -10"):
+        run_rounds(job)
 
 
 def test_two_at_once(make_job):

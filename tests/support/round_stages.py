@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 
@@ -103,3 +106,53 @@ class StandIn:
         save.mkdir()
         step = int((load / "latest_checkpointed_iteration.txt").read_text())
         (save / "config.json").write_text(digest(load / f"iter_{step:07d}"))
+
+
+OWN = ("stages", "logs", "round.json", "rounds.jsonl", ".run.lock")  # have times, or paths
+
+
+def content(folder: Path) -> dict[str, str]:
+    """All files that stages wrote, by path."""
+    files = (p for p in folder.rglob("*") if p.is_file() and not set(p.parts) & set(OWN))
+    return {str(path.relative_to(folder)): digest(path) for path in files}
+
+
+def write_inputs(folder: Path) -> None:
+    """Write a pivot, two sources, ten prompts and sources.yaml."""
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text("{}")
+    for name in ("one", "two"):
+        (folder / name).write_text(name)
+    with (folder / "prompts.jsonl").open("w") as file:
+        for i in range(10):
+            domain = "code" if i % 5 == 0 else "general"
+            file.write(json.dumps({"id": f"p{i}", "domain": domain, "prompt": f"say {i}"}) + "\n")
+    (folder / "sources.yaml").write_text(
+        "initial: {logprobs: elsewhere, weight: 0.5}\nsources:\n"
+        "  - {name: one, logprobs: x/one, weight: 0.3,\n"
+        "     score: {model: one, backend: transformers}}\n"
+        "  - {name: two, logprobs: x/two, weight: 0.2, domains: [code, law],\n"
+        "     score: {model: two, tensor-model-parallel-size: 4}}\n"
+    )
+
+
+def hold(path: Path) -> None:
+    """Say that the training is there, and end as Megatron does at SIGTERM: with 0, not done."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    path.touch()
+    signal.pause()
+
+
+def main() -> None:
+    """Stand in for one command of a job on a cluster; HOLD names what the first one to train in
+    the second round writes before it waits."""
+    words = sys.argv[1:]
+    waits = Path(os.environ["HOLD"])
+    if os.environ.get("SLURM_PROCID", "0") == "0":
+        if "train" in words and str(waits.parent) in " ".join(words) and not waits.exists():
+            hold(waits)
+        StandIn()(words, Path(os.devnull))
+
+
+if __name__ == "__main__":
+    main()
