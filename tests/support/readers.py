@@ -100,6 +100,7 @@ READERS = {
     "gzip": Reader(("a.jsonl.gz",), lambda f: list(iter_records([f / "a.jsonl.gz"]))),
     "parquet": Reader(("a.parquet",), lambda f: list(iter_records([f / "a.parquet"]))),
     "forms": Reader(("forms.jsonl",), lambda f: list(iter_records([f / "forms.jsonl"])), text=True),
+    "lists": Reader(("lists.jsonl",), lambda f: list(iter_records([f / "lists.jsonl"])), text=True),
     "csv": Reader(("a.csv",), lambda f: list(iter_records([f / "a.csv"]))),
     "zstd": Reader(("a.jsonl.zst",), lambda f: list(iter_records([f / "a.jsonl.zst"]))),
     "folder": Reader(("folder/*",), lambda f: list(iter_records([f / "folder"]))),
@@ -164,8 +165,9 @@ def write_good_files(folder: Path) -> None:
     pyarrow.parquet.write_table(table, folder / "a.parquet")
     write_tables(folder, table)
     page = Path(__file__).resolve().parents[2] / "docs" / "file-formats.md"
-    (forms,) = re.findall(r"```jsonl\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    forms, lists = re.findall(r"```jsonl\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
     (folder / "forms.jsonl").write_text(forms + json.dumps(CALLING) + "\n")
+    (folder / "lists.jsonl").write_text(lists)
     records = read_records([folder / "a.jsonl"])
     tokenizer = ChatTokenizer.from_pretrained(folder / "hf")
     write_token_dataset(records, tokenizer, folder / "pairs", source_files=[folder / "a.jsonl"])
