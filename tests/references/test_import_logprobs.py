@@ -286,7 +286,8 @@ def test_how_a_tokenizer_is_used_needs_one(tmp_path, tool, flags):
     assert code == 2 and "no effect without --tokenizer" in err
 
 
-def test_the_vllm_example_of_the_docs(tmp_path, scored, monkeypatch):
+@pytest.mark.parametrize("listed", [False, True])
+def test_the_vllm_example_of_the_docs(tmp_path, scored, monkeypatch, listed):
     """Runs as it is written, with a stand-in for vLLM; what it writes is read."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "scoring.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", page, re.S)
@@ -306,12 +307,15 @@ def test_the_vllm_example_of_the_docs(tmp_path, scored, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.chdir(tmp_path)
     records, chat, _ = scored
-    records.rename("train.jsonl")
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    for row in rows if listed else ():
+        row["responses"] = [row.pop("rejected"), row.pop("chosen"), "so"][::-1]
+    write_jsonl(Path("train.jsonl"), *rows)
     chat.tokenizer.save_pretrained("qwen2.5-14b-instruct")
     exec(snippet, {})
     import_tokens(["train.jsonl"], ["qwen.jsonl"], "out", name="qwen", tokenizer=chat)
-    ids = chat.encode(RECORDS[2]).response_ids[1]
-    np.testing.assert_allclose(LogprobStore("out").logprobs(2, 1), -ids / 100, rtol=1e-6)
+    ids, place = chat.encode(RECORDS[2]).response_ids[1], 2 if listed else 1
+    np.testing.assert_allclose(LogprobStore("out").logprobs(2, place), -ids / 100, rtol=1e-6)
 
 
 def test_only_scored_tokens_are_imported(tmp_path, scored):
