@@ -12,7 +12,6 @@ import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from megatron_infifpo.losses import CHOSEN, REJECTED  # noqa: E402
 from megatron_infifpo.report.collect import Curve, Pairs, agreement, shares  # noqa: E402
 
 SIZE = (9.0, 3.2)  # inches of a row of axes
@@ -27,14 +26,14 @@ def png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def curves(panels: Sequence[tuple[str, dict[str, Curve]]]) -> bytes:
+def curves(panels: Sequence[tuple[str, dict[str, Curve]]], over: str = "step") -> bytes:
     """Draw panels of curves over steps, in one row; each is a title and named curves."""
     figure, axes = plt.subplots(1, len(panels), figsize=SIZE, squeeze=False)
     for axis, (title, found) in zip(axes[0], panels, strict=True):
         for name, (steps, values, _) in found.items():
             axis.plot(steps, values, label=name, linewidth=1.3, marker="." * (len(steps) < 20))
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
+        axis.set_xlabel(over)
         axis.grid(alpha=0.3)
         if len(found) > 1:
             axis.legend(fontsize=7)
@@ -42,10 +41,10 @@ def curves(panels: Sequence[tuple[str, dict[str, Curve]]]) -> bytes:
 
 
 def selection(pairs: Pairs, weights: np.ndarray, groups: dict[str, np.ndarray]) -> bytes:
-    """Draw which source makes the reference, by group of pairs, for both responses."""
+    """Draw which source makes the reference, by group of records, for all responses."""
     names = list(pairs.dataset.source_names)
     names += ["initial pivot"] * (weights.shape[2] > len(names))
-    found = shares(weights, list(groups.values()))
+    found = shares(pairs, weights, list(groups.values()))
     figure, axis = plt.subplots(figsize=(SIZE[0], 0.8 + 0.4 * len(groups)))
     left = np.zeros(len(groups))
     for column, name in enumerate(names):
@@ -59,22 +58,38 @@ def selection(pairs: Pairs, weights: np.ndarray, groups: dict[str, np.ndarray]) 
 
 
 def distributions(pairs: Pairs) -> bytes:
-    """Draw each model's mean log-probs of chosen and rejected responses."""
-    figure, axes = plt.subplots(1, 2, figsize=SIZE, sharex=True, sharey=True)
+    """Draw each model's mean log-probs of chosen and rejected responses, or of all."""
+    kinds = _kinds(pairs)
+    figure, axes = plt.subplots(1, len(kinds), figsize=SIZE, sharex=True, sharey=True)
     finite = pairs.means[np.isfinite(pairs.means)]
     bins = np.linspace(np.quantile(finite, 0.005), finite.max(), 40)
-    for axis, response, title in zip(axes, (CHOSEN, REJECTED), ("chosen", "rejected"), strict=True):
+    for axis, (title, inside) in zip(np.atleast_1d(axes), kinds.items(), strict=True):
         for model, name in enumerate(pairs.models):
-            values = pairs.means[:, response, model]
+            values = pairs.means[..., model][inside]
             axis.hist(values[np.isfinite(values)], bins, histtype="step", label=name)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("mean log-prob of a response, nats a token")
-    axes[0].legend(fontsize=7)
+    figure.axes[0].legend(fontsize=7)
     return png(figure)
 
 
+def _kinds(pairs: Pairs) -> dict[str, np.ndarray]:
+    """Kinds of responses by title, bool `[N, R]`: by their role, in lists by the judge's scores."""
+    if not pairs.lists:
+        places = np.broadcast_to(np.arange(pairs.valid.shape[1]), pairs.valid.shape)
+        return {name: places == place for place, name in enumerate(pairs.roles)}
+    if pairs.scores is None:
+        return {"all responses": pairs.valid}
+    counts = np.isfinite(pairs.scores).sum(axis=1, keepdims=True)
+    means = np.nansum(pairs.scores, axis=1, keepdims=True) / counts.clip(1)
+    return {
+        "scored above the prompt's mean": pairs.scores > means,
+        "not above it": pairs.scores <= means,
+    }
+
+
 def agreements(pairs: Pairs) -> bytes:
-    """Draw on which share of pairs two models prefer the same response."""
+    """Draw on which share of two responses to a prompt two models prefer the same one."""
     found, size = agreement(pairs), len(pairs.models)
     figure, axis = plt.subplots(figsize=(1.8 + 0.9 * size, 1.2 + 0.55 * size))
     axis.imshow(found, vmin=0.5, vmax=1.0, cmap="viridis", aspect="auto")

@@ -11,6 +11,46 @@ from megatron_infifpo.report.collect import Curve, Pairs
 from megatron_infifpo.report.html import Page
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
+# Metrics of pairs and of lists whose first and last value the summary has.
+_SUMMED = (
+    "loss", "rewards/accuracy", "rewards/margin", "logps/accuracy", "logps/margin", "reward",
+    "residual/std", "length", "no-end-of-turn",
+)  # fmt: skip
+# Figures of training: what they show, and for each panel its title and a prefix of metrics, with
+# the metrics; without any all of that prefix.
+_OF_PAIRS = (
+    (
+        "loss, accuracy and margin over steps",
+        (
+            ("loss", "", "loss"),
+            ("accuracy", "", "rewards/accuracy", "logps/accuracy"),
+            ("margin", "", "rewards/margin", "logps/margin"),
+        ),
+    ),
+    (
+        "rewards and log-probs of responses over steps",
+        (("rewards", "rewards/", *RESPONSES), ("log-probs", "logps/", *RESPONSES)),
+    ),
+)
+_OF_LISTS = (
+    (
+        "loss, residuals and rewards over steps",
+        (
+            ("loss", "", "loss"),
+            ("spread of the residuals", "", "residual/std"),
+            ("mean reward", "", "reward"),
+        ),
+    ),
+    (
+        "KL, length and responses without an end over steps",
+        (
+            ("kl", "kl/"),
+            ("tokens of a response", "", "length"),
+            ("share without an end of turn", "", "no-end-of-turn"),
+        ),
+    ),
+)
+
 
 def summary(page: Page, found: dict[str, Any], curves: dict[str, Curve]) -> None:
     """Say in a few lines what was trained and where it ended."""
@@ -24,7 +64,7 @@ def summary(page: Page, found: dict[str, Any], curves: dict[str, Curve]) -> None
     }
     if method["reference"] == "fused":
         rows["fusion"] = f"{method['fusion']}, {'clipped' if method['clip'] else 'not clipped'}"
-    for tag in ("loss", "rewards/accuracy", "rewards/margin", "logps/accuracy", "logps/margin"):
+    for tag in (*_SUMMED, *sorted(tag for tag in curves if tag.startswith("kl/"))):
         if tag in curves:
             steps, values, _ = curves[tag]
             rows[tag] = f"{values[0]:.4f} at step {steps[0]}, {values[-1]:.4f} at step {steps[-1]}"
@@ -44,17 +84,14 @@ def training(page: Page, curves: dict[str, Curve]) -> None:
             page.figure(plots.curves(filled), what)
 
     page.heading("Training")
-    draw(
-        "loss, accuracy and margin over steps",
-        ("loss", named("", "loss")),
-        ("accuracy", named("", "rewards/accuracy", "logps/accuracy")),
-        ("margin", named("", "rewards/margin", "logps/margin")),
-    )
-    draw(
-        "rewards and log-probs of responses over steps",
-        ("rewards", named("rewards/", *RESPONSES)),
-        ("log-probs", named("logps/", *RESPONSES)),
-    )
+    lists = "residual/std" in curves
+    if lists:
+        page.note(
+            "Residual: what the loss makes equal for all responses to a prompt; its spread is 0 at "
+            "the optimum. kl: the policy's log-prob of a response less the model's, in nats."
+        )
+    for what, panels in _OF_LISTS if lists else _OF_PAIRS:
+        draw(what, *((title, named(prefix, *names)) for title, prefix, *names in panels))
 
     def by_domain(metric: str) -> dict[str, Curve]:
         found = {t: c for t, c in curves.items() if t.startswith("domain/")}
@@ -64,9 +101,12 @@ def training(page: Page, curves: dict[str, Curve]) -> None:
             if tag.endswith(f"/{metric}")
         }
 
-    losses, accuracy = by_domain("loss"), by_domain("rewards/accuracy")
-    if losses:
-        draw("by domain over steps", ("loss by domain", losses), ("accuracy by domain", accuracy))
+    draw(
+        "by domain over steps",
+        ("loss by domain", by_domain("loss")),
+        ("accuracy by domain", by_domain("rewards/accuracy")),
+        ("reward by domain", by_domain("reward")),
+    )
     if named("share/"):
         page.heading(
             "Sources over time",
@@ -93,11 +133,14 @@ def models(page: Page, pairs: Pairs) -> None:
             page.figure(plots.selection(pairs, weights, groups), f"selected sources {when}")
     page.heading("What the models say of the responses")
     page.figure(plots.distributions(pairs), "distributions of mean log-probs")
+    what = "two responses to a prompt" if pairs.lists else "pairs"
     page.heading(
-        "Agreement", "Share of pairs on which two models give the same response the larger mean."
+        "Agreement", f"Share of {what} on which two models give the same response the larger mean."
     )
     page.figure(plots.agreements(pairs), "agreement between models")
-    accuracy = [["model", "prefers the chosen response"]]
+    if pairs.lists:
+        return
+    accuracy = [["model", f"prefers the {pairs.roles[0]} response"]]
     for model, name in enumerate(pairs.models):
         margins = pairs.margins(model)
         known = np.isfinite(margins)
@@ -135,17 +178,41 @@ def texts(
     def show(order: np.ndarray, value: np.ndarray, what: str) -> None:
         for at in order[:shown].tolist():
             index = int(pairs.indices[at])
-            parts = [chat.tokenizer.decode(ids.tolist()) for ids in tokens.sequences(index)]
             title = f"{tokens.ids(index)} ({tokens.domain(index)}): {what} {value[at]:.3f}"
-            page.details(title, dict(zip(("prompt", "chosen", "rejected"), parts, strict=False)))
+            page.details(title, _texts(pairs, at, chat))
 
+    trained = "trained pivot" in pairs.models
+    if pairs.lists:
+        page.heading("The hardest lists", "Largest loss at step 0.")
+        show(np.argsort(-pairs.losses), pairs.losses, "loss")
+        if trained:
+            moved = np.abs(pairs.means[..., -1] - pairs.means[..., 0]).max(
+                axis=1, where=pairs.valid, initial=0.0
+            )
+            page.heading("The most changed lists", "Largest change of a response's mean log-prob.")
+            show(np.argsort(-moved), moved, "mean log-prob changed by")
+        return
     margins = pairs.margins(0)
     page.heading("The hardest pairs", "Lowest margin of the initial pivot, nats a token.")
     show(np.argsort(margins), margins, "margin")
-    if "trained pivot" in pairs.models:
+    if trained:
         moved = pairs.margins(len(pairs.models) - 1) - margins
         page.heading("The most changed pairs", "Largest change of the margin, nats a token.")
         show(np.argsort(-np.abs(moved)), moved, "margin changed by")
+
+
+def _texts(pairs: Pairs, at: int, chat: ChatTokenizer) -> dict[str, str]:
+    """Prompt and responses of a record by their names, with the judge's scores of lists."""
+    index = int(pairs.indices[at])
+    record, columns = pairs.dataset.tokens.record(index), pairs.dataset.columns[index]
+    found = {"prompt": chat.tokenizer.decode(record.prompt_ids.tolist())}
+    for r in np.flatnonzero(pairs.valid[at]).tolist():
+        name = pairs.dataset.tokens.responses[columns[r]]
+        if pairs.dataset.tokens.listed and pairs.scores is not None:
+            score = pairs.scores[at, r]
+            name = f"{name}, {'no score' if np.isnan(score) else f'score {score:g}'}"
+        found[name] = chat.tokenizer.decode(record.response_ids[columns[r]].tolist())
+    return found
 
 
 def speed(page: Page, curves: dict[str, Curve]) -> None:
