@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sft-records", type=whole(0), help="(default: %(default)s)")
     parser.add_argument("--sft-epochs", type=positive, help="(default: %(default)s)")
     parser.add_argument(
+        "--responses", type=whole(2), help="of a list, where --pairs counts lists (default: 2)"
+    )
+    parser.add_argument(
         "--share-prompt",
         action=argparse.BooleanOptionalAction,
         help="as in training; else a copy of the prompt for each response (default: yes)",

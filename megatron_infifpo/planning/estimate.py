@@ -31,9 +31,10 @@ class PlanningJob:
         torch_adam: neither Transformer Engine's Adam nor apex's.
         optimizer_state: how it is saved, a key of `SAVINGS`.
         micro_batch_tokens: of a packed row.
-        global_batch_size: pairs of a step.
-        pairs, sft_records, sft_epochs: what is trained on; one epoch of pairs.
-        share_prompt: a pair has its prompt once.
+        global_batch_size: pairs, or lists, of a step.
+        pairs, sft_records, sft_epochs: what is trained on; one epoch of pairs, or lists.
+        responses: of a list; 2 are a pair.
+        share_prompt: a pair, or a list, has its prompt once.
         prompt_tokens, response_tokens: on average.
     """
 
@@ -52,6 +53,7 @@ class PlanningJob:
     pairs: int = 75_000
     sft_records: int = 75_000
     sft_epochs: int = 3
+    responses: int = 2
     share_prompt: bool = True
     prompt_tokens: int = 400
     response_tokens: int = 600
@@ -67,9 +69,9 @@ class PlanningJob:
         if self.layers is not None:
             check_choice("layers", self.layers, LAYERS)
         check_choice("optimizer_state", self.optimizer_state, SAVINGS)
-        whole = [field.name for field in fields(self) if field.type is int]
-        check_positive(self, *(name for name in whole if name != "sft_records"))
-        check_positive(self, "sft_records", least=0)
+        least = {"sft_records": 0, "responses": 2}
+        for name in (field.name for field in fields(self) if field.type is int):
+            check_positive(self, name, least=least.get(name, 1))
         check_number(self, "gpu_memory", above=True)
         check_number(self, "gpu_tflops", above=True)
         check_number(self, "mfu", most=1.0, above=True)
@@ -133,7 +135,8 @@ def _at(job: PlanningJob, layout: Layout, recompute: bool) -> Estimate:
     plan, saving = job.plan, SAVINGS[job.optimizer_state]
     text = job.prompt_tokens + job.response_tokens
     row_layout = RowLayout(layout.tensor, share_prompt=job.share_prompt)
-    pair = row_layout.pair_tokens(job.prompt_tokens, 2 * job.response_tokens, 2)
+    count = job.responses
+    pair = row_layout.pair_tokens(job.prompt_tokens, count * job.response_tokens, count)
     share = job.global_batch_size // layout.data
     least = job.global_batch_size * pair / (job.micro_batch_tokens * layout.data)
     rows = next(n for n in range(1, share + 1) if share % n == 0 and n >= min(least, share))
@@ -141,12 +144,12 @@ def _at(job: PlanningJob, layout: Layout, recompute: bool) -> Estimate:
     bubble = 1 + (layout.pipeline - 1) / rows
     sft = job.sft_records * job.sft_epochs
     tokens = sft * text + job.pairs * pair
-    scored = (sft + 2 * job.pairs) * job.response_tokens
+    scored = (sft + count * job.pairs) * job.response_tokens
     memory = plan.memory(
         layout,
-        job.micro_batch_tokens,
+        max(job.micro_batch_tokens, pair),  # a row has whole ones
         rows,
-        gathered=2 * text / pair if job.share_prompt else 0.0,
+        gathered=count * text / pair if job.share_prompt else 0.0,
         recompute=recompute,
         fused_adam=not job.torch_adam,
         saving=saving,

@@ -12,7 +12,7 @@ from megatron_infifpo.engine.kept import LAYERS
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import PUBLISHED, megatron_args, tensor_parallel_sizes
 from megatron_infifpo.flag_types import flag as spelled
-from megatron_infifpo.planning.estimate import PlanningJob
+from megatron_infifpo.planning.estimate import PlanningJob, estimate
 from megatron_infifpo.planning.plan import Layout, Plan, layouts
 from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SPARING
 from support.saves import LiveBytes
@@ -162,3 +162,27 @@ def test_jobs_that_cannot_be(name):
             UserError, match=f"{spelled(name)} is {value}, expected a number above 0"
         ):
             job(**{name: value})
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("responses", [2, 8, 32])
+def test_lists(share, responses):
+    """Hours by hand: so many prompts and responses a list; and a row has a whole list at least."""
+    job = PlanningJob(
+        megatron_args(PUBLISHED["phi-4"]),
+        8,
+        pairs=1000,
+        sft_records=0,
+        responses=responses,
+        share_prompt=share,
+        prompt_tokens=400,
+        response_tokens=600,
+    )
+    tokens = (1 if share else responses) * 400 + responses * 600
+    work = job.plan.operations(1000 * tokens, 1000 * responses * 600, 1000)
+    found = [one for one in estimate(job) if one.layout == Layout(2, 1, 4) and not one.recompute]
+    assert found[0].hours == pytest.approx(work / (8 * 989e12 * 0.35) / 3600)
+    gathered = responses * 1000 / tokens if share else 0.0
+    row = max(8192, tokens)
+    expected = job.plan.memory(Layout(2, 1, 4), row, 1, gathered=gathered)
+    assert found[0].memory.activations == expected.activations
