@@ -64,7 +64,7 @@ def run_rounds(job: RoundsJob, start: Start | None = None) -> None:
     """
     pool = read_pool(job)
     make_folder(job.output)
-    lock = RunLock(job.output)
+    lock = RunLock(job.output, "--output")
     lock.take()
     claim(job, pool_sha256(pool))
     with stoppable() as run:

@@ -23,9 +23,9 @@ _UNKNOWN = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 class RunLock:
     """The right to write to a folder; the first rank holds it until the process ends."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Name the folder; nothing is locked yet."""
-        self.path = Path(folder) / LOCK_FILE
+    def __init__(self, folder: str | Path, flag: str = "--save") -> None:
+        """Name the folder, and the flag that gave it; nothing is locked yet."""
+        self.path, self.flag = Path(folder) / LOCK_FILE, flag
         self.held: IO[str] | None = None
 
     def try_early(self) -> None:
@@ -62,8 +62,8 @@ class RunLock:
             holder = file.read().strip() or "another process"
             file.close()
             raise UserError(
-                f"--save {self.path.parent} is in use by {holder}: two runs would mix their "
-                "checkpoints; wait for it, end it, or choose another --save"
+                f"{self.flag} {self.path.parent} is in use by {holder}: two runs would mix what "
+                f"they write; wait for it, end it, or choose another {self.flag}"
             ) from None
         file.truncate(0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")

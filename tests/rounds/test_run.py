@@ -227,7 +227,7 @@ def test_two_at_once(make_job):
     )
     try:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match="out is in use by process"):
+        with pytest.raises(UserError, match="--output out is in use by process"):
             run_rounds(job, StandIn())
     finally:
         other.communicate()
