@@ -55,6 +55,7 @@ Reply = tuple[Message, ...]
 """One assistant message, or several that end with one (assistant, tool, assistant)."""
 
 ON_BAD = ("error", "skip")
+_HINT = " (--lists reads all of several rated responses, not a pair of them)"
 # What a record is -> how messages call it.
 _KINDS = {(True, False): "a list", (False, 2): "a pair", (False, 3): "a pair with 'pivot_chosen'"}
 
@@ -161,8 +162,7 @@ def iter_with_raw(
             if known_kind not in (None, kind_now):
                 raise BadRecordError(
                     f"found {_KINDS[kind_now]} although the first record is "
-                    f"{_KINDS[known_kind]}; expected records of one kind (--lists reads all of "
-                    "several rated responses, not a pair of them)"
+                    f"{_KINDS[known_kind]}; expected records of one kind{'' if lists else _HINT}"
                 )
         except BadRecordError as error:
             message = f"{raw.where}: {error}"

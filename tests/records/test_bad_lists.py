@@ -128,7 +128,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a pair": (
         {"id": "n", "prompt": "q", "chosen": "2", "rejected": "3"},
-        "found a pair although the first record is a list; expected records of one kind (--lists",
+        "found a pair although the first record is a list; expected records of one kind",
     ),
 }
 
