@@ -44,7 +44,9 @@ def test_layouts_agree(setup, ranks, one_rank, method, layout):
         for name, value in reference.items():
             # Ties at the start; waste is the layout's.
             if not name.endswith("rewards/accuracy") and not name.startswith("waste/"):
-                assert step[name] == pytest.approx(value, abs=1e-4, nan_ok=True), name
+                # The variance of summed log-probs is some tens, of numbers with seven digits.
+                close = pytest.approx(value, abs=1e-4, rel=1e-5, nan_ok=True)
+                assert step[name] == close, name
 
 
 def expected_first_loss(setup, argv: list[str]) -> float:
