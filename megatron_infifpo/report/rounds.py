@@ -10,7 +10,12 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.report import plots
 from megatron_infifpo.report.collect import Curve
 from megatron_infifpo.report.html import Page
+from megatron_infifpo.storage.manifests import check_fields
 
+_SCHEMA: dict[str, Any] = dict.fromkeys(("round", "prompts", "responses", "records", "cut"), int)
+_SCHEMA |= {"reward": (int, float, type(None)), "seconds": dict, "training": {"first": dict}}
+_LARGEST = 1e30  # NaN is not below it, either
+_AGAIN = "infifpo rounds writes it again"
 # Columns of the table: what they are called, and which metric of a round's first step they are.
 _METRICS = {"loss": "loss", "spread": "residual/std", "KL": "kl/initial", "tokens": "length"}
 
@@ -22,18 +27,21 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
         UserError: the file is broken.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"{path}:{number}"
         try:
             row = json.loads(line)
-            counts = {name: row[name] for name in ("round", "prompts", "responses", "cut")}
-            counts |= {"records": row["records"], "reward": row["reward"]}
-            seconds = sum(time or 0 for time in row["seconds"].values())
-            found.append(counts | {"seconds": seconds, "metrics": row["training"]["first"]})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}:{number} is no round ({type(error).__name__}: {error}), expected a line "
-                "as infifpo rounds writes it: give its command again"
-            ) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is broken JSON ({error}): {_AGAIN}") from None
+        check_fields(row, _SCHEMA, where)
+        seconds, metrics = row["seconds"], row["training"]["first"]
+        counts = {name: row[name] for name, kind in _SCHEMA.items() if kind is int}
+        there = {n: v for n, v in {"reward": row["reward"], **seconds}.items() if v is not None}
+        for name, value in {**counts, **metrics, **there}.items():
+            if not isinstance(value, int | float) or not abs(value) < _LARGEST:
+                raise UserError(f"{where}: {name} is {value!s:.40}, expected a number: {_AGAIN}")
+        spent = sum(time for time in seconds.values() if time is not None)
+        found.append(counts | {"reward": row["reward"], "seconds": spent, "metrics": metrics})
     if not found:
         raise UserError(f"{path} is empty: no round is done yet")
     return found

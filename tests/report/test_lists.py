@@ -238,9 +238,11 @@ def test_what_no_page_of_rounds_has(tmp_path):
     path = tmp_path / "rounds.jsonl"
     for broken, said in (
         ("", "is empty: no round is done yet"),
-        ("{", "rounds.jsonl:1 is no round"),
-        ('{"round": 1}', "rounds.jsonl:1 is no round .KeyError: 'prompts'"),
-        ("[]", "rounds.jsonl:1 is no round"),
+        ("{", "rounds.jsonl:1 is broken JSON"),
+        ('{"round": 1}', "rounds.jsonl:1 has no 'prompts'"),
+        ("[]", r"rounds.jsonl:1 is '\[\]', expected an object"),
+        (path.read_text().replace("0.25", "NaN"), "reward is nan, expected a number"),
+        (path.read_text().replace("20", "null"), "length is None, expected a number"),
     ):
         path.write_text(broken)
         with pytest.raises(UserError, match=said):

@@ -27,6 +27,7 @@ from megatron_infifpo.tokens.writer import write_token_dataset
 from megatron_infifpo.training.identity import differences
 from megatron_infifpo.training.provenance import read_run
 from support import tiny
+from support.datasets import list_record, write_scores, write_tokens
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,16 @@ def read_joined(folder: Path) -> None:
         dataset[i]
 
 
+def read_joined_lists(folder: Path) -> None:
+    sources = read_sources(folder / "listed.yaml")
+    dataset = PreferenceDataset(folder / "listed", sources, responses=None, rewards=True)
+    assert dataset.initial is not None
+    for i in dataset.eligible(512):
+        dataset[i]
+        for response in range(len(dataset.names(i))):
+            dataset.initial.logprobs(i, response)
+
+
 def read_sources_yaml(folder: Path) -> None:
     check_domains(read_sources(folder / "sources.yaml"), ("math", "code", "general"))
 
@@ -86,6 +97,12 @@ def read_checkpoint(folder: Path) -> None:
     checkpoint, mapping, _ = open_checkpoint(folder / "pivot")
     for _ in hf_tensors(checkpoint, mapping):
         pass
+
+
+def read_rounds_file(folder: Path) -> None:
+    from megatron_infifpo.report.rounds import read_rounds, rounds_page
+
+    rounds_page(folder, read_rounds(folder / "rounds.jsonl"))
 
 
 def read_run_file(folder: Path) -> None:
@@ -110,6 +127,8 @@ READERS = {
     "log-prob manifest": Reader(("logprobs.json",), read_logprobs, text=True),
     "log-prob dataset": Reader(("logprobs.*", "logprobs_*"), read_logprobs),
     "joined": Reader(("pairs*", "logprobs*", "sources.yaml"), read_joined),
+    "joined lists": Reader(("listed*",), read_joined_lists),
+    "rounds.jsonl": Reader(("rounds.jsonl",), read_rounds_file, text=True),
     "config.json": Reader(("hf/config.json",), read_config, text=True),
     "safetensors": Reader(("hf/model.safetensors",), read_safetensors),
     "checkpoint": Reader(("pivot/*.txt", "pivot/release/*", "pivot/release/.*"), read_checkpoint),
@@ -187,6 +206,20 @@ def write_good_files(folder: Path) -> None:
     ids = np.arange(1, 6, dtype=np.int32)
     sampled = MeasuredResponse("a", ids, ids[:3], np.linspace(-2, 0, 3, dtype=np.float32), "m")
     write_measured(folder / "measured", [sampled] * 3)
+    lists = [list_record(i) for i in range(6)]
+    lengths = write_tokens(folder, lists, "listed").scored_lengths
+    write_scores(folder / "listed-logprobs", lists, lengths)
+    (folder / "listed.yaml").write_text("initial: {logprobs: listed-logprobs, weight: 1}\n")
+    done: dict[str, Any] = {
+        "round": 0,
+        "prompts": 2,
+        "responses": 8,
+        "cut": 1,
+        "records": 2,
+        "reward": 0.5,
+    }
+    done |= {"seconds": {"train": 1.5}, "training": {"first": {"loss": 0.5, "kl/a": 0.1}}}
+    (folder / "rounds.jsonl").write_text(f"{json.dumps(done)}\n" * 2)
     import_checkpoint(folder / "hf", folder / "pivot")
     identity = {"seed": 1, "seq_length": 8, "method": {"beta": 0.1}, "data": {"a": "b"}}
     attempt = {"iteration": "0", "files": {}, "command": ["train"]}
