@@ -103,9 +103,9 @@ class RunConfig:
         metavar="FILE",
     )
     sampler_tolerance: float | None = _flag(
-        "mean absolute difference of these log-probs, a token, that is accepted, and five times "
-        "as much of a response alone (default: 0.002 in float32, 0.01 in float16, 0.05 in "
-        "bfloat16, 0.2 with FP8)",
+        "mean absolute difference of these log-probs, a token, that is accepted, and three times "
+        "as much of a response alone (default: 0.002 in float32, 0.01 in float16, 0.07 in "
+        "bfloat16, 0.4 with FP8)",
         type=float,
         metavar="NATS",
     )

@@ -20,7 +20,7 @@ class Round(NamedTuple):
 
     Attributes:
         iteration: steps that were done when it began.
-        data: what its data are, as `provenance.data_identity` says it.
+        data: what its data are, as `identity.data_identity` says it.
         files: where they were.
     """
 

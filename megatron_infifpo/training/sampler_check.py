@@ -21,9 +21,9 @@ from megatron_infifpo.training.settings import Run
 from megatron_infifpo.training.start import Start
 
 # Mean absolute difference of all tokens, in nats, that precision explains: of two right programs in
-# bfloat16 about 0.02. A response alone is fewer tokens, and may differ by more.
-TOLERANCES = {"float32": 0.002, "float16": 0.01, "bfloat16": 0.05, "float8": 0.2}
-OF_ONE = 5  # times as much
+# bfloat16 0.046 for SmolLM2 (docs/lab-log.md). Of a response alone, which has fewer, more.
+TOLERANCES = {"float32": 0.002, "float16": 0.01, "bfloat16": 0.07, "float8": 0.4}
+OF_ONE = 3  # times as much
 
 
 def read_samples(run: Run) -> list[MeasuredResponse]:
@@ -88,9 +88,10 @@ def check_samples(
     found = compare_samples(run, samples, models)
     on = f"sampler check: on {len(found)} responses"
     if not answer[0]:
-        moved = np.concatenate([one.by_token for one in found]).mean()
+        moved = np.concatenate([one.by_token for one in found])
         print_rank_0(
-            f"{on} the policy has moved by {moved:+.4f} nats a token since they were sampled"
+            f"{on} the policy has moved by {moved.mean():+.4f} nats a token since they were "
+            f"sampled, by {np.abs(moved).mean():.2g} in absolute value"
         )
         return
     tolerance = run.config.sampler_tolerance
