@@ -165,35 +165,13 @@ class LogprobStore:
         """
         where = f"{self.prefix} ({self.manifest['model']}) does not fit {tokens.prefix}"
         fix = f"score the records of {tokens.manifest['source_files']} again"
-        if len(self) != len(tokens):
-            raise UserError(
-                f"{where}: the count is {len(self)} records, expected {len(tokens)}; {fix}"
-            )
-        if self.manifest["records_sha256"] != tokens.records_sha256:
-            raise UserError(
-                f"{where}: its fingerprint of the records is "
-                f"{self.manifest['records_sha256'][:12]}, expected {tokens.records_sha256[:12]}: "
-                f"these are log-probs of other records or of another order; {fix}"
-            )
-        if self.responses != tokens.responses:
-            raise UserError(
-                f"{where}: its responses are {list(self.responses)}, expected "
-                f"{list(tokens.responses)}; {fix}"
-            )
+        self._check_same_records(tokens, where, fix)
         rule, expected = (d.manifest["tokenizer"].get("score") for d in (self, tokens))
         if None not in (rule, expected) and rule != expected:  # None: imported without a word
             raise UserError(
                 f"{where}: it has log-probs by --score {rule}, the token dataset is of --score "
                 f"{expected}: all models must score the same messages of a reply; score the "
                 f"records with --score {expected}, or prepare them with --score {rule}"
-            )
-        here, there = self.token_counts > 0, tokens.response_lengths > 0
-        other = (here != there).any(axis=1) & ~(self.masked_records | tokens.masked_records)
-        if other.any():
-            index = int(other.argmax())
-            raise UserError(
-                f"{where}: record {tokens.ids(index)!r} has {int(here[index].sum())} responses, "
-                f"expected {int(there[index].sum())}; {fix}"
             )
         # Read apart: pages of the mapped file would stay in memory.
         sums = read_array(f"{self.prefix}_sums.npy", self._again)
@@ -208,6 +186,38 @@ class LogprobStore:
             )
         if same_tokenizer:
             self._check_same_tokens(tokens, where)
+
+    def _check_same_records(self, tokens: TokenDataset, where: str, fix: str) -> None:
+        """Check that these are the same records, with the same responses."""
+        if len(self) != len(tokens):
+            raise UserError(
+                f"{where}: the count is {len(self)} records, expected {len(tokens)}; {fix}"
+            )
+        if self.listed != tokens.listed:
+            found, expected = ("lists" if d.listed else "pairs" for d in (self, tokens))
+            raise UserError(
+                f"{where}: it is of {found}, expected {expected}: give --lists to all commands "
+                f"that read the records, or to none; {fix}"
+            )
+        if self.manifest["records_sha256"] != tokens.records_sha256:
+            raise UserError(
+                f"{where}: its fingerprint of the records is "
+                f"{self.manifest['records_sha256'][:12]}, expected {tokens.records_sha256[:12]}: "
+                f"these are log-probs of other records or of another order; {fix}"
+            )
+        if self.responses != tokens.responses:
+            raise UserError(
+                f"{where}: its responses are {list(self.responses)}, expected "
+                f"{list(tokens.responses)}; {fix}"
+            )
+        here, there = self.token_counts > 0, tokens.response_lengths > 0
+        other = (here != there).any(axis=1) & ~(self.masked_records | tokens.masked_records)
+        if other.any():
+            index = int(other.argmax())
+            raise UserError(
+                f"{where}: record {tokens.ids(index)!r} has {int(here[index].sum())} responses, "
+                f"expected {int(there[index].sum())}; {fix}"
+            )
 
     def _check_same_tokens(self, tokens: TokenDataset, where: str) -> None:
         """Check that a response has the same tokens here and there."""

@@ -32,22 +32,17 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
     Returns:
         tokens int64 `[1, T]`; position_ids int64 `[1, T]`, in the text that a token is of;
         cu_seqlens int32 `[S + 1]` (one more with a tail), the same as a list segment_lengths `[S]`,
-        max_seqlen int; scored_rows int64 `[K]`,
-        positions whose hidden state predicts a scored token; target_ids int64 `[K]`, those tokens;
-        segment_ids int64 `[K]`, b * R + r; token_counts int64 `[B, R]`, scored ones; valid bool
-        `[B, R]`, which responses are there; ended bool `[B, R]`, whether their last token is
-        scored, the end of their turn; rewards float32 `[B, R]`, where pairs have some; indices and
-        domain_codes int64 `[B]`; where the pairs have stored values of models, these as
-        `references.reference.collate` makes them; and with shared prompts the segments of the keys,
-        cu_seqlens_kv int32 `[S + 1]`, key_lengths, max_seqlen_kv int, and key_rows int64 `[T_kv]`,
-        where they lie in the row.
+        max_seqlen int; scored_rows int64 `[K]`, positions whose hidden state predicts a scored
+        token; target_ids int64 `[K]`, those tokens; segment_ids int64 `[K]`, b * R + r;
+        token_counts int64 `[B, R]`, scored ones; valid bool `[B, R]`, which responses are there;
+        ended bool `[B, R]`, whether their last token, the end of the turn, is scored; rewards
+        float32 `[B, R]`, where there are some; indices and domain_codes int64 `[B]`; stored values
+        of models, where there are some, as `references.reference.collate` makes them; and with
+        shared prompts the segments of the keys, cu_seqlens_kv int32 `[S + 1]`, key_lengths,
+        max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in the row.
     """
     marks = [mark for pair in pairs for mark in scored_marks(pair.response_ids, pair.scored)]
-    counts = np.array([mark.sum() for mark in marks], dtype=np.int64)
-    valid = np.array([len(mark) > 0 for mark in marks])
-    ended = np.array([bool(mark[-1:].any()) for mark in marks])
-    shape = (len(pairs), -1)
-    scored = np.concatenate(marks)
+    counts, scored = [int(mark.sum()) for mark in marks], np.concatenate(marks)
     segments = _Segments()
     for pair in pairs:
         segments.add(pair, layout.share_prompt)
@@ -62,19 +57,16 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
         "segment_lengths": segments.queries,
         "scored_rows": torch.from_numpy(_ranges(segments.predicting)[scored]),
         "target_ids": torch.from_numpy(targets[scored].astype(np.int64)),
-        "segment_ids": torch.from_numpy(np.repeat(np.arange(counts.size), counts)),
-        "token_counts": torch.from_numpy(counts.reshape(shape)),
-        "valid": torch.from_numpy(valid.reshape(shape)),
-        "ended": torch.from_numpy(ended.reshape(shape)),
+        "segment_ids": torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+        "token_counts": torch.tensor(counts, dtype=torch.int64).view(len(pairs), -1),
+        "valid": torch.tensor([len(mark) > 0 for mark in marks]).view(len(pairs), -1),
+        "ended": torch.tensor([bool(mark[-1:].any()) for mark in marks]).view(len(pairs), -1),
         "indices": torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
         "domain_codes": torch.tensor([pair.domain_code for pair in pairs], dtype=torch.int64),
     }
     if layout.share_prompt:
-        row["cu_seqlens_kv"], row["max_seqlen_kv"] = _borders(segments.keys), max(segments.keys)
-        row["key_lengths"] = segments.keys
-        row["key_rows"] = torch.from_numpy(_ranges(segments.key_rows))
-    rewards = [pair.rewards for pair in pairs if pair.rewards is not None]
-    if rewards:
+        row |= segments.of_keys()
+    if rewards := [pair.rewards for pair in pairs if pair.rewards is not None]:
         row["rewards"] = torch.from_numpy(np.stack(rewards))
     if pairs[0].values is not None:
         row |= reference.collate([pair.values for pair in pairs if pair.values is not None])
@@ -135,6 +127,15 @@ class _Segments:
         self.keys.append(count)
         self.key_rows.append((self.total, count))
         self._append(count, 0)
+
+    def of_keys(self) -> Row:
+        """Return what a row says of the segments' keys."""
+        return {
+            "cu_seqlens_kv": _borders(self.keys),
+            "max_seqlen_kv": max(self.keys),
+            "key_lengths": self.keys,
+            "key_rows": torch.from_numpy(_ranges(self.key_rows)),
+        }
 
     def _append(self, length: int, position: int) -> None:
         self.queries.append(length)

@@ -120,6 +120,12 @@ class PreferenceDataset:
             responses=method.responses,
             rewards="rewards" in method.reads,
         )
+        most = method.most_responses
+        if most is not None and found.responses > most:
+            raise UserError(
+                f"{token_prefix} has lists of {found.responses} responses, expected at most {most} "
+                f"for --objective {method.objective} with these options"
+            )
         return found
 
     @property

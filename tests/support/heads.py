@@ -1,5 +1,7 @@
 """The log-prob head on ranks: gradients, alone and under a whole loss."""
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -41,6 +43,20 @@ def head_gradients(seed: int, vocab: int, padded: int, dtype: str, chunk_bytes: 
     }
 
 
+def _row(counts: torch.Tensor, random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a loss reads of three records with three sources, beside the policy's log-probs."""
+    return {
+        "token_counts": counts,
+        "initial_sum_logps": -3 * random(*counts.shape) * counts,
+        "source_sum_logps": -5 * random(*counts.shape, 3) * counts[..., None],
+        "source_token_counts": counts.clamp_min(1)[..., None].expand(-1, -1, 3),
+        "source_mask": torch.tensor([[True] * 3, [True, False, True], [False] * 3]),
+        "source_weights": torch.tensor([[0.5, 1.0, 2.0, 0.25]]).expand(len(counts), -1),
+        "valid": counts > 0,
+        "rewards": 2 * random(*counts.shape) - 1,
+    }
+
+
 def whole_loss_gradients(name: str, options: dict) -> list[tuple[float, float]]:
     """From hidden states over the head, sums, fusion and loss: gradients and finite differences.
 
@@ -66,16 +82,7 @@ def whole_loss_gradients(name: str, options: dict) -> list[tuple[float, float]]:
     hidden, weight = random(tokens, 6) - 0.5, 3 * (random(vocab, 6) - 0.5)
     targets = torch.randint(0, vocab, (tokens,), generator=generator)
     segment_ids = torch.arange(counts.numel()).repeat_interleave(counts.flatten())
-    row = {
-        "token_counts": counts,
-        "initial_sum_logps": -3 * random(*counts.shape) * counts,
-        "source_sum_logps": -5 * random(*counts.shape, 3) * counts[..., None],
-        "source_token_counts": counts.clamp_min(1)[..., None].expand(-1, -1, 3),
-        "source_mask": torch.tensor([[True] * 3, [True, False, True], [False] * 3]),
-        "source_weights": torch.tensor([[0.5, 1.0, 2.0, 0.25]]).expand(pairs, -1),
-        "valid": counts > 0,
-        "rewards": 2 * random(*counts.shape) - 1,
-    }
+    row = _row(counts, random)
     world, rank = dist.get_world_size(), dist.get_rank()
     world_group = dist.group.WORLD
     assert world_group is not None
