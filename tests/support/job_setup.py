@@ -65,7 +65,7 @@ def make(folder: Path, ranks: Ranks) -> Setup:
     """Import the pivot, prepare pairs and lists, score both under the pivot and two sources."""
     job, lists = Setup(folder, folder), Setup(folder / "lists", folder)
     job.lists = lists
-    lists.folder.mkdir()
+    lists.folder.mkdir(parents=True)
     tiny.save_model(job.hf, "llama", seed=1)
     tiny.write_records(job.records, 20)
     tiny.write_lists(lists.records, 20)
