@@ -21,7 +21,7 @@ from megatron_infifpo.commands.flags import (
     tokenizer_options,
 )
 from megatron_infifpo.flag_types import positive
-from megatron_infifpo.scoring.job import BACKENDS, OVER_CONTEXT, ScoringJob
+from megatron_infifpo.scoring.job import ABSENT, BACKENDS, OVER_CONTEXT, ScoringJob
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="DOMAIN",
         help="score records of these domains only and mask the others (default: all)",
+    )
+    what.add_argument(
+        "--absent-domains",
+        choices=ABSENT,
+        help="where no record is of a domain that --domains names, a mistake or data of which all "
+        "others are masked (default: %(default)s)",
     )
     what.add_argument(
         "--context-length",

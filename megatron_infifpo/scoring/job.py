@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OVER_CONTEXT = ("mask", "cut")
+ABSENT = ("error", "mask")
 
 
 class ScoringModel(Protocol):
@@ -89,6 +90,7 @@ class ScoringJob:
             parallel.
         bf16: weights in bfloat16, else float32.
         domains: score records of these alone and mask the others; None: all.
+        absent_domains: "error" where no record is of one of `domains`, or "mask" whatever is left.
         context_length: tokens of a prompt with one response; at most, and for None, the model's.
         over_context: "mask" a record with a longer response, or "cut" its responses.
         tokenizer: folder, for a model without one; None: the model's.
@@ -108,6 +110,7 @@ class ScoringJob:
     pipeline_model_parallel_size: int = 1
     bf16: bool = False
     domains: Sequence[str] | None = None
+    absent_domains: str = "error"
     context_length: int | None = None
     over_context: str = "mask"
     tokenizer: str | None = None
@@ -125,6 +128,9 @@ class ScoringJob:
         check_files(self, "input")
         check_choice("on_bad_record", self.on_bad_record, ON_BAD)
         check_choice("over_context", self.over_context, OVER_CONTEXT)
+        check_choice("absent_domains", self.absent_domains, ABSENT)
+        if self.absent_domains != ABSENT[0] and self.domains is None:
+            raise UserError("--absent-domains has no effect without --domains")
         check_positive(
             self,
             "tensor_model_parallel_size",

@@ -50,7 +50,7 @@ def merge(
                 f"{', '.join(job.input)}: there are {len(writer)} records now, expected the "
                 f"{plan['count']} of before; they have changed while they were scored"
             )
-        if writer.fields["example"] is None:
+        if writer.fields["example"] is None and job.absent_domains == "error":
             raise UserError(
                 f"no record can be scored: {counted(writer.notes.counts())}; choose another "
                 "--context-length, or another source"

@@ -144,9 +144,10 @@ def _scan(job: ScoringJob, limits: Limits) -> dict[str, Any]:
     if not count:
         raise UserError(f"there are no records in {', '.join(job.input)}, expected at least one")
     for domain in limits.domains or ():
-        if domain not in domains:
+        if domain not in domains and job.absent_domains == "error":
             raise UserError(
-                f"--domains names {domain!r}, expected some of {', '.join(sorted(domains))}"
+                f"--domains names {domain!r}, expected some of {', '.join(sorted(domains))}; "
+                "--absent-domains mask takes domains without a record"
             )
     return {
         "count": count,

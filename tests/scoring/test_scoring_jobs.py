@@ -217,6 +217,7 @@ def test_another_models_tokenizer(setup, ranks, tmp_path):
     "more, expected",
     [
         (["--domains", "law"], "--domains names 'law', expected some of code, general"),
+        (["--absent-domains", "mask"], "--absent-domains has no effect without --domains"),
         (["--context-length", "600"], "takes 512 tokens"),
         (["--trust-remote-code"], "no effect with --backend megatron"),
         (["--output", "/dev/null/out"], "cannot write to /dev/null"),
