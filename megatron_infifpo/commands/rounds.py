@@ -138,15 +138,8 @@ def check_words(job: RoundsJob) -> None:
     """
     from megatron_infifpo.training.config import RunConfig
 
-    domains = sorted({d for s in source_domains(job) for d in s} | {"general"})
-    for stage in (import_pivot(job), *stages_of(job, 0, domains)):
+    for stage in (import_pivot(job), *stages_of(job, 0)):
         name, *words = stage.job.arguments
         args = make_parser(name)[1].parse_args(words)
         if name == "train":
             RunConfig.from_options(vars(args))
-
-
-def source_domains(job: RoundsJob) -> list[tuple[str, ...]]:
-    """Domains that sources are limited to."""
-    config = job.source_file()
-    return [source.domains or () for source in (config.sources if config else ())]

@@ -10,7 +10,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_choice, check_files, check_positive, check_types
 from megatron_infifpo.methods import METHODS, Method
 from megatron_infifpo.recipes.commands import split_words
-from megatron_infifpo.references.sources import SourcesConfig, read_sources
+from megatron_infifpo.references.sources import Source, read_sources
 from megatron_infifpo.storage.yaml_files import read_yaml
 
 STAGES = ("import", "sample", "label", "prepare", "score", "train", "export")
@@ -92,7 +92,7 @@ class RoundsJob:
                 + ("give --sources FILE" if self.kind.fused else "--sources has no effect")
             )
         self._check_options()
-        self.source_names()
+        self._check_sources()
 
     def _check_options(self) -> None:
         """Refuse words of stages that are none, and what starts no Python."""
@@ -143,29 +143,27 @@ class RoundsJob:
         """
         return split_words(self.options.get(stage, ""), f"--{stage}-options")
 
-    def source_file(self) -> SourcesConfig | None:
+    @property
+    def source_list(self) -> tuple[Source, ...]:
         """The sources, and how each is scored."""
-        return None if self.sources is None else read_sources(self.sources)
+        return () if self.sources is None else read_sources(self.sources).sources
 
-    def source_names(self) -> dict[str, str]:
-        """Names that the sources' files have, by the sources' names.
+    def _check_sources(self) -> None:
+        """Refuse sources whose files would have one name, or that do not say what model they are.
 
         Raises:
-            UserError: two are the same, or a source does not say what model it is.
+            UserError: one does not.
         """
-        found: dict[str, str] = {}
-        config = self.source_file()
-        for source in config.sources if config else ():
-            name = re.sub(r"[^\w.-]+", "-", source.name)
-            if name in (INITIAL, *found.values()):
-                raise UserError(f"{self.sources}: a file called {name} would be of two models")
+        files = [INITIAL]
+        for source in self.source_list:
+            files.append(file_name(source.name))
+            if files[-1] in files[:-1]:
+                raise UserError(f"{self.sources}: a file called {files[-1]} would be of two models")
             if "model" not in source.score:
                 raise UserError(
                     f"{self.sources}: source {source.name!r} does not say which model it is, "
                     "expected for example: score: {model: models/qwen}"
                 )
-            found[source.name] = name
-        return found
 
     def settings(self, pool: str) -> dict[str, Any]:
         """Return what the numbers of all rounds depend on, as JSON has it.
@@ -178,3 +176,8 @@ class RoundsJob:
         found |= {"pivot": str(Path(self.pivot).resolve()), "prompts_sha256": pool}
         found["sources"] = read_yaml(Path(self.sources)) if self.sources else None
         return found | {"options": {stage: self.words(stage) for stage in STAGES}}
+
+
+def file_name(source: str) -> str:
+    """What files about a source are called."""
+    return re.sub(r"[^\w.-]+", "-", source)

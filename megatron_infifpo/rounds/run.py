@@ -81,15 +81,13 @@ def run_round(
     job: RoundsJob, here: RoundFolder, pool: Sequence[Prompt], before: str, start: Start
 ) -> None:
     """Run the stages of one round, and write its row of the table; errors as `run_rounds`."""
-    taken = prompts_of(job, pool, here.number)
-    domains = sorted({prompt.domain for prompt in taken})
     make_folder(here.logprobs)
     if not here.prompts.exists():
-        write_prompts(here.prompts, taken)
+        write_prompts(here.prompts, prompts_of(job, pool, here.number))
     if job.kind.reference is not None:
-        write_text(here.sources, sources_yaml(job, here, domains))
+        write_text(here.sources, sources_yaml(job, here))
     seconds: dict[str, float | None] = {}
-    for stage in stages_of(job, here.number, domains):
+    for stage in stages_of(job, here.number):
         stamp = run_stage(job, here.path, stage, before, start)
         before, seconds[stage.name] = stamp["id"], stamp["seconds"]
     record_round(job, here, seconds)
@@ -206,15 +204,14 @@ def stoppable() -> Iterator[Start]:
 
 def dry_run(job: RoundsJob) -> None:
     """Print the command lines of all rounds, as a shell takes them."""
-    pool = read_pool(job)
+    read_pool(job)
     print("# once")
     stages = [import_pivot(job)]
     for number in range(last_round(job) + 1):
         for stage in stages:
             print(shown(job, stage.job))
-        taken = prompts_of(job, pool, number)
-        stages = stages_of(job, number, sorted({prompt.domain for prompt in taken}))
-        print(f"# round {number}: {len(taken)} prompts")
+        stages = stages_of(job, number)
+        print(f"# round {number}")
     for stage in stages:
         print(shown(job, stage.job))
 
@@ -229,13 +226,20 @@ def read_pool(job: RoundsJob) -> list[Prompt]:
     """Read the prompts of all rounds.
 
     Raises:
-        UserError: a bad one, or fewer than a round takes.
+        UserError: a bad one, fewer than a round takes, or none of a source's domain.
     """
     pool = read_prompts(job.prompts)
     if len(pool) < job.round_prompts:
         raise UserError(
             f"--round-prompts is {job.round_prompts}, but {' '.join(job.prompts)} has {len(pool)}"
         )
+    domains = {prompt.domain for prompt in pool}
+    for source in job.source_list:
+        if unknown := sorted(set(source.domains or ()) - domains):
+            raise UserError(
+                f"{job.sources}: source {source.name!r} names the domain {unknown[0]!r}, expected "
+                f"some of the prompts': {', '.join(sorted(domains))}"
+            )
     return pool
 
 

@@ -23,8 +23,7 @@ from typing import Any
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.recipes.commands import Job, scoring_words
-from megatron_infifpo.references.sources import Source
-from megatron_infifpo.rounds.job import INITIAL, RoundsJob
+from megatron_infifpo.rounds.job import INITIAL, RoundsJob, file_name
 from megatron_infifpo.storage.checkpoints import TRACKER
 from megatron_infifpo.storage.yaml_files import read_yaml
 
@@ -91,14 +90,8 @@ def import_pivot(job: RoundsJob) -> Stage:
     return Stage(Job("import", words), pivot(job) / TRACKER)
 
 
-def stages_of(job: RoundsJob, number: int, domains: Sequence[str]) -> list[Stage]:
-    """List the stages of a round, each after those that it needs.
-
-    Args:
-        job: the rounds.
-        number: of the round.
-        domains: of its prompts.
-    """
+def stages_of(job: RoundsJob, number: int) -> list[Stage]:
+    """List the stages of a round, each after those that it needs."""
     here = RoundFolder(job, number)
     model = job.pivot if number == 0 else str(RoundFolder(job, number - 1).hf)
     stages = [sample(job, here, model)]
@@ -106,22 +99,10 @@ def stages_of(job: RoundsJob, number: int, domains: Sequence[str]) -> list[Stage
         stages.append(label(job, here))
     stages.append(prepare(job, here))
     if job.kind.reference is not None:
-        stages.append(score(job, here, INITIAL, {"model": str(pivot(job))}))
-    names = job.source_names()
-    for source, among in taking_part(job, domains):
-        stages.append(score(job, here, names[source.name], source.score, source.name, among))
+        stages.append(score(job, here, {"model": str(pivot(job))}))
+    for source in job.source_list:
+        stages.append(score(job, here, source.score, source.name, source.domains or ()))
     return [*stages, train(job, here), export(job, here)]
-
-
-def taking_part(job: RoundsJob, domains: Sequence[str]) -> list[tuple[Source, tuple[str, ...]]]:
-    """Sources that a round has prompts for, each with those of its domains that the round has."""
-    config = job.source_file()
-    found = []
-    for source in config.sources if config else ():
-        among = tuple(domain for domain in source.domains or () if domain in domains)
-        if among or source.domains is None:
-            found.append((source, among))
-    return found
 
 
 def sample(job: RoundsJob, here: RoundFolder, model: str) -> Stage:
@@ -150,16 +131,18 @@ def prepare(job: RoundsJob, here: RoundFolder) -> Stage:
 def score(
     job: RoundsJob,
     here: RoundFolder,
-    file: str,
     own: Mapping[str, Any],
     name: str = INITIAL,
     domains: Sequence[str] = (),
 ) -> Stage:
     """Score the records under one model, by `--score-options` and the flags of its own."""
+    file = file_name(name)
     output = here.logprobs / file
     usual = {"backend": "megatron", **read_flags(job.words("score"))}
     words: list[Any] = ["--name", name, "--input", here.records, "--output", output]
-    words += [*(["--domains", *domains] if domains else []), *on_bad_record(job)]
+    # A training that goes through all rounds has all sources in each, though it has no such prompt.
+    words += ["--domains", *domains, "--absent-domains", "mask"] if domains else []
+    words += on_bad_record(job)
     check_own("score", words, [f"--{flag}" for flag in usual])
     made = ("score", *scoring_words(usual, own), *map(str, words))
     return Stage(Job(f"score-{file}", made, every_rank=True), suffixed(output))
@@ -202,22 +185,21 @@ def export(job: RoundsJob, here: RoundFolder) -> Stage:
     return Stage(Job("export", with_options(job, "export", words)), here.hf / "config.json")
 
 
-def sources_yaml(job: RoundsJob, here: RoundFolder, domains: Sequence[str]) -> str:
-    """Return the round's sources.yaml (JSON is YAML, too), with the weights of the user's."""
-    names = job.source_names()
+def sources_yaml(job: RoundsJob, here: RoundFolder) -> str:
+    """Return the round's sources.yaml (JSON is YAML, too), with the weights of the user's.
+
+    What is outside a source's domains is masked in its log-probs, and a round need not have them.
+    """
     given_file = {"initial": INITIAL} if job.sources is None else read_yaml(Path(job.sources))
     content: dict[str, Any] = copy.deepcopy(given_file)
     initial, given = f"{here.logprobs.name}/{INITIAL}", content["initial"]
     content["initial"] = {**given, "logprobs": initial} if isinstance(given, dict) else initial
-    present = {source.name: among for source, among in taking_part(job, domains)}
-    entries = []
-    for entry in content.get("sources") or ():
-        if entry["name"] in present:
-            own = {k: v for k, v in entry.items() if k not in ("score", "domains")}
-            own["logprobs"] = f"{here.logprobs.name}/{names[entry['name']]}"
-            among = present[entry["name"]]
-            entries.append(own | ({"domains": list(among)} if among else {}))
-    return json.dumps(content | {"sources": entries}, indent=1, ensure_ascii=False) + "\n"
+    content["sources"] = [
+        {key: value for key, value in entry.items() if key not in ("score", "domains")}
+        | {"logprobs": f"{here.logprobs.name}/{file_name(entry['name'])}"}
+        for entry in content.get("sources") or ()
+    ]
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def with_options(

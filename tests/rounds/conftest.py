@@ -15,6 +15,7 @@ LABEL = {"label": "--program judge.py:score"}
 def make_job(tmp_path, monkeypatch):
     """A job of three rounds of four prompts in the current folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # nobody cuts the power here
     write_inputs(tmp_path)
 
     def make(**more: Any) -> RoundsJob:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,46 +29,59 @@ def inputs(tmp_path_factory) -> Path:
     tiny.save_model(folder / "hf", "llama", seed=1)
     source = tiny.save_model(folder / "qwen", "qwen2", vocab_size=290, seed=2)
     (folder / "judge.py").write_text(JUDGE)
-    lines = [json.dumps({"id": f"p{i}", "prompt": text}) for i, text in enumerate(tiny.WORDS[:6])]
-    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    with (folder / "prompts.jsonl").open("w") as file:
+        for i, text in enumerate(tiny.WORDS[:8]):
+            domain = "general" if i else "code"
+            file.write(json.dumps({"id": f"p{i}", "domain": domain, "prompt": text}) + "\n")
     (folder / "sources.yaml").write_text(
         "initial: {logprobs: a, weight: 0.6}\n"
-        f"sources: [{{name: qwen, logprobs: b, weight: 0.4, score: {{model: {source}}}}}]\n"
+        "sources: [{name: qwen, logprobs: b, weight: 0.4, domains: [code], "
+        f"score: {{model: {source}}}}}]\n"
     )
     return folder
 
 
-def make(inputs: Path, output: Path, **more) -> RoundsJob:
+def make(inputs: Path, output: Path, **more: Any) -> RoundsJob:
     # A random model hardly ever ends its turn.
     label = f"--program {inputs / 'judge.py'}:vowels"
     label += " --keep-cut" if more["method"] == "infifpo" else ""
     options = {"sample": "--max-tokens 12", "label": label, "train": TRAIN}
-    given = {"rounds": 2, "steps": 2, "round_prompts": 4, "count": 3, "options": options}
+    given: dict[str, Any] = {
+        "rounds": 2,
+        "steps": 2,
+        "round_prompts": 4,
+        "count": 3,
+        "options": options,
+    }
     return RoundsJob(
         output=output, pivot=str(inputs / "hf"), prompts=[str(inputs / "prompts.jsonl")],
         sources=str(inputs / "sources.yaml"), launcher="torchrun --nproc-per-node 2",
-        **given | more,
+        **given | {"options": options} | more,
     )  # fmt: skip
+
+
+class Forked:
+    """Runs commands on forked ranks instead of starting Python each time; `ran` has their names."""
+
+    def __init__(self, ranks) -> None:
+        self.ranks, self.ran = ranks, list[str]()
+
+    def __call__(self, words: list[str], log: Path) -> int:
+        name, *rest = words[words.index("megatron_infifpo") + 1 :]
+        self.ran.append(name)
+        world = 2 if words[0] == "torchrun" else 1
+        try:
+            self.ranks(world, "support.tools:command", "megatron_infifpo", [name, *rest])
+        except RankError as error:
+            log.write_text(str(error))
+            return error.codes[0]
+        log.write_text("\n".join(self.ranks.logs))
+        return 0
 
 
 @pytest.fixture
 def start(ranks):
-    """Run commands on forked ranks instead of starting Python each time; `ran` has their names."""
-
-    def run(words: list[str], log: Path) -> int:
-        name, *rest = words[words.index("megatron_infifpo") + 1 :]
-        run.ran.append(name)
-        world = 2 if words[0] == "torchrun" else 1
-        try:
-            ranks(world, "support.tools:command", "megatron_infifpo", [name, *rest])
-        except RankError as error:
-            log.write_text(str(error))
-            return error.codes[0]
-        log.write_text("\n".join(ranks.logs))
-        return 0
-
-    run.ran = []
-    return run
+    return Forked(ranks)
 
 
 def test_two_rounds(inputs, tmp_path, start):
@@ -81,7 +95,9 @@ def test_two_rounds(inputs, tmp_path, start):
     # Both sides of a round's first step see the same samples, with the same rewards.
     assert all(0 < row["reward"] < 1 for row in rows)
     run = json.loads((tmp_path / "alone" / "checkpoint" / "run.json").read_text())
-    assert len(run["rounds"]) == 2
+    # One round has the prompt that the source is for, the other has its log-probs masked.
+    seen = [each["data"]["sources"]["qwen"]["takes_part_in"] for each in run["rounds"]]
+    assert sorted(seen) == [0, 1]
 
     def killed(words: list[str], log: Path) -> int:
         code = start(words, log)

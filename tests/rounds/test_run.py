@@ -21,10 +21,7 @@ ROUND = ["sample", "label", "prepare", "score", "score", "score", "train", "expo
 def test_rounds(make_job, optimizer):
     job, start = make_job(optimizer=optimizer), StandIn()
     run_rounds(job, start)
-    # The source that is for code alone is left out where a round has no such prompt.
-    assert [name for name in start.ran if name != "score"] == FIRST + 3 * [
-        name for name in ROUND if name != "score"
-    ]
+    assert start.ran == FIRST + 3 * ROUND
     table = [json.loads(line) for line in (job.output / "rounds.jsonl").read_text().splitlines()]
     assert [row["round"] for row in table] == [0, 1, 2]
     assert {(row["prompts"], row["responses"], row["cut"]) for row in table} == {(4, 12, 4)}
@@ -34,7 +31,7 @@ def test_rounds(make_job, optimizer):
     run_rounds(job, again)
     assert again.ran == []
     run_rounds(make_job(optimizer=optimizer, rounds=4), again)
-    assert [name for name in again.ran if name != "score"] == [n for n in ROUND if n != "score"]
+    assert again.ran == ROUND
 
 
 @pytest.mark.parametrize("optimizer", ["carry", "fresh"])
@@ -234,6 +231,10 @@ def test_two_at_once(make_job):
     run_rounds(job, StandIn())
 
 
-def test_more_prompts_than_there_are(make_job):
+def test_prompts_that_are_not_there(make_job):
     with pytest.raises(UserError, match="--round-prompts is 11, but prompts.jsonl has 10"):
         run_rounds(make_job(round_prompts=11), StandIn())
+    sources = Path("sources.yaml")
+    sources.write_text(sources.read_text().replace("[code]", "[code, law]"))
+    with pytest.raises(UserError, match="'two' names the domain 'law', expected .*: code, general"):
+        run_rounds(make_job(), StandIn())

@@ -73,10 +73,10 @@ def test_chain(cluster, environment, tmp_path, monkeypatch):
     rounds = tmp_path / "run" / "rounds"
     assert len((rounds / "rounds.jsonl").read_text().splitlines()) == 2
     waits.unlink()
-    inputs = {"prompts": [str(tmp_path / "prompts.jsonl")], "pivot": str(tmp_path / "hf")}
     job = RoundsJob(
-        output=tmp_path / "alone", **inputs, sources=str(tmp_path / "sources.yaml"), rounds=2,
-        method="fuserlhf", steps=5, round_prompts=4, count=3, options=OPTIONS,
+        output=tmp_path / "alone", pivot=str(tmp_path / "hf"), method="fuserlhf",
+        prompts=[str(tmp_path / "prompts.jsonl")], sources=str(tmp_path / "sources.yaml"),
+        rounds=2, steps=5, round_prompts=4, count=3, options=OPTIONS,
     )  # fmt: skip
     run_rounds(job, StandIn())
     assert content(rounds) == content(job.output)

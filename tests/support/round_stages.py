@@ -131,7 +131,7 @@ def write_inputs(folder: Path) -> None:
         "initial: {logprobs: elsewhere, weight: 0.5}\nsources:\n"
         "  - {name: one, logprobs: x/one, weight: 0.3,\n"
         "     score: {model: one, backend: transformers}}\n"
-        "  - {name: two, logprobs: x/two, weight: 0.2, domains: [code, law],\n"
+        "  - {name: two, logprobs: x/two, weight: 0.2, domains: [code],\n"
         "     score: {model: two, tensor-model-parallel-size: 4}}\n"
     )
 
