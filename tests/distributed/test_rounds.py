@@ -215,3 +215,14 @@ def rename(path, name):
     for data in (content["identity"]["data"], content["rounds"][-1]["data"]):
         data[name] = "0" * 64
     path.write_text(json.dumps(content))
+
+
+def test_evaluates_where_it_stops(setup, ranks, tmp_path):
+    """Held-out pairs are seen at the stop of each start, as at the end of a run."""
+    sources = setup.sources("both", *BOTH)
+    held_out = ["--preference-valid-data", str(setup.data), "--preference-valid-sources"]
+    argv = setup.flags(sources, "--save", str(tmp_path / "run"), *held_out, str(sources))
+    stopped = ranks(1, "support.training:train", [*argv, "--stop-at", "2"])[0]
+    ended = ranks(1, "support.training:train", [*argv, "--stop-at", "3"])[0]
+    assert [len(part["evaluations"]) for part in (stopped, ended)] == [1, 1]
+    assert stopped["evaluations"] != ended["evaluations"]
