@@ -125,9 +125,8 @@ def regression_residuals(
     _check_shapes(policy, reference_logps=reference, rewards=rewards, valid=valid)
     if reward_normalization == "group":
         rewards = _z_scores(rewards, valid)
-    # Absent ones are replaced before any arithmetic: NaN times 0 is NaN, in the gradient too.
-    ratios = torch.where(valid, policy, 0.0) - torch.where(valid, reference, 0.0)
-    return reward_scale * torch.where(valid, rewards, 0.0) - beta * ratios
+    # All of it is linear, so the gradient of what is absent is 0, and no NaN is multiplied by it.
+    return torch.where(valid, reward_scale * rewards - beta * (policy - reference), 0.0)
 
 
 def _z_scores(rewards: Tensor, valid: Tensor) -> Tensor:
@@ -136,8 +135,7 @@ def _z_scores(rewards: Tensor, valid: Tensor) -> Tensor:
     lowest = torch.where(valid, rewards, math.inf).amin(dim=1, keepdim=True)
     # Equal ones need not be equal to their rounded mean, and their deviation would be noise.
     differ = highest > lowest
-    deviation = _variance(rewards, valid).sqrt()[:, None]
-    scores = (rewards - valid_mean(rewards, valid)) / torch.where(differ, deviation, 1.0)
+    scores = (rewards - valid_mean(rewards, valid)) / deviation(rewards, valid)[:, None]
     return torch.where(differ & valid, scores, 0.0)
 
 
@@ -221,7 +219,6 @@ def _check_shapes(first: Tensor, **others: Tensor) -> None:
 
 def _centred(scores: Tensor, valid: Tensor) -> Tensor:
     """Scores less the highest of their prompt; those that are absent come first for certain."""
-    scores = torch.where(valid, scores, 0.0)
     highest = torch.where(valid, scores.detach(), -math.inf).amax(dim=1, keepdim=True)
     first = _FIRST * torch.arange(1, scores.shape[1] + 1, device=scores.device, dtype=scores.dtype)
     return torch.where(valid, scores - highest, first)

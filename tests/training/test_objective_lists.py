@@ -83,6 +83,22 @@ def test_clipping_goes_by_the_sign_of_the_advantage():
     assert (found.logps[2, :3] <= raised.logps[2, :3]).all()
 
 
+def test_of_equal_rewards_none_is_above_the_mean():
+    """In float32 the mean of seven times 0.7 is less than 0.7."""
+    ones = torch.ones(1, 7)
+    rewards = 0.7 * ones
+    assert (rewards > rewards.sum() / 7).any(), "the trap"
+    row = {
+        "token_counts": ones, "initial_sum_logps": -2 * ones,
+        "source_token_counts": ones[..., None], "source_sum_logps": -ones[..., None],
+        "source_mask": torch.ones(1, 1, dtype=torch.bool),
+        "source_weights": torch.ones(1, 2), "rewards": rewards, "valid": ones.bool(),
+    }  # fmt: skip
+    method = resolve("fuserlhf", clip=True, initial_as_source=False)
+    found = references(method, row, -ones)
+    assert (found.logps == -2).all(), "no source raises any"
+
+
 def test_pad():
     """Scores are beta times means; the teacher's the mean of the sources that take part."""
     row = list_row()
