@@ -195,6 +195,8 @@ def _of_preferences(
         form = form_of(value)
     except BadRecordError:
         return None
+    if "responses" in form.fields and value.get("prompt") is not None:
+        return None  # such as sampled ones, of which there are many: nothing to find in them
     try:
         parts = form.read(value, ignored)
     except BadRecordError:
