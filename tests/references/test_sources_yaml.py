@@ -38,6 +38,16 @@ def test_sources_may_be_absent(tmp_path):
     assert read_sources(write(tmp_path, "initial: p")).sources == ()
 
 
+def test_weights_are_of_all_models_or_of_none(tmp_path):
+    assert read_sources(write(tmp_path, GOOD)).weights == (1.0, 1.0, 1.0)
+    line = (
+        "initial: {logprobs: p, weight: 0.25}\n"
+        "sources: [{name: a, logprobs: b, weight: 0}, {name: c, logprobs: d, weight: 2}]"
+    )
+    config = read_sources(write(tmp_path, line))
+    assert config.weights == (0.0, 2.0, 0.25) and config.initial == str(tmp_path / "p")
+
+
 BAD = {
     "[1": "not valid YAML",
     "initial: p\ninitial: q": "not valid YAML .initial is given twice, in lines 1 and 2",
@@ -56,6 +66,12 @@ BAD = {
     "initial: p\nsources: [{name: a, logprobs: b}, {name: a, logprobs: c}]": "'a' is used twice",
     "initial: p\nsources: [{name: a, logprobs: b, domains: [cod]}]": "did you mean 'code'",
     "initial: p\nsources: [{name: a, logprobs: b, score: [x]}]": "expected flags of",
+    "initial: p\nsources: [{name: a, logprobs: b, weight: 1}]": "not of initial; expected a weight",
+    "initial: {logprobs: p, weight: 1}\nsources: [{name: a, logprobs: b}]": "but not of a; expected",
+    "initial: {logprobs: p, weight: -1}": "initial: weight is -1, expected a number of at least 0",
+    "initial: {logprobs: p, weight: yes}": "weight is True, expected a number",
+    "initial: {logprobs: p, weight: 0}": "all weights are 0, expected one above",
+    "initial: {weight: 1}": "initial lacks the key 'logprobs'",
     "initial: p\nsources: [{name: a, logprobs: b, score: {--model: x}}]": "without its dashes",
     "initial: p\nsources: [{name: a, logprobs: b, score: {output: x}}]": "the source's logprobs",
     "initial: p\nsources: [{name: a, logprobs: b, score: {model: }}]": "model is None",
