@@ -54,7 +54,7 @@ def test_three_responses_and_a_mixture(tmp_path):
     three = write_tokens(tmp_path, [record(i, pivot=True) for i in range(3)])
     assert three.responses == ("chosen", "rejected", "pivot_chosen")
     assert three.response_lengths.shape == (3, 3)
-    with pytest.raises(UserError, match="'r-2' has the responses chosen, rejected, pivot_chosen, expected"):
+    with pytest.raises(UserError, match="'r-2' has the responses chosen, rejected, pivot"):
         write_tokens(tmp_path, [record(1), record(2, pivot=True)], "mixed")
     with pytest.raises(UserError, match="no records"):
         write_tokens(tmp_path, [], "none")
