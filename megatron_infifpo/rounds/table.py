@@ -1,4 +1,4 @@
-"""What came of each round: `rounds.jsonl`, a line a round, and a table of it."""
+"""What came of each round: rounds.jsonl, a line a round, and a table of it."""
 
 import json
 import logging
