@@ -139,11 +139,19 @@ class References:
             index: of the record.
             columns: `[R]`, which of its responses, -1 for none.
         """
-        table = self._table(np.array([index]), columns[None])[0]
-        one = {name: getattr(table, name)[0] for name in _NAMES}
-        one["initial_sum_logps"] = one["initial_sum_logps"].astype(np.float32)
-        one["source_sum_logps"] = one["source_sum_logps"].astype(np.float32)
-        return PairValues(**one)
+        shape = (len(columns), len(self.sources))
+        sums, counts = np.zeros(shape, np.float32), np.ones(shape, np.int64)
+        mask = np.zeros(len(self.sources), bool)
+        for column, source in enumerate(self.sources):
+            if source.takes_part[index]:
+                mask[column] = True
+                sums[:, column] = source.store.all_sums[index][columns]
+                counts[:, column] = source.store.token_counts[index][columns]
+        initial = self.initial.store.all_sums[index][columns].astype(np.float32)
+        absent = columns < 0
+        if absent.any():  # the last response's values stand there
+            initial[absent], sums[absent], counts[absent] = 0, 0, 1
+        return PairValues(initial, sums, counts, mask, self.weights.copy())
 
     def table(self, indices: np.ndarray, columns: np.ndarray) -> dict[str, Tensor]:
         """Return the values of K records as a row has them of its pairs, but in float64.
@@ -154,12 +162,6 @@ class References:
             indices: `[K]`.
             columns: `[K, R]`, which of a record's responses are taken, -1 for none.
         """
-        found, token_counts = self._table(indices, columns)
-        row = {name: torch.from_numpy(getattr(found, name)) for name in _NAMES}
-        row["token_counts"] = torch.from_numpy(token_counts)
-        return row | {"valid": torch.from_numpy(columns >= 0)}
-
-    def _table(self, indices: np.ndarray, columns: np.ndarray) -> tuple[PairValues, np.ndarray]:
         initial, token_counts = self.initial.table(indices, columns)
         shape = (*initial.shape, len(self.sources))
         found = PairValues(
@@ -175,7 +177,9 @@ class References:
             found.source_mask[:, column] = here
             found.source_sum_logps[here, :, column] = sums[here]
             found.source_token_counts[here, :, column] = counts[here].clip(1)
-        return found, token_counts
+        row = {name: torch.from_numpy(getattr(found, name)) for name in _NAMES}
+        row["token_counts"] = torch.from_numpy(token_counts)
+        return row | {"valid": torch.from_numpy(columns >= 0)}
 
 
 _NAMES = tuple(field.name for field in fields(PairValues))
