@@ -18,6 +18,7 @@ all responses to a prompt, the others the best and the worst. docs/rounds.md say
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: as `RoundsJob` and `run_rounds`.
     """
+    environment = dict(os.environ)  # as it is before Megatron is imported, which changes it
     given = {stage: getattr(args, f"{stage}_options") for stage in STAGES}
     options = {stage: words for stage, words in given.items() if words}
     job = RoundsJob(**fields_of(args, RoundsJob), options=options)
@@ -123,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         dry_run(job)
         return 0
     try:
-        run_rounds(job)
+        run_rounds(job, environment=environment)
     except StageError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,15 @@ class StageError(RuntimeError):
     """A stage ended before it was done, for a reason that may pass: it was killed, say."""
 
 
-def run_rounds(job: RoundsJob, start: Start | None = None) -> None:
+def run_rounds(
+    job: RoundsJob, start: Start | None = None, environment: Mapping[str, str] = os.environ
+) -> None:
     """Run all rounds that are not done, up to the one that the job ends after.
 
     Args:
         job: the rounds.
-        start: runs a command.
+        start: runs a command; None: in a process of its own.
+        environment: of such processes.
 
     Raises:
         UserError: settings that are not those of the folder's rounds, or a stage that a person must
@@ -67,7 +70,7 @@ def run_rounds(job: RoundsJob, start: Start | None = None) -> None:
     lock = RunLock(job.output, "--output")
     lock.take()
     claim(job, pool_sha256(pool))
-    with stoppable() as run:
+    with stoppable(environment) as run:
         before = run_stage(job, job.output, import_pivot(job), "", start or run)["id"]
         for number in range(last_round(job) + 1):
             here = RoundFolder(job, number)
@@ -161,7 +164,7 @@ def command(job: RoundsJob, stage: Job) -> list[str]:
 
 
 @contextmanager
-def stoppable() -> Iterator[Start]:
+def stoppable(environment: Mapping[str, str]) -> Iterator[Start]:
     """Yield what runs a command; after SIGTERM or SIGUSR1 it starts no further one.
 
     SIGTERM goes to the stage that runs. SIGUSR1 leaves that alone: who sends it ends srun's steps
@@ -183,10 +186,10 @@ def stoppable() -> Iterator[Start]:
             file.write(f"$ {shlex.join(words)}\n".encode())
             file.flush()
             # This environment's torchrun, activated or not; what srun starts has its own PATH.
-            path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-            first = shutil.which(words[0], path=path) or words[0]
+            path = os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))
+            words = [shutil.which(words[0], path=path) or words[0], *words[1:]]
             try:
-                process = subprocess.Popen([first, *words[1:]], stdout=file, stderr=file)
+                process = subprocess.Popen(words, stdout=file, stderr=file, env=dict(environment))
             except OSError as error:
                 raise UserError(f"cannot start {words[0]}: {error.strerror}") from None
         child[:] = [process]

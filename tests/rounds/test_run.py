@@ -201,6 +201,17 @@ def test_terminated(make_job, monkeypatch):
         run_rounds(make_job())
 
 
+def test_environment_of_a_stage(make_job, monkeypatch):
+    """It is the one that is given: what the driver's own imports set is not in it."""
+    child = "import os; print(sorted(os.environ))"
+    monkeypatch.setattr(run, "command", lambda job, stage: [sys.executable, "-c", child])
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.raises(StageError, match="ended without out/pivot"):
+        run_rounds(make_job(), environment={"PATH": "", "HERE": "1"})
+    printed = Path("out/logs/import.log").read_text()
+    assert "'HERE'" in printed and "TORCHDYNAMO_DISABLE" not in printed
+
+
 def test_ends_after_a_stage(make_job, monkeypatch):
     """SIGUSR1 leaves the stage alone, and nothing starts after it."""
     job, child = make_job(), "import os, signal; os.kill(os.getppid(), signal.SIGUSR1)"
