@@ -9,7 +9,7 @@ import pytest
 from support.runs import steps_of
 from support.toy import PROMPTS, RESPONSES, Toy, save_pivot
 
-STEPS, ROUNDS = 360, 6
+STEPS, ROUNDS = 240, 4
 
 
 @pytest.fixture(scope="module")
