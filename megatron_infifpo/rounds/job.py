@@ -1,14 +1,16 @@
 """What rounds are: one frozen job, checked once."""
 
+import argparse
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_choice, check_files, check_positive, check_types
-from megatron_infifpo.methods import METHODS, Method
+from megatron_infifpo.methods import METHODS, Method, add_method_flags, method_from_options
 from megatron_infifpo.recipes.commands import split_words
 from megatron_infifpo.references.sources import Source, read_sources
 from megatron_infifpo.storage.yaml_files import read_yaml
@@ -115,10 +117,18 @@ class RoundsJob:
                     "'torchrun --nproc-per-node 8' or 'srun python'"
                 )
 
-    @property
+    @functools.cached_property
     def kind(self) -> Method:
-        """The method as it is without options."""
-        return METHODS[self.method]
+        """The method, with what the options of training change of it.
+
+        Raises:
+            UserError: an option of the method has no effect, or a value that cannot be.
+        """
+        parser = _MethodFlags(add_help=False, allow_abbrev=False)
+        add_method_flags(parser)
+        return method_from_options(
+            self.method, vars(parser.parse_known_args(self.words("train"))[0])
+        )
 
     @property
     def lists(self) -> bool:
@@ -176,6 +186,12 @@ class RoundsJob:
         found |= {"pivot": str(Path(self.pivot).resolve()), "prompts_sha256": pool}
         found["sources"] = read_yaml(Path(self.sources)) if self.sources else None
         return found | {"options": {stage: self.words(stage) for stage in STAGES}}
+
+
+class _MethodFlags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError, where a command would print its usage."""
+        raise UserError(f"--train-options: {message}")
 
 
 def file_name(source: str) -> str:

@@ -90,6 +90,8 @@ def test_by_method(make_job):
     assert names(method="pad", options={}) == [
         "sample", "prepare", "score-initial", "score-one", "score-two", *rest,
     ]  # fmt: skip
+    plain = {"label": "--program judge.py:score", "train": "--reference initial"}
+    assert names(sources=None, options=plain) == [*both, "score-initial", *rest]
     pairs = words(make_job(method="infifpo"), 0)
     assert pairs[1].endswith("--output out/round-000/records.jsonl --program judge.py:score")
     pad = words(make_job(method="pad", options={}), 0)
@@ -137,6 +139,8 @@ def test_what_starts_a_stage(make_job):
         ({"method": "pad"}, "--label-options has no effect: --method pad has no judge"),
         ({"options": {}}, "fuserlhf needs scores: give --label-options '--program"),
         ({"until": 3}, "--until is 3, expected one of 0 to 2"),
+        ({"options": {"train": "--fusion best"}}, "--train-options: argument --fusion: invalid"),
+        ({"options": {"train": "--alpha 1"}}, "--alpha has no effect"),
         ({"count": 1}, "--count is 1, expected a whole number of at least 2"),
         ({"launcher": "srun"}, "--launcher is 'srun', expected what runs Python"),
         ({"launcher": "srun 'python"}, "--launcher=srun 'python: No closing quotation"),
