@@ -147,3 +147,13 @@ def test_pad(inputs, tmp_path, start):
     assert "label" not in start.ran
     (row,) = [json.loads(line) for line in (job.output / "rounds.jsonl").open()]
     assert row["reward"] is None and row["training"]["first"]["loss"] > 0
+
+
+def test_sft(inputs, tmp_path, start):
+    """Rejection sampling: the best response of each prompt, without references."""
+    label = f"--program {inputs / 'judge.py'}:vowels --keep-cut"
+    options = {"sample": "--max-tokens 12", "label": label, "train": TRAIN}
+    given = {"rounds": 1, "sources": None, "options": options}
+    job = make(inputs, tmp_path / "out", method="sft", **given)
+    run_rounds(job, start)
+    assert "score" not in start.ran and (job.output / "round-000" / "hf").exists()
