@@ -26,7 +26,7 @@ from pathlib import Path
 from megatron_infifpo.commands.flags import fields_of, take_defaults
 from megatron_infifpo.commands.main import make_parser
 from megatron_infifpo.flag_types import positive, whole
-from megatron_infifpo.rounds.job import OPTIMIZERS, STAGES, RoundsJob
+from megatron_infifpo.rounds.job import INITIAL, OPTIMIZERS, STAGES, RoundsJob
 from megatron_infifpo.rounds.run import StageError, dry_run, run_rounds
 from megatron_infifpo.rounds.stages import import_pivot, stages_of
 
@@ -35,7 +35,8 @@ WHAT = {
     "sample": "responses: the engine, --max-tokens, ...",
     "label": "them: --reward-model or --program, --cut-penalty, ...",
     "prepare": "records for the pivot",
-    "score": "models; a source's own, in sources.yaml, go first",
+    "score": "models; those of a source in sources.yaml go first",
+    "initial": "the given pivot; they go first, too: its chat template, say",
     "train": "the policy: Megatron's flags, and the method's",
     "export": "the policy",
 }
@@ -94,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "further words of a stage", "in one string, quoted as for a shell"
     )
     for stage in STAGES:
-        text = f"how to {stage} {WHAT[stage]}"
+        text = f"how to {'score' if stage == INITIAL else stage} {WHAT[stage]}"
         words.add_argument(f"--{stage}-options", default="", metavar="WORDS", help=text)
     take_defaults(parser, RoundsJob)
 

@@ -15,8 +15,8 @@ from megatron_infifpo.recipes.commands import split_words
 from megatron_infifpo.references.sources import Source, read_sources
 from megatron_infifpo.storage.yaml_files import read_yaml
 
-STAGES = ("import", "sample", "label", "prepare", "score", "train", "export")
-"""Commands that rounds run, and that have options of their own."""
+STAGES = ("import", "sample", "label", "prepare", "score", "initial", "train", "export")
+"""What has options of its own: commands that rounds run, and scoring the initial pivot."""
 OPTIMIZERS = ("carry", "fresh")
 INITIAL = "initial"
 
@@ -101,6 +101,11 @@ class RoundsJob:
         for name in self.options:
             check_choice("options", name, STAGES)
             self.words(name)
+        useless = [name for name in ("score", INITIAL) if self.words(name)]
+        if self.kind.reference is None and useless:
+            raise UserError(
+                f"--{useless[0]}-options has no effect: --method {self.method} has no reference"
+            )
         judges = ("--reward-model", "--program")
         if self.judged and not any(word.startswith(judges) for word in self.words("label")):
             raise UserError(

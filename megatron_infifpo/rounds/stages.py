@@ -99,7 +99,8 @@ def stages_of(job: RoundsJob, number: int) -> list[Stage]:
         stages.append(label(job, here))
     stages.append(prepare(job, here))
     if job.kind.reference is not None:
-        stages.append(score(job, here, {"model": str(pivot(job))}))
+        own = {"model": str(pivot(job)), **read_flags(job.words("initial"))}
+        stages.append(score(job, here, own))
     for source in job.source_list:
         stages.append(score(job, here, source.score, source.name, source.domains or ()))
     return [*stages, train(job, here), export(job, here)]
@@ -143,7 +144,8 @@ def score(
     # A training that goes through all rounds has all sources in each, though it has no such prompt.
     words += ["--domains", *domains, "--absent-domains", "mask"] if domains else []
     words += on_bad_record(job)
-    check_own("score", words, [f"--{flag}" for flag in usual])
+    for stage in ("score", INITIAL):
+        check_own(stage, [*words, "--model"], job.words(stage))
     made = ("score", *scoring_words(usual, own), *map(str, words))
     return Stage(Job(f"score-{file}", made, every_rank=True), suffixed(output))
 

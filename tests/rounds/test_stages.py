@@ -32,6 +32,7 @@ def test_a_round(make_job):
         "import": "--dtype bf16", "sample": "--engine vllm --bf16", "prepare": "--score all",
         "label": "--program judge.py:score --cut-penalty 1", "train": "--lr 1e-6 --bf16",
         "score": "--bf16 --tensor-model-parallel-size 2",
+        "initial": "--tensor-model-parallel-size 1 --chat-template plain",
     }  # fmt: skip
     job = make_job(options=options)
     assert import_pivot(job).job.arguments == (
@@ -45,8 +46,8 @@ def test_a_round(make_job):
         f"label --input {here}/responses.jsonl --output {here}/records.jsonl --list 3 --keep-cut "
         "--program judge.py:score --cut-penalty 1",
         f"prepare --input {here}/records.jsonl --tokenizer hf --output {here}/tokens --score all",
-        "score --backend megatron --bf16 --tensor-model-parallel-size 2 --model out/pivot "
-        f"--name initial {score}/logprobs/initial",
+        "score --backend megatron --bf16 --tensor-model-parallel-size 1 --model out/pivot "
+        f"--chat-template plain --name initial {score}/logprobs/initial",
         f"score --backend transformers --bf16 --model one --name one {score}/logprobs/one",
         "score --backend megatron --bf16 --tensor-model-parallel-size 4 --model two "
         f"--name two {score}/logprobs/two --domains code "
@@ -138,6 +139,10 @@ def test_what_starts_a_stage(make_job):
         ({"method": "dpo"}, "dpo has the initial reference: --sources has no effect"),
         ({"method": "pad"}, "--label-options has no effect: --method pad has no judge"),
         ({"options": {}}, "fuserlhf needs scores: give --label-options '--program"),
+        (
+            {"method": "sft", "sources": None, "options": {"initial": "--bf16"}},
+            "--initial-options has no effect: --method sft has no reference",
+        ),
         ({"until": 3}, "--until is 3, expected one of 0 to 2"),
         ({"options": {"train": "--fusion best"}}, "--train-options: argument --fusion: invalid"),
         ({"options": {"train": "--alpha 1"}}, "--alpha has no effect"),
@@ -166,6 +171,8 @@ def test_refused(make_job, given, message):
         ("sample", "--temperature 0.8", "--temperature"),
         ("label", "--program a.py:b --list 4", "--list"),
         ("score", "--input x", "--input"),
+        ("score", "--model x", "--model"),
+        ("initial", "--output x", "--output"),
         ("train", "--save=elsewhere", "--save"),
         ("export", "--load x", "--load"),
     ],
