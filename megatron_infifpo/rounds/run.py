@@ -23,6 +23,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.recipes.commands import PROGRAM, Job, split_words
 from megatron_infifpo.responses.prompts import Prompt, read_prompts
 from megatron_infifpo.rounds.clean import remove_old
+from megatron_infifpo.rounds.ends import check_end
 from megatron_infifpo.rounds.job import RoundsJob
 from megatron_infifpo.rounds.prompts import plan_round, pool_sha256, write_prompts
 from megatron_infifpo.rounds.settings import claim
@@ -43,11 +44,6 @@ Stamp = dict[str, Any]
 """What a stage is known by (id), the id of the one before it (after), and once it is done seconds,
 None where nobody saw its end."""
 STAMPS, LOGS = "stages", "logs"
-TAIL = 15  # lines of a failed stage's log that are shown
-
-
-class StageError(RuntimeError):
-    """A stage ended before it was done, for a reason that may pass: it was killed, say."""
 
 
 def run_rounds(
@@ -130,30 +126,14 @@ def run_stage(job: RoundsJob, folder: Path, stage: Stage, before: str, start: St
         write_text(path, json.dumps(stamp))
         print(f"{folder.name}: {stage.name} ...", end="", flush=True)
         started = time.monotonic()
-        code = start(command(job, stage.job), log)
+        words = command(job, stage.job)
+        code = start(words, log)
         stamp["seconds"] = round(time.monotonic() - started, 1)
-        check_end(folder, stage, code, log)
+        check_end(folder, stage, code, log, begun(words))
         print(f" {stamp['seconds']:.0f} s", flush=True)
     # Where its end was not seen, this program ended before it could say so.
     write_text(path, json.dumps(stamp := {"seconds": None} | stamp))
     return stamp
-
-
-def check_end(folder: Path, stage: Stage, code: int, log: Path) -> None:
-    """Refuse a stage that is not done; errors as `run_rounds`."""
-    if code == 0 and stage.done:
-        return
-    print(flush=True)
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    for line in text.splitlines()[-TAIL:]:
-        print(f"    {line}", file=sys.stderr)
-    how = f"ended with {code}" if code else f"ended without {stage.made}"
-    if stage.step is not None and not code:
-        how = f"stopped at step {stage.at} of {stage.step}"
-    said = f"{folder.name}: the stage {stage.name} {how}, see {log}"
-    if code == 2:
-        raise UserError(said)
-    raise StageError(f"{said}; the same command goes on with it")
 
 
 def command(job: RoundsJob, stage: Job) -> list[str]:
@@ -161,6 +141,11 @@ def command(job: RoundsJob, stage: Job) -> list[str]:
     name, text = ("launcher", job.launcher) if stage.every_rank else ("python", job.python)
     text = text or job.python or sys.executable
     return [*split_words(text, f"--{name}"), "-m", PROGRAM, *stage.arguments]
+
+
+def begun(words: list[str]) -> str:
+    """The line that begins what an attempt of a stage prints into its log."""
+    return f"$ {shlex.join(words)}"
 
 
 @contextmanager
@@ -183,7 +168,7 @@ def stoppable(environment: Mapping[str, str]) -> Iterator[Start]:
         if stopped:
             return -stopped[0]
         with log.open("ab") as file:
-            file.write(f"$ {shlex.join(words)}\n".encode())
+            file.write(f"{begun(words)}\n".encode())
             file.flush()
             # This environment's torchrun, activated or not; what srun starts has its own PATH.
             path = os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))

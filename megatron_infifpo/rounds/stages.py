@@ -38,11 +38,13 @@ class Stage:
         job: its words.
         made: a file or folder that is there once it is done, whole.
         step: of a training, at which its checkpoint is then; else None.
+        measured: of sampling that is compared with the trainer: what it is compared by; else None.
     """
 
     job: Job
     made: Path
     step: int | None = None
+    measured: Path | None = None
 
     @property
     def name(self) -> str:
@@ -52,7 +54,14 @@ class Stage:
     @property
     def done(self) -> bool:
         """Whether what it makes is there: all commands give names to whole things only."""
-        return self.made.exists() and (self.step is None or self.at >= self.step)
+        return self.missing is None and (self.step is None or self.at >= self.step)
+
+    @property
+    def missing(self) -> Path | None:
+        """What it makes and is not there."""
+        return next(
+            (path for path in (self.made, self.measured) if path and not path.exists()), None
+        )
 
     @property
     def at(self) -> int:
@@ -70,6 +79,7 @@ class RoundFolder:
         self.path = job.output / f"round-{number:03d}"
         self.prompts = self.path / "prompts.jsonl"
         self.responses = self.path / "responses.jsonl"
+        self.measured = self.path / "responses.jsonl.measured"
         self.records = self.path / "records.jsonl" if job.judged else self.responses
         self.tokens = self.path / "tokens"
         self.logprobs = self.path / "logprobs"
@@ -112,7 +122,9 @@ def sample(job: RoundsJob, here: RoundFolder, model: str) -> Stage:
     words += ["--output", here.responses, "--count", job.count, "--temperature", 1, "--top-p", 1]
     words += ["--seed", job.seed + here.number, "--keep-cut"]
     words += [] if job.sampler_check else ["--check", 0]
-    return Stage(Job("sample", with_options(job, "sample", words)), here.responses)
+    measured = here.measured if job.sampler_check else None
+    made = Job("sample", with_options(job, "sample", words))
+    return Stage(made, here.responses, measured=measured)
 
 
 def label(job: RoundsJob, here: RoundFolder) -> Stage:
@@ -173,7 +185,7 @@ def train(job: RoundsJob, here: RoundFolder) -> Stage:
             words += ["--reference-check", "off"]
     words += ["--pretrained-checkpoint", start, "--save", save, "--train-iters", total]
     if job.sampler_check:
-        words += ["--sampler-logprobs", f"{here.responses}.measured"]
+        words += ["--sampler-logprobs", here.measured]
     usual: list[list[Any]] = [["--lr-decay-style", "constant"], ["--save-interval", job.steps]]
     usual += [["--log-interval", 1], ["--tensorboard-log-interval", 1]]
     usual += [["--tensorboard-dir", save / "tensorboard"], ["--exit-signal-handler"]]

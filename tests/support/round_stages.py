@@ -67,6 +67,8 @@ class StandIn:
             texts = [f"{model} {given['seed']} {i}" for i in range(int(given["count"]))]
             reasons = ["stop"] * (len(texts) - 1) + ["length"]
             lines.append(json.dumps({**row, "responses": texts, "finish_reasons": reasons}) + "\n")
+        if given.get("check") != "0":
+            Path(f"{output}.measured").write_text(model)
         output.write_text("".join(lines))
 
     def label(self, given: dict[str, str]) -> None:
