@@ -1,11 +1,13 @@
 """Two rounds of real commands on tiny models, on two ranks of training."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.rounds.job import RoundsJob
 from megatron_infifpo.rounds.run import run_rounds
 from support import tiny
@@ -47,17 +49,14 @@ def make(inputs: Path, output: Path, **more: Any) -> RoundsJob:
     label += " --keep-cut" if more["method"] == "infifpo" else ""
     options = {"sample": "--max-tokens 12", "label": label, "train": TRAIN}
     given: dict[str, Any] = {
-        "rounds": 2,
-        "steps": 2,
-        "round_prompts": 4,
-        "count": 3,
-        "options": options,
+        "rounds": 2, "steps": 2, "round_prompts": 4, "count": 3, "options": options,
+        "sources": str(inputs / "sources.yaml"), "launcher": "torchrun --nproc-per-node 2",
+    }  # fmt: skip
+    files: dict[str, Any] = {
+        "pivot": str(inputs / "hf"),
+        "prompts": [str(inputs / "prompts.jsonl")],
     }
-    return RoundsJob(
-        output=output, pivot=str(inputs / "hf"), prompts=[str(inputs / "prompts.jsonl")],
-        sources=str(inputs / "sources.yaml"), launcher="torchrun --nproc-per-node 2",
-        **given | {"options": options} | more,
-    )  # fmt: skip
+    return RoundsJob(output=output, **files, **given | more)
 
 
 class Forked:
@@ -117,6 +116,12 @@ def test_two_rounds(inputs, tmp_path, start):
     for number in range(2):
         hf = f"round-{number:03d}/hf"
         tiny.assert_same_weights(tmp_path / "alone" / hf, job.output / hf)
+    # A third round that samples from the weights of the first one is refused.
+    shutil.rmtree(job.output / "round-001" / "hf")
+    shutil.copytree(job.output / "round-000" / "hf", job.output / "round-001" / "hf")
+    with pytest.raises(UserError, match="round-002: the stage train ended with 2"):
+        run_rounds(make(inputs, job.output, method="fuserlhf", rounds=3), start)
+    assert "stale" in (job.output / "round-002" / "logs" / "train.log").read_text()
 
 
 def test_iterated_pairs(inputs, tmp_path, start):
