@@ -126,7 +126,8 @@ def regression_residuals(
     if reward_normalization == "group":
         rewards = _z_scores(rewards, valid)
     # All of it is linear, so the gradient of what is absent is 0, and no NaN is multiplied by it.
-    return torch.where(valid, reward_scale * rewards - beta * (policy - reference), 0.0)
+    ratios = policy - reference.detach()
+    return torch.where(valid, reward_scale * rewards.detach() - beta * ratios, 0.0)
 
 
 def _z_scores(rewards: Tensor, valid: Tensor) -> Tensor:

@@ -66,14 +66,20 @@ def check_reply(messages: tuple[Message, ...], name: str, *, hint: str = "") -> 
             "one message of role assistant, or several that begin and end with one"
         )
     last = messages[-1]
-    thoughts = THOUGHTS.match(last["content"])
-    answer = last["content"][thoughts.end() :] if thoughts else last["content"]
-    if not answer.strip() and not last.get("tool_calls"):
-        reasons = thoughts or "reasoning_content" in last
+    if not has_answer(last):
+        answer = THOUGHTS.sub("", last["content"], count=1)
+        reasons = answer != last["content"] or "reasoning_content" in last
         raise BadRecordError(
             f"field {name!r} is empty ({answer!r}{' after the reasoning' if reasons else ''}), "
             f"expected a response with text{hint}"
         )
+
+
+def has_answer(message: Message) -> bool:
+    """Whether an assistant's message says or calls something, beside its reasoning."""
+    thoughts = THOUGHTS.match(message["content"])
+    answer = message["content"][thoughts.end() :] if thoughts else message["content"]
+    return bool(answer.strip() or message.get("tool_calls"))
 
 
 def same_reply(one: tuple[Message, ...], other: tuple[Message, ...]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_infifpo.records.conversations import conversation
+from megatron_infifpo.records.fields import has_answer
 from megatron_infifpo.records.form_readers import (
     Parts,
     beside_prompt,
@@ -28,6 +29,7 @@ SCORES = ("scores", "rewards")
 SAMPLED = ("finish_reasons", "reasoning", "tool_calls")
 # What it says of itself.
 ABOUT = ("model", "asked", "missing", "left_out", "extra")
+WITHOUT_ANSWER = "(responses without an answer)"
 CUT = "length"
 FINISHES = ("stop", "tool_calls", "unknown", CUT)
 
@@ -37,7 +39,6 @@ def read_list(value: dict[str, Any], ignored: set[str]) -> Parts:
     given = from_json(value["responses"])
     if not isinstance(given, list):
         raise BadRecordError(f"field 'responses' is {kind(given)}, expected a list of responses")
-    check_count(given, "responses")
     names = [f"responses[{i}]" for i in range(len(given))]
     sampled = any(value.get(name) is not None for name in SAMPLED)
     thoughts, calls = (column(value, name, len(given)) for name in SAMPLED[1:])
@@ -45,11 +46,20 @@ def read_list(value: dict[str, Any], ignored: set[str]) -> Parts:
         _sampled(*parts, ignored) if sampled else conversation(parts[0], parts[1], ignored)
         for parts in zip(given, names, thoughts, calls, strict=True)
     ]
-    parts = beside_prompt(value, given, replies, names, ignored)
-    parts.listed = "responses"
+    kept = list(range(len(given)))
+    if sampled:  # one that was cut within its reasoning, say, is no reply, and others are
+        kept = [i for i in kept if len(replies[i]) != 1 or has_answer(replies[i][0])]
+        ignored |= {WITHOUT_ANSWER} if len(kept) < len(given) else set()
+    check_count(kept, "responses")
     scored = next((name for name in SCORES if value.get(name) is not None), SCORES[0])
-    parts.scores = read_scores(value, scored, len(given))
-    parts.cut = read_cut(value, len(given))
+    scores, cut = read_scores(value, scored, len(given)), read_cut(value, len(given))
+    parts = beside_prompt(
+        value, *([column[i] for i in kept] for column in (given, replies, names)), ignored
+    )
+    parts.listed = "responses"
+    parts.scores = scores and known_scores([scores[i] for i in kept])
+    marks = tuple(cut[i] for i in kept if cut)
+    parts.cut = marks if any(marks) else ()
     parts.used += (scored, *(SAMPLED + ABOUT if sampled else ()))
     return parts
 
@@ -74,8 +84,8 @@ def check_count(responses: Sequence[Any], name: str) -> None:
     """Refuse lists that leave nothing to compare."""
     if len(responses) < 2:
         raise BadRecordError(
-            f"field {name!r} is a list of {len(responses)}, expected at least 2 responses; "
-            "--on-bad-record skip leaves such records out"
+            f"field {name!r} is a list of {len(responses)}, expected at least 2 responses that "
+            "have an answer; --on-bad-record skip leaves such records out"
         )
 
 

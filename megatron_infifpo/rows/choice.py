@@ -8,6 +8,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import RESPONSES
 from megatron_infifpo.tokens.dataset import TokenDataset
 
+NO_SCORE = "no response with a score"
 NO_SCORES = "fewer than two responses with a score"
 NO_CONTRAST = "no contrast: all scores are equal"
 
@@ -17,7 +18,7 @@ class Choice:
     """The responses of N records that a method compares, at most R of each.
 
     Attributes:
-        columns: int64 `[N, R]`, places of the responses in their records; -1, at the end, where
+        columns: int16 `[N, R]`, places of the responses in their records; -1, at the end, where
             there are fewer.
         obstacles: bool `[N]` by reason: records that have not enough of them.
     """
@@ -49,7 +50,8 @@ def choose(tokens: TokenDataset, responses: int | None, *, rewards: bool = False
             f"neither has any other: the method compares {', '.join(RESPONSES[:responses])}; give "
             "the field in every record and prepare them again"
         )
-    return Choice(np.tile(np.arange(responses), (len(tokens), 1)), {})
+    first = np.arange(responses, dtype=np.int16)
+    return Choice(np.broadcast_to(first, (len(tokens), responses)), {})
 
 
 def _all(tokens: TokenDataset, *, rewards: bool) -> Choice:
@@ -58,8 +60,8 @@ def _all(tokens: TokenDataset, *, rewards: bool) -> Choice:
         usable = usable & np.isfinite(_scores(tokens, "the method needs the rewards of responses"))
     enough = usable.sum(axis=1) >= 2
     # The usable ones first, in their order.
-    order = np.argsort(~usable, axis=1, kind="stable")
-    columns = np.where(np.take_along_axis(usable, order, axis=1), order, -1)
+    order = np.argsort(~usable, axis=1, kind="stable").astype(np.int16)
+    columns = np.where(np.take_along_axis(usable, order, axis=1), order, np.int16(-1))
     width = max(1, int(usable.sum(axis=1).max(initial=0)))
     few = ~enough & ~tokens.masked_records
     return Choice(columns[:, :width], {NO_SCORES: few} if rewards else {})
@@ -70,14 +72,13 @@ def _best(tokens: TokenDataset, responses: int) -> Choice:
     known = np.isfinite(scores) & (tokens.response_lengths > 0)
     best = np.where(known, scores, -np.inf).argmax(axis=1)
     worst = np.where(known, scores, np.inf).argmin(axis=1)
-    columns = np.stack([best, worst], axis=1)[:, :responses]
-    seen = ~tokens.masked_records
-    few = known.sum(axis=1) < 2
-    same = np.take_along_axis(scores, columns, axis=1)
-    obstacles = {NO_SCORES: seen & few}
-    if responses == 2:
-        obstacles[NO_CONTRAST] = seen & ~few & (same[:, 0] == same[:, 1])
-    return Choice(columns, obstacles)
+    columns = np.stack([best, worst], axis=1)[:, :responses].astype(np.int16)
+    seen, counts = ~tokens.masked_records, known.sum(axis=1)
+    if responses == 1:
+        return Choice(columns, {NO_SCORE: seen & (counts < 1)})
+    taken = np.take_along_axis(scores, columns, axis=1)
+    same = seen & (counts >= 2) & (taken[:, 0] == taken[:, 1])
+    return Choice(columns, {NO_SCORES: seen & (counts < 2), NO_CONTRAST: same})
 
 
 def _scores(tokens: TokenDataset, why: str) -> np.ndarray:

@@ -53,7 +53,8 @@ class PreferenceLoader:
             layout: of the rows.
             pin_memory: rows are about to be copied to a GPU.
             seed: of the order of the pairs.
-            start_step: first step, from 0; any rank at any layout continues there exactly.
+            start_step: first step on these pairs, from 0; any rank at any layout continues there
+                exactly.
 
         Raises:
             UserError: no pair is eligible, or a step has more rows than pairs.

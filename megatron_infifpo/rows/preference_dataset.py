@@ -52,7 +52,7 @@ class PreferenceDataset:
         references: stored values of the initial pivot and of the sources; None without sources.
         domains: names by domain code.
         domain_codes: int64 `[N]`, of the records.
-        columns: int64 `[N, R]`, which responses of a record are used, see `choice.Choice`.
+        columns: int16 `[N, R]`, which responses of a record are used, see `choice.Choice`.
         lacking: bool `[N]` by reason: records that have not enough of them.
         rewards: float32 `[N, R]`, scores of the used responses, 0 where there is none; None
             without any.
@@ -202,7 +202,7 @@ class PreferenceDataset:
         """Return bool `[N]` by reason: the records that it keeps from being trained on."""
         found = {
             "the chat template refuses them": self.tokens.masked_records,
-            f"longer than --seq-length {max_tokens}": self.segment_lengths > max_tokens,
+            _long(max_tokens): self.segment_lengths > max_tokens,
         }
         found |= self.lacking
         if self.initial is not None:
@@ -217,11 +217,23 @@ class PreferenceDataset:
         """
         indices = self.eligible(max_tokens)
         if not len(indices):
-            shortest = int(self.segment_lengths[~self.tokens.masked_records].min())
+            others = self._obstacles(max_tokens)
+            del others[_long(max_tokens)]
+            usable = self.segment_lengths[~np.logical_or.reduce([*others.values()])]
+            advice = ""
+            if len(usable):
+                advice = (
+                    f": the shortest needs {usable.min()} tokens and --seq-length is {max_tokens}; "
+                    "raise it"
+                )
+            elif self.initial is not None and self.initial.masked_records.any():
+                advice = "; score the initial pivot with a longer --context-length"
             raise UserError(
-                f"none of the {len(self)} pairs of {self.tokens.prefix} is left "
-                f"({counted(self.left_out(max_tokens))}): the shortest needs {shortest} tokens and "
-                f"--seq-length is {max_tokens}; raise it, or score the initial pivot with a longer "
-                "--context-length"
+                f"none of the {len(self)} records of {self.tokens.prefix} is left "
+                f"({counted(self.left_out(max_tokens))}){advice}"
             )
         return indices
+
+
+def _long(max_tokens: int) -> str:
+    return f"longer than --seq-length {max_tokens}"

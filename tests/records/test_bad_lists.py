@@ -17,11 +17,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no list": (dict(GOOD, responses="2"), "field 'responses' is a string ('2'), expected a list"),
     "none": (
         dict(GOOD, responses=[]),
-        f"field 'responses' is a list of 0, expected at least 2 responses; {SHORT}",
+        f"field 'responses' is a list of 0, expected at least 2 responses that have an answer; "
+        f"{SHORT}",
     ),
     "one": (
         dict(GOOD, responses=["2"]),
-        f"field 'responses' is a list of 1, expected at least 2 responses; {SHORT}",
+        f"field 'responses' is a list of 1, expected at least 2 responses that have an answer; "
+        f"{SHORT}",
     ),
     "all equal": (
         dict(GOOD, responses=["2", " 2", "2\n"]),
@@ -31,10 +33,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         dict(GOOD, responses=["2", " ", "3"]),
         "field 'responses[1]' is empty (' '), expected",
     ),
-    "an empty one of a model's": (
-        dict(SAMPLED, responses=["2", "", "3"], reasoning=["so", "so far", None]),
-        "field 'responses[1]' is empty ('' after the reasoning), expected a response with text; "
-        "leave it out of the list",
+    "one answer of a model's": (
+        dict(SAMPLED, responses=["2", "", " "], reasoning=["so", "so far", None]),
+        "field 'responses' is a list of 1, expected at least 2 responses that have an answer",
     ),
     "no text": (
         dict(GOOD, responses=["2", 3]),

@@ -247,6 +247,27 @@ def test_what_infifpo_sample_writes_is_a_list(tmp_path):
         parse_record(few, default_id="d")
 
 
+def test_sampled_responses_without_an_answer_are_left_out(tmp_path):
+    """Such as one that was cut within its reasoning; the others and their columns stay."""
+    line = {
+        "id": "m-1",
+        "prompt": "1 + 1?",
+        "responses": ["", "2", "<think>so</think> ", "3"],
+        "reasoning": ["so far", None, None, "so"],
+        "finish_reasons": ["length", "stop", "stop", "length"],
+        "scores": [0.5, 1, 2, 3],
+    }
+    report = ReadReport()
+    (found,) = read_records(write_jsonl(tmp_path / "phi.jsonl", line), report=report)
+    assert [messages[0]["content"] for messages in found.responses] == ["2", "3"]
+    assert found.responses[1][0]["reasoning_content"] == "so"
+    assert found.scores == (1.0, 3.0) and found.cut == (False, True)
+    assert report.ignored == {"(responses without an answer)": 1}
+    del line["finish_reasons"], line["reasoning"]
+    with pytest.raises(BadRecordError, match=r"'responses\[0\]' is empty"):
+        parse_record(line, default_id="d")  # of a list that is not sampled each is meant
+
+
 def test_lists_in_tables(tmp_path):
     values: list[dict[str, Any]]
     values = [

@@ -303,7 +303,7 @@ def test_long_pairs_are_left_out(dataset):
     rows = itertools.islice(loader(dataset, max_tokens=limit), 20)
     seen = {index for row in rows for index in row["indices"].tolist()}
     assert seen == set(dataset.eligible(limit).tolist())
-    with pytest.raises(UserError, match="none of the 23 pairs .* --seq-length is 3"):
+    with pytest.raises(UserError, match="none of the 23 records .* --seq-length is 3"):
         loader(dataset, max_tokens=3)
 
 

@@ -1,6 +1,7 @@
 """Lists of responses: which of them a method sees, and what a row has of them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +45,8 @@ def wanted_columns(responses, rewards) -> list[list[int] | None]:
             continue
         best, worst = (pick(scored, key=r.scores.__getitem__, default=0) for pick in (max, min))
         same = r.scores[best] == r.scores[worst] and responses == 2
-        found.append(None if len(scored) < 2 or same else [best, worst][:responses])
+        enough = len(scored) >= responses and not same
+        found.append([best, worst][:responses] if enough else None)
     return found
 
 
@@ -73,7 +75,20 @@ def test_a_method_sees_the_responses_that_it_compares(joined, responses, rewards
         assert dataset.names(i) == tuple(f"response_{c}" for c in taken)
     assert seen or responses is None
     reasons = {NO_SCORES, NO_CONTRAST} & dataset.left_out(10_000).keys()
-    assert reasons or (responses, rewards) == (None, False)
+    assert bool(reasons) == (responses == 2 or rewards)
+
+
+def test_none_is_left(tmp_path):
+    """A longer --seq-length is advised only where it helps."""
+    alone = [replace(list_record(i, most=2), scores=(1.0, math.nan)) for i in range(3)]
+    write_tokens(tmp_path, alone)
+    dataset = PreferenceDataset(tmp_path / "tokens", responses=2)
+    with pytest.raises(UserError, match=rf"is left \(3 {NO_SCORES}\)$"):
+        dataset.require_eligible(10_000)
+    best = PreferenceDataset(tmp_path / "tokens", responses=1)
+    assert best.columns.tolist() == [[0]] * 3 and len(best.eligible(10_000)) == 3
+    with pytest.raises(UserError, match="the shortest needs .* and --seq-length is 3; raise it"):
+        best.require_eligible(3)
 
 
 @pytest.mark.parametrize("share", [False, True])
