@@ -6,7 +6,7 @@ pivot and a source with another tokenizer score them, FuseRLHF trains, and the n
 from what came of it. All that runs is `infifpo rounds`, whose command line is printed; give this
 command again after an interruption.
 
-    python examples/rounds/run.py                            # about three minutes
+    python examples/rounds/run.py                            # a few minutes
     python examples/rounds/run.py --method infifpo --output runs/iterated   # iterated InfiFPO
 """
 
