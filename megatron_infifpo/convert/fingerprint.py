@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -39,7 +39,24 @@ _FREE_FIELDS = {
 _FREE_ENDINGS = ("dropout", "dropout_prob", "_pdrop", "dropout_rate")
 
 
+class Weights(NamedTuple):
+    """What the weights of a model are.
+
+    Attributes:
+        sha256: their identity, in the data type that they are stored in.
+        dtype: this type, or all of them: `bfloat16`, or `F8_E4M3, bfloat16`.
+    """
+
+    sha256: str
+    dtype: str
+
+
 def weights_fingerprint(directory: str | Path) -> str:
+    """Return what `read_weights` calls sha256."""
+    return read_weights(directory).sha256
+
+
+def read_weights(directory: str | Path) -> Weights:
     """Return the sha256 identity of a model in a Hugging Face folder or Megatron checkpoint.
 
     It covers the names, dtypes, shapes and bytes of the Hugging Face tensors, quantized ones too,
@@ -54,13 +71,16 @@ def weights_fingerprint(directory: str | Path) -> str:
     config = read_hf_config(directory)
     is_hf = (Path(directory) / "config.json").is_file()
     tensors = _hf_tensors(directory, config) if is_hf else _megatron_tensors(directory)
-    digests = {tensor[0]: _digest(*tensor) for tensor in tensors}
+    digests, dtypes = {}, set()
+    for name, dtype, shape, content in tensors:
+        digests[name] = _digest(name, dtype, shape, content)
+        dtypes.add(dtype.removeprefix("torch."))
     whole = hashlib.sha256(b"".join(digests[name] for name in sorted(digests)))
     whole.update(json.dumps(_computation(config), sort_keys=True, default=str).encode())
     if is_hf and config.get("auto_map") and config.get("model_type") not in FAMILIES:
         for path in sorted(Path(directory).glob("*.py")):
             whole.update(hashlib.sha256(path.read_bytes()).digest())
-    return whole.hexdigest()
+    return Weights(whole.hexdigest(), ", ".join(sorted(dtypes)))
 
 
 def _computation(config: Mapping[str, Any]) -> dict[str, Any]:

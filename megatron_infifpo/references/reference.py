@@ -110,7 +110,7 @@ class References:
     Attributes:
         initial: the initial pivot's.
         sources: the M sources', in the order of sources.yaml.
-        weights: float32 `[M + 1]`, of the sources and at last of the initial pivot.
+        weights: `[M + 1]`, of the sources and at last of the initial pivot.
     """
 
     def __init__(self, config: SourcesConfig, tokens: TokenDataset) -> None:
@@ -125,7 +125,7 @@ class References:
             Reference.open(source.name, source.logprobs, tokens, domains=source.domains)
             for source in config.sources
         )
-        self.weights = np.array(config.weights, np.float32)
+        self.weights = np.array(config.weights, np.float64)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -151,7 +151,7 @@ class References:
         absent = columns < 0
         if absent.any():  # the last response's values stand there
             initial[absent], sums[absent], counts[absent] = 0, 0, 1
-        return PairValues(initial, sums, counts, mask, self.weights.copy())
+        return PairValues(initial, sums, counts, mask, self.weights.astype(np.float32))
 
     def table(self, indices: np.ndarray, columns: np.ndarray) -> dict[str, Tensor]:
         """Return the values of K records as a row has them of its pairs, but in float64.

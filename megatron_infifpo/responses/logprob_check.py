@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_infifpo.convert.fingerprint import Weights
 from megatron_infifpo.engine.hf_model import load_causal_lm
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.patches import cpu
@@ -115,7 +116,9 @@ def compare_with(measured: Sequence[Measured], chat: ChatTokenizer, scorer: Scor
     return found
 
 
-def keep(output: Path, measured: Sequence[Measured], model: str) -> None:
+def keep(
+    output: Path, measured: Sequence[Measured], model: str, weights: Weights | None = None
+) -> None:
     """Write what was measured to OUTPUT.measured; not that of a server, which gives no ids.
 
     A run that trains on the responses tells by it whether it starts from the model that gave them.
@@ -125,6 +128,7 @@ def keep(output: Path, measured: Sequence[Measured], model: str) -> None:
         output: of the job.
         measured: a few responses.
         model: its name.
+        weights: its own, where they are known.
     """
     found = [
         MeasuredResponse(
@@ -133,6 +137,7 @@ def keep(output: Path, measured: Sequence[Measured], model: str) -> None:
             np.array(one.tokens, np.int32),
             np.array(one.logprobs, np.float32),
             model,
+            *(weights or (None, None)),
         )
         for one in measured
         if one.prompt_ids and one.tokens

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_infifpo.convert.fingerprint import Weights, read_weights
 from megatron_infifpo.engine.hf_model import check_folder
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import (
@@ -163,7 +164,9 @@ def sample(job: SamplingJob) -> bool:
         raise UserError(f"{job.output} exists: delete it or choose another name")
     prompts = read(job)
     engine, chat = open_engine(job)
-    compare(job, engine, chat, prompts)
+    known = job.engine != "server" and job.output is not None
+    weights = read_weights(job.model) if known else None
+    compare(job, engine, chat, prompts, weights)
     if job.check_only:
         return False
     assert job.output is not None
@@ -178,6 +181,7 @@ def sample(job: SamplingJob) -> bool:
     plan["template_options"] = dict(job.tokenizer.chat_template_options)
     if chat is not None and job.engine != "server":
         plan |= {"folder": str(Path(job.model).resolve()), **chat.fingerprint()}
+        plan["weights_sha256"] = None if weights is None else weights.sha256
     return run_job(
         prompts,
         engine,
@@ -232,9 +236,20 @@ def open_engine(job: SamplingJob) -> tuple[Engine, ChatTokenizer | None]:
 
 
 def compare(
-    job: SamplingJob, engine: Engine, chat: ChatTokenizer | None, prompts: list[Prompt]
+    job: SamplingJob,
+    engine: Engine,
+    chat: ChatTokenizer | None,
+    prompts: list[Prompt],
+    weights: Weights | None = None,
 ) -> None:
     """Compare the engine's log-probs with the scorer's, say what came of it, and keep the former.
+
+    Args:
+        job: to be done.
+        engine: of it.
+        chat: its model's tokenizer, where there is one.
+        prompts: some are answered.
+        weights: of the model, where they are known.
 
     Raises:
         UserError: with `check_only`, they differ or cannot be compared.
@@ -249,7 +264,7 @@ def compare(
             raise NotMeasuredError("no model's folder to score them with: give --check-model")
         measured = engine.measure(prompts[: job.check], MAX_TOKENS, job.how.seed)
         if job.output is not None:
-            keep(job.output, measured, job.model_name)
+            keep(job.output, measured, job.model_name, weights)
         try:
             scorer = open_scorer(
                 job.check_model or job.model,

@@ -1,7 +1,8 @@
 """A file of responses with the log-probs that an engine gave them while it sampled, temperature 1.
 
-A line is `{"id", "prompt_ids", "response_ids", "logprobs", "model"}`. `infifpo sample` writes it,
-and a training run tells by it whether the model that it starts from is the one that has answered.
+A line is `{"id", "prompt_ids", "response_ids", "logprobs", "model", "weights_sha256",
+"weights_dtype"}`, in older files without the last two. `infifpo sample` writes it, and a training
+run tells by it whether the model that it starts from is the one that has answered.
 """
 
 import json
@@ -15,6 +16,8 @@ import numpy as np
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.storage.aside import write_text
 
+_WEIGHTS = ("weights_sha256", "weights_dtype")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MeasuredResponse:
@@ -26,6 +29,8 @@ class MeasuredResponse:
         response_ids: int32 `[L]`, as they were sampled; with the end of the turn unless it is cut.
         logprobs: float32 `[L]`, nats.
         model: its name.
+        weights_sha256: its weights' fingerprint; None where nobody knows it.
+        weights_dtype: the data type that they are stored in, which the fingerprint depends on.
     """
 
     id: str
@@ -33,6 +38,8 @@ class MeasuredResponse:
     response_ids: np.ndarray
     logprobs: np.ndarray
     model: str
+    weights_sha256: str | None = None
+    weights_dtype: str | None = None
 
 
 def write_measured(path: str | Path, responses: Sequence[MeasuredResponse]) -> None:
@@ -51,6 +58,8 @@ def write_measured(path: str | Path, responses: Sequence[MeasuredResponse]) -> N
                 "response_ids": one.response_ids.tolist(),
                 "logprobs": one.logprobs.tolist(),
                 "model": one.model,
+                "weights_sha256": one.weights_sha256,
+                "weights_dtype": one.weights_dtype,
             }
         )
         for one in responses
@@ -97,6 +106,12 @@ def _response(value: Any) -> MeasuredResponse:
     for name in ("id", "model"):
         if not isinstance(value[name], str):
             raise TypeError(f"{name} is {value[name]!r}, no text")
+    weights: dict[str, Any] = {name: value.get(name) for name in _WEIGHTS}
+    for name, one in weights.items():
+        if one is not None and not isinstance(one, str):
+            raise TypeError(f"{name} is {one!r}, no text")
+    if None in weights.values() and len(set(weights.values())) > 1:
+        raise ValueError("weights_sha256 and weights_dtype go together")
     ids = {name: _numbers(value, name, int) for name in ("prompt_ids", "response_ids")}
     logprobs = _numbers(value, "logprobs", int | float)
     if min(map(min, ids.values())) < 0:
@@ -105,9 +120,13 @@ def _response(value: Any) -> MeasuredResponse:
         raise ValueError("a log-prob is not finite")
     if len(logprobs) != len(ids["response_ids"]):
         raise ValueError(f"{len(logprobs)} logprobs of {len(ids['response_ids'])} response_ids")
-    arrays = {name: np.array(numbers, np.int32) for name, numbers in ids.items()}
+    arrays: dict[str, Any] = {name: np.array(numbers, np.int32) for name, numbers in ids.items()}
     return MeasuredResponse(
-        value["id"], **arrays, logprobs=np.array(logprobs, np.float32), model=value["model"]
+        value["id"],
+        **arrays,
+        logprobs=np.array(logprobs, np.float32),
+        model=value["model"],
+        **weights,
     )
 
 

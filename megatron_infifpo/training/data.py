@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import Method
+from megatron_infifpo.reference import FUSIONS
 from megatron_infifpo.references.sources import read_sources
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.plan import evaluation_steps, fitting_micro_batch_size
@@ -19,10 +20,17 @@ NOT_SAVED = "NOTHING IS SAVED, since there is no --save"
 
 @dataclass(frozen=True)
 class Datasets:
-    """The training pairs, and the held-out ones, if there are any."""
+    """What a run trains and validates on.
+
+    Attributes:
+        train: the training pairs.
+        valid: the held-out ones, if there are any.
+        since: steps that were done before the first one on these pairs: where their round began.
+    """
 
     train: PreferenceDataset
     valid: PreferenceDataset | None
+    since: int = 0
 
 
 def open_datasets(config: RunConfig) -> Datasets:
@@ -76,7 +84,8 @@ def lengths(
     }
     usable = train.require_eligible(found["seq_length"])
     if given["train_iters"] is None and given["train_samples"] is None:
-        found["train_iters"] = max(1, len(usable) * (config.preference_epochs or 1) // pairs)
+        own = max(1, len(usable) * (config.preference_epochs or 1) // pairs)
+        found["train_iters"] = datasets.since + own
     steps = found["train_iters"] or given["train_samples"] // pairs
     if given["eval_interval"] is None:
         # Only at the end, where Megatron evaluates in any case.
@@ -93,11 +102,12 @@ def lengths(
         )
     if size is None:
         assert config.micro_batch_tokens is not None
+        end = found["train_iters"] or -(-given["train_samples"] // pairs)
         found["micro_batch_size"] = size = fitting_micro_batch_size(
             train.pair_lengths(rows)[usable],
             config.micro_batch_tokens,
             seed=given["seed"],
-            steps=found["train_iters"] or -(-given["train_samples"] // pairs),
+            steps=max(1, _last_step(config, end) - datasets.since),
             global_batch_size=pairs,
             data_parallel_size=ranks,
         )
@@ -129,17 +139,48 @@ def _data_parallel_size(given: Mapping[str, Any]) -> int:
     return ranks // (tensor * pipeline)
 
 
-def describe(run: Run, train: PreferenceDataset, done: int) -> str:
+def describe_weights(method: Method, train: PreferenceDataset) -> str | None:
+    """Say with what weights sources are fused, or that those of sources.yaml have no effect."""
+    if train.references is None:
+        return None
+    names = (*train.source_names, "initial")
+    weights = dict(zip(names, train.references.weights.tolist(), strict=True))
+    said = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+    if method.fused and "source_weights" in FUSIONS[method.fusion].reads:
+        equal = "; all are equal" if len(set(weights.values())) == 1 else ""
+        out = (
+            ""
+            if method.initial_as_source
+            else "; the initial pivot is no source, its has no effect"
+        )
+        return f"weights of the fusion: {said}{equal}{out}"
+    if set(weights.values()) == {1.0}:
+        return None
+    reads = f"--fusion is {method.fusion}" if method.fused else "the reference is the initial pivot"
+    return f"the weights in sources.yaml ({said}) have no effect: {reads}"
+
+
+def _last_step(config: RunConfig, end: int) -> int:
+    """Return the last step on these pairs: where a round stops, or the end of the run.
+
+    A stop within a run without rounds changes nothing, the rows neither.
+    """
+    stops = config.next_round and config.stop_at is not None
+    return min(config.stop_at or end, end) if stops else end
+
+
+def describe(run: Run, datasets: Datasets, done: int) -> str:
     """Say how much is about to be trained on, and what is saved; `done` steps are behind."""
+    train, since = datasets.train, datasets.since
     usable = len(train.eligible(run.batch.max_tokens))
     reasons = counted(train.left_out(run.batch.max_tokens))
     left_out = f" ({reasons})" if reasons else ""
-    steps, pairs = run.schedule.steps, run.batch.pairs
+    steps, pairs = _last_step(run.config, run.schedule.steps) - since, run.batch.pairs
     saved = NOT_SAVED
     if run.folders.save is not None:
         saved = f"saved every {run.save_interval} steps and at the end"
     return (
         f"pairs: {usable} used, {len(train) - usable} left out{left_out}; {steps} steps of "
         f"{pairs} are {steps * pairs / usable:.2f} epochs, in micro-batches of "
-        f"{run.batch.micro}{f'; {done} steps are done' if done else ''}; {saved}"
+        f"{run.batch.micro}{f'; {done - since} steps are done' if done > since else ''}; {saved}"
     )

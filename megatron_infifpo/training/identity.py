@@ -30,7 +30,7 @@ def identity(run: Run, train: PreferenceDataset) -> dict[str, Any]:
     }
     if train.references is not None and "source_weights" in FUSIONS[method.fusion].reads:
         names = (*train.source_names, "initial")
-        weights = [float(str(weight)) for weight in train.references.weights]  # 0.3, as given
+        weights = train.references.weights.tolist()
         found["source_weights"] = dict(zip(names, weights, strict=True))
     if method.several_pairs:
         found["micro_batch_size"] = run.batch.micro

@@ -15,13 +15,15 @@ import torch
 from megatron_infifpo import __version__
 from megatron_infifpo.engine.environment import version
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.methods import Method
 from megatron_infifpo.patches import cpu
+from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.storage.aside import Aside, make_folder, whole_folder
 from megatron_infifpo.storage.checkpoints import HF_FOLDER, RUN_FILE
 from megatron_infifpo.storage.manifests import Format
-from megatron_infifpo.training.identity import SCHEDULE_KEY, changed_identity
+from megatron_infifpo.training.identity import SCHEDULE_KEY, changed_identity, data_identity
 from megatron_infifpo.training.lock import RunLock
-from megatron_infifpo.training.rounds import CHANGED, Round, continued, read_rounds
+from megatron_infifpo.training.rounds import CHANGED, Round, began, continued, read_rounds
 from megatron_infifpo.training.settings import Run
 from megatron_infifpo.training.start import Start
 
@@ -38,6 +40,24 @@ FORMAT = Format(
 _LAYOUT = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
 _FILES = ("preference_data", "preference_sources")
 _PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "apex")
+
+
+def round_began(start: Start, train: PreferenceDataset, method: Method) -> int:
+    """Return the step after which the round of these pairs begins; every rank reads it.
+
+    Args:
+        start: the checkpoint that the run begins with.
+        train: what it is trained on.
+        method: by which one.
+
+    Raises:
+        UserError: run.json is broken.
+    """
+    before = read_run(start.folder) if start.resumed else None
+    if before is None:
+        return 0
+    data = data_identity(train, rewards="rewards" in method.reads)
+    return began(read_rounds(before), data, start.step)
 
 
 def describe_run(

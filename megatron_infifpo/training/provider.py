@@ -65,6 +65,9 @@ class DatasetsProvider:
                 "of before"
             )
         train, valid = self.datasets.train, self.datasets.valid
-        train_loader = PreferenceLoader(train, seed=batch.seed, start_step=step, **layout)
+        # A round's stream begins with the round: its steps take a permutation of its pairs whole,
+        # however many there were before.
+        own = step - self.datasets.since
+        train_loader = PreferenceLoader(train, seed=batch.seed, start_step=own, **layout)
         valid_loader = None if valid is None else EvaluationLoader(valid, **layout)
         return train_loader, valid_loader, None

@@ -1,14 +1,12 @@
 """Refuse references that are not of the pivot that training starts from."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from megatron.training import print_rank_0
 
-from megatron_infifpo.convert.fingerprint import weights_fingerprint
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.losses import CHOSEN, REJECTED
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
@@ -22,44 +20,6 @@ from megatron_infifpo.training.start import Start
 TOLERANCES = {"float32": 0.002, "float16": 0.04, "bfloat16": 0.25, "float8": 1.0}
 SHOWN = 3  # worst responses of a failed check
 AROUND = 4  # tokens shown at each end of a response
-
-
-def begin_weights_check(run: Run, start: Start, dataset: PreferenceDataset) -> Callable[[], None]:
-    """Compare the weights that a fresh run starts from with those that scored as initial pivot.
-
-    Rank 0 reads the checkpoint once, in a thread: the other ranks wait for it to join them. A
-    resumed run has moved away from those weights and is not checked.
-
-    Args:
-        run: that is about to start.
-        start: the checkpoint that the run begins with.
-        dataset: the training pairs with their log-probs.
-
-    Returns:
-        What waits for the result, and raises UserError if the weights are others, unless
-        `--reference-check` is warn or off.
-    """
-    initial = dataset.initial
-    if run.config.reference_check == "off" or run.layout.rank != 0 or initial is None:
-        return lambda: None
-    pivot, expected = start.folder, initial.manifest["weights_sha256"]
-    # Of imported log-probs it is not known: the pivot itself must tell, on the probe records.
-    if start.resumed or expected is None:
-        return lambda: None
-    reading = ThreadPoolExecutor(1).submit(weights_fingerprint, pivot)
-
-    def check() -> None:
-        found = reading.result()
-        if found != expected:
-            _complain(
-                run,
-                f"the log-probs in {initial.prefix} are of other weights ({expected[:12]}) than "
-                f"{pivot} ({found[:12]}), so they are not the initial pivot's: score the pairs "
-                f"with --model {pivot}, or pass --reference-check off if you want another "
-                "reference",
-            )
-
-    return check
 
 
 def check_initial_logprobs(
@@ -102,7 +62,7 @@ def check_initial_logprobs(
             f"{worst.size:.2g} nats a token (tolerance {tolerance})"
         )
         return
-    _complain(run, failure(found, tolerance, dataset, dtype))
+    complain(run, failure(found, tolerance, dataset, dtype))
 
 
 def moved(found: Sequence[Difference], dataset: PreferenceDataset) -> str:
@@ -113,7 +73,7 @@ def moved(found: Sequence[Difference], dataset: PreferenceDataset) -> str:
     return f"{of[0]:+.4f} nats a token of chosen and {of[1]:+.4f} of rejected"
 
 
-def _complain(run: Run, message: str) -> None:
+def complain(run: Run, message: str) -> None:
     """Stop, or warn: once, on rank 0."""
     first = run.layout.rank == 0
     if run.config.reference_check != "warn":

@@ -42,6 +42,17 @@ def read_rounds(content: dict[str, Any]) -> list[Round]:
     return [Round(*(each[name] for name in Round._fields)) for each in found]
 
 
+def so_far(before: list[Round], step: int) -> list[Round]:
+    """Return the rounds of a checkpoint; what began after it is gone, if somebody went back."""
+    return [each for each in before if each.iteration <= step] or before[:1]
+
+
+def began(before: list[Round], data: dict[str, Any], step: int) -> int:
+    """Return the step after which the round of these data begins; `step` are done."""
+    last = so_far(before, step)[-1]
+    return step if differences(last.data, data) else last.iteration
+
+
 def continued(
     before: list[Round],
     now: Round,
@@ -66,8 +77,7 @@ def continued(
         UserError: the data are not what they were, and no flag says that they may differ; or of
             other references, or of an earlier round; or the new round has no steps.
     """
-    # What was begun after this checkpoint is gone, if somebody has gone back to it.
-    known = [each for each in before if each.iteration <= now.iteration] or before[:1]
+    known = so_far(before, now.iteration)
     changes = differences(known[-1].data, now.data, "data.")
     if not changes:
         return known

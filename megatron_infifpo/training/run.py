@@ -1,6 +1,7 @@
 """Train a pivot by preference optimization or SFT, through Megatron's own training loop."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -20,15 +21,21 @@ from megatron_infifpo.patches import learning_rate, training_loop
 from megatron_infifpo.patches.apply import apply_patches
 from megatron_infifpo.patches.signals import shield_helpers
 from megatron_infifpo.storage.checksums import verify_share, write_checksums
-from megatron_infifpo.training.data import NOT_SAVED, Datasets, describe, open_datasets
+from megatron_infifpo.training.data import (
+    NOT_SAVED,
+    Datasets,
+    describe,
+    describe_weights,
+    open_datasets,
+)
 from megatron_infifpo.training.failures import explained
 from megatron_infifpo.training.identity import identity
 from megatron_infifpo.training.lock import RunLock
 from megatron_infifpo.training.megatron_args import layers_of, megatron_args, rows_of
-from megatron_infifpo.training.provenance import describe_run, record_run
+from megatron_infifpo.training.provenance import describe_run, record_run, round_began
 from megatron_infifpo.training.provider import DatasetsProvider
 from megatron_infifpo.training.rates import check_rates
-from megatron_infifpo.training.reference_check import begin_weights_check, check_initial_logprobs
+from megatron_infifpo.training.reference_check import check_initial_logprobs
 from megatron_infifpo.training.resharding import check_optimizer_state
 from megatron_infifpo.training.resume import check_batch, nothing_left, schedule_changes
 from megatron_infifpo.training.sampler_check import check_samples, read_samples
@@ -37,6 +44,7 @@ from megatron_infifpo.training.settings import Run
 from megatron_infifpo.training.start import Folders, Start, find_start
 from megatron_infifpo.training.step import TrainingStep
 from megatron_infifpo.training.token_check import check_tokens
+from megatron_infifpo.training.weights_check import begin_weights_check
 
 
 def train(config: RunConfig) -> None:
@@ -54,6 +62,8 @@ def train(config: RunConfig) -> None:
     one_rank_by_default()
     start = find_start(Folders.read(config.flags))
     datasets, kind = open_datasets(config), layers_of(config)
+    since = round_began(start, datasets.train, config.method)
+    datasets = replace(datasets, since=since)
     check_batch(config.flags["global_batch_size"], start)
     args = megatron_args(config, start, datasets, kind)
     run = Run.read(config, vars(args), rows_of(config, kind))
@@ -66,7 +76,7 @@ def train(config: RunConfig) -> None:
     if finished and not run.conduct.skip_train:
         print_rank_0(finished, rank=run.layout.rank)
         return
-    checks = begin_checks(run, start, datasets, accepted.begins)
+    checks = begin_checks(run, start, datasets)
     verify_share(start.checkpoint.checksums, run.layout.rank, run.layout.world_size)
     provider = DatasetsProvider(run, datasets, checks, accepted.record)
     model.pre_wrap_hooks.append(partial(accept_older, start.checkpoint))
@@ -89,14 +99,10 @@ class Accepted(NamedTuple):
     Attributes:
         record: writes it down, once the loaded model has passed its checks.
         rounds: how many rounds it has had, with this one.
-        since: the step that this round begins after.
-        begins: whether it begins now.
     """
 
     record: Callable[[], None] = lambda: None
     rounds: int = 1
-    since: int = 0
-    begins: bool = False
 
 
 def introduction(run: Run, start: Start, datasets: Datasets, accepted: Accepted) -> str:
@@ -106,9 +112,11 @@ def introduction(run: Run, start: Start, datasets: Datasets, accepted: Accepted)
     lines = [f"preference optimization: Method({said})"]
     if changes := schedule_changes(run.arguments, start):
         lines.append(f"from step {start.step + 1} on: {', '.join(changes)}")
-    lines.append(describe(run, datasets.train, start.step))
+    if weights := describe_weights(run.config.method, datasets.train):
+        lines.append(weights)
+    lines.append(describe(run, datasets, start.step))
     if accepted.rounds > 1:
-        lines.append(f"round {accepted.rounds} on these pairs began after step {accepted.since}")
+        lines.append(f"round {accepted.rounds} on these pairs began after step {datasets.since}")
     if run.config.stop_at is not None:
         lines.append(f"this run ends at step {run.config.stop_at}")
     return "\n".join(lines)
@@ -126,7 +134,7 @@ def prepare_megatron(run: Run, start: Start) -> None:
 
 
 def begin_checks(
-    run: Run, start: Start, datasets: Datasets, begins: bool
+    run: Run, start: Start, datasets: Datasets
 ) -> Callable[[Sequence[torch.nn.Module]], None]:
     """Begin to read the pivot's weights; return what checks the loaded model.
 
@@ -134,13 +142,12 @@ def begin_checks(
         run: that is about to start.
         start: the checkpoint that it begins with.
         datasets: what it trains and validates on.
-        begins: whether a round begins, as the first rank knows.
 
     Raises:
         UserError: the sampler's log-probs cannot be this model's.
     """
-    samples = read_samples(run)
-    check_weights = begin_weights_check(run, start, datasets.train)
+    samples, begins = read_samples(run), start.step == datasets.since
+    check_weights = begin_weights_check(run, start, datasets.train, samples, begins=begins)
 
     def check(models: Sequence[torch.nn.Module]) -> None:
         check_weights()
@@ -165,8 +172,7 @@ def accept_on_first_rank(
     mode = run.config.tokenizer_check
     check_tokens(start.folder, *both, vocabulary=run.vocab_size, mode=mode)
     content = describe_run(run, identity(run, datasets.train), start, finished=finished)
-    since = content["rounds"][-1]["iteration"]
-    accepted = Accepted(rounds=len(content["rounds"]), since=since, begins=since == start.step)
+    accepted = Accepted(rounds=len(content["rounds"]))
     if run.folders.save is None:
         return accepted
     lock = RunLock(run.folders.save)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.training import print_rank_0
 
 from megatron_infifpo.errors import UserError
@@ -75,19 +74,16 @@ def check_samples(
         start: the checkpoint that it begins with.
         samples: from `read_samples`.
         models: this rank's chunks of the model.
-        begins: whether a round begins here, as the first rank knows. Within a round the policy has
-            moved: it says how far.
+        begins: whether a round begins here. Within a round the policy has moved: it says how far.
 
     Raises:
         UserError: the policy does not give these log-probs.
     """
     if not samples:
         return
-    answer = [begins]
-    dist.broadcast_object_list(answer)
     found = compare_samples(run, samples, models)
     on = f"sampler check: on {len(found)} responses"
-    if not answer[0]:
+    if not begins:
         moved = np.concatenate([one.by_token for one in found])
         print_rank_0(
             f"{on} the policy has moved by {moved.mean():+.4f} nats a token since they were "

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.training.rounds import Round, continued, read_rounds
+from megatron_infifpo.training.rounds import Round, began, continued, read_rounds
 
 
 def data(records: str, *, weights: str = "w", sources: tuple[str, ...] = ("qwen",)) -> dict:
@@ -32,6 +32,23 @@ def test_goes_on():
         assert continued([FIRST], now(2, "a"), **flags) == [FIRST]
         assert continued(BOTH, now(6, "bb"), **flags) == BOTH
         assert continued(BOTH, now(4, "bb"), **flags) == BOTH
+
+
+@pytest.mark.parametrize(
+    "before, step, records, expected",
+    [
+        ([FIRST], 2, "a", 0),
+        (BOTH, 6, "bb", 4),
+        (BOTH, 4, "bb", 4),
+        (BOTH, 8, "c", 8),
+        (BOTH, 2, "a", 0),  # gone back
+        (BOTH, 6, "a", 6),  # of an earlier round, by --allow-changed-run
+    ],
+)
+def test_where_a_round_began(before, step, records, expected):
+    assert began(before, data(records), step) == expected
+    rounds = continued(before, now(step, records), next_round=True, changed=expected == step != 8)
+    assert rounds[-1].iteration == expected
 
 
 def test_a_new_round():
