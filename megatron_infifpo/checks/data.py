@@ -18,13 +18,11 @@ from megatron_infifpo.records.records import (
     records_fingerprint,
 )
 from megatron_infifpo.references.logprob_store import LogprobStore
-from megatron_infifpo.references.sources import SourcesConfig, check_domains, read_sources
+from megatron_infifpo.references.sources import INITIAL, SourcesConfig, check_domains, read_sources
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.encoding import encode_or_refuse, scored_marks
 from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
-
-INITIAL = "initial"
 
 
 @dataclass(frozen=True)

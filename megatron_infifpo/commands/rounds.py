@@ -26,8 +26,9 @@ from pathlib import Path
 from megatron_infifpo.commands.flags import fields_of, take_defaults
 from megatron_infifpo.commands.main import make_parser
 from megatron_infifpo.flag_types import positive, whole
+from megatron_infifpo.references.sources import INITIAL
 from megatron_infifpo.rounds.ends import StageError
-from megatron_infifpo.rounds.job import INITIAL, OPTIMIZERS, STAGES, RoundsJob
+from megatron_infifpo.rounds.job import OPTIMIZERS, STAGES, RoundsJob
 from megatron_infifpo.rounds.run import dry_run, run_rounds
 from megatron_infifpo.rounds.stages import import_pivot, stages_of
 

@@ -28,6 +28,9 @@ import yaml
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.storage.yaml_files import read_yaml
 
+INITIAL = "initial"
+"""What the initial pivot is called beside the sources' names."""
+
 # What recipes say of a source themselves, and where from.
 _GIVEN = {
     "name": "the source's name",

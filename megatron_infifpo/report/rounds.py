@@ -16,8 +16,8 @@ _SCHEMA: dict[str, Any] = dict.fromkeys(("round", "prompts", "responses", "recor
 _SCHEMA |= {"reward": (int, float, type(None)), "seconds": dict, "training": {"first": dict}}
 _LARGEST = 1e30  # NaN is not below it, either
 _AGAIN = "infifpo rounds writes it again"
-# Columns of the table: what they are called, and which metric of a round's first step they are.
-_METRICS = {"loss": "loss", "spread": "residual/std", "KL": "kl/initial", "tokens": "length"}
+METRICS = {"loss": "loss", "spread": "residual/std", "KL": "kl/initial", "tokens": "length"}
+"""Columns of the table: what they are called, and which metric of a round's first step they are."""
 
 
 def read_rounds(path: Path) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
 def rounds_page(folder: Path, rows: list[dict[str, Any]]) -> Page:
     """Show rounds in a table, and what changed from one to the next."""
     page = Page(f"Rounds in {folder}")
-    used = {name: tag for name, tag in _METRICS.items() if any(tag in r["metrics"] for r in rows)}
+    used = {name: tag for name, tag in METRICS.items() if any(tag in r["metrics"] for r in rows)}
     page.heading(
         "Rounds",
         "Reward: the mean over all responses of a round's policy. Loss, spread of the residuals, "

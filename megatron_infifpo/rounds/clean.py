@@ -9,18 +9,15 @@ from megatron_infifpo.rounds.stages import RoundFolder
 def remove_old(job: RoundsJob, number: int) -> None:
     """Delete weights of the rounds before the last `keep_rounds`, once round `number` is done.
 
-    What stays: the imported pivot, and all that the next round begins with.
+    What stays: the imported pivot, all that the next round begins with, and what a run says of
+    itself beside its weights.
     """
     if job.keep_rounds is None:
         return
     for old in range(number - job.keep_rounds + 1):
         here = RoundFolder(job, old)
         shutil.rmtree(here.hf, ignore_errors=True)
-        if not job.carried:
-            shutil.rmtree(here.checkpoint, ignore_errors=True)
-    last = (number - job.keep_rounds + 1) * job.steps
-    if job.carried:
-        for path in RoundFolder(job, 0).checkpoint.glob("iter_*"):
+        for path in here.checkpoint.glob("iter_*"):
             step = path.name.removeprefix("iter_")
-            if step.isdecimal() and int(step) <= last:
+            if step.isdecimal() and (not job.carried or int(step) <= (old + 1) * job.steps):
                 shutil.rmtree(path, ignore_errors=True)

@@ -6,19 +6,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_choice, check_files, check_positive, check_types
 from megatron_infifpo.methods import METHODS, Method, add_method_flags, method_from_options
 from megatron_infifpo.recipes.commands import split_words
-from megatron_infifpo.references.sources import Source, read_sources
+from megatron_infifpo.references.sources import INITIAL, Source, read_sources
 from megatron_infifpo.storage.yaml_files import read_yaml
+
+if TYPE_CHECKING:
+    from megatron_infifpo.responses.scorers import Judge
 
 STAGES = ("import", "sample", "label", "prepare", "score", "initial", "train", "export")
 """What has options of its own: commands that rounds run, and scoring the initial pivot."""
 OPTIMIZERS = ("carry", "fresh")
-INITIAL = "initial"
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class RoundsJob:
         Raises:
             UserError: an option of the method has no effect, or a value that cannot be.
         """
-        parser = _MethodFlags(add_help=False, allow_abbrev=False)
+        parser = _StageFlags("train")
         add_method_flags(parser)
         return method_from_options(
             self.method, vars(parser.parse_known_args(self.words("train"))[0])
@@ -144,6 +146,21 @@ class RoundsJob:
     def judged(self) -> bool:
         """Whether responses get scores of a judge."""
         return not self.lists or "rewards" in self.kind.reads
+
+    @property
+    def judge(self) -> "Judge":
+        """Who gives the scores.
+
+        Raises:
+            UserError: two do.
+        """
+        from megatron_infifpo.responses.scorers import Judge
+
+        parser = _StageFlags("label")
+        for flag in ("--program", "--reward-model"):
+            parser.add_argument(flag)
+        parser.add_argument("--bf16", action="store_true")
+        return Judge(**vars(parser.parse_known_args(self.words("label"))[0]))
 
     @property
     def carried(self) -> bool:
@@ -190,13 +207,20 @@ class RoundsJob:
         found: dict[str, Any] = {name: getattr(self, name) for name in names}
         found |= {"pivot": str(Path(self.pivot).resolve()), "prompts_sha256": pool}
         found["sources"] = read_yaml(Path(self.sources)) if self.sources else None
+        found["judge"] = self.judge.identity if self.judged else None
         return found | {"options": {stage: self.words(stage) for stage in STAGES}}
 
 
-class _MethodFlags(argparse.ArgumentParser):
+class _StageFlags(argparse.ArgumentParser):
+    """Reads some flags of a stage among others."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        self.stage = stage
+
     def error(self, message: str) -> NoReturn:
         """Raise UserError, where a command would print its usage."""
-        raise UserError(f"--train-options: {message}")
+        raise UserError(f"--{self.stage}-options: {message}")
 
 
 def file_name(source: str) -> str:

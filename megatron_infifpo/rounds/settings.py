@@ -1,5 +1,7 @@
 """`rounds.json`: what all rounds of a folder have in common, compared whenever they go on."""
 
+from typing import Any
+
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.rounds.job import RoundsJob
 from megatron_infifpo.storage.aside import Aside
@@ -22,11 +24,13 @@ def claim(job: RoundsJob, pool: str) -> None:
         pool: what tells the pool of prompts from others.
 
     Raises:
-        UserError: its rounds have other settings, or there are more of them.
+        UserError: its rounds have other settings, or there are more of them; or others where going
+            on would not be what they say.
     """
     prefix, settings = job.output / "rounds", job.settings(pool)
     if prefix.with_name("rounds.json").exists():
         before = FORMAT.read(prefix)
+        _check_run(job, before["settings"])
         difference = different(settings, before["settings"])
         if difference and not job.allow_changed_settings:
             raise UserError(
@@ -41,3 +45,23 @@ def claim(job: RoundsJob, pool: str) -> None:
             )
     with Aside() as files:
         FORMAT.write(prefix, FORMAT.fields | {"rounds": job.rounds, "settings": settings}, files)
+
+
+def _check_run(job: RoundsJob, before: dict[str, Any]) -> None:
+    """Refuse what the runs that are there cannot become, whether or not changes are allowed.
+
+    Raises:
+        UserError: it is that.
+    """
+    if job.optimizer != before["optimizer"]:
+        raise UserError(
+            f"{job.output} has --optimizer {before['optimizer']}, this is {job.optimizer}: its "
+            "rounds cannot go on with it, since their checkpoints lie elsewhere. Give what they "
+            "had, or choose another --output"
+        )
+    if job.carried and job.steps != before["steps"]:
+        raise UserError(
+            f"{job.output} has --steps {before['steps']}, this is {job.steps}: one training run "
+            "goes through all rounds, and which of its steps a round ends at follows from --steps. "
+            "Give what they had, or choose another --output"
+        )

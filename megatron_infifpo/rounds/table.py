@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.lists import CUT
 from megatron_infifpo.rounds.job import RoundsJob
 from megatron_infifpo.rounds.stages import RoundFolder
 from megatron_infifpo.storage.aside import write_text
 
-CUT = "length"  # the finish reason of a response that was cut
-# Column -> metric of training, as the round begins.
-METRICS = {"loss": "loss", "spread": "residual/std", "KL": "kl/initial", "tokens": "length"}
 Row = dict[str, Any]
 
 
@@ -25,7 +23,7 @@ def record_round(job: RoundsJob, here: RoundFolder, seconds: dict[str, float | N
         here: the round.
         seconds: of each stage; None where nobody knows.
     """
-    row: Row = {"round": here.number, **sampled(here)}
+    row: Row = {"round": here.number, **sampled(job, here)}
     row |= {"records": lines(here.records), "seconds": seconds}
     row["training"] = trained(job, here)
     write_text(here.row, json.dumps(row, indent=1) + "\n")
@@ -39,23 +37,28 @@ def rows(job: RoundsJob) -> list[Row]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
-def sampled(here: RoundFolder) -> Row:
+def sampled(job: RoundsJob, here: RoundFolder) -> Row:
     """Return counts of prompts and responses, and the mean reward of all that were judged.
 
-    A text is judged once, and counts as often as it was sampled.
+    What is equal is judged once, and counts as often as it was sampled.
     """
-    scores: dict[str, dict[str, float]] = {}
-    judged = Path(f"{here.records}.scores")
-    for entry in map(json.loads, judged.open(encoding="utf-8")) if judged.exists() else ():
-        texts = [text.strip() for text in entry["responses"]]
-        scores[entry["id"]] = dict(zip(texts, entry["scores"], strict=True))
-    found, prompts, responses, cut = [], 0, 0, 0
+    from megatron_infifpo.responses.labels import read_responses
+
+    prompts, responses, cut = 0, 0, 0
     with here.responses.open(encoding="utf-8") as file:
         for line in map(json.loads, file):
             prompts, responses = prompts + 1, responses + len(line["responses"])
             cut += line["finish_reasons"].count(CUT)
-            own = scores.get(line["id"], {})
-            found += [own[text.strip()] for text in line["responses"] if text.strip() in own]
+    found = []
+    if job.judged:
+        scores = Path(f"{here.records}.scores").read_text(encoding="utf-8").splitlines()
+        entries = {entry["id"]: entry for entry in map(json.loads, scores)}
+        keep_cut = job.lists or "--keep-cut" in job.words("label")
+        judged = read_responses([here.responses], keep_cut=keep_cut, skipped=[])
+        for name, own in judged.items():
+            entry = entries.get(name, {})
+            if entry.get("responses") == [answer.text for answer in own.answers]:
+                found += [entry["scores"][sample.place] for sample in own.samples]
     reward = sum(found) / len(found) if found else None
     return {"prompts": prompts, "responses": responses, "cut": cut, "reward": reward}
 
@@ -90,6 +93,8 @@ def lines(path: Path) -> int:
 
 def table(rows: list[Row]) -> str:
     """Return a table of rounds, with the columns that one of them has."""
+    from megatron_infifpo.report.rounds import METRICS
+
     metrics = {
         name: tag
         for name, tag in METRICS.items()

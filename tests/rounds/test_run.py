@@ -114,10 +114,9 @@ def test_what_is_made_of_something_else(make_job):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"steps": 6}, "its steps is 5, this one's is 6"),
         ({"count": 4}, "its count is 3, this one's is 4"),
-        ({"optimizer": "fresh"}, "its optimizer is 'carry', this one's is 'fresh'"),
-        ({"options": {"label": "--program judge.py:other"}}, "its label is"),
+        ({"options": {"label": "--program judge.py:other"}}, "its judge is"),
+        ({"options": {"label": "--program judge.py:score --cut-penalty 1"}}, "its label is"),
         ({"rounds": 2}, "--rounds is 2, but out is to have 3"),
     ],
 )
@@ -132,6 +131,32 @@ def test_changed_settings(make_job, changed, message):
         run_rounds(make_job(**changed, until=0), start)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "changed", "message"),
+    [
+        ("carry", {"steps": 6}, "out has --steps 5, this is 6: one training run goes through all"),
+        ("carry", {"optimizer": "fresh"}, "out has --optimizer carry, this is fresh: its rounds"),
+        ("fresh", {"optimizer": "carry"}, "out has --optimizer fresh, this is carry: its rounds"),
+    ],
+)
+@pytest.mark.parametrize("allowed", [False, True])
+def test_what_a_run_cannot_become(make_job, optimizer, changed, message, allowed):
+    """It would do something else than is asked for: no flag allows it."""
+    run_rounds(make_job(until=0, optimizer=optimizer), StandIn())
+    given = {"optimizer": optimizer, **changed, "allow_changed_settings": allowed}
+    with pytest.raises(UserError, match=message):
+        run_rounds(make_job(**given), StandIn())
+
+
+def test_other_steps_of_a_fresh_optimizer(make_job):
+    run_rounds(make_job(until=0, optimizer="fresh"), StandIn())
+    more = {"steps": 6, "until": 1, "optimizer": "fresh"}
+    with pytest.raises(UserError, match="its steps is 5, this one's is 6"):
+        run_rounds(make_job(**more), StandIn())
+    run_rounds(make_job(**more, allow_changed_settings=True), StandIn())
+    assert Path("out/round-001/checkpoint/iter_0000006").exists()
+
+
 def test_changed_files(make_job):
     run_rounds(make_job(until=0), StandIn())
     pool = Path("prompts.jsonl").read_text()
@@ -144,6 +169,11 @@ def test_changed_files(make_job):
     with pytest.raises(UserError, match="its sources is"):
         run_rounds(make_job(), StandIn())
     Path("sources.yaml").write_text(sources)
+    judge = Path("judge.py").read_text()
+    Path("judge.py").write_text(judge.replace("0.0", "1.0"))
+    with pytest.raises(UserError, match="its judge is 'judge.py:score "):
+        run_rounds(make_job(), StandIn())
+    Path("judge.py").write_text(judge)
     run_rounds(make_job(launcher="torchrun", keep_rounds=1), StandIn())
 
 
@@ -161,7 +191,7 @@ def test_keep_rounds(make_job, optimizer):
     numbers = (5, 10) if optimizer == "carry" else (0, 1)
     for name in (*(checkpoint.format(n) for n in numbers), "round-000/hf", "round-001/hf"):
         assert any(path.startswith(name) for path in gone), name
-    assert all("checkpoint" in path or "/hf/" in path for path in gone)
+    assert all("checkpoint/iter_" in path or "/hf/" in path for path in gone)
     start = StandIn()
     run_rounds(make_job(keep_rounds=1, optimizer=optimizer, rounds=4), start)
     assert start.ran.count("train") == 1

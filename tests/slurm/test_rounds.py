@@ -24,10 +24,11 @@ esac
 """
 
 
-OPTIONS = {
-    "label": "--program a.py:b",
-    "train": "--lr 1e-6 --global-batch-size 4 --micro-batch-size 1 --seq-length 64",
-}
+def options(folder: Path) -> dict[str, str]:
+    return {
+        "label": f"--program {folder}/judge.py:score",
+        "train": "--lr 1e-6 --global-batch-size 4 --micro-batch-size 1 --seq-length 64",
+    }
 
 
 @pytest.fixture
@@ -41,10 +42,11 @@ def environment(tmp_path) -> dict[str, str]:
     (folder / "activate").write_text(f'export PATH="{folder}:$PATH"\n')
     (folder / "python").write_text(PYTHON.format(python=sys.executable))
     (folder / "python").chmod(0o755)
+    given = options(tmp_path).items()
     words = (
         f"--prompts {tmp_path}/prompts.jsonl --sources {tmp_path}/sources.yaml --method fuserlhf "
         "--rounds 2 --steps 5 --round-prompts 4 --count 3 "
-        + " ".join(f"--{stage}-options {shlex.quote(text)}" for stage, text in OPTIONS.items())
+        + " ".join(f"--{stage}-options {shlex.quote(text)}" for stage, text in given)
     )
     return {
         "VENV": str(tmp_path / "venv"), "NODES": "2", "RANKS": "1", "RUN": str(tmp_path / "run"),
@@ -76,7 +78,7 @@ def test_chain(cluster, environment, tmp_path, monkeypatch):
     job = RoundsJob(
         output=tmp_path / "alone", pivot=str(tmp_path / "hf"), method="fuserlhf",
         prompts=[str(tmp_path / "prompts.jsonl")], sources=str(tmp_path / "sources.yaml"),
-        rounds=2, steps=5, round_prompts=4, count=3, options=OPTIONS,
+        rounds=2, steps=5, round_prompts=4, count=3, options=options(tmp_path),
     )  # fmt: skip
     run_rounds(job, StandIn())
     assert content(rounds) == content(job.output)

@@ -102,6 +102,7 @@ class StandIn:
         seen += [digest(p) for p in sorted((sources.parent / "logprobs").glob("*"))]
         (save / f"iter_{step:07d}" / "weights").write_text(" ".join(seen))
         (save / tracker).write_text(str(step))
+        (save / "run.json").write_text("what it says of itself")
 
     def export(self, given: dict[str, str]) -> None:
         load, save = Path(given["load"]), Path(given["save"])
@@ -120,7 +121,8 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def write_inputs(folder: Path) -> None:
-    """Write a pivot, two sources, ten prompts and sources.yaml."""
+    """Write a pivot, two sources, ten prompts, sources.yaml and a judge."""
+    (folder / "judge.py").write_text("def score(prompt, response):\n    return 0.0\n")
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text("{}")
     for name in ("one", "two"):
