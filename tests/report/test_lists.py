@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_infifpo.checks.data import DataJob, check_data
+from megatron_infifpo.checks.inspection import InspectionJob, inspect_record
 from megatron_infifpo.commands.main import run_command
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import resolve
-from megatron_infifpo.report.collect import agreement, read_pairs, shares
+from megatron_infifpo.report.collect import agreement, method_of, read_curves, read_pairs, shares
 from megatron_infifpo.report.judge import ranked_as_judged
 from megatron_infifpo.tokens.dataset import TokenDataset
-from megatron_infifpo.training.provenance import FORMAT
+from megatron_infifpo.training.provenance import FORMAT, read_run
 from support.list_job import MASKED, WEIGHTS, ListJob, line
 
 METRICS = (
@@ -247,3 +249,33 @@ def test_what_no_page_of_rounds_has(tmp_path):
         path.write_text(broken)
         with pytest.raises(UserError, match=said):
             run_command("report", [str(tmp_path)])
+
+
+def test_a_real_run(setup, ranks, tmp_path):
+    """What training logs of lists, what its page shows, and what inspection says, are the same."""
+    folder = tmp_path / "run"
+    flags = ["--save", str(folder), "--tensorboard-dir", str(folder / "tensorboard")]
+    argv = setup.method_flags("fuserlhf", *flags, "--tensorboard-log-interval", "1")
+    ranks(1, "support.training:train", argv)
+    run_command("report", [str(folder)])
+    page = (folder / "report.html").read_text()
+    assert "KL, length and responses without an end over steps" in page
+    assert "What the judge says of the responses" in page and "chosen" not in text(page)
+    found = read_run(folder)
+    assert found is not None
+    data, sources = found["attempts"][-1]["files"].values()
+    pairs = read_pairs(data, sources, method_of(found), found["identity"]["seq_length"], None)
+    curves = read_curves(folder / "tensorboard")
+    logged = {tag: values[0] for tag, (_, values, _) in curves.items()}
+    # The first step sees eight of the lists at step 0.
+    assert pairs.losses.min() <= logged["loss"] <= pairs.losses.max()
+    assert logged["kl/initial"] == pytest.approx(0, abs=1e-3)
+    assert logged["share/qwen"] + logged["share/phi"] + logged["share/initial"] == pytest.approx(1)
+    for index, loss in zip(pairs.indices[:4].tolist(), pairs.losses[:4].tolist(), strict=True):
+        job = InspectionJob(data, pairs.dataset.tokens.ids(index), sources, method=method_of(found))
+        assert float([*inspect_record(job)][-1].removeprefix("loss ")) == pytest.approx(
+            loss, abs=1e-4
+        )
+    checks = list(check_data(DataJob(data, sources, run=str(folder))))
+    assert all(check.error is None for check in checks), checks
+    assert checks[-1].note == "1 attempts on these data"
