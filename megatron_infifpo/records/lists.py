@@ -54,7 +54,11 @@ def read_list(value: dict[str, Any], ignored: set[str]) -> Parts:
     scored = next((name for name in SCORES if value.get(name) is not None), SCORES[0])
     scores, cut = read_scores(value, scored, len(given)), read_cut(value, len(given))
     parts = beside_prompt(
-        value, *([column[i] for i in kept] for column in (given, replies, names)), ignored
+        value,
+        [given[i] for i in kept],
+        [replies[i] for i in kept],
+        [names[i] for i in kept],
+        ignored,
     )
     parts.listed = "responses"
     parts.scores = scores and known_scores([scores[i] for i in kept])

@@ -16,6 +16,7 @@ from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from support.datasets import list_record, record, write_scores, write_tokens
 
 RECORDS = [list_record(i, domain=("math", "code")[i % 2]) for i in range(24)]
+SCORES = [r.scores or () for r in RECORDS]
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +38,14 @@ def joined(tmp_path_factory):
 def wanted_columns(responses, rewards) -> list[list[int] | None]:
     """Which responses of each record are taken, by a loop; None: it is left out."""
     found: list[list[int] | None] = []
-    for r in RECORDS:
-        scored = [i for i, score in enumerate(r.scores) if math.isfinite(score)]
+    for r, scores in zip(RECORDS, SCORES, strict=True):
+        scored = [i for i, score in enumerate(scores) if math.isfinite(score)]
         if responses is None:
             taken = scored if rewards else list(range(len(r.responses)))
             found.append(taken if len(taken) >= 2 else None)
             continue
-        best, worst = (pick(scored, key=r.scores.__getitem__, default=0) for pick in (max, min))
-        same = r.scores[best] == r.scores[worst] and responses == 2
+        best, worst = (pick(scored, key=scores.__getitem__, default=0) for pick in (max, min))
+        same = scores[best] == scores[worst] and responses == 2
         enough = len(scored) >= responses and not same
         found.append([best, worst][:responses] if enough else None)
     return found
@@ -67,9 +68,8 @@ def test_a_method_sees_the_responses_that_it_compares(joined, responses, rewards
         pair, all_ids = dataset[i], dataset.tokens.response_ids(i)
         assert len(all_ids) == len(RECORDS[i].responses)
         for r, ids in enumerate(pair.response_ids):
-            expected = all_ids[taken[r]] if r < len(taken) else []
-            np.testing.assert_array_equal(ids, expected)
-        scores = [RECORDS[i].scores[c] for c in taken]
+            np.testing.assert_array_equal(ids, all_ids[taken[r]] if r < len(taken) else ())
+        scores = [SCORES[i][c] for c in taken]
         padded = np.nan_to_num([*scores, *[0.0] * (dataset.responses - len(taken))])
         np.testing.assert_array_equal(pair.rewards, padded)
         assert dataset.names(i) == tuple(f"response_{c}" for c in taken)
@@ -97,7 +97,8 @@ def test_a_row_holds_the_responses_that_are_there(joined, share):
     layout = RowLayout(4, share_prompt=share)
     indices = dataset.eligible(10_000)[:7]
     row = collate([dataset[int(i)] for i in indices], layout)
-    tokens, config = dataset.tokens, joined[1]
+    tokens, references, config = dataset.tokens, dataset.references, joined[1]
+    assert references is not None
     assert row["tokens"].numel() % 4 == 0
     length = dataset.pair_lengths(layout)[indices].sum()
     assert row["tokens"].numel() == length + layout.padding(int(length))
@@ -117,10 +118,10 @@ def test_a_row_holds_the_responses_that_are_there(joined, share):
             ids = tokens.response_ids(i)[c].tolist()
             assert [next(scored) for _ in ids] == ids
             assert row["token_counts"][b, r] == len(ids)
-            assert row["rewards"][b, r] == RECORDS[i].scores[c]
-            initial = np.float32(dataset.references.initial.store.sums(i)[c])
+            assert row["rewards"][b, r] == SCORES[i][c]
+            initial = np.float32(references.initial.store.sums(i)[c])
             assert row["initial_sum_logps"][b, r] == initial
-            for m, source in enumerate(dataset.references.sources):
+            for m, source in enumerate(references.sources):
                 inside = i != 4 if m == 0 else RECORDS[i].domain == "code"
                 assert row["source_mask"][b, m] == inside
                 total = np.float32(source.store.sums(i)[c]) if inside else 0
@@ -131,7 +132,7 @@ def test_a_row_holds_the_responses_that_are_there(joined, share):
         assert row["source_weights"][b].tolist() == list(config.weights) == [2.0, 0.5, 0.25]
     assert next(scored, None) is None
     assert len(row["segment_lengths"]) == segments + (layout.padding(int(length)) > 0)
-    table = dataset.references.table(indices, dataset.columns[indices])
+    table = references.table(indices, dataset.columns[indices])
     for name, column in table.items():
         assert torch.equal(column.to(row[name].dtype), row[name]), name
 

@@ -69,9 +69,9 @@ def _even_out(model: Any, chat: ChatTokenizer) -> None:
     """Train a model on all responses alike: a response that is never drawn teaches nothing."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(10):
-        loss = sum(-response_logprobs(model, *text).sum() for row in texts(chat) for text in row)
+        logprobs = [response_logprobs(model, *text) for row in texts(chat) for text in row]
         optimizer.zero_grad()
-        loss.backward()
+        (-torch.cat(logprobs).sum()).backward()
         optimizer.step()
 
 
