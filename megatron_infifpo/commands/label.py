@@ -58,10 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         take_defaults(parser, job)
 
 
+def job_of(args: argparse.Namespace) -> LabellingJob:
+    """Return what is judged, and by whom."""
+    judge = Judge(**fields_of(args, Judge))
+    return LabellingJob(judge=judge, **fields_of(args, LabellingJob))
+
+
 def run(args: argparse.Namespace) -> None:
     """Write the records, and say what gave none."""
-    judge = Judge(**fields_of(args, Judge))
-    job = LabellingJob(judge=judge, **fields_of(args, LabellingJob))
+    job = job_of(args)
     found = label_responses(job)
     print(f"{args.output}: {found.lengths.total()} {job.kind} of {found.prompts} prompts")
     if job.longest is not None:

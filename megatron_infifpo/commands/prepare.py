@@ -19,6 +19,7 @@ from megatron_infifpo.commands.flags import (
 
 if TYPE_CHECKING:
     from megatron_infifpo.tokens.dataset import TokenDataset
+    from megatron_infifpo.tokens.prepare import PreparationJob
 
 PERCENTILES = (0, 50, 90, 99, 100)
 
@@ -33,12 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_tokenizer_flags(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Write the dataset, print a summary."""
-    from megatron_infifpo.tokens.prepare import PreparationJob, prepare
+def job_of(args: argparse.Namespace) -> "PreparationJob":
+    """Return what is tokenized."""
+    from megatron_infifpo.tokens.prepare import PreparationJob
 
     given = fields_of(args, PreparationJob)
-    print_summary(prepare(PreparationJob(**given, tokenizer_options=tokenizer_options(args))))
+    return PreparationJob(**given, tokenizer_options=tokenizer_options(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the dataset, print a summary."""
+    from megatron_infifpo.tokens.prepare import prepare
+
+    print_summary(prepare(job_of(args)))
 
 
 def print_summary(tokens: "TokenDataset") -> None:

@@ -6,7 +6,7 @@
         --sample-options "--engine vllm --bf16 --max-tokens 2048" \\
         --label-options "--reward-model models/Skywork-Reward-Gemma-2-27B-v0.2 --bf16" \\
         --score-options "--bf16 --tensor-model-parallel-size 2" \\
-        --train-options "--bf16 --lr 1e-6 --global-batch-size 128 --micro-batch-tokens 8192 \\
+        --train-options "--bf16 --lr 1e-6 --global-batch-size 128 --micro-batch-tokens 24576 \\
             --seq-length 4096 --tensor-model-parallel-size 2 --use-distributed-optimizer"
 
 Each round samples --count responses to its prompts from the policy as it is, at temperature 1, has
@@ -22,15 +22,21 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_infifpo.commands.flags import fields_of, take_defaults
 from megatron_infifpo.commands.main import make_parser
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import positive, whole
 from megatron_infifpo.references.sources import INITIAL
 from megatron_infifpo.rounds.ends import StageError
 from megatron_infifpo.rounds.job import OPTIMIZERS, STAGES, RoundsJob
 from megatron_infifpo.rounds.run import dry_run, run_rounds
 from megatron_infifpo.rounds.stages import import_pivot, stages_of
+
+if TYPE_CHECKING:
+    from megatron_infifpo.responses.sample import SamplingJob
+    from megatron_infifpo.training.config import RunConfig
 
 WHAT = {
     "import": "the pivot",
@@ -136,15 +142,45 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_words(job: RoundsJob) -> None:
-    """Have the parsers of all stages read their words, before the first one has run for hours.
+    """Make the jobs of all stages from their words, before the first one has run for hours.
+
+    Those of the first round and of the last one: they differ.
 
     Raises:
-        UserError, SystemExit: one cannot be read.
+        UserError, SystemExit: one cannot be, or they do not go together.
     """
-    from megatron_infifpo.training.config import RunConfig
+    for number in sorted({0, job.rounds - 1}):
+        made: dict[str, Any] = {}
+        for stage in (import_pivot(job), *stages_of(job, number)):
+            name, *words = stage.job.arguments
+            module, parser = make_parser(name)
+            args = parser.parse_args(words)
+            try:
+                made[name] = module.job_of(args) if hasattr(module, "job_of") else None
+            except UserError as error:
+                raise UserError(f"{stage.name}: {error}") from None
+        check_together(job, made["sample"], made["train"])
 
-    for stage in (import_pivot(job), *stages_of(job, 0)):
-        name, *words = stage.job.arguments
-        args = make_parser(name)[1].parse_args(words)
-        if name == "train":
-            RunConfig.from_options(vars(args))
+
+def check_together(job: RoundsJob, sampling: "SamplingJob", run: "RunConfig") -> None:
+    """Refuse sampling that training cannot use.
+
+    Raises:
+        UserError: it measures no log-probs to compare, or samples more than a row holds.
+    """
+    if job.sampler_check and (sampling.engine == "server" or not sampling.check):
+        given = "--engine server" if sampling.check else "--check 0"
+        raise UserError(
+            f"--sample-options has {given}, with which no log-probs are there to tell whether the "
+            "sampler has the trainer's weights: leave it out, or give --no-sampler-check"
+        )
+    count = job.count if job.kind.responses is None else job.kind.responses
+    each = min(sampling.how.max_tokens, run.flags["seq_length"] or sampling.how.max_tokens)
+    if run.micro_batch_tokens is not None and run.micro_batch_tokens < count * each:
+        raise UserError(
+            f"--train-options has --micro-batch-tokens {run.micro_batch_tokens}, but {count} "
+            f"responses of {each} tokens, which sampling may give, are {count * each}, and a "
+            "record is one row: raise it to that and the longest prompt, or lower "
+            + ("--count or " if count == job.count else "")
+            + "--max-tokens in --sample-options"
+        )

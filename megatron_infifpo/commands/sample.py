@@ -106,11 +106,11 @@ def add_check_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> None:
-    """Sample, and say what came of it.
+def job_of(args: argparse.Namespace) -> SamplingJob:
+    """Return what is sampled from what.
 
     Raises:
-        UserError: flags that do not fit, or what `sample` refuses.
+        UserError: flags that do not fit.
     """
     count = args.count or PRESETS[args.preset]
     given = {
@@ -120,7 +120,16 @@ def run(args: argparse.Namespace) -> None:
         "tokenizer": tokenizer_options(args),
         "part": read_part(args.part),
     }
-    job = SamplingJob(**fields_of(args, SamplingJob) | given)
+    return SamplingJob(**fields_of(args, SamplingJob) | given)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Sample, and say what came of it.
+
+    Raises:
+        UserError: flags that do not fit, or what `sample` refuses.
+    """
+    job = job_of(args)
     if args.count and job.sampling.count < args.count:
         print("temperature 0: one response of a prompt, all others would be the same")
     done = args.output is not None and args.output.exists()

@@ -99,9 +99,14 @@ def add_work_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def job_of(args: argparse.Namespace) -> ScoringJob:
+    """Return what is scored, and how."""
+    return ScoringJob(**fields_of(args, ScoringJob), tokenizer_options=tokenizer_options(args))
+
+
 def run(args: argparse.Namespace) -> None:
     """Score."""
-    job = ScoringJob(**fields_of(args, ScoringJob), tokenizer_options=tokenizer_options(args))
+    job = job_of(args)
     from megatron_infifpo.scoring.score import score
 
     score(job)

@@ -16,8 +16,12 @@ run and resumes it.
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_infifpo.training.config_file import with_file
+
+if TYPE_CHECKING:
+    from megatron_infifpo.training.config import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +37,15 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     return parser.parse_args(with_file(parser, words))
 
 
+def job_of(args: argparse.Namespace) -> "RunConfig":
+    """Return what the run is."""
+    from megatron_infifpo.training.config import RunConfig
+
+    return RunConfig.from_options(vars(args))
+
+
 def run(args: argparse.Namespace) -> None:
     """Train."""
-    from megatron_infifpo.training.config import RunConfig
     from megatron_infifpo.training.run import train
 
-    train(RunConfig.from_options(vars(args)))
+    train(job_of(args))

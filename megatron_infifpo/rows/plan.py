@@ -117,8 +117,10 @@ def fitting_micro_batch_size(
     """
     if (longest := int(lengths.max())) > row_tokens:
         raise UserError(
-            f"--micro-batch-tokens is {row_tokens}, but the longest pair has {longest} tokens: "
-            "raise it, or leave out such pairs with a lower --seq-length"
+            f"--micro-batch-tokens is {row_tokens}, but the longest pair has {longest} tokens (of "
+            "lists: the longest list): raise it, or leave out long responses with a lower "
+            "--seq-length, which bounds each one with its prompt; lists are shorter with fewer "
+            "responses, too (--list of infifpo label)"
         )
     rows_a_rank = global_batch_size // data_parallel_size
     for size in range(rows_a_rank, 1, -1):

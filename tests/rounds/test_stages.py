@@ -1,6 +1,7 @@
 """Command lines of the stages, word for word; what is refused before anything runs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -198,8 +199,8 @@ def test_words_as_flags():
 
 
 COMMAND = (
-    "rounds --output out --pivot hf --prompts prompts.jsonl --method fuserlhf --sources "
-    "sources.yaml --rounds 2 --steps 5 --round-prompts 4 --count 3 --until 1"
+    "rounds --output out --pivot hf --prompts prompts.jsonl --method fuserlhf "
+    "--rounds 2 --steps 5 --round-prompts 4 --count 3 --until 1"
 ).split()
 TRAINING = "--lr 1e-6 --global-batch-size 4 --micro-batch-size 1 --seq-length 64"
 
@@ -207,6 +208,7 @@ TRAINING = "--lr 1e-6 --global-batch-size 4 --micro-batch-size 1 --seq-length 64
 def test_dry_run(make_job, capsys):
     """All commands of all rounds, and nothing else happens."""
     options = ["--label-options", "--program judge.py:score", "--score-options", "--bf16"]
+    options += ["--sources", "sources.yaml"]
     options += ["--launcher", "torchrun --nproc-per-node 2", "--train-options", TRAINING]
     assert run_words([*COMMAND, *options, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -223,19 +225,61 @@ def test_dry_run(make_job, capsys):
     assert not Path("out").exists()
 
 
+TOKENS = TRAINING.replace("--micro-batch-size 1", "--micro-batch-tokens 150")
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         (["--train-options", f"{TRAINING} --learning-rate 1"], "unrecognized arguments"),
-        (["--train-options", "--lr 1e-6"], "give one of --micro-batch-size"),
-        (["--train-options", TRAINING, "--sample-options", "--engine vlm"], "invalid choice"),
-        (["--train-options", TRAINING, "--score-options", "--backend jax"], "invalid choice"),
+        (["--train-options", "--lr 1e-6"], "train: give one of --micro-batch-size"),
+        (["--sample-options", "--engine vlm"], "invalid choice"),
+        (["--sample-options", "--top-k 3"], "unrecognized arguments"),
+        (["--sample-options", "--check-tolerance -1"], "sample: --check-tolerance is -1"),
+        (["--score-options", "--backend jax"], "invalid choice"),
+        (["--score-options", "--context-length 8 --trust-remote-code"],
+         "score-initial: --trust-remote-code has no effect with --backend megatron"),
+        (["--label-options", "--program judge.py:score --cut-penalty 1", "--method", "dpo"],
+         "label: --cut-penalty has no effect without --list"),
+        (["--prepare-options", "--chat-template-options 3"], "prepare: --chat-template-options is"),
+        # The first round's words can be read, and the last one's cannot.
+        (["--optimizer", "fresh", "--train-options", f"{TRAINING} --reference-check off"],
+         "--train-options has --reference-check, which rounds give themselves"),
+        (["--sample-options", "--engine server --server http://localhost:1/v1"],
+         "--sample-options has --engine server, with which no log-probs"),
+        (["--sample-options", "--check 0"], "--sample-options has --check 0, with which"),
+        (["--train-options", TOKENS, "--sample-options", "--max-tokens 51"],
+         "3 responses of 51 tokens, which sampling may give, are 153, and a record is one row"),
+        (["--train-options", TOKENS, "--sample-options", "--max-tokens 5000"],
+         "3 responses of 64 tokens, which sampling may give, are 192, .*lower --count or"),
+        (["--train-options", TOKENS.replace("150", "99"), "--method", "dpo"],
+         "2 responses of 64 tokens, .* lower --max-tokens in"),
     ],
-)
+)  # fmt: skip
 def test_words_that_a_stage_cannot_read(make_job, capsys, option, message):
     """They are found before the first stage has run for hours."""
-    given = [*COMMAND, "--label-options", "--program judge.py:score", *option]
+    given = {"--label-options": "--program judge.py:score", "--train-options": TRAINING}
+    given |= dict(zip(option[::2], option[1::2], strict=True))
+    sources = [] if "dpo" in option else ["--sources", "sources.yaml"]
+    words = [word for one in given.items() for word in one]
     with pytest.raises((SystemExit, UserError)) as caught:
-        run_words(given)
-    assert message in capsys.readouterr().err + str(caught.value)
+        run_words([*COMMAND, *sources, *words])
+    assert re.search(message, capsys.readouterr().err + str(caught.value))
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--train-options", TOKENS, "--sample-options", "--max-tokens 50"],
+        ["--train-options", TOKENS, "--method", "dpo"],
+        ["--no-sampler-check", "--sample-options", "--engine server --server http://localhost:1"],
+        ["--optimizer", "fresh", "--rounds", "1", "--until", "0", "--train-options",
+         f"{TRAINING} --reference-check off"],
+    ],
+)  # fmt: skip
+def test_words_that_go_together(make_job, option):
+    words = ["--label-options", "--program judge.py:score"]
+    words += [] if "dpo" in option else ["--sources", "sources.yaml"]
+    words += [] if "--train-options" in option else ["--train-options", TRAINING]
+    assert run_words([*COMMAND, *words, *option, "--dry-run"]) == 0
