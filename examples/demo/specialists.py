@@ -11,12 +11,12 @@ perplexity on the chosen responses is lower than on the rejected ones.
 
 import argparse
 import random
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +24,17 @@ import training_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    Phi3Config,
-    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
 
 from megatron_infifpo.commands.entry import run
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.storage.aside import whole_folder
 
 SEED = 1234
 CONTEXT = 1024  # positions of both models; longer than any pair of the demo
@@ -47,15 +45,20 @@ class Specialist:
     """What makes one specialist; `template` must end every turn with `special_tokens["eos"]`."""
 
     name: str
+    family: str  # as transformers calls it
     domains: tuple[str, ...]
     vocab_size: int
     special_tokens: dict[str, str]
     template: str
     steps: int
+    layers: int = 4
+    groups: int = 2  # of heads that share keys and values
+    digits: bool = True  # each is a token
 
 
 GENERALIST = Specialist(
     name="generalist",
+    family="qwen2",
     domains=("general", "math", "code"),
     vocab_size=3072,
     special_tokens={"pad": "<|pad|>", "eos": "<|turn|>", "system": "<|system|>"}
@@ -70,6 +73,7 @@ GENERALIST = Specialist(
 )
 CODER = Specialist(
     name="coder",
+    family="phi3",
     domains=("code",),
     vocab_size=2048,
     special_tokens={
@@ -118,17 +122,17 @@ def messages(system: str, prompt: str) -> list[dict[str, str]]:
 def train_tokenizer(
     specialist: Specialist, chats: list[list[dict[str, str]]]
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `specialist.vocab_size` ids: special tokens first, digits one by one."""
+    """A byte-level BPE of `specialist.vocab_size` ids, special tokens first."""
     tokenizer = Tokenizer(models.BPE())
-    if specialist is GENERALIST:
+    if specialist.family == "qwen2":
         # AutoTokenizer gives every qwen2 folder Qwen2's own pre-tokenizer, whatever was saved:
         # another one here would mean other ids after loading than in training.
         qwen2 = Qwen2Tokenizer().backend_tokenizer
         tokenizer.normalizer, tokenizer.pre_tokenizer = qwen2.normalizer, qwen2.pre_tokenizer
     else:
-        digits = pre_tokenizers.Digits(individual_digits=True)
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if specialist.digits else []
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=specialist.vocab_size,
@@ -152,22 +156,24 @@ def train_tokenizer(
 
 def build_model(specialist: Specialist, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """An untrained model of about 1 million parameters; heads and widths allow TP 1 and 2."""
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": specialist.vocab_size,
         "hidden_size": 128,
         "intermediate_size": 384,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": specialist.layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": specialist.groups,
         "max_position_embeddings": CONTEXT,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        "rope_theta": 10000.0,
     }
-    if specialist.name == "coder":
-        config = Phi3Config(**shape, original_max_position_embeddings=CONTEXT, rope_theta=10000.0)
-        return Phi3ForCausalLM(config)
-    return Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True, rope_theta=10000.0))
+    if specialist.family == "phi3":
+        shape["original_max_position_embeddings"] = CONTEXT
+    shape["tie_word_embeddings"] = specialist.family == "qwen2"
+    config = AutoConfig.for_model(specialist.family, **shape)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def train_specialist(
@@ -179,29 +185,53 @@ def train_specialist(
     sequence_length: int = 160,
     learning_rate: float = 6e-3,
 ) -> Path:
-    """Train specialist `name` ("generalist" or "coder"), save it as `output_dir/name`, return it.
+    """Train specialist `name` ("generalist" or "coder") as `make` does, as `output_dir/name`.
 
-    Next-token loss over whole conversations, laid end to end and cut into `sequence_length` tokens.
-    Skipped when that folder is complete. Raises UserError for an unknown name.
+    Raises UserError for an unknown name.
     """
     if name not in SPECIALISTS:
         raise UserError(f"unknown specialist {name!r}: expected one of {', '.join(SPECIALISTS)}")
-    specialist, output = SPECIALISTS[name], Path(output_dir) / name
+    specialist = SPECIALISTS[name]
+    return make(
+        specialist if steps is None else replace(specialist, steps=steps),
+        Path(output_dir) / name,
+        lambda: conversations(specialist),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        learning_rate=learning_rate,
+        line=list(SPECIALISTS).index(name),
+    )
+
+
+def make(
+    specialist: Specialist,
+    output: Path,
+    texts: Callable[[], list[list[dict[str, str]]]],
+    *,
+    batch_size: int,
+    sequence_length: int,
+    learning_rate: float,
+    line: int,
+) -> Path:
+    """Train a model on what `texts` returns, save it as `output`, return that.
+
+    Next-token loss over whole conversations, laid end to end and cut into `sequence_length` tokens.
+    Skipped when that folder is complete. `line` is that of its bar, where several train at once.
+    """
     if (output / "config.json").exists():
         return output
     torch.manual_seed(SEED)
-    chats = conversations(specialist)
+    chats = texts()
     tokenizer = train_tokenizer(specialist, chats)
     model = build_model(specialist, tokenizer)
     encoded = [tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats]
-    steps = specialist.steps if steps is None else steps
 
+    steps = specialist.steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.15)
     batches = _batches(encoded, batch_size, sequence_length)
     model.train()
-    line = list(SPECIALISTS).index(name)  # two bars, when both train at once
-    bar = tqdm(range(steps), desc=f"train {name}", unit="step", position=line)
+    bar = tqdm(range(steps), desc=f"train {specialist.name}", unit="step", position=line)
     for _ in bar:
         ids = next(batches)
         loss = model(input_ids=ids, labels=ids).loss
@@ -212,11 +242,9 @@ def train_specialist(
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
-    partial = output.with_name(name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.eval().save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(output)
+    with whole_folder(output) as aside:
+        model.eval().save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
     return output
 
 
@@ -260,15 +288,18 @@ def held_out_perplexity(folder: str | Path, domains: tuple[str, ...]) -> tuple[f
 
 def train_all(output_dir: str | Path) -> dict[str, Path]:
     """Train every specialist that is not there yet, at once; returns name -> folder."""
+    return at_once(train_specialist, SPECIALISTS, output_dir)
+
+
+def at_once(
+    train: Callable[[str, str | Path], Path], names: Collection[str], output_dir: str | Path
+) -> dict[str, Path]:
+    """Train models in a process each; returns name -> folder."""
     # They are too small for two threads each: a process each is faster.
-    with ProcessPoolExecutor(len(SPECIALISTS), mp_context=get_context("spawn")) as pool:
-        jobs = {name: pool.submit(_train_alone, name, output_dir) for name in SPECIALISTS}
+    spawn, limit = get_context("spawn"), torch.set_num_threads
+    with ProcessPoolExecutor(len(names), spawn, initializer=limit, initargs=(1,)) as pool:
+        jobs = {name: pool.submit(train, name, output_dir) for name in names}
         return {name: job.result() for name, job in jobs.items()}
-
-
-def _train_alone(name: str, output_dir: str | Path) -> Path:
-    torch.set_num_threads(1)
-    return train_specialist(name, output_dir)
 
 
 def main() -> None:

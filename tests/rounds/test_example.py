@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ def test_command_line(monkeypatch, tmp_path, capsys, method):
     """What it starts can be read, down to the flags of every stage."""
     example, started = load("run"), []
     monkeypatch.setattr(
-        example, "save_all", lambda folder: {name: folder / name for name in example.MODELS}
+        example.specialists, "at_once", lambda save, names, at: {name: at / name for name in names}
     )
 
     def start(words: list[str], env: dict[str, str]) -> SimpleNamespace:
@@ -55,12 +56,13 @@ def test_judge():
 def test_a_small_model(tmp_path, monkeypatch):
     """It can be sampled from: its template ends every turn with its end of turn."""
     example = load("run")
-    monkeypatch.setattr(example, "train", lambda model, encoded, steps: None)
     for name, small in example.MODELS.items():
-        tokenizer = AutoTokenizer.from_pretrained(example.save(name, tmp_path / name))
+        monkeypatch.setitem(example.MODELS, name, replace(small, steps=1))
+        tokenizer = AutoTokenizer.from_pretrained(example.save(name, tmp_path))
+        end = small.special_tokens["eos"]
         chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-        assert text.count(small.end) == 2 and text.endswith(f"Yes.{small.end}")
+        assert text.count(end) == 2 and text.endswith(f"Yes.{end}")
         opened = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
-        assert text.startswith(opened) and tokenizer.eos_token == small.end
+        assert text.startswith(opened) and tokenizer.eos_token == end
         assert len(tokenizer) == small.vocab_size
