@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_infifpo.convert.fingerprint import read_weights
 from megatron_infifpo.tokens.measured import MeasuredResponse, read_measured, write_measured
 from support import tiny
 from support.launcher import RankError, refused
@@ -22,11 +23,14 @@ def train(setup, ranks):
     """Train in one folder, six steps in all; return the losses and the first rank's log."""
     sources = setup.sources("both", *BOTH)
 
-    def run(folder, *more, data=None, given=sources, world=1):
+    def run(folder, *more, data=None, given=sources, world=1, again=None):
         argv = setup.flags(given, "--save", str(folder), "--train-iters", "6", *more)
         if data is not None:
             argv[argv.index("--preference-data") + 1] = str(data)
-        results = ranks(world, "support.training:train", argv)
+        if again is None:
+            results = ranks(world, "support.training:train", argv)
+        else:  # the plan of the data begins again after so many steps
+            results = ranks(world, "support.training:train_in_rounds", argv, again)
         return losses(results) if results[-1]["steps"] else [], ranks.logs[0]
 
     return run
@@ -74,8 +78,9 @@ def sampled(setup, tmp_path_factory):
     """Write what a model of transformers gives random responses, as a sampler does."""
     folder = tmp_path_factory.mktemp("sampled")
 
-    def write(hf, name, vocabulary=256, lengths=(3, 9, 17, 30, 64), temperature=1.0):
+    def write(hf, name, vocabulary=256, lengths=(3, 9, 17, 30, 64), temperature=1.0, weights=True):
         random, found = np.random.default_rng(5), []
+        own = read_weights(hf) if weights else ()
         network = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
         for number, length in enumerate(lengths):
             prompt, response = (random.integers(0, vocabulary, n, np.int32) for n in (7, length))
@@ -83,7 +88,7 @@ def sampled(setup, tmp_path_factory):
             with torch.no_grad():
                 logits = network(ids[None]).logits[0, 6:-1].double() / temperature
             values = logits.log_softmax(-1).gather(-1, ids[7:, None])[:, 0].numpy()
-            found.append(MeasuredResponse(f"p-{number}", prompt, response, values, str(hf)))
+            found.append(MeasuredResponse(f"p-{number}", prompt, response, values, str(hf), *own))
         write_measured(folder / name, found)
         return str(folder / name)
 
@@ -98,14 +103,16 @@ def test_the_policy_gives_the_samplers_log_probs(setup, sampled, train, ranks, t
     _, log = train(tmp_path / "run", *more, world=world)
     line = next(x for x in log.splitlines() if x.startswith("sampler check: on 5 responses"))
     assert "agrees" in line and float(line.split("within ")[1].split()[0]) < 1e-4
+    assert f"sampler check: {path} is of the weights in {setup.pivot} (" in log
     _, log = train(tmp_path / "run", *more[:-1], "2", world=world)
     assert "sampler check: on 5 responses the policy has moved by " in log
+    assert "is of the weights in" not in log
 
 
 def test_stale_samples_are_refused(setup, sampled, train, ranks, tmp_path):
     """A fresh run from weights that have moved since; from them as they were sampled it starts."""
     train(tmp_path / "before", "--stop-at", "2")
-    old, pivot = sampled(setup.hf, "old"), tmp_path / "before"
+    old, pivot = sampled(setup.hf, "old", weights=False), tmp_path / "before"
     exported(ranks, pivot, tmp_path / "hf")
     new = sampled(tmp_path / "hf", "new")
     save = ["--save", str(tmp_path / "after")]
@@ -124,10 +131,16 @@ def test_stale_samples_are_refused(setup, sampled, train, ranks, tmp_path):
     assert not (tmp_path / "after" / "run.json").exists()
     ranks(1, "support.training:train", [*argv, "--sampler-logprobs", new, "--train-iters", "1"])
     assert "sampler check: on 5 responses the policy agrees" in ranks.logs[0]
+    assert f"sampler check: {new} is of the weights in {pivot} (" in ranks.logs[0]
     argv = [each.replace("after", "loose") for each in argv]
     argv += ["--sampler-logprobs", old, "--sampler-tolerance", "100", "--train-iters", "1"]
     ranks(1, "support.training:train", argv)
     assert "(tolerance 100.0)" in ranks.logs[0]
+    assert f"sampler check: {old} does not name the weights" in ranks.logs[0]
+    # Log-probs that agree hide no weights that do not.
+    named = sampled(setup.hf, "named")
+    said = refused(ranks, PROGRAM, [word.replace(old, named) for word in argv])
+    assert f"{named} is of other weights" in said and "the samples are stale" in said
 
 
 def test_samples_that_are_not_the_models(setup, sampled, train, ranks, tmp_path):
@@ -181,7 +194,7 @@ def test_next_round(train, setup, sampled, other, ranks, tmp_path):
         train(run, "--stop-at", "4", "--next-round", **new | {"given": other / "moved.yaml"})
     with pytest.raises(RankError, match=r"begins a round at step 2, where the run ends"):
         train(run, "--stop-at", "2", "--next-round", **new)
-    with pytest.raises(RankError, match="is not the one that was sampled"):
+    with pytest.raises(RankError, match="is of other weights .* the samples are stale"):
         train(run, "--stop-at", "4", "--next-round", "--sampler-logprobs", path, **new)
     steps, log = train(run, "--stop-at", "4", "--next-round", **new)
     assert len(steps) == 2 and "round 2 on these pairs began after step 2" in log
@@ -199,15 +212,23 @@ def test_next_round(train, setup, sampled, other, ranks, tmp_path):
 
 
 def test_a_round_changes_nothing_but_the_data(train, other, tmp_path):
-    """Rounds on the same data are the uninterrupted run, optimizer and order of pairs included."""
+    """Rounds on the same data are the uninterrupted run whose plan of the data begins with each.
+
+    Bit by bit, the optimizer's state included, and where a round is resumed.
+    """
     new = {"data": other / "data", "given": other / "sources.yaml"}
-    whole, _ = train(tmp_path / "whole", **new)
-    run = tmp_path / "run"
-    first, _ = train(run, "--stop-at", "3", **new)
+    whole, _ = train(tmp_path / "whole", again=2, **new)
+    run, batch = tmp_path / "run", "of 8 are 1.33 epochs"
+    first, _ = train(run, "--stop-at", "2", "--next-round", **new)
     rename(run / "run.json", "records_sha256")  # as if the first round's had been others
-    second, log = train(run, "--next-round", "--stop-at", "6", **new)
-    assert "round 2 on these pairs began after step 3" in log
-    assert first + second == whole
+    second, log = train(run, "--next-round", "--stop-at", "4", **new)
+    assert "round 2 on these pairs began after step 2" in log and f"2 steps {batch}" in log
+    rename(run / "run.json", "records_sha256")
+    third, _ = train(run, "--next-round", "--stop-at", "5", **new)
+    again, log = train(run, "--next-round", "--stop-at", "6", **new)
+    assert f"2 steps {batch}, in micro-batches of 2; 1 steps are done" in log
+    assert first + second + third + again == whole
+    assert whole[2:] != train(tmp_path / "other", **new)[0][2:], "the plan would not matter"
 
 
 def rename(path, name):

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_infifpo.commands.main import run_command
+from megatron_infifpo.convert.fingerprint import weights_fingerprint
 from megatron_infifpo.responses.engines import EngineOptions, Sampling, TransformersEngine
 from megatron_infifpo.responses.logprob_check import Scorer
 from megatron_infifpo.responses.prompts import Prompt
@@ -26,6 +27,7 @@ def test_it_has_the_models_log_probs(sample, talker, tmp_path):
     assert [one.id for one in found] == ["p0", "p1", "p2"]
     for one, line in zip(found, lines, strict=False):
         assert one.model == line["model"] == "talker"
+        assert (one.weights_sha256, one.weights_dtype) == (weights_fingerprint(talker), "float32")
         assert one.prompt_ids.tolist() == chat.prompt_ids([(line["prompt"], line["id"])])[0]
         ids = torch.tensor([*one.prompt_ids, *one.response_ids])
         with torch.no_grad():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_infifpo.errors import UserError
@@ -101,6 +102,19 @@ def test_parts_and_resume(sample, tmp_path, talker):
         with pytest.raises(UserError, match=f"shards of another job: {message}"):
             sample("--check", "0", *flags, output="parts.jsonl")
     assert sample("--check", "0", "--part", "0/2", output="parts.jsonl") == whole
+
+
+def test_other_weights_in_the_same_folder(sample, tmp_path, talker):
+    """Shards of one model do not go on with another that has taken its place."""
+    folder = shutil.copytree(talker, tmp_path / "policy")
+    flags = ["--check", "0", "--model", str(folder), "--part"]
+    assert sample(*flags, "1/2", output="parts.jsonl") == []
+    (path,) = folder.glob("*.safetensors")
+    weights = load_file(path)
+    weights["model.norm.weight"][0] += 1e-6
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="shards of another job: its weights_sha256 is"):
+        sample(*flags, "0/2", output="parts.jsonl")
 
 
 def test_domains(sample):

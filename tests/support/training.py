@@ -41,6 +41,15 @@ def train(argv: list[str]) -> dict[str, Any]:
     return record
 
 
+def train_in_rounds(argv: list[str], steps: int) -> dict[str, Any]:
+    """Train as `train` does, with a plan of the data that begins again after so many steps."""
+    import megatron_infifpo.rows.loaders as loaders
+
+    plan = loaders.plan_step
+    loaders.plan_step = lambda *args, step, **rest: plan(*args, step=step % steps, **rest)
+    return train(argv)
+
+
 def kept_bytes(argv: list[str]) -> dict[str, float]:
     """Train one step, and count what the layers' forward pass keeps for the backward pass.
 

@@ -21,6 +21,7 @@ def test_what_is_written_is_read(tmp_path):
             rng.integers(0, 200_000, 1 + i, dtype=np.int32),
             -rng.exponential(size=1 + i).astype(np.float32),
             "phi é",
+            *(("a" * 64, "bfloat16") if i % 2 else ()),
         )
         for i in range(4)
     ]
@@ -29,11 +30,23 @@ def test_what_is_written_is_read(tmp_path):
     found = read_measured(path)
     for one, other in zip(given, found, strict=True):
         assert (one.id, one.model) == (other.id, other.model)
+        assert (one.weights_sha256, one.weights_dtype) == (
+            other.weights_sha256,
+            other.weights_dtype,
+        )
         for name in ("prompt_ids", "response_ids", "logprobs"):
             before, after = getattr(one, name), getattr(other, name)
             assert before.dtype == after.dtype and np.array_equal(before, after)
     write_measured(again, found)
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_an_older_file(tmp_path):
+    """It does not name the weights."""
+    path = tmp_path / "measured"
+    path.write_text(json.dumps(LINE) + "\n")
+    found = read_measured(path)[0]
+    assert (found.model, found.weights_sha256, found.weights_dtype) == ("m", None, None)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +61,8 @@ def test_what_is_written_is_read(tmp_path):
         ({"prompt_ids": [-1]}, "a token's id is negative"),
         ({"prompt_ids": [2**31]}, "out of bounds"),
         ({"id": 3}, "id is 3, no text"),
+        ({"weights_sha256": 3, "weights_dtype": "float32"}, "weights_sha256 is 3, no text"),
+        ({"weights_sha256": "a"}, "weights_sha256 and weights_dtype go together"),
     ],
 )
 def test_other_lines_are_refused(tmp_path, change, message):
