@@ -15,10 +15,11 @@ def test_a_table_is_the_row_of_all_its_records(tmp_path):
     write_scores(tmp_path / "all", records, tokens.scored_lengths + 2, masked=[2, 5], seed=1)
     write_scores(tmp_path / "code", records, tokens.scored_lengths + 1, seed=2)
     sources = (
-        Source("all", str(tmp_path / "all")),
-        Source("code", str(tmp_path / "code"), ("code",)),
+        Source("all", str(tmp_path / "all"), weight=0.1),
+        Source("code", str(tmp_path / "code"), ("code",), weight=0.7),
     )
-    references = References(SourcesConfig(str(tmp_path / "pivot"), sources), tokens)
+    config = SourcesConfig(str(tmp_path / "pivot"), sources, initial_weight=0.2)
+    references = References(config, tokens)
     assert references.names == ("all", "code") and references.initial.name == "initial"
     assert references.sources[0].takes_part.tolist() == [i not in (2, 5) for i in range(9)]
     code = [tokens.domain(i) == "code" for i in range(9)]
@@ -31,6 +32,8 @@ def test_a_table_is_the_row_of_all_its_records(tmp_path):
     assert table.keys() == row.keys() | {"token_counts", "valid"}
     for name, column in row.items():
         assert torch.equal(column, table[name].to(column.dtype)), name
+    assert table["source_weights"].tolist() == [[0.1, 0.7, 0.2]] * 4  # float64, as it is given
+    assert row["source_weights"].dtype == row["source_sum_logps"].dtype == torch.float32
     assert torch.equal(table["token_counts"], torch.from_numpy(tokens.scored_lengths[indices]))
 
     sums, means = value(table, means=False), value(table, means=True)
