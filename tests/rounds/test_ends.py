@@ -13,7 +13,8 @@ from support.round_stages import StandIn
 RANK = """
 import os, sys, time
 rank, code = os.environ["RANK"], int(sys.argv[1])
-print(f"error: no model in hf{code}", file=sys.stderr) if rank == "0" else time.sleep(60)
+said = f"error: no model in hf{code}\\n       nor here\\n end"
+print(said, file=sys.stderr) if rank == "0" else time.sleep(60)
 sys.exit(code)
 """
 
@@ -28,7 +29,9 @@ def test_ranks_of_torchrun(make_job, monkeypatch, capsys):
         ended = 2 if code == 2 else 1
         with pytest.raises(error, match=f"out: the stage import ended with {ended}, see out/logs"):
             run_rounds(make_job())
-        assert capsys.readouterr().err.splitlines() == [f"    error: no model in hf{code}"]
+        assert capsys.readouterr().err.splitlines() == [
+            f"    error: no model in hf{code}", "           nor here",
+        ]  # fmt: skip
 
 
 def test_the_tail_of_a_log(make_job, capsys):

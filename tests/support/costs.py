@@ -33,6 +33,7 @@ SLOW = (
     "tests/integration/test_wheel.py",
     "tests/responses/test_evaluate.py::test_tasks_exist_in_the_harness",
     "tests/responses/test_evaluate.py::test_two_models_side_by_side",
+    "tests/rounds/test_ends.py::test_ranks_of_torchrun",
 )
 """Slow tests without ranks."""
 
