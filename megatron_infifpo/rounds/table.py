@@ -59,6 +59,8 @@ def sampled(job: RoundsJob, here: RoundFolder) -> Row:
             entry = entries.get(name, {})
             if entry.get("responses") == [answer.text for answer in own.answers]:
                 found += [entry["scores"][sample.place] for sample in own.samples]
+    # A judge may have given none, or a text: such a prompt has no record, either.
+    found = [score for score in found if isinstance(score, int | float) and math.isfinite(score)]
     reward = sum(found) / len(found) if found else None
     return {"prompts": prompts, "responses": responses, "cut": cut, "reward": reward}
 

@@ -52,3 +52,15 @@ def test_rewards(make_job, given, keep_cut, reward):
     assert len(records) == 1 and not dropped
     found = sampled(job, here)
     assert found == {"prompts": 1, "responses": 5, "cut": 1, "reward": reward}
+
+
+def test_what_is_no_reward(make_job):
+    """A judge's function may return anything."""
+    here = RoundFolder(job := make_job(), 0)
+    here.path.mkdir(parents=True)
+    texts = ["a", "b", "c", "d"]
+    row = {"id": "a", "prompt": "go", "responses": texts, "finish_reasons": ["stop"] * 4}
+    here.responses.write_text(json.dumps(row) + "\n")
+    judged = {"id": "a", "responses": texts, "scores": [None, float("nan"), "None", 0.5]}
+    Path(f"{here.records}.scores").write_text(json.dumps(judged) + "\n")
+    assert sampled(job, here)["reward"] == 0.5
