@@ -12,10 +12,11 @@ set's answer or unit tests in `prompt.extra`. A pair is the best and the worst r
 models, with --pivot also the pivot's own best, for WRPO. Prompts without contrast are left out and
 counted. Scores are kept in OUTPUT.scores, so that an interrupted command goes on.
 
-With --list N a record has the responses of a prompt with their scores, for fuserlhf and pad: the
-first N in the order in which they were sampled (of several models the first of each, then the
-second of each), never the best ones, and equal ones as often as they were sampled: a policy's list
-stays a sample of the policy. All scores may be equal. A prompt needs 2 responses that differ.
+With --list N a record has the responses of a prompt with their scores, for fuserlhf (pad needs no
+scores: it takes lists as `infifpo sample` writes them, too): the first N in the order in which they
+were sampled (of several models the first of each, then the second of each), never the best ones,
+and equal ones as often as they were sampled: a policy's list stays a sample of the policy. All
+scores may be equal. A prompt needs 2 responses that differ.
 """
 
 import argparse
@@ -74,7 +75,5 @@ def run(args: argparse.Namespace) -> None:
         for length, number in sorted(found.lengths.items()):
             if length < job.longest:
                 print(f"  {number} lists have {length} responses, fewer than {job.longest}")
-    for reason, number in found.dropped.most_common():
-        print(f"  left out {number}: {reason}")
-    for fault, number in found.unused.most_common():
-        print(f"  not judged {number} responses: {fault}")
+    for line in found.left_out:
+        print(f"  {line}")

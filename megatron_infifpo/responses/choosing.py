@@ -32,7 +32,7 @@ def choose_pair(
     """
     if len(scores) < 2:
         return ONE
-    if not all(map(_is_number, scores)):
+    if not all(map(is_number, scores)):
         return NO_NUMBER
     if max(scores) == min(scores):
         return "no contrast: all scores are equal"
@@ -72,7 +72,7 @@ def choose_list(
     """
     samples = responses.in_turn()[:longest]
     found = [scores[sample.place] for sample in samples]
-    if not all(map(_is_number, found)):
+    if not all(map(is_number, found)):
         return NO_NUMBER
     answers = [sample.answer for sample in samples]
     penalties = [cut_penalty * (answer.fault == CUT) for answer in answers]
@@ -101,5 +101,6 @@ def _record(
     )
 
 
-def _is_number(score: Any) -> bool:
+def is_number(score: Any) -> bool:
+    """Whether it is a finite number."""
     return isinstance(score, int | float) and abs(score) < float("inf")

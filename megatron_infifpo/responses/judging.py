@@ -8,11 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.records.records import PreferenceRecord
+from megatron_infifpo.responses.choosing import NO_NUMBER, is_number
 from megatron_infifpo.responses.labels import Responses, judged, rendered
-from megatron_infifpo.responses.scorers import Scorer, UnjudgedError
+from megatron_infifpo.responses.programs import Scorer, UnjudgedError
 
 Chooser = Callable[[Responses, Sequence[float]], PreferenceRecord | str]
 """Makes a record of responses and their scores, or says why there is none."""
+
+
+class LeftOut(Counter[str]):
+    """Prompts that give no record, by reason.
+
+    Attributes:
+        first: of a reason that is the judge's: what it was of the first prompt.
+    """
+
+    def __init__(self) -> None:
+        """Count none."""
+        super().__init__()
+        self.first: dict[str, str] = {}
+
+    def lines(self) -> list[str]:
+        """Return a line a reason."""
+        return [
+            f"left out {number}: {reason}"
+            + (f"; the first: {self.first[reason]}" if reason in self.first else "")
+            for reason, number in self.most_common()
+        ]
 
 
 def label(
@@ -21,7 +43,7 @@ def label(
     scorer_name: str,
     cache: Path,
     choose: Chooser,
-    dropped: Counter[str],
+    dropped: LeftOut,
     *,
     skip: bool = False,
 ) -> Iterator[PreferenceRecord]:
@@ -57,6 +79,7 @@ def label(
                     if not skip:
                         raise
                     dropped[error.reason] += 1
+                    dropped.first.setdefault(error.reason, str(error))
                     continue
                 entry = {
                     "id": prompt.id,
@@ -66,10 +89,13 @@ def label(
                     "responses": texts,
                     "scores": scores,
                 }
-                print(json.dumps(entry), file=file, flush=True)
+                print(json.dumps(entry, default=repr), file=file, flush=True)
             found = choose(responses, scores)
             if isinstance(found, str):
                 dropped[found] += 1
+                if found == NO_NUMBER:
+                    bad = next(score for score in scores if not is_number(score))
+                    dropped.first.setdefault(found, f"{bad!r}, of prompt {prompt.id!r}")
             else:
                 yield found
 

@@ -19,7 +19,7 @@ from megatron_infifpo.records.read_report import report_skipped
 from megatron_infifpo.records.records import ON_BAD, PreferenceRecord
 from megatron_infifpo.records.split import to_json
 from megatron_infifpo.responses.choosing import choose_list, choose_pair
-from megatron_infifpo.responses.judging import label
+from megatron_infifpo.responses.judging import LeftOut, label
 from megatron_infifpo.responses.labels import Responses, read_responses
 from megatron_infifpo.responses.scorers import Judge, open_judge
 from megatron_infifpo.storage.aside import make_folder, whole_file
@@ -97,8 +97,16 @@ class Labelled:
 
     lengths: Counter[int]
     prompts: int
-    dropped: Counter[str]
+    dropped: LeftOut
     unused: Counter[str]
+
+    @property
+    def left_out(self) -> list[str]:
+        """What gave nothing, in words: a line a reason."""
+        unused = self.unused.most_common()
+        return self.dropped.lines() + [
+            f"not judged {number} responses: {fault}" for fault, number in unused
+        ]
 
 
 def label_responses(job: LabellingJob) -> Labelled:
@@ -120,7 +128,7 @@ def label_responses(job: LabellingJob) -> Labelled:
         if job.pivot not in models:
             raise UserError(f"--pivot is {job.pivot!r}, expected one of {', '.join(models)}")
     score, name = open_judge(job.judge), job.judge.identity
-    dropped: Counter[str] = Counter()
+    dropped = LeftOut()
     make_folder(job.output.parent)
     cache = Path(f"{job.output}.scores")
     lengths: Counter[int] = Counter()
@@ -129,7 +137,7 @@ def label_responses(job: LabellingJob) -> Labelled:
         for record in label(bar, score, name, cache, job.choose, dropped, skip=skip):
             file.write(json.dumps(to_json(record), ensure_ascii=False) + "\n")
             lengths[len(record.responses)] += 1
+        found = Labelled(lengths, len(responses), dropped, unused)
         if not lengths:
-            unused_ones = f"; responses that are not judged: {dict(unused)}" if unused else ""
-            raise UserError(f"no prompt gives a {job.kind[:-1]}: {dict(dropped)}{unused_ones}")
-    return Labelled(lengths, len(responses), dropped, unused)
+            raise UserError(f"no prompt gives a {job.kind[:-1]}: {'; '.join(found.left_out)}")
+    return found

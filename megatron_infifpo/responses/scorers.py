@@ -1,8 +1,7 @@
 """Judges of responses: a reward model, or a function of the user's."""
 
 import hashlib
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +15,10 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_positive, check_types
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.responses.answers import Response
+from megatron_infifpo.responses.programs import Scorer, UnjudgedError, program_scorer
 from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.tokens.habits import fold_system
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
-
-Scorer = Callable[[Prompt, Sequence[Response]], list[float]]
-"""Takes a prompt and responses to it; returns a score for each answer, higher is better."""
 
 
 @dataclass(frozen=True)
@@ -71,42 +68,6 @@ def open_judge(judge: Judge) -> Scorer:
     return program_scorer(judge.program) if judge.program else reward_scorer(judge)
 
 
-class UnjudgedError(UserError):
-    """A judge does not take a prompt.
-
-    Attributes:
-        reason: in words that fit every prompt of the kind.
-    """
-
-    def __init__(self, prompt: Prompt, reason: str, detail: str) -> None:
-        """Say which prompt, and why."""
-        super().__init__(f"{prompt.id!r}: {reason} ({detail})")
-        self.reason = reason
-
-
-def program_scorer(name: str) -> Scorer:
-    """Load `FILE.py:FUNCTION`; it takes (prompt, response) and returns a number.
-
-    Raises:
-        UserError: there is no such function.
-    """
-    path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--program {name}: expected FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location("scorer", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    score = getattr(module, function, None)
-    if not callable(score):
-        raise UserError(f"--program {name}: {path} has no function {function!r}")
-
-    def scores(prompt: Prompt, answers: Sequence[Response]) -> list[float]:
-        return [score(prompt, answer.text) for answer in answers]
-
-    return scores
-
-
 def reward_scorer(judge: Judge) -> Scorer:
     """Load a reward model: a sequence classifier with one score and a chat template.
 
@@ -143,7 +104,8 @@ def reward_scorer(judge: Judge) -> Scorer:
                 return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             reason = "the reward model's chat template refuses it"
-            raise UnjudgedError(prompt, reason, " ".join(str(error).split())) from None
+            detail = " ".join(str(error).split())
+            raise UnjudgedError(f"{prompt.id!r}: {reason} ({detail})", reason) from None
 
     def scores(prompt: Prompt, answers: Sequence[Response]) -> list[float]:
         rendered = [render(prompt, answer) for answer in answers]

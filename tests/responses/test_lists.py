@@ -16,7 +16,7 @@ from megatron_infifpo.responses.labels import Responses
 from megatron_infifpo.responses.prompts import Prompt
 
 CHECKS = """
-from megatron_infifpo.responses.scorers import UnjudgedError
+from megatron_infifpo.responses.programs import UnjudgedError
 
 def length(prompt, response):
     with open(__file__ + ".calls", "a") as file:
@@ -28,7 +28,7 @@ def same(prompt, response):
 
 def some(prompt, response):
     if prompt.id == "p0":
-        raise UnjudgedError(prompt, "it is p0", "no reason")
+        raise UnjudgedError("'p0': it is p0", "it is p0")
     return float("nan") if response == "c" else len(response)
 """
 POLICY = {
@@ -194,7 +194,8 @@ def test_prompts_that_are_not_judged(label, policy, tmp_path, capsys):
     found = label([policy, coder], "--list", "5", "--on-bad-record", "skip", function="some")
     assert set(found) == {"p1", "p2"}
     said = capsys.readouterr().out
-    assert "left out 1: it is p0" in said and "left out 1: a score is not a finite number" in said
+    assert "left out 1: it is p0; the first: 'p0': it is p0" in said
+    assert "left out 1: a score is not a finite number; the first: nan, of prompt 'p3'" in said
 
 
 @pytest.mark.parametrize(
