@@ -242,3 +242,21 @@ def test_bad_arguments_say_what_was_expected():
         preference_loss("group_regression", zeros, zeros, beta=1.0, rewards=zeros, reward_scale=0.0)
     with pytest.raises(ValueError, match=r"\[2, 1\], expected 2 responses"):
         preference_loss("group_regression", zeros[:, :1], zeros[:, :1], beta=1.0, rewards=zeros)
+
+
+@pytest.mark.parametrize("normalization", ["none", "group"])
+def test_rewards_far_from_0_are_told_apart(normalization):
+    """A constant changes nothing, also one beside which float32 would round the rest away."""
+    torch.manual_seed(2)
+    policy, reference = (-10 * torch.rand(3, 4) for _ in range(2))
+    rewards = torch.rand(3, 4, dtype=torch.float64).mul(100).round() / 100
+    options = {"beta": 0.1, "reward_normalization": normalization}
+
+    def found(offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = policy.clone().requires_grad_()
+        losses = group_regression(leaf, reference, rewards + offset, **options)
+        assert losses.dtype == torch.float32
+        return losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
+
+    for offset in (1e6, -1e8):
+        torch.testing.assert_close(found(offset), found(0.0), rtol=1e-4, atol=1e-6)

@@ -80,7 +80,7 @@ def group_regression(
     Args:
         policy_logps: `[B, n]`, with gradient.
         reference_logps: `[B, n]`, constants; M need not add up to 1.
-        rewards: `[B, n]`.
+        rewards: `[B, n]`, in float64 if they are far from 0: they are centred before all else.
         beta: strength of the KL constraint.
         valid: bool `[B, n]`, the responses that are there; None: all of them.
         reward_scale: multiplies the rewards, once they are normalised.
@@ -95,10 +95,13 @@ def group_regression(
         ValueError: an unknown normalisation, or shapes that do not fit.
     """
     valid = _all_valid(policy_logps, valid)
+    _check_shapes(policy_logps, reference_logps=reference_logps, rewards=rewards, valid=valid)
+    # Large rewards of like size differ by what float32 rounds away; their mean changes nothing.
+    centred = (rewards - valid_mean(rewards, valid)).to(policy_logps.dtype)
     found = regression_residuals(
         policy_logps,
         reference_logps,
-        rewards,
+        centred,
         beta=beta,
         valid=valid,
         reward_scale=reward_scale,

@@ -36,7 +36,7 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
         token; target_ids int64 `[K]`, those tokens; segment_ids int64 `[K]`, b * R + r;
         token_counts int64 `[B, R]`, scored ones; valid bool `[B, R]`, which responses are there;
         ended bool `[B, R]`, whether their last token, the end of the turn, is scored; rewards
-        float32 `[B, R]`, where there are some; indices and domain_codes int64 `[B]`; stored values
+        float64 `[B, R]`, where there are some; indices and domain_codes int64 `[B]`; stored values
         of models, where there are some, as `references.reference.collate` makes them; and with
         shared prompts the segments of the keys, cu_seqlens_kv int32 `[S + 1]`, key_lengths,
         max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in the row.

@@ -29,7 +29,7 @@ class PreferencePair:
         domain_code: index into `PreferenceDataset.domains`.
         values: what is stored of models; None where no sources were given.
         scored: R arrays of bool, which tokens of `response_ids` are scored; None: all of them.
-        rewards: float32 `[R]`, the responses' scores, 0 where there is none; None without any.
+        rewards: float64 `[R]`, the responses' scores, 0 where there is none; None without any.
     """
 
     index: int
@@ -54,7 +54,7 @@ class PreferenceDataset:
         domain_codes: int64 `[N]`, of the records.
         columns: int16 `[N, R]`, which responses of a record are used, see `choice.Choice`.
         lacking: bool `[N]` by reason: records that have not enough of them.
-        rewards: float32 `[N, R]`, scores of the used responses, 0 where there is none; None
+        rewards: float64 `[N, R]`, scores of the used responses, 0 where there is none; None
             without any.
         responses: R, at most so many are.
         segment_lengths: int64 `[N]`, tokens of the longest response with its prompt; 0 where the
@@ -166,11 +166,11 @@ class PreferenceDataset:
         return tuple(self.tokens.responses[c] for c in self.columns[index] if c >= 0)
 
     def _used_rewards(self) -> np.ndarray | None:
-        """Return float32 `[N, R]`, the scores of the used responses; 0 where there is none."""
+        """Return float64 `[N, R]`, the scores of the used responses; 0 where there is none."""
         if self.tokens.scores is None:
             return None
         scores = np.take_along_axis(self.tokens.scores, self.columns, axis=1)
-        return np.where((self.columns < 0) | np.isnan(scores), 0.0, scores).astype(np.float32)
+        return np.where((self.columns < 0) | np.isnan(scores), 0.0, scores)
 
     def align_domains(self, names: tuple[str, ...]) -> None:
         """Number the domains as another dataset does: first its names, then our own others."""

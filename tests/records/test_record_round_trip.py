@@ -51,7 +51,7 @@ def replies(draw) -> tuple[Message, ...]:
     return (ends[0], *inside, *ends[1:]) if inside else ends[:1]
 
 
-FINITE = st.floats(allow_nan=False, allow_infinity=False)
+FINITE = st.floats(-1e18, 1e18)
 
 
 @st.composite
