@@ -1,13 +1,12 @@
 """What is said of a round: rewards of all that was sampled, each thing judged once."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from megatron_infifpo.responses.choosing import choose_list, choose_pair
-from megatron_infifpo.responses.judging import label
+from megatron_infifpo.responses.judging import LeftOut, label
 from megatron_infifpo.responses.labels import read_responses
 from megatron_infifpo.rounds.stages import RoundFolder
 from megatron_infifpo.rounds.table import sampled
@@ -47,7 +46,7 @@ def test_rewards(make_job, given, keep_cut, reward):
         return choose_pair(responses, found, None)
 
     responses = read_responses([here.responses], keep_cut=keep_cut).values()
-    cache, dropped = Path(f"{here.records}.scores"), Counter[str]()
+    cache, dropped = Path(f"{here.records}.scores"), LeftOut()
     records = list(label(responses, judge, "judge", cache, choose, dropped))
     assert len(records) == 1 and not dropped
     found = sampled(job, here)
