@@ -139,7 +139,7 @@ def test_stale_samples_are_refused(setup, sampled, train, ranks, tmp_path):
     assert f"sampler check: {old} does not name the weights" in ranks.logs[0]
     # Log-probs that agree hide no weights that do not.
     named = sampled(setup.hf, "named")
-    said = refused(ranks, PROGRAM, [word.replace(old, named) for word in argv])
+    said = refused(ranks, PROGRAM, [x.replace(old, named).replace("loose", "named") for x in argv])
     assert f"{named} is of other weights" in said and "the samples are stale" in said
 
 
