@@ -22,16 +22,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_infifpo.commands.flags import fields_of, take_defaults
 from megatron_infifpo.commands.main import make_parser
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import positive, whole
 from megatron_infifpo.references.sources import INITIAL
-from megatron_infifpo.rounds.ends import StageError
+from megatron_infifpo.rounds.ends import StageError, StoppedError
+from megatron_infifpo.rounds.inputs import check_inputs
 from megatron_infifpo.rounds.job import OPTIMIZERS, STAGES, RoundsJob
-from megatron_infifpo.rounds.run import dry_run, run_rounds
+from megatron_infifpo.rounds.run import all_done, dry_run, run_rounds
 from megatron_infifpo.rounds.stages import import_pivot, stages_of
 
 if TYPE_CHECKING:
@@ -129,37 +130,83 @@ def run(args: argparse.Namespace) -> int:
     given = {stage: getattr(args, f"{stage}_options") for stage in STAGES}
     options = {stage: words for stage, words in given.items() if words}
     job = RoundsJob(**fields_of(args, RoundsJob), options=options)
-    check_words(job)
+    training = check_words(job)
     if args.dry_run:
         dry_run(job)
         return 0
+    print(a_round(job, training.flags["global_batch_size"]), flush=True)
     try:
+        if not all_done(job):
+            check_inputs(job, environment)
         run_rounds(job, environment=environment)
+    except StoppedError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.code
     except StageError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 
 
-def check_words(job: RoundsJob) -> None:
+def a_round(job: RoundsJob, batch: int | None) -> str:
+    """Say how often a round goes over its prompts.
+
+    Args:
+        job: the rounds.
+        batch: records of a step, where that is known.
+    """
+    if batch is None:
+        return f"a round is {job.steps} steps on {job.round_prompts} prompts"
+    times = job.steps * batch / job.round_prompts
+    return (
+        f"a round is {job.steps} steps of {batch} records: {times:.2f} times its "
+        f"{job.round_prompts} prompts"
+    )
+
+
+def check_words(job: RoundsJob) -> "RunConfig":
     """Make the jobs of all stages from their words, before the first one has run for hours.
 
     Those of the first round and of the last one: they differ.
 
+    Returns:
+        The last round's training.
+
     Raises:
-        UserError, SystemExit: one cannot be, or they do not go together.
+        UserError: one cannot be, or they do not go together.
     """
     for number in sorted({0, job.rounds - 1}):
         made: dict[str, Any] = {}
         for stage in (import_pivot(job), *stages_of(job, number)):
             name, *words = stage.job.arguments
             module, parser = make_parser(name)
-            args = parser.parse_args(words)
+            flags = refusing(parser, words_of(stage.name)).parse_args(words)
             try:
-                made[name] = module.job_of(args) if hasattr(module, "job_of") else None
+                made[name] = module.job_of(flags) if hasattr(module, "job_of") else None
             except UserError as error:
                 raise UserError(f"{stage.name}: {error}") from None
         check_together(job, made["sample"], made["train"])
+    training: RunConfig = made["train"]
+    return training
+
+
+def words_of(stage: str) -> str:
+    """Say where a user gives words of a stage."""
+    if stage == f"score-{INITIAL}":
+        return f"--score-options or --{INITIAL}-options"
+    if stage.startswith("score-"):
+        return f"--score-options, or {stage.removeprefix('score-')}'s `score` in sources.yaml"
+    return f"--{stage}-options"
+
+
+def refusing(parser: argparse.ArgumentParser, place: str) -> argparse.ArgumentParser:
+    """Let a parser say where the words stand that it cannot read, instead of its usage."""
+
+    def error(message: str) -> NoReturn:
+        raise UserError(f"{place}: {message}")
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser
 
 
 def check_together(job: RoundsJob, sampling: "SamplingJob", run: "RunConfig") -> None:

@@ -8,14 +8,10 @@ another one is refused, never mixed.
 import json
 import os
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from megatron_infifpo.responses.prompts import Prompt, read_prompts
 from megatron_infifpo.rounds.clean import remove_old
 from megatron_infifpo.rounds.ends import check_end
 from megatron_infifpo.rounds.job import RoundsJob
+from megatron_infifpo.rounds.processes import Start, begun, stoppable
 from megatron_infifpo.rounds.prompts import plan_round, pool_sha256, write_prompts
 from megatron_infifpo.rounds.settings import claim
 from megatron_infifpo.rounds.stages import (
@@ -38,8 +35,6 @@ from megatron_infifpo.rounds.table import record_round, rows, table
 from megatron_infifpo.storage.aside import make_folder, write_text
 from megatron_infifpo.training.lock import RunLock
 
-Start = Callable[[list[str], Path], int]
-"""Runs a command, its output appended to a file; returns its exit code."""
 Stamp = dict[str, Any]
 """What a stage is known by (id), the id of the one before it (after), and once it is done seconds,
 None where nobody saw its end."""
@@ -49,7 +44,7 @@ STAMPS, LOGS = "stages", "logs"
 def run_rounds(
     job: RoundsJob, start: Start | None = None, environment: Mapping[str, str] = os.environ
 ) -> None:
-    """Run all rounds that are not done, up to the one that the job ends after.
+    """Run all rounds that are not done, up to the one that the job ends after; say where it is.
 
     Args:
         job: the rounds.
@@ -60,12 +55,14 @@ def run_rounds(
         UserError: settings that are not those of the folder's rounds, or a stage that a person must
             mend: it ended with 2, or its output is of another round.
         StageError: a stage that ended otherwise; the same command goes on with it.
+        StoppedError: so it does; a signal has stopped it.
     """
     pool = read_pool(job)
     make_folder(job.output)
     lock = RunLock(job.output, "--output")
     lock.take()
     claim(job, pool_sha256(pool))
+    idle = all_done(job)
     with stoppable(environment) as run:
         before = run_stage(job, job.output, import_pivot(job), "", start or run)["id"]
         for number in range(last_round(job) + 1):
@@ -74,6 +71,15 @@ def run_rounds(
                 run_round(job, here, pool, before, start or run)
             before = finished(here, before)
             remove_old(job, number)
+    done = rows(job)
+    if idle:
+        print(f"nothing left to do\n{table(done)}")
+    print(f"the policy is in {RoundFolder(job, done[-1]['round']).hf}", flush=True)
+
+
+def all_done(job: RoundsJob) -> bool:
+    """Whether every round is done, up to the one that the job ends after."""
+    return all(RoundFolder(job, number).row.exists() for number in range(last_round(job) + 1))
 
 
 def run_round(
@@ -141,53 +147,6 @@ def command(job: RoundsJob, stage: Job) -> list[str]:
     name, text = ("launcher", job.launcher) if stage.every_rank else ("python", job.python)
     text = text or job.python or sys.executable
     return [*split_words(text, f"--{name}"), "-m", PROGRAM, *stage.arguments]
-
-
-def begun(words: list[str]) -> str:
-    """The line that begins what an attempt of a stage prints into its log."""
-    return f"$ {shlex.join(words)}"
-
-
-@contextmanager
-def stoppable(environment: Mapping[str, str]) -> Iterator[Start]:
-    """Yield what runs a command; after SIGTERM or SIGUSR1 it starts no further one.
-
-    SIGTERM goes to the stage that runs. SIGUSR1 leaves that alone: who sends it ends srun's steps
-    himself, since srun kills its own at once where it gets SIGTERM.
-    """
-    child: list[subprocess.Popen[bytes]] = []
-    stopped: list[int] = []
-
-    def stop(number: int, _: Any) -> None:
-        stopped.append(number)
-        if number == signal.SIGTERM:
-            for process in child:
-                process.send_signal(number)
-
-    def run(words: list[str], log: Path) -> int:
-        if stopped:
-            return -stopped[0]
-        with log.open("ab") as file:
-            file.write(f"{begun(words)}\n".encode())
-            file.flush()
-            # This environment's torchrun, activated or not; what srun starts has its own PATH.
-            path = os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))
-            words = [shutil.which(words[0], path=path) or words[0], *words[1:]]
-            try:
-                process = subprocess.Popen(words, stdout=file, stderr=file, env=dict(environment))
-            except OSError as error:
-                raise UserError(f"cannot start {words[0]}: {error.strerror}") from None
-        child[:] = [process]
-        if signal.SIGTERM in stopped:  # between the question above and now
-            process.send_signal(signal.SIGTERM)
-        return process.wait()
-
-    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield run
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def dry_run(job: RoundsJob) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.rounds import run
-from megatron_infifpo.rounds.ends import StageError
+from megatron_infifpo.rounds.ends import StageError, StoppedError
 from megatron_infifpo.rounds.run import run_rounds
 from support.round_stages import Killed, StandIn, content
 
@@ -82,10 +82,13 @@ def test_until(make_job):
 
 def test_a_table_that_goes_on(make_job, capsys):
     run_rounds(make_job(rounds=2), StandIn())
-    last = capsys.readouterr().out.splitlines()[-3:]
+    *last, where = capsys.readouterr().out.splitlines()[-4:]
+    assert where == "the policy is in out/round-001/hf"
     assert last[0].split()[:5] == ["round", "prompts", "records", "cut", "reward"]
     assert [line.split()[:2] for line in last[1:]] == [["0", "4"], ["1", "4"]]
     assert "33%" in last[1]
+    run_rounds(make_job(rounds=2), StandIn())
+    assert capsys.readouterr().out.splitlines() == ["nothing left to do", *last, where]
 
 
 def test_what_is_made_of_something_else(make_job):
@@ -224,12 +227,21 @@ def test_a_training_that_was_stopped(make_job):
     run_rounds(make_job(), StandIn())
 
 
-def test_terminated(make_job, monkeypatch):
-    """SIGTERM goes to the stage, and nothing starts after it."""
-    child = "import os, signal; os.kill(os.getppid(), signal.SIGTERM); signal.pause()"
+@pytest.mark.parametrize(
+    ("name", "said", "code"),
+    [("SIGTERM", "stopped", 1), ("SIGHUP", "stopped", 1), ("SIGINT", "interrupted", 130)],
+)
+def test_terminated(make_job, monkeypatch, capsys, name, said, code):
+    """A signal goes to the stage as SIGTERM, nothing starts after it, and no log is shown."""
+    child = (
+        "import os, signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
+        "assert os.getpgrp() != os.getpgid(os.getppid()); "
+        f"print('saving'); os.kill(os.getppid(), signal.{name}); signal.pause()"
+    )
     monkeypatch.setattr(run, "command", lambda job, stage: [sys.executable, "-c", child])
-    with pytest.raises(StageError, match="out: the stage import ended with -15"):
+    with pytest.raises(StoppedError, match=f"^{said} in import; the same command goes") as stopped:
         run_rounds(make_job())
+    assert stopped.value.code == code and "saving" not in capsys.readouterr().err
 
 
 def test_environment_of_a_stage(make_job, monkeypatch):
@@ -249,7 +261,7 @@ def test_ends_after_a_stage(make_job, monkeypatch):
     child += "; import pathlib; p = pathlib.Path('out/pivot'); p.mkdir(); "
     child += "(p / 'latest_checkpointed_iteration.txt').touch()"
     monkeypatch.setattr(run, "command", lambda job, stage: [sys.executable, "-c", child])
-    with pytest.raises(StageError, match="round-000: the stage sample ended with -10"):
+    with pytest.raises(StoppedError, match="stopped in round 0, sample; the same command goes on"):
         run_rounds(job)
 
 

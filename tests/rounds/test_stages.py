@@ -231,12 +231,14 @@ TOKENS = TRAINING.replace("--micro-batch-size 1", "--micro-batch-tokens 150")
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--train-options", f"{TRAINING} --learning-rate 1"], "unrecognized arguments"),
+        (["--train-options", f"{TRAINING} --learning-rate 1"],
+         "--train-options: unrecognized arguments: --learning-rate 1"),
         (["--train-options", "--lr 1e-6"], "train: give one of --micro-batch-size"),
         (["--sample-options", "--engine vlm"], "invalid choice"),
-        (["--sample-options", "--top-k 3"], "unrecognized arguments"),
+        (["--sample-options", "--top-k 3"], "--sample-options: unrecognized arguments: --top-k 3"),
         (["--sample-options", "--check-tolerance -1"], "sample: --check-tolerance is -1"),
-        (["--score-options", "--backend jax"], "invalid choice"),
+        (["--score-options", "--backend jax"],
+         "--score-options or --initial-options: argument --backend: invalid choice"),
         (["--score-options", "--context-length 8 --trust-remote-code"],
          "score-initial: --trust-remote-code has no effect with --backend megatron"),
         (["--label-options", "--program judge.py:score --cut-penalty 1", "--method", "dpo"],

@@ -151,6 +151,8 @@ def main() -> None:
     """Stand in for one command of a job on a cluster; HOLD names what the first one to train in
     the second round writes before it waits."""
     words = sys.argv[1:]
+    if "megatron_infifpo.rounds.inputs" in words:  # what it looks for is no stand-in's
+        return
     waits = Path(os.environ["HOLD"])
     if os.environ.get("SLURM_PROCID", "0") == "0":
         if "train" in words and str(waits.parent) in " ".join(words) and not waits.exists():
