@@ -1,7 +1,7 @@
 """One record as training sees it: tokens, every model's log-probs, the fused reference."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,11 @@ from megatron_infifpo.methods import METHODS, Method, resolve
 from megatron_infifpo.records.records import iter_records
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.reference import value
-from megatron_infifpo.references.sources import read_sources
+from megatron_infifpo.references.sources import SourcesConfig, read_sources
 from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset, PreferencePair
+from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.encoding import scored_marks
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 from megatron_infifpo.training.objective import loss_arguments, pair_losses
@@ -36,7 +37,8 @@ class InspectionJob:
         tokenizer: folder, if it is no longer where the dataset was made with it.
         tokens: show every model's prompt, and its tokens of each response with their log-probs.
         trust_remote_code: run code that comes with the tokenizers.
-        method: how the record is used.
+        method: how the record is used; None: "infifpo" for pairs, and of lists, where no method is
+            the usual one, only what does not depend on it is shown.
     """
 
     data: str
@@ -45,7 +47,7 @@ class InspectionJob:
     tokenizer: str | None = None
     tokens: bool = False
     trust_remote_code: bool = False
-    method: Method = field(default_factory=lambda: resolve("infifpo"))
+    method: Method | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a file.
@@ -56,7 +58,7 @@ class InspectionJob:
         check_types(self)
         if self.sources is None:
             # A preset says which responses are used, too.
-            changed = all(self.method != resolve(name) for name in METHODS)
+            changed = self.method not in (None, *map(resolve, METHODS))
             for given, what in ((self.tokens, "--tokens"), (changed, "an option of the method")):
                 if given:
                     raise UserError(f"{what} has no effect without --sources")
@@ -71,9 +73,8 @@ def inspect_record(job: InspectionJob) -> Iterator[str]:
     Raises:
         UserError: data that cannot be read, or no such record.
     """
-    method = job.method
     config = read_sources(job.sources) if job.sources else None
-    dataset = PreferenceDataset.for_method(method, job.data, config)
+    method, dataset = _open(job, config)
     index = dataset.tokens.find(job.id)
     if index is None:
         raise UserError(
@@ -96,14 +97,27 @@ def inspect_record(job: InspectionJob) -> Iterator[str]:
     yield from _tokens(dataset, index, tokenizer, unused if missing is None else set())
     if missing is not None:
         yield f"\nno response is used: {missing}; training leaves this record out"
+    elif method is None:
+        yield "\nhow a list is used is up to the method, and no --method was given"
     elif dataset.tokens.listed:
         yield f"\nused, in this order: {', '.join(dataset.names(index))}"
     if dataset.initial is not None:
         yield from _models_table(dataset, pair)
         if job.tokens:
             yield from _scored_tokens(dataset, index, job.trust_remote_code)
-        if missing is None:
+        if missing is None and method is not None:
             yield from _reference(dataset, pair, method)
+
+
+def _open(
+    job: InspectionJob, config: SourcesConfig | None
+) -> tuple[Method | None, PreferenceDataset]:
+    """Return how the record is used, and the data set as that sees it; None: all of a list."""
+    method = job.method
+    if method is None and TokenDataset(job.data).listed:
+        return None, PreferenceDataset(job.data, config)
+    method = method or resolve("infifpo")
+    return method, PreferenceDataset.for_method(method, job.data, config)
 
 
 def _tokens(

@@ -3,13 +3,13 @@
     infifpo inspect --data data/train --sources sources.yaml --id train-17
 
 The method's flags are those of training. The reference is that of step 0, when the policy is the
-initial pivot.
+initial pivot. Of a list of responses, what a method makes of it is shown where --method is given.
 """
 
 import argparse
 
 from megatron_infifpo.commands.flags import add_data_flags, fields_of
-from megatron_infifpo.methods import add_method_flags, method_from_options
+from megatron_infifpo.methods import add_method_flags, method_from_options, resolve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,15 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the tokenizers"
     )
-    add_method_flags(parser)
+    add_method_flags(parser, usual="infifpo for pairs, none for lists")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the record."""
     from megatron_infifpo.checks.inspection import InspectionJob, inspect_record
 
-    given = fields_of(args, InspectionJob) | {
-        "method": method_from_options(args.method, vars(args))
-    }
+    # Options without a method are those of the usual one.
+    method = method_from_options(args.method or "infifpo", vars(args))
+    plain = args.method is None and method == resolve("infifpo")
+    given = fields_of(args, InspectionJob) | {"method": None if plain else method}
     for line in inspect_record(InspectionJob(**given)):
         print(line)

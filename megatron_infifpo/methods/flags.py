@@ -11,11 +11,20 @@ from megatron_infifpo.methods.resolving import resolve
 from megatron_infifpo.options import described
 
 
-def add_method_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--method` and a flag for each of its options."""
+def add_method_flags(parser: argparse.ArgumentParser, usual: str | None = None) -> None:
+    """Add `--method` and a flag for each of its options.
+
+    Args:
+        parser: receives them.
+        usual: what the help calls the default, where the command chooses it: `--method` is None
+            then if it is not given.
+    """
     group = parser.add_argument_group("method", "a preset, and options that override parts of it")
     group.add_argument(
-        "--method", choices=list(METHODS), default="infifpo", help="preset (default: %(default)s)"
+        "--method",
+        choices=list(METHODS),
+        default=None if usual else "infifpo",
+        help=f"preset (default: {usual or 'infifpo'})",
     )
     # The default is always None: what the method says.
     for name, option in OWN.items():

@@ -85,6 +85,7 @@ def _scores(tokens: TokenDataset, why: str) -> np.ndarray:
     if tokens.scores is None:
         raise UserError(
             f"{tokens.prefix} has no scores of its responses, and {why}: score them with infifpo "
-            "label --list, or give 'scores' in the records, and prepare them again"
+            "label --list, or give 'scores' in the records, and prepare them again; --method pad "
+            "needs none"
         )
     return tokens.scores

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_infifpo.checks.data import DataJob, check_data
 from megatron_infifpo.checks.inspection import InspectionJob, inspect_record
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import resolve
 from megatron_infifpo.records.records import read_records
 from megatron_infifpo.references.logprob_store import LogprobStore
@@ -210,6 +211,30 @@ def test_a_pair_method_takes_the_best_and_the_worst(job, number):
     ratios = own - np.mean(list(sums.values()), axis=0) / counts
     loss = -math.log(1 / (1 + math.exp(-2.5 * (ratios[best] - ratios[worst]))))
     assert float(lines[-1].split()[1]) == pytest.approx(loss, abs=6e-5)
+
+
+def test_without_a_method_nothing_is_said_of_its_use(job):
+    """What no method changes is shown; pairs have a usual method, lists have none."""
+    given: Any = {"data": str(job.data), "id": "q3", "sources": str(job.sources)}
+    lines = "\n".join(inspect_record(InspectionJob(**given))).splitlines()
+    assert lines[-1].startswith("b ") and "response_4" in lines[-1], "the table of log-probs"
+    assert "how a list is used is up to the method, and no --method was given" in lines
+    assert not any("not used" in x or "used, in this order" in x for x in lines)
+    used = [x for x in inspected(job, 3, "infifpo") if ", not used:" not in x]
+    assert {x for x in used if re.match(r"(initial pivot|a|b) +response_", x)} <= set(lines)
+
+
+def test_lists_without_scores_say_which_method_needs_none(own):
+    lines = [json.loads(text) for text in own.records.read_text().splitlines()]
+    write_jsonl(own.records, *[{k: v for k, v in x.items() if k != "scores"} for x in lines])
+    folder = str(own.folder / "tokenizer")
+    prepare(PreparationJob([str(own.records)], folder, str(own.data)))
+    for method in ("infifpo", "fuserlhf"):
+        with pytest.raises(UserError, match="has no scores .* --method pad needs none"):
+            inspected(own, 3, method)
+    assert inspected(own, 3, "pad")[-1].startswith("loss ")
+    given: Any = {"data": str(own.data), "id": "q3", "sources": str(own.sources)}
+    assert "no --method was given" in "\n".join(inspect_record(InspectionJob(**given)))
 
 
 def test_every_response_is_shown(job):
