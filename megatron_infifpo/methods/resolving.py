@@ -42,7 +42,8 @@ def resolve(name: str, **options: Any) -> Method:
     if loss is None:
         return method
     if reason := _why_impossible(method, loss):
-        raise UserError(f"--objective {method.objective} {reason}")
+        user = f"--objective {method.objective}" if "objective" in options else f"--method {name}"
+        raise UserError(f"{user} {reason}")
     if "beta" not in options:
         scale = MEANS_FACTOR if method.length_normalization else 1
         method = replace(method, beta=loss.beta * scale)
