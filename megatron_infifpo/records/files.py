@@ -64,17 +64,20 @@ def iter_files(paths: Sequence[Path]) -> Iterator[RawRecord]:
             yield RawRecord(str(path), stem, 0, None, "the file has no records, expected some")
 
 
-def iter_raw(path: Path, stem: str | None = None) -> Iterator[RawRecord]:
+def iter_raw(
+    path: Path, stem: str | None = None, *, wanted: str = "preference records"
+) -> Iterator[RawRecord]:
     """Yield every record of one file, or of one folder that `datasets` saved.
 
     Args:
         path: the file.
         stem: of the records' default ids (default: the file's name without its suffixes).
+        wanted: what the file should have, for the error where there is none.
 
     Raises:
         UserError: the file is absent or unreadable as a whole, or its kind is unknown.
     """
-    suffix = suffix_of(path)
+    suffix = suffix_of(path, wanted)
     stem = stem or path.name.removesuffix(suffix)
     if suffix in TABLES:
         for index, (value, error) in enumerate(TABLES[suffix](path)):
@@ -97,8 +100,8 @@ def iter_raw(path: Path, stem: str | None = None) -> Iterator[RawRecord]:
         ) from None
 
 
-def suffix_of(path: Path) -> str:
-    """Return a file's suffix in `SUFFIXES`, "" for a folder.
+def suffix_of(path: Path, wanted: str) -> str:
+    """Return a file's suffix in `SUFFIXES`, "" for a folder; `wanted` is what it should have.
 
     Raises:
         UserError: there is no such file, or it is of an unknown kind.
@@ -112,9 +115,7 @@ def suffix_of(path: Path) -> str:
             f"; to read a data set of the Hugging Face hub, download it (hf download {path} "
             "--repo-type dataset --local-dir DIR) and give its files"
         )
-        raise UserError(
-            f"{path}: no such file, expected a file of preference records{fix if hub else ''}"
-        )
+        raise UserError(f"{path}: no such file, expected a file of {wanted}{fix if hub else ''}")
     if suffix is None:
         raise UserError(
             f"{path}: unknown kind of file, expected one of {', '.join(SUFFIXES)}, or a folder "

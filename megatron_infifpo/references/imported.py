@@ -210,7 +210,7 @@ def refuse_existing(path: Path) -> None:
 def raw_records(files: Sequence[str]) -> Iterator[RawRecord]:
     """Yield the decoded records of files, unchecked."""
     for file in files:
-        yield from iter_raw(Path(file))
+        yield from iter_raw(Path(file), wanted="log-probs")
 
 
 def imported_manifest(

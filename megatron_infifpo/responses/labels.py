@@ -108,7 +108,7 @@ def read_responses(
     """
     found: dict[str, Responses] = {}
     for path in paths:
-        for raw in iter_raw(Path(path)):
+        for raw in iter_raw(Path(path), wanted="responses that infifpo sample wrote"):
             try:
                 if raw.error is not None:
                     raise BadRecordError(raw.error)

@@ -84,7 +84,7 @@ def read_prompts(
     names = stems([path for path, _ in files])
     for text, (path, count), stem in zip(inputs, files, names, strict=True):
         found: list[Prompt] = []
-        for raw in iter_raw(path, stem):
+        for raw in iter_raw(path, stem, wanted="prompts"):
             ignored: set[str] = set()
             try:
                 if raw.error is not None:

@@ -207,7 +207,7 @@ def test_json_in_a_table_that_is_broken_is_one_bad_record(tmp_path):
 
 HEADER = b"prompt,chosen,rejected\n"
 UNREADABLE = {
-    "absent.jsonl": (None, "no such file"),
+    "absent.jsonl": (None, "no such file, expected a file of preference records"),
     "some/dataset": (None, r"no such file.*hf download some/dataset"),
     "t.txt": (b"a,b", "unknown kind of file"),
     "t.jsonl.gz": (b"no gzip", "broken gzip"),

@@ -254,6 +254,8 @@ def test_refused(label, tmp_path, flags, message):
 
 
 def test_other_files_are_refused(label, files, tmp_path):
+    with pytest.raises(UserError, match="no.jsonl: .* a file of responses that infifpo sample wr"):
+        run_command("label", ["--input", "no.jsonl", "--program", "p:f", "--output", "o.jsonl"])
     (tmp_path / "coder.jsonl").write_text('{"id": "p0", "prompt": "x"}')
     with pytest.raises(UserError, match="coder.jsonl:1: no list of responses"):
         label("--program", f"{tmp_path}/checks.py:length")

@@ -142,7 +142,7 @@ def test_an_equals_sign_in_a_path(tmp_path, monkeypatch):
     counts = {name: len(read_prompts([name])) for name in
               ("a=b/x.jsonl", "a=b/x.jsonl=1", "n=1/c=2.jsonl", "n=1/c=2.jsonl=1")}  # fmt: skip
     assert list(counts.values()) == [2, 1, 1, 1]
-    with pytest.raises(UserError, match="a=c/x.jsonl: no such file"):
+    with pytest.raises(UserError, match="a=c/x.jsonl: no such file, expected a file of prompts"):
         read_prompts(["a=c/x.jsonl"])
 
 
