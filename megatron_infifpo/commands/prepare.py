@@ -74,6 +74,10 @@ def print_summary(tokens: "TokenDataset") -> None:
     )
     if tokens.listed:
         print(list_sizes(responses))
+    if tokens.scores is not None:
+        there = responses > 0
+        known = int(np.isfinite(tokens.scores[kept])[there].sum())
+        print(f"scores: {known} of {int(there.sum())} responses")
     for reason, count in tokens.manifest["note_counts"].items():
         print(f"masked, in their place but without tokens: {count} records: {reason}")
     for remark, count in tokens.manifest["remark_counts"].items():

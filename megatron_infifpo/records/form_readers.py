@@ -22,9 +22,11 @@ from megatron_infifpo.records.messages import (
     short,
     text_of,
 )
+from megatron_infifpo.records.read_report import RATED
 
 # What stands between the turns of HelpSteer2's prompts.
 HELPSTEER2_TURN = re.compile(r"\n<extra_id_1>(?:User|Assistant)\n")
+MOST_SCORE = 1e18  # its square is a float32
 PROMPTS = ("prompt", "conversations", "messages", "question", "instruction", "input")
 CHECKED_PROMPTS = ("prompt", "question", "instruction", "input")
 
@@ -205,21 +207,28 @@ def read_by_score(
     """
     items = from_json(value[answers])
     needed = (text,) if lists else (text, score)
-    if not isinstance(items, list) or not all(
-        isinstance(i, dict) and all(i.get(name) is not None for name in needed) for i in items
-    ):
-        raise BadRecordError(
-            f"field {answers!r} is {kind(items)}, expected a list of objects with {text} and "
-            f"{score}"
-        )
+    expected = f"a list of objects with {' and '.join(needed)}"
+    if not isinstance(items, list):
+        raise BadRecordError(f"field {answers!r} is {kind(items)}, expected {expected}")
+    for i, item in enumerate(items):
+        name = f"{answers}[{i}]"
+        if not isinstance(item, dict):
+            raise BadRecordError(f"field {name!r} is {kind(item)}, expected {expected}")
+        for key in needed:
+            if item.get(key) is None:
+                state = "null" if key in item else "missing"
+                hint = " (--lists reads responses without one, too)" if key == score else ""
+                raise BadRecordError(f"field '{name}.{key}' is {state}, expected {expected}{hint}")
     to_score = number_or_nan if lists else number
-    scores = [to_score(item.get(score), f"{answers}.{score}") for item in items]
+    scores = [to_score(item.get(score), f"{answers}[{i}].{score}") for i, item in enumerate(items)]
     if not lists and len(set(scores)) < 2:
         raise BadRecordError(
             f"no contrast: the {len(items)} responses in {answers!r} have {len(set(scores))} "
             f"different values of {score}, expected at least two"
         )
     ignored |= {f"{answers}.{key}" for item in items for key in item if key not in (text, score)}
+    if not lists and len(items) > 2:
+        ignored.add(RATED)
     given = [(items[i][text], f"{answers}[{i}].{text}") for i in range(len(items))]
     if not lists:
         worst = min if best is max else max
@@ -269,5 +278,14 @@ def number_or_nan(value: Any, name: str) -> float:
 
 
 def known_scores(scores: Sequence[float]) -> tuple[float, ...] | None:
-    """Return scores, or None where all of them are NaN."""
+    """Return scores, or None where all of them are NaN.
+
+    Raises:
+        BadRecordError: one is too large for the arithmetic of training.
+    """
+    for score in scores:
+        if abs(score) > MOST_SCORE:
+            raise BadRecordError(
+                f"a score is {score!r}, expected one of at most {MOST_SCORE:g} in size"
+            )
     return None if all(map(math.isnan, scores)) else tuple(scores)

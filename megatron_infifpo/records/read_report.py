@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 SHOWN = 20
+# Among what is ignored: of more than two rated responses all but the best and the worst.
+RATED = "(rated responses)"
 
 
 @dataclass
@@ -14,7 +16,8 @@ class ReadReport:
 
     Attributes:
         skipped: one message a bad record.
-        ignored: field -> how many records have it; `(messages) KEY` is a key of their messages.
+        ignored: field -> how many records have it; `(messages) KEY` is a key of their messages,
+            and `RATED` are responses.
     """
 
     skipped: list[str] = field(default_factory=list)
@@ -23,7 +26,14 @@ class ReadReport:
     def show(self, used: Iterable[str] = ()) -> None:
         """Print on stderr what was left out; `used` are fields that the command itself reads."""
         report_skipped(self.skipped)
-        left = {name: count for name, count in self.ignored.items() if name not in set(used)}
+        if rated := self.ignored[RATED]:
+            print(
+                f"{rated:,} record{'s' * (rated > 1)} with more than two rated responses: the best "
+                "and the worst of each are read; --lists reads all",
+                file=sys.stderr,
+            )
+        hidden = {RATED, *used}
+        left = {name: count for name, count in self.ignored.items() if name not in hidden}
         if left:
             print(f"ignored fields: {_listing(left)}", file=sys.stderr)
 

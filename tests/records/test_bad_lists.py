@@ -37,6 +37,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         dict(SAMPLED, responses=["2", "", " "], reasoning=["so", "so far", None]),
         "field 'responses' is a list of 1, expected at least 2 responses that have an answer",
     ),
+    "an immense score": (
+        dict(GOOD, responses=["2", "3"], scores=[1, 1e39]),
+        "a score is 1e+39, expected one of at most 1e+18 in size",
+    ),
     "no text": (
         dict(GOOD, responses=["2", 3]),
         "field 'responses[1]' is a number (3), expected a string",
@@ -109,7 +113,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no answer": (
         {"id": "n", "prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"rank": 2}]},
-        "field 'answers' is a list",
+        "field 'answers[1].answer' is missing, expected a list of objects with answer",
     ),
     "one answer": (
         {"id": "n", "prompt": "q", "answers": [{"answer": "a", "rank": 1}]},
@@ -125,7 +129,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
             "prompt": "q",
             "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": "x"}],
         },
-        "field 'answers.rank' is a string ('x'), expected a number",
+        "field 'answers[1].rank' is a string ('x'), expected a number",
     ),
     "a pair": (
         {"id": "n", "prompt": "q", "chosen": "2", "rejected": "3"},

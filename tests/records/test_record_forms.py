@@ -128,11 +128,11 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list, list, list, set[str]]] = {
         {"prompt": HUMAN + " ", "turns": 1,
          "answers": [{"answer": "x", "rank": 2}, {"answer": "2", "model": "m", "rank": 1},
                      {"answer": "3", "rank": 7}]},
-        QUESTION, TWO, THREE, {"answers.model", "turns"},
+        QUESTION, TWO, THREE, {"answers.model", "turns", "(rated responses)"},
     ),
     "UltraFeedback": (
         {"instruction": "1+1?", "completions": RATED, "models": ["m"]},
-        QUESTION, TWO, THREE, {"models"},
+        QUESTION, TWO, THREE, {"models", "(rated responses)"},
     ),
     "NeMo-RL": (
         {"context": QUESTION,
@@ -249,7 +249,17 @@ BAD_RECORDS: dict[str, tuple[dict[str, Any], str]] = {
     "one rank": (
         {"prompt": "q", "answers": [{"answer": "a", "rank": 1}] * 2}, "no contrast: the 2 responses"
     ),
-    "no rank": ({"prompt": "q", "answers": [{"answer": "a"}]}, "field 'answers' is a list"),
+    "no rank": ({"prompt": "q", "answers": [{"answer": "a"}]}, r"'answers\[0\].rank' is missing"),
+    "a score that is null": (
+        {"instruction": "q", "completions": [*RATED, {"response": "c", "overall_score": None}]},
+        r"field 'completions\[3\].overall_score' is null, .* response and overall_score \(--lists",
+    ),
+    "a response that is null": (
+        {"instruction": "q", "completions": [{"response": None, "overall_score": 1}]},
+        r"field 'completions\[0\].response' is null, .* response and overall_score$",
+    ),
+    "no object": ({"prompt": "q", "answers": ["a"]}, r"field 'answers\[0\]' is a string \('a'\)"),
+    "no list of answers": ({"prompt": "q", "answers": {}}, "field 'answers' is an object"),
     "no number": (
         {"context": QUESTION, "response1": "2", "response2": "3", "overall_preference": "N/A"},
         "'overall_preference' is a string",

@@ -106,7 +106,19 @@ def test_ignored_fields_are_listed_once_with_counts(tmp_path, capsys):
         f"  {report.skipped[0]}",
         "ignored fields: (messages) date (1,200 records), source (1,200), score (1)",
     ]
-    ReadReport().show()
+    report = ReadReport()
+    rated = [{"answer": str(i), "rank": i} for i in range(3)]
+    nectar = [{"prompt": "1+1?", "answers": rated[:n]} for n in (3, 2, 3)]
+    path = write_jsonl(tmp_path / "n.jsonl", *nectar)
+    assert [len(r.responses) for r in read_records(path, report=report)] == [2, 2, 2]
+    report.show()
+    assert capsys.readouterr().err.splitlines() == [
+        "2 records with more than two rated responses: the best and the worst of each are read; "
+        "--lists reads all"
+    ]
+    report = ReadReport()
+    read_records(path, lists=True, report=report)
+    report.show()
     assert not capsys.readouterr().err
 
 

@@ -45,11 +45,13 @@ def run(name, *words):
     run_tool(name, list(map(str, words)))
 
 
-def test_rated_and_sampled_lists_are_prepared(files):
+def test_rated_and_sampled_lists_are_prepared(files, capsys):
     folder, path = files
     records = read_records(path, lists=True)
     run("prepare_preferences", "--lists", "--input", path, "--tokenizer", folder / "model",
         "--output", folder / "t")  # fmt: skip
+    printed = capsys.readouterr()
+    assert "\nscores: 6 of 10 responses\n" in printed.out and "rated" not in printed.err
     tokens = TokenDataset(folder / "t")
     assert tokens.listed and tokens.responses == ("response_0", "response_1", "response_2")
     assert tokens.records_sha256 == records_fingerprint(records)
@@ -67,12 +69,15 @@ def test_rated_and_sampled_lists_are_prepared(files):
     ]
 
 
-def test_without_the_flag_rated_responses_are_a_pair(files):
+def test_without_the_flag_rated_responses_are_a_pair(files, capsys):
     folder, _ = files
     path = write_jsonl(folder / "rated.jsonl", NECTAR, ULTRA)
     for name, flags in (("pairs", []), ("lists", ["--lists"])):
         words = "--input", path, "--tokenizer", folder / "model", "--output", folder / name
         run("prepare_preferences", *flags, *words)
+        printed = capsys.readouterr()
+        assert ("\nscores: 5 of 5 responses\n" in printed.out) == bool(flags)
+        assert ("1 record with more than two rated" in printed.err) != bool(flags)
     pairs, lists = (TokenDataset(folder / name) for name in ("pairs", "lists"))
     assert pairs.responses == ("chosen", "rejected") and not pairs.listed and pairs.scores is None
     of_lists = lists.response_ids(0)
