@@ -6,9 +6,12 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.rounds.stages import Stage
+
+if TYPE_CHECKING:
+    from megatron_infifpo.rounds.stages import Stage
 
 TAIL = 15  # lines of a failed stage's log that are shown where none says what is wrong
 _SAID = re.compile(r"^(?:\[rank \d+\] )?error: .*(?:\n {7}.*)*", re.MULTILINE)
@@ -52,7 +55,7 @@ class StoppedError(RuntimeError):
         self.code = 130 if interrupted else 1
 
 
-def check_end(folder: Path, stage: Stage, code: int, log: Path, begun: str) -> None:
+def check_end(folder: Path, stage: "Stage", code: int, log: Path, begun: str) -> None:
     """Refuse a stage that is not done.
 
     Args:

@@ -11,17 +11,18 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_infifpo.errors import UserError, user_errors
 from megatron_infifpo.recipes.commands import split_words
 from megatron_infifpo.rounds.ends import TAIL, StageError
-from megatron_infifpo.rounds.job import RoundsJob
 from megatron_infifpo.rounds.processes import found
-from megatron_infifpo.storage.checkpoints import TRACKER
+
+if TYPE_CHECKING:
+    from megatron_infifpo.rounds.job import RoundsJob
 
 
-def check_inputs(job: RoundsJob, environment: Mapping[str, str]) -> None:
+def check_inputs(job: "RoundsJob", environment: Mapping[str, str]) -> None:
     """Check what all rounds read, before the first stage has run for hours.
 
     Args:
@@ -61,6 +62,8 @@ def check(given: Mapping[str, Any]) -> None:
     """
     check_folder(f"--pivot {given['pivot']}", given["pivot"], "config.json")
     for name, model in given["sources"].items():
+        from megatron_infifpo.storage.checkpoints import TRACKER  # imports of seconds, as below
+
         said = f"{given['file']}: source {name!r}: {model}"
         check_folder(said, model, "config.json", TRACKER)
     if given.get("program"):

@@ -5,15 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_infifpo.commands import rounds
-from megatron_infifpo.commands.main import run_words
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.rounds.ends import StageError
 from megatron_infifpo.rounds.inputs import check, check_inputs
-
-WORDS = (
-    "rounds --output out --pivot hf --prompts prompts.jsonl --method dpo --rounds 2 --steps 5 "
-    "--round-prompts 4 --train-options"
-).split()
 
 
 @pytest.fixture
@@ -42,18 +36,6 @@ def test_all_is_there(given):
 def test_what_is_missing(given, change, message):
     with pytest.raises(UserError, match=message):
         check(given | change)
-
-
-def test_before_anything_runs(make_job, capsys):
-    """In a process of its own, which says how often a round goes over its prompts."""
-    options = "--lr 1e-6 --global-batch-size 2 --micro-batch-size 1 --seq-length 64"
-    label = ["--label-options", "--program lost.py:score"]
-    with pytest.raises(UserError, match="^--program lost.py:score: lost.py: no such file$"):
-        make_job()
-        run_words([*WORDS, options, *label])
-    said = capsys.readouterr().out
-    assert said == "a round is 5 steps of 2 records: 2.50 times its 4 prompts\n"
-    assert not Path("out").exists()
 
 
 def test_that_cannot_be_asked(make_job, capsys):

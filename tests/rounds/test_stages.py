@@ -270,6 +270,18 @@ def test_words_that_a_stage_cannot_read(make_job, capsys, option, message):
     assert not Path("out").exists()
 
 
+def test_inputs_that_are_not_there(make_job, capsys):
+    """So are they; and it is said how often a round goes over its prompts."""
+    make_job()
+    words = ["--method", "dpo", "--train-options", TRAINING]
+    with pytest.raises(UserError, match="^--program lost.py:score: lost.py: no such file$"):
+        run_words([*COMMAND, *words, "--label-options", "--program lost.py:score"])
+    assert capsys.readouterr().out == (
+        "a round is 5 steps of 4 records: 5.00 times its 4 prompts\n"
+    )
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize(
     "option",
     [
