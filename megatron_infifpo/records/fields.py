@@ -12,6 +12,7 @@ from megatron_infifpo.records.messages import (
     kind,
     text_of,
 )
+from megatron_infifpo.records.rendered_text import rendered_mark
 
 SYSTEM = ("system", "system_prompt", "system_message")
 COMMON = {"id", "domain", *SYSTEM, "tools", "chat_template_kwargs"}
@@ -80,6 +81,11 @@ def has_answer(message: Message) -> bool:
     thoughts = THOUGHTS.match(message["content"])
     answer = message["content"][thoughts.end() :] if thoughts else message["content"]
     return bool(answer.strip() or message.get("tool_calls"))
+
+
+def is_reply(message: Message) -> bool:
+    """Whether what a model has said can be a reply: it has an answer, and no mark of a template."""
+    return has_answer(message) and rendered_mark(message["content"], reply=True) is None
 
 
 def same_reply(one: tuple[Message, ...], other: tuple[Message, ...]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_infifpo.records.conversations import conversation
-from megatron_infifpo.records.fields import has_answer
+from megatron_infifpo.records.fields import is_reply
 from megatron_infifpo.records.form_readers import (
     Parts,
     beside_prompt,
@@ -29,7 +29,7 @@ SCORES = ("scores", "rewards")
 SAMPLED = ("finish_reasons", "reasoning", "tool_calls")
 # What it says of itself.
 ABOUT = ("model", "asked", "missing", "left_out", "extra")
-WITHOUT_ANSWER = "(responses without an answer)"
+NO_REPLIES = "(responses without an answer, or with marks of a template)"
 CUT = "length"
 FINISHES = ("stop", "tool_calls", "unknown", CUT)
 
@@ -47,9 +47,9 @@ def read_list(value: dict[str, Any], ignored: set[str]) -> Parts:
         for parts in zip(given, names, thoughts, calls, strict=True)
     ]
     kept = list(range(len(given)))
-    if sampled:  # one that was cut within its reasoning, say, is no reply, and others are
-        kept = [i for i in kept if len(replies[i]) != 1 or has_answer(replies[i][0])]
-        ignored |= {WITHOUT_ANSWER} if len(kept) < len(given) else set()
+    if sampled:  # one that was cut within its reasoning, say, is none, and the others are
+        kept = [i for i in kept if len(replies[i]) != 1 or is_reply(replies[i][0])]
+        ignored |= {NO_REPLIES} if len(kept) < len(given) else set()
     check_count(kept, "responses")
     scored = next((name for name in SCORES if value.get(name) is not None), SCORES[0])
     scores, cut = read_scores(value, scored, len(given)), read_cut(value, len(given))

@@ -63,8 +63,10 @@ def label(
     Raises:
         UserError: a prompt cannot be judged.
     """
-    known = _read_cache(cache, scorer_name)
+    known = read_cache(cache, scorer_name)
     with cache.open("a", encoding="utf-8") as file:
+        if cache.read_bytes()[-1:] not in (b"", b"\n"):  # the last line was cut short
+            file.write("\n")
         for responses in all_responses:
             prompt, texts = responses.prompt, [answer.text for answer in responses.answers]
             seen = json.dumps([*map(judged, responses.answers), rendered(prompt)], default=str)
@@ -100,14 +102,14 @@ def label(
                 yield found
 
 
-def _read_cache(path: Path, scorer_name: str) -> dict[str, Any]:
-    """Read the scores that are there; the last line may have been cut short."""
+def read_cache(path: Path, scorer_name: str | None = None) -> dict[str, Any]:
+    """Read the scores of one judge, or of any, by prompt; lines may have been cut short."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and entry.get("scorer") == scorer_name:
+        if isinstance(entry, dict) and scorer_name in (None, entry.get("scorer")):
             found[entry["id"]] = entry
     return found

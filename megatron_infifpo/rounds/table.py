@@ -42,6 +42,7 @@ def sampled(job: RoundsJob, here: RoundFolder) -> Row:
 
     What is equal is judged once, and counts as often as it was sampled.
     """
+    from megatron_infifpo.responses.judging import read_cache
     from megatron_infifpo.responses.labels import read_responses
 
     prompts, responses, cut = 0, 0, 0
@@ -51,8 +52,7 @@ def sampled(job: RoundsJob, here: RoundFolder) -> Row:
             cut += line["finish_reasons"].count(CUT)
     found = []
     if job.judged:
-        scores = Path(f"{here.records}.scores").read_text(encoding="utf-8").splitlines()
-        entries = {entry["id"]: entry for entry in map(json.loads, scores)}
+        entries = read_cache(Path(f"{here.records}.scores"))
         keep_cut = job.lists or "--keep-cut" in job.words("label")
         judged = read_responses([here.responses], keep_cut=keep_cut, skipped=[])
         for name, own in judged.items():

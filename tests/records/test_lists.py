@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.lists import NO_REPLIES
 from megatron_infifpo.records.messages import BadRecordError, reply
 from megatron_infifpo.records.records import (
     PreferenceRecord,
@@ -252,17 +253,17 @@ def test_sampled_responses_without_an_answer_are_left_out(tmp_path):
     line = {
         "id": "m-1",
         "prompt": "1 + 1?",
-        "responses": ["", "2", "<think>so</think> ", "3"],
-        "reasoning": ["so far", None, None, "so"],
-        "finish_reasons": ["length", "stop", "stop", "length"],
-        "scores": [0.5, 1, 2, 3],
+        "responses": ["", "2", "<think>so</think> ", "3", "4</s>"],
+        "reasoning": ["so far", None, None, "so", None],
+        "finish_reasons": ["length", "stop", "stop", "length", "stop"],
+        "scores": [0.5, 1, 2, 3, 4],
     }
     report = ReadReport()
     (found,) = read_records(write_jsonl(tmp_path / "phi.jsonl", line), report=report)
     assert [messages[0]["content"] for messages in found.responses] == ["2", "3"]
     assert found.responses[1][0]["reasoning_content"] == "so"
     assert found.scores == (1.0, 3.0) and found.cut == (False, True)
-    assert report.ignored == {"(responses without an answer)": 1}
+    assert report.ignored == {NO_REPLIES: 1}
     del line["finish_reasons"], line["reasoning"]
     with pytest.raises(BadRecordError, match=r"'responses\[0\]' is empty"):
         parse_record(line, default_id="d")  # of a list that is not sampled each is meant

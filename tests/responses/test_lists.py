@@ -181,9 +181,12 @@ def test_scores_are_shared_with_pairs(label, policy, tmp_path):
     assert not calls.exists() and cache.read_bytes() == before
     (tmp_path / "both.jsonl").unlink()
     lines = before.splitlines()
-    cache.write_bytes(b"\n".join([*lines[:1], lines[1][:30]]) + b"\n")
+    cache.write_bytes(b"\n".join([*lines[:1], lines[1][:30]]))  # killed while it wrote
     assert label([policy], "--list", "4", output="both.jsonl") == found
     assert {line.split()[0] for line in calls.read_text().splitlines()} == {"p1", "p2", "p3"}
+    (tmp_path / "both.jsonl").unlink()
+    calls.unlink()
+    assert label([policy], "--list", "4", output="both.jsonl") == found and not calls.exists()
 
 
 def test_prompts_that_are_not_judged(label, policy, tmp_path, capsys):
