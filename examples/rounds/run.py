@@ -16,6 +16,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -88,7 +89,9 @@ def main() -> int:
     # What is missing on a CPU is warned about by every library, in every process.
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "megatron_infifpo", *words]
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # the rounds stop and say where
     code = subprocess.run(command, env=quiet).returncode
+    signal.signal(signal.SIGINT, before)
     print(f"{time.monotonic() - started:4.0f} s  done")
     return code
 
