@@ -239,8 +239,8 @@ def _check_run(run: Path, job: DataJob) -> str:
     if "initial" in used and not job.sources:
         raise UserError("the run has sources: give --sources, too")
     config = read_sources(job.sources) if job.sources and "initial" in used else None
-    dataset, rewards = PreferenceDataset(job.data, config), "scores_sha256" in used
-    changes = differences(used, data_identity(dataset, rewards=rewards))
+    dataset = PreferenceDataset(job.data, config)
+    changes = differences(used, data_identity(dataset, scores="scores_sha256" in used))
     if changes:
         raise UserError(f"it was made of other data: {'; '.join(changes)}")
     return f"{len(found['attempts'])} attempts on these data"

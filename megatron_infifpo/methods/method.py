@@ -60,6 +60,10 @@ class Method:
         """Values of a row that the loss takes beside log-probs, and whether it needs them."""
         return {} if self.loss is None else self.loss.reads
 
+    def uses_scores(self, *, listed: bool) -> bool:
+        """Whether scores of responses matter: the loss reads them, or they choose from a list."""
+        return "rewards" in self.reads or (listed and self.responses is not None)
+
     @property
     def several_pairs(self) -> bool:
         """Whether the loss depends on which pairs share a row."""

@@ -169,6 +169,15 @@ def _last_step(config: RunConfig, end: int) -> int:
     return min(config.stop_at or end, end) if stops else end
 
 
+def _kind(method: Method, train: PreferenceDataset) -> str:
+    """Say what the records are, and what of them the method takes."""
+    if not train.tokens.listed:
+        return "pairs"
+    taken = {1: "the best of each by score", 2: "the best and the worst of each by score"}
+    most = f"up to {train.responses} responses of each"
+    return f"lists, {most if method.responses is None else taken[method.responses]}"
+
+
 def describe(run: Run, datasets: Datasets, done: int) -> str:
     """Say how much is about to be trained on, and what is saved; `done` steps are behind."""
     train, since = datasets.train, datasets.since
@@ -180,7 +189,7 @@ def describe(run: Run, datasets: Datasets, done: int) -> str:
     if run.folders.save is not None:
         saved = f"saved every {run.save_interval} steps and at the end"
     return (
-        f"pairs: {usable} used, {len(train) - usable} left out{left_out}; {steps} steps of "
-        f"{pairs} are {steps * pairs / usable:.2f} epochs, in micro-batches of "
+        f"{_kind(run.config.method, train)}: {usable} used, {len(train) - usable} left "
+        f"out{left_out}; {steps} steps of {pairs} are {steps * pairs / usable:.2f} epochs, in micro-batches of "
         f"{run.batch.micro}{f'; {done - since} steps are done' if done > since else ''}; {saved}"
     )

@@ -26,7 +26,7 @@ def identity(run: Run, train: PreferenceDataset) -> dict[str, Any]:
         "clip_grad": arguments["clip_grad"],
         "optimizer": {name: arguments[name] for name in KEPT},
         SCHEDULE_KEY: schedule_identity(arguments),
-        "data": data_identity(train, rewards="rewards" in method.reads),
+        "data": data_identity(train, scores=method.uses_scores(listed=train.tokens.listed)),
     }
     if train.references is not None and "source_weights" in FUSIONS[method.fusion].reads:
         names = (*train.source_names, "initial")
@@ -37,19 +37,14 @@ def identity(run: Run, train: PreferenceDataset) -> dict[str, Any]:
     return found
 
 
-def data_identity(dataset: PreferenceDataset, *, rewards: bool = False) -> dict[str, Any]:
-    """What the records, their tokens and their log-probs are; scores where they matter.
-
-    Args:
-        dataset: the records.
-        rewards: the loss reads them. Of a list they also choose the best response and the worst.
-    """
+def data_identity(dataset: PreferenceDataset, *, scores: bool = False) -> dict[str, Any]:
+    """What the records, their tokens, their log-probs and, where they matter, their scores are."""
     manifest = dataset.tokens.manifest
     found: dict[str, Any] = {name: manifest[name] for name in ("records_sha256", "tokens_sha256")}
     found |= {
         name: manifest["tokenizer"][name] for name in ("tokenizer_sha256", "chat_template_sha256")
     }
-    if rewards or dataset.tokens.listed:
+    if scores:
         found["scores_sha256"] = manifest.get("scores_sha256")
     if dataset.references is not None:
         found["initial"] = _logprobs(dataset.references.initial.store)

@@ -56,7 +56,7 @@ def round_began(start: Start, train: PreferenceDataset, method: Method) -> int:
     before = read_run(start.folder) if start.resumed else None
     if before is None:
         return 0
-    data = data_identity(train, rewards="rewards" in method.reads)
+    data = data_identity(train, scores=method.uses_scores(listed=train.tokens.listed))
     return began(read_rounds(before), data, start.step)
 
 
