@@ -11,6 +11,7 @@ from megatron_infifpo.records.records import PreferenceRecord
 from megatron_infifpo.responses.choosing import NO_NUMBER, is_number
 from megatron_infifpo.responses.labels import Responses, judged, rendered
 from megatron_infifpo.responses.programs import Scorer, UnjudgedError
+from megatron_infifpo.responses.prompts import Prompt
 
 Chooser = Callable[[Responses, Sequence[float]], PreferenceRecord | str]
 """Makes a record of responses and their scores, or says why there is none."""
@@ -27,6 +28,13 @@ class LeftOut(Counter[str]):
         """Count none."""
         super().__init__()
         self.first: dict[str, str] = {}
+
+    def add(self, reason: str, prompt: Prompt, scores: Sequence[float]) -> None:
+        """Count a prompt that was judged."""
+        self[reason] += 1
+        if reason == NO_NUMBER:
+            bad = next(score for score in scores if not is_number(score))
+            self.first.setdefault(reason, f"{bad!r}, of prompt {prompt.id!r}")
 
     def lines(self) -> list[str]:
         """Return a line a reason."""
@@ -94,10 +102,7 @@ def label(
                 print(json.dumps(entry, default=repr), file=file, flush=True)
             found = choose(responses, scores)
             if isinstance(found, str):
-                dropped[found] += 1
-                if found == NO_NUMBER:
-                    bad = next(score for score in scores if not is_number(score))
-                    dropped.first.setdefault(found, f"{bad!r}, of prompt {prompt.id!r}")
+                dropped.add(found, prompt, scores)
             else:
                 yield found
 
