@@ -88,8 +88,7 @@ def lengths(
         found["train_iters"] = datasets.since + own
     steps = found["train_iters"] or given["train_samples"] // pairs
     if given["eval_interval"] is None:
-        # Only at the end, where Megatron evaluates in any case.
-        found["eval_interval"] = steps + 1
+        found["eval_interval"] = steps + 1  # at the end, where Megatron evaluates in any case
     if given["save"] is not None and given["save_interval"] is None:
         found["save_interval"] = max(1, steps)  # at the end
     ranks = _data_parallel_size(given)
@@ -188,8 +187,10 @@ def describe(run: Run, datasets: Datasets, done: int) -> str:
     saved = NOT_SAVED
     if run.folders.save is not None:
         saved = f"saved every {run.save_interval} steps and at the end"
+    kind, left = _kind(run.config.method, train), len(train) - usable
+    behind = f"; {done - since} steps are done" if done > since else ""
     return (
-        f"{_kind(run.config.method, train)}: {usable} used, {len(train) - usable} left "
-        f"out{left_out}; {steps} steps of {pairs} are {steps * pairs / usable:.2f} epochs, in micro-batches of "
-        f"{run.batch.micro}{f'; {done - since} steps are done' if done > since else ''}; {saved}"
+        f"{kind}: {usable} used, {left} left out{left_out}; {steps} steps of {pairs} are "
+        f"{steps * pairs / usable:.2f} epochs, in micro-batches of {run.batch.micro}{behind}; "
+        f"{saved}"
     )
