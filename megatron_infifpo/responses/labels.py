@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.records.fields import check_reply
+from megatron_infifpo.records.fields import has_answer, is_reply
 from megatron_infifpo.records.files import iter_raw
 from megatron_infifpo.records.records import BadRecordError
 from megatron_infifpo.responses.answers import BROKEN, CUT, EMPTY, Response
@@ -27,6 +27,9 @@ class Sample(NamedTuple):
     answer: Response
     model: str
     place: int
+
+
+MARKED = "with marks of a chat template"
 
 
 @dataclass
@@ -124,22 +127,20 @@ def read_responses(
                 continue
             found[prompt.id] = known
             for answer in answers:
-                fault = answer.fault
-                kept = fault is None or (keep_cut and answer.kept_if_cut)
-                if kept and _is_reply(answer):
+                fault, flaw = answer.fault, _flaw(answer)
+                if flaw is None and (fault is None or (keep_cut and answer.kept_if_cut)):
                     known.add(answer, str(raw.value.get("model", raw.stem)))
                 elif dropped is not None:
-                    dropped[fault or EMPTY] += 1
+                    dropped[fault or flaw or EMPTY] += 1
     return found
 
 
-def _is_reply(answer: Response) -> bool:
-    """Whether a record may have it: not where its reasoning is all that it says."""
-    try:
-        check_reply((answer.message(),), "responses")
-    except BadRecordError:
-        return False
-    return True
+def _flaw(answer: Response) -> str | None:
+    """Why no record may have it, or None: reasoning is all that it says, or a template's mark."""
+    message = answer.message()
+    if not has_answer(message):
+        return EMPTY
+    return None if is_reply(message) else MARKED
 
 
 def rendered(prompt: Prompt) -> tuple[Any, ...]:

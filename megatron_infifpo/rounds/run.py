@@ -31,7 +31,7 @@ from megatron_infifpo.rounds.stages import (
     sources_yaml,
     stages_of,
 )
-from megatron_infifpo.rounds.table import record_round, rows, table
+from megatron_infifpo.rounds.table import record_round, rows, table, write_rows
 from megatron_infifpo.storage.aside import make_folder, write_text
 from megatron_infifpo.training.lock import RunLock
 
@@ -72,6 +72,7 @@ def run_rounds(
             before = finished(here, before)
             remove_old(job, number)
     done = rows(job)
+    write_rows(job)  # it may be gone, or its last line
     if idle:
         print(f"nothing left to do\n{table(done)}")
     print(f"the policy is in {RoundFolder(job, done[-1]['round']).hf}", flush=True)

@@ -27,8 +27,13 @@ def record_round(job: RoundsJob, here: RoundFolder, seconds: dict[str, float | N
     row |= {"records": lines(here.records), "seconds": seconds}
     row["training"] = trained(job, here)
     write_text(here.row, json.dumps(row, indent=1) + "\n")
-    write_text(job.output / "rounds.jsonl", "".join(json.dumps(r) + "\n" for r in rows(job)))
+    write_rows(job)
     return row
+
+
+def write_rows(job: RoundsJob) -> None:
+    """Write rounds.jsonl of the rounds that are done."""
+    write_text(job.output / "rounds.jsonl", "".join(json.dumps(r) + "\n" for r in rows(job)))
 
 
 def rows(job: RoundsJob) -> list[Row]:

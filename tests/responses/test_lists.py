@@ -151,11 +151,12 @@ def test_reasoning_and_calls(label, tmp_path, capsys):
     """Each response keeps its own; one that is cut within its reasoning says nothing."""
     call = {"type": "function", "function": {"name": "now", "arguments": {}}}
     more = {
-        "reasoning": ["because", None, "so", "hmm", None],
-        "tool_calls": [None, None, None, None, [call]],
-        "finish_reasons": ["stop", "stop", "stop", "length", "tool_calls"],
+        "reasoning": ["because", None, "so", "hmm", None, None],
+        "tool_calls": [None, None, None, None, [call], None],
+        "finish_reasons": ["stop", "stop", "stop", "length", "tool_calls", "stop"],
     }
-    given = {"p0": ["a", "a", "[1]", "", "look"]}
+    # Commands that read records would refuse the last one.
+    given = {"p0": ["a", "a", "[1]", "", "look", "b</s>"]}
     path = write(tmp_path / "policy.jsonl", "policy", given, **more)
     (record,) = label([path], "--list", "8", "--keep-cut").values()
     assert [m["content"] for (m,) in record.responses] == ["a", "a", "[1]", "look"]
@@ -167,7 +168,9 @@ def test_reasoning_and_calls(label, tmp_path, capsys):
     ]
     assert record.responses[3][0]["tool_calls"] == [call]
     assert record.scores == (1, 1, 3, 4)
-    assert "not judged 1 responses: cut" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not judged 1 responses: cut" in said
+    assert "not judged 1 responses: with marks of a chat template" in said
 
 
 def test_scores_are_shared_with_pairs(label, policy, tmp_path):

@@ -28,9 +28,11 @@ def test_rounds(make_job, optimizer):
     assert {(row["prompts"], row["responses"], row["cut"]) for row in table} == {(4, 12, 4)}
     # Scores of prompt k are k, k + 1, k + 2.
     assert [row["reward"] for row in table] == [2.5] * 3
+    lines = (job.output / "rounds.jsonl").read_bytes()
+    (job.output / "rounds.jsonl").unlink()
     again = StandIn()
     run_rounds(job, again)
-    assert again.ran == []
+    assert again.ran == [] and (job.output / "rounds.jsonl").read_bytes() == lines
     run_rounds(make_job(optimizer=optimizer, rounds=4), again)
     assert again.ran == ROUND
 
