@@ -48,6 +48,8 @@ FIRST = (
     "tests/distributed/test_training_methods.py",
     "tests/distributed/test_soak.py",
     "tests/rounds/test_rounds.py",
+    "tests/distributed/test_rounds.py",
+    "tests/distributed/test_enumerable.py",
     "tests/responses/test_evaluate.py",
     "tests/scoring/test_scoring_jobs.py",
     "tests/integration/test_examples.py",
