@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_infifpo.records.conversations import conversation
 from megatron_infifpo.records.fields import check_reply, same_reply
-from megatron_infifpo.records.form_readers import Parts, number_or_nan
+from megatron_infifpo.records.form_readers import Parts, known_scores, number_or_nan
 from megatron_infifpo.records.lists import check_count, read_cut
 from megatron_infifpo.records.messages import BadRecordError, from_json, short
 
@@ -47,11 +47,11 @@ def _add_scores(parts: Parts, entries: Sequence[Any], names: tuple[str, ...]) ->
     if parts.scores is not None:
         return
     try:
-        found = [number_or_nan(entry, "") for entry in entries]
+        found = known_scores([number_or_nan(entry, "") for entry in entries])
     except BadRecordError:
         return
-    if not any(map(math.isnan, found[:2])):
-        parts.scores = tuple(found)
+    if found and not any(map(math.isnan, found[:2])):
+        parts.scores = found
         parts.used += names
 
 

@@ -21,6 +21,7 @@ PAIR_SCORES: dict[str, tuple[dict[str, Any], tuple | None, set[str]]] = {
         None,
         {"score_chosen", "score_rejected"},
     ),
+    "immense": ({"scores": [1e39, 1]}, None, {"scores"}),
     "infinite": ({"scores": [math.inf, 1]}, None, {"scores"}),
     "of other responses": ({"scores": [1, 2, 3, 4]}, None, {"scores"}),
     "two names": (
