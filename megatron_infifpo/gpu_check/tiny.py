@@ -95,24 +95,3 @@ def write_records(path: Path, count: int, seed: int = 0, *, pivot_chosen: bool =
                 record["pivot_chosen"] = text(1, 25) + " maybe"
             file.write(json.dumps(record) + "\n")
     return path
-
-
-def write_lists(path: Path, count: int, seed: int = 0, *, most: int = 4) -> Path:
-    """Write lists of 2 to `most` responses with scores, in two domains."""
-    rng = random.Random(seed)
-
-    def text(low: int, high: int) -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
-
-    with open(path, "w", encoding="utf-8") as file:
-        for i in range(count):
-            responses = [f"{text(1, 25)} {k}" for k in range(rng.randint(2, most))]
-            record = {
-                "id": f"{path.stem}-{i}",
-                "domain": "code" if i % 3 == 0 else "general",
-                "prompt": text(2, 14),
-                "responses": responses,
-                "scores": [round(rng.uniform(-2, 2), 2) for _ in responses],
-            }
-            file.write(json.dumps(record) + "\n")
-    return path

@@ -1,6 +1,7 @@
 """Tiny models, tokenizers and preference records, made on the spot; and what they are held to."""
 
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -14,11 +15,31 @@ from megatron_infifpo.gpu_check.tiny import (  # noqa: F401  (for the tests)
     config,
     save_model,
     save_tokenizer,
-    write_lists,
     write_records,
 )
 
 FAMILIES = TINY
+
+
+def write_lists(path: Path, count: int, seed: int = 0, *, most: int = 4) -> Path:
+    """Write lists of 2 to `most` responses with scores, in two domains."""
+    rng = random.Random(seed)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(count):
+            responses = [f"{text(1, 25)} {k}" for k in range(rng.randint(2, most))]
+            record = {
+                "id": f"{path.stem}-{i}",
+                "domain": "code" if i % 3 == 0 else "general",
+                "prompt": text(2, 14),
+                "responses": responses,
+                "scores": [round(rng.uniform(-2, 2), 2) for _ in responses],
+            }
+            file.write(json.dumps(record) + "\n")
+    return path
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
