@@ -50,7 +50,9 @@ def merge(
                 f"{', '.join(job.input)}: there are {len(writer)} records now, expected the "
                 f"{plan['count']} of before; they have changed while they were scored"
             )
-        if writer.fields["example"] is None and job.absent_domains == "error":
+        # Data may have none of the domains where the job says so; what else masks all is a mistake.
+        may_be_none = job.absent_domains == "mask" and [*writer.notes.counts()] == [limits.outside]
+        if writer.fields["example"] is None and not may_be_none:
             raise UserError(
                 f"no record can be scored: {counted(writer.notes.counts())}; choose another "
                 "--context-length, or another source"

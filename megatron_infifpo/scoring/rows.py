@@ -38,7 +38,12 @@ class Limits:
         """Say why the record's domain is not scored; None if it is."""
         if self.domains is None or record.domain in self.domains:
             return None
-        return f"outside the domains {', '.join(self.domains)}"
+        return self.outside
+
+    @property
+    def outside(self) -> str:
+        """Why records of other domains are masked."""
+        return f"outside the domains {', '.join(self.domains or ())}"
 
     def apply(self, tokens: TokenizedRecord) -> tuple[TokenizedRecord | None, str | None]:
         """Return what of a record is scored, if anything, and what became of it, if anything."""

@@ -38,7 +38,7 @@ def backend(tmp_path_factory):
     return TransformersBackend.load(tiny.save_model(folder, "qwen3", vocab_size=VOCABULARY + 4))
 
 
-def score(backend, folder, limits, monkeypatch, records) -> LogprobStore:
+def score(backend, folder, limits, monkeypatch, records, **more) -> LogprobStore:
     """Score the records shard by shard, and merge the shards."""
     shards = ShardedJob(folder / "out", ".npz")
     shards.claim({})
@@ -53,7 +53,8 @@ def score(backend, folder, limits, monkeypatch, records) -> LogprobStore:
     monkeypatch.setattr(merge, "read_records", lambda *args: enumerate(groups))
     names = max((r.names for r in records), key=len)
     plan = manifest_fields(records) | {"count": len(records), "responses": list(names)}
-    job = ScoringJob("transformers", "x", ["x"], str(folder / "out"), shard_records=SIZE)
+    more |= {"shard_records": SIZE, "domains": limits.domains}
+    job = ScoringJob("transformers", "x", ["x"], str(folder / "out"), **more)
     merge.merge(job, shards, CHAT, limits, plan)
     return LogprobStore(folder / "out")
 
@@ -123,3 +124,13 @@ def test_no_record_can_be_scored(backend, tmp_path, monkeypatch):
     expected = "scored: 28 longer than the context of 1 tokens; 1 outside the domains math; 1 the"
     with pytest.raises(UserError, match=expected):
         score(backend, tmp_path, Limits(1, False, ["math"]), monkeypatch, RECORDS["pairs"])
+
+
+def test_a_source_may_have_no_record(backend, tmp_path, monkeypatch):
+    """Of its domains, where the job says so; that nothing else can be scored is a mistake still."""
+    more: dict[str, Any] = {"records": RECORDS["lists"], "absent_domains": "mask"}
+    store = score(backend, tmp_path / "art", Limits(100, False, ["art"]), monkeypatch, **more)
+    assert store.masked_records.all()
+    assert store.manifest["note_counts"] == {"outside the domains art": 30}
+    with pytest.raises(UserError, match="no record can be scored: 28 longer than the context"):
+        score(backend, tmp_path / "math", Limits(1, False, ["math"]), monkeypatch, **more)
