@@ -11,7 +11,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_infifpo.engine.schedule import get_schedule
-from megatron_infifpo.logprobs import response_logprobs
+from megatron_infifpo.logprobs import TopLogprobs, response_logprobs
 from megatron_infifpo.rows import Row
 
 
@@ -106,13 +106,16 @@ def run_packed(model: torch.nn.Module, row: Row, vocab_size: int) -> Tensor:
 
     Args:
         model: a GPTModel chunk, wrapped by Megatron's DDP or not.
-        row: a collated row on this device.
+        row: a collated row on this device; it may have soft_ids `[K, k]` and own_top, which the
+            head then looks at, too.
         vocab_size: real vocabulary, without padding.
 
     Returns:
-        On the last stage the `[K]` log-probs of the row's response tokens, else hidden states.
+        On the last stage what `logprobs.response_logprobs` does: the `[K]` log-probs of the row's
+        response tokens, unless it asks for more; else hidden states.
     """
-    scored = {"scored_rows": row["scored_rows"], "target_ids": row["target_ids"]}
+    wanted = ("scored_rows", "target_ids", "soft_ids", "own_top")
+    scored = {name: row[name] for name in wanted if name in row}
     output: Tensor = model(
         row["tokens"],
         row["position_ids"],
@@ -129,7 +132,7 @@ def score_rows(
     rows: Sequence[Row],
     vocab_size: int,
     on_row: Callable[[Row], None] | None = None,
-) -> list[Tensor]:
+) -> list[Any]:
     """Run rows forward through all pipeline stages, without gradients.
 
     Args:
@@ -139,7 +142,8 @@ def score_rows(
         on_row: called with each row once this rank has done its part of it.
 
     Returns:
-        The `[K]` float32 log-probs of each row on the last pipeline stage, else an empty list.
+        On the last pipeline stage of each row its `[K]` float32 log-probs, or `TopLogprobs` of a
+        row with `own_top`, on the CPU; else an empty list.
     """
 
     def forward_step(rows: Iterator[Row], model: torch.nn.Module) -> tuple[Tensor, partial[Any]]:
@@ -151,7 +155,7 @@ def score_rows(
 
     iterators = [iter(rows) for _ in models]
     with torch.no_grad():
-        results: list[Tensor] = get_schedule()(
+        results: list[Any] = get_schedule()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(models) > 1 else iterators[0],
             model=list(models),
@@ -161,9 +165,13 @@ def score_rows(
             forward_only=True,
             collect_non_loss_data=True,
         )
-    return [logprobs.cpu() for logprobs in results]  # here, so that rows do not wait for each other
+    return [_on_cpu(found) for found in results]  # here, so that rows do not wait for each other
 
 
-def _collect(logprobs: Tensor, non_loss_data: bool = True) -> Tensor:
-    """Hand a row's log-probs through Megatron's schedule as they are."""
-    return logprobs
+def _on_cpu[T: (Tensor, TopLogprobs)](found: T) -> T:
+    return found.cpu() if isinstance(found, Tensor) else TopLogprobs(*(t.cpu() for t in found))
+
+
+def _collect[T](found: T, non_loss_data: bool = True) -> T:
+    """Hand what was found of a row through Megatron's schedule as it is."""
+    return found
