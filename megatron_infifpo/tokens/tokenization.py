@@ -20,6 +20,7 @@ from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer, tokenizer_finge
 from megatron_infifpo.tokens.rendering import REASONING, SCORE, Renderer, Rendering, Reply
 from megatron_infifpo.tokens.special_text import SpecialText
 from megatron_infifpo.tokens.text_ids import TextIds
+from megatron_infifpo.tokens.token_bytes import TokenBytes
 
 __all__ = ["ChatTokenizer", "RefusedRecordError", "TokenizedRecord"]
 
@@ -231,6 +232,15 @@ class ChatTokenizer:
             RefusedRecordError: the chat template refuses it.
         """
         return self._renderer.prompt(list(messages), record_id, tools=tools, options=options)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of every token.
+
+        Raises:
+            UserError: the tokens are no bytes of the text.
+        """
+        return TokenBytes(self.tokenizer)
 
     def fingerprint(self) -> dict[str, str]:
         """Return sha256 identities: vocabulary with merges and normalisers, and chat template."""

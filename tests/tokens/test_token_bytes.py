@@ -1,0 +1,141 @@
+"""The bytes of tokens: joined they are the text, for tokenizers of every kind."""
+
+import unicodedata
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.records.records import PreferenceRecord, read_records, reply
+from megatron_infifpo.tokens.token_bytes import TokenBytes, without_blank
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
+from support.datasets import CHATML, byte_tokenizer
+
+BLANK = "\u2581"
+TEXTS = ["plain", " a blank before", "two\n\nlines \t", "Zürich, 12 €", "日本 🙂", "<0x41>"]
+THOUGHT = "<think>well</think> yes"
+
+
+def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer as SentencePiece's are converted, with and without a blank before the text."""
+    letters = [BLANK, *"abcdefghijklmnopqrstuvwxyz ,.?12"]
+    words = [f"{BLANK}th", f"{BLANK}a", f"{BLANK}{BLANK}", "la", "nk", "is"]
+    byte_pieces = [f"<0x{b:02X}>" for b in range(256)]
+    pieces = ["<unk>", "<s>", "</s>", *byte_pieces, *letters, *words]
+    merges = [(BLANK, "a"), (BLANK, BLANK), ("l", "a"), ("n", "k"), ("i", "s")]
+    merges += [("t", "h"), (BLANK, "th")]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, "th"]))}
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    replace = normalizers.Replace(" ", BLANK)
+    ends = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if kind == "gemma":
+        backend.normalizer = replace
+    elif kind == "llama":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(BLANK), replace])
+        ends.append(decoders.Strip(" ", 1, 0))
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(BLANK, prepend_scheme=kind, split=False)
+        ends = [decoders.ByteFallback(), decoders.Metaspace(BLANK, prepend_scheme=kind)]
+    backend.decoder = decoders.Sequence(ends)
+    backend.add_special_tokens(["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    backend.add_tokens([AddedToken("<think>", special=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=CHATML, bos_token="<s>", eos_token="</s>"
+    )
+
+
+KINDS = ["gemma", "llama", "first", "always", "never"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", *KINDS])
+@pytest.mark.parametrize("text", [*TEXTS, THOUGHT])
+def test_joined_bytes_of_a_reply(kind, text):
+    """They are the reply's, in a chat; a blank before them that the tokenizer wrote goes."""
+    chat = ChatTokenizer(byte_tokenizer() if kind == "bytes" else sentencepiece(kind))
+    record = PreferenceRecord(
+        "r", "general", ({"role": "user", "content": "why?"},), (reply(text), reply("no"))
+    )
+    ids = chat.encode(record).response_ids[0].tolist()
+    joined = without_blank(chat.token_bytes.join(ids), text.encode())
+    if (kind, text) == ("always", THOUGHT):  # a blank behind each added token: another text
+        text = text.replace("well", " well")
+    assert joined == text.encode()
+    assert chat.token_bytes.lengths[ids[-1]] == 0, "the end of the turn"
+    assert sum(len(chat.token_bytes.pieces[i]) for i in ids) - len(joined) in (0, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_of_sentencepiece(kind):
+    tokenizer = sentencepiece(kind)
+    found, vocabulary = TokenBytes(tokenizer), tokenizer.get_vocab()
+    assert len(found.pieces) == len(found.lengths) == max(vocabulary.values()) + 1
+    assert found.lengths.tolist() == [len(piece) for piece in found.pieces]
+    for token, expected in {
+        "<0xE2>": b"\xe2", f"{BLANK}th": b" th", f"{BLANK}{BLANK}": b"  ", "la": b"la",
+        "<s>": b"", "<unk>": b"", "<|im_end|>": b"", "<think>": b"<think>",
+    }.items():  # fmt: skip
+        assert found.pieces[vocabulary[token]] == expected, token
+
+
+def test_pieces_of_byte_level():
+    """Every byte has a token of its own, whose string is another character for some."""
+    tokenizer = byte_tokenizer()
+    found = TokenBytes(tokenizer)
+    bytes_of_one = sorted(piece for piece in found.pieces if len(piece) == 1)
+    assert bytes_of_one == [bytes([b]) for b in range(256)]
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert [found.pieces[i] for i in ids] == [bytes([b]) for b in text.encode()]
+
+
+@pytest.mark.parametrize(
+    "joined, text, expected",
+    [
+        (b" yes", b"yes", b"yes"),
+        (b" yes", b"yes</s>", b"yes"),  # the end of the turn has no bytes
+        (b" yes", b" yes", b" yes"),
+        (b"  yes", b" yes", b" yes"),
+        (b"  yes", b"yes", b"  yes"),  # the text is another one: not our doing
+        (b" ye", b"yes", b"ye"),  # cut
+        (b" ", b"  x", b" "),  # cut, of a text that begins with blanks
+        (b"\nyes", b"yes", b"\nyes"),
+        (b"", b"", b""),
+    ],
+)
+def test_a_blank_before_the_text(joined, text, expected):
+    assert without_blank(joined, text) == expected
+
+
+def test_no_bytes():
+    """WordPiece drops blanks, a lexicon of words drops what it does not know."""
+    words = {"[UNK]": 0, "the": 1, "sum": 2, "##s": 3}
+    for model in (models.WordPiece(words, unk_token="[UNK]"), models.WordLevel(words, "[UNK]")):
+        backend = Tokenizer(model)
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        backend.decoder = decoders.WordPiece()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+        with pytest.raises(UserError, match="are no bytes of the text"):
+            TokenBytes(tokenizer)
+
+
+def test_what_a_normaliser_rewrites():
+    """The bytes are of what was tokenized: of another text, which a reader must notice."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    text = unicodedata.normalize("NFD", "Zürich")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert TokenBytes(tokenizer).join(ids) == "Zürich".encode() != text.encode()
+
+
+@pytest.mark.parametrize("name", ["phi-4", "qwen2.5", "mistral-small"])
+def test_real_tokenizers(shared_data, name):
+    """All 600 replies, byte for byte."""
+    chat = ChatTokenizer.from_pretrained(shared_data / "tokenizers" / name)
+    records = read_records([shared_data / "dpo_en_demo.json"])
+    assert len(records) == 300
+    for record, tokens in zip(records, chat.encode_batch(records), strict=True):
+        for message, ids in zip(record.responses, tokens.response_ids, strict=True):
+            text = message[-1]["content"].encode()
+            assert chat.token_bytes.join(ids.tolist()) == text, record.id
+            assert int(chat.token_bytes.lengths[ids].sum()) == len(text)
