@@ -32,6 +32,7 @@ WINGS = (
     Wing("options", "what a loss or a fusion takes: ranges, defaults"),
     Wing("losses", "the losses, unreduced, each with its paper"),
     Wing("reference", "clip and fuse sources into one reference"),
+    Wing("alignment", "tokens of two tokenizers, aligned by bytes"),
     Wing("logprobs", "the log-prob head: chunked, vocabulary-parallel"),
     Wing("methods", "presets of loss, reference and options"),
     Wing("patches", "what is changed in Megatron, and until when"),
