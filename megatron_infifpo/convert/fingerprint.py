@@ -76,14 +76,14 @@ def read_weights(directory: str | Path) -> Weights:
         digests[name] = _digest(name, dtype, shape, content)
         dtypes.add(dtype.removeprefix("torch."))
     whole = hashlib.sha256(b"".join(digests[name] for name in sorted(digests)))
-    whole.update(json.dumps(_computation(config), sort_keys=True, default=str).encode())
+    whole.update(json.dumps(computation(config), sort_keys=True, default=str).encode())
     if is_hf and config.get("auto_map") and config.get("model_type") not in FAMILIES:
         for path in sorted(Path(directory).glob("*.py")):
             whole.update(hashlib.sha256(path.read_bytes()).digest())
     return Weights(whole.hexdigest(), ", ".join(sorted(dtypes)))
 
 
-def _computation(config: Mapping[str, Any]) -> dict[str, Any]:
+def computation(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of config.json changes a log-prob.
 
     Megatron's arguments, where there are some: they do not depend on how a version of transformers

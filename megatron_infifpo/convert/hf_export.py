@@ -1,6 +1,5 @@
 """Megatron -> Hugging Face: a folder of safetensors, read layer by layer, without a model."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_infifpo.convert.hf_folder import INDEX
+from megatron_infifpo.convert.hf_shards import SHARD_BYTES, plan_shards, shapes_of, write_index
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import weight_mapping
 from megatron_infifpo.families.architecture import read_hf_config
@@ -28,8 +27,6 @@ from megatron_infifpo.storage.checkpoints import (
 from megatron_infifpo.storage.safetensors_io import SafetensorsWriter, Scratch
 from megatron_infifpo.storage.share import Share
 from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint
-
-SHARD_BYTES = 5 * 10**9
 
 
 def export_checkpoint(
@@ -57,7 +54,7 @@ def export_checkpoint(
     check_free(save_dir)
     checkpoint, mapping, config = open_checkpoint(load_dir, iteration)
     dtype = dtype or original_dtype(config)
-    shards = _plan_shards(mapping, dtype, shard_bytes)
+    shards = plan_shards(mapping, dtype, shard_bytes)
     share = Share()
     mine = [name for number, name in enumerate(shards) if share.mine(number)]
     count = sum(len(shards[name]) for name in mine)
@@ -68,60 +65,24 @@ def export_checkpoint(
         for name in mine:
             _write_shard(folder / name, shards[name], checkpoint, dtype, bar)
         if share.first:
-            if len(shards) > 1:
-                _write_index(folder, shards, dtype)
+            write_index(folder, shards, dtype)
             carry(Path(load_dir) / HF_FOLDER, folder)
             if (Path(load_dir) / RUN_FILE).is_file():
                 shutil.copyfile(Path(load_dir) / RUN_FILE, folder / f"infifpo_{RUN_FILE}")
             write_config(folder / "config.json", config, dtype)
 
 
-def _plan_shards(
-    mapping: WeightMapping, dtype: torch.dtype, shard_bytes: int
-) -> dict[str, list[Entry]]:
-    """Spread the entries over files, in order; an entry's tensors stay together."""
-    shards: list[list[Entry]] = [[]]
-    filled = 0
-    for entry in mapping.entries():
-        size = torch.Size(entry.shape).numel() * dtype.itemsize
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    count = len(shards)
-    return {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, start=1)}
-
-
-def _shapes(entries: list[Entry]) -> dict[str, tuple[int, ...]]:
-    return {
-        name: shape
-        for entry in entries
-        for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
-    }
-
-
 def _write_shard(
     path: Path, entries: list[Entry], checkpoint: TorchDistCheckpoint, dtype: torch.dtype, bar: tqdm
 ) -> None:
     scratch = Scratch()
-    with SafetensorsWriter(path, _shapes(entries), dtype) as writer:
+    with SafetensorsWriter(path, shapes_of(entries), dtype) as writer:
         for entry in entries:
             scratch.clear()
             parts = entry.to_hf(read_entry(checkpoint, entry, scratch))
             for name, part in zip(entry.hf_names, parts, strict=True):
                 writer.write(name, part)
             bar.update()
-
-
-def _write_index(folder: Path, shards: dict[str, list[Entry]], dtype: torch.dtype) -> None:
-    weight_map = {name: file for file, entries in shards.items() for name in _shapes(entries)}
-    numbers = (torch.Size(e.shape).numel() for entries in shards.values() for e in entries)
-    total = sum(numbers) * dtype.itemsize
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def open_checkpoint(

@@ -111,31 +111,36 @@ def write_config(path: Path, config: dict[str, Any], dtype: torch.dtype) -> None
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def check_free(save: str | Path) -> None:
-    """Raise UserError if `save` holds something already, or is where a disk is mounted."""
+def check_free(save: str | Path, flag: str = "--save") -> None:
+    """Raise UserError if `save` holds something already, or is where a disk is mounted.
+
+    Args:
+        save: what is to be written.
+        flag: that names it on the command line.
+    """
     save = Path(save)
     if os.path.ismount(save):
         raise UserError(
-            f"--save {save} is a mount point, to which nothing can be renamed: choose a folder "
+            f"{flag} {save} is a mount point, to which nothing can be renamed: choose a folder "
             "inside it"
         )
     if save.is_file() or (save.is_dir() and any(save.iterdir())):
-        raise UserError(f"--save {save} exists and is not empty: choose another or remove it")
+        raise UserError(f"{flag} {save} exists and is not empty: choose another or remove it")
 
 
 @contextlib.contextmanager
-def new_folder(save: str | Path, share: Share) -> Iterator[Path]:
+def new_folder(save: str | Path, share: Share, flag: str = "--save") -> Iterator[Path]:
     """Yield a folder beside `save`, which becomes `save` if the block succeeds, else is removed.
 
-    All ranks enter and leave it together.
+    All ranks enter and leave it together; `flag` names it on the command line.
 
     Raises:
         UserError: `save` holds something already, or it cannot be written.
     """
     save = Path(save).resolve()
-    check_free(save)
+    check_free(save, flag)
     try:
         with whole_folder(save, first=share.first, wait=share.wait) as aside:
             yield aside
     except OSError as error:
-        raise UserError(f"cannot write --save {save}: {error}; nothing was left there") from error
+        raise UserError(f"cannot write {flag} {save}: {error}; nothing was left there") from error
