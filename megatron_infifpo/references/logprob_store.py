@@ -5,6 +5,8 @@
                              a list's responses, R at most
     PREFIX.json              the manifest, written last: whose log-probs these are, and of what
 
+and, where it was scored with `--top-k`, the files of `top_k`.
+
 A masked record (its text does not fit the model, say) has no tokens; a response of any other has
 some, but those that a shorter list lacks. Imported log-probs may lack the values (.bin and .idx).
 """
@@ -16,6 +18,7 @@ import numpy as np
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import RESPONSES
+from megatron_infifpo.references.top_k import TopK, TopKFiles
 from megatron_infifpo.storage.documents import Documents, read_array
 from megatron_infifpo.storage.manifests import Format
 from megatron_infifpo.storage.notes import find_notes
@@ -57,6 +60,7 @@ class LogprobStore:
         all_sums: float64 `[N, R]`, sums of the responses' log-probs, 0 where masked; mapped.
         token_counts: int32 `[N, R]`, scored tokens in the model's own, 0 where masked.
         masked_records: bool `[N]`.
+        top_k: how many most probable tokens there are of each scored one; None: none.
     """
 
     def __init__(self, prefix: Any) -> None:
@@ -82,6 +86,11 @@ class LogprobStore:
                 f"{prefix}_counts.npy has no tokens for one response of record "
                 f"{int(empty.argmax())}, expected all responses or none; {self._again}"
             )
+
+        self._top: TopKFiles | None = None
+        if (fields := self.manifest.get("top_k")) is not None:
+            self._top = TopKFiles(prefix, self.token_counts, fields, listed=self.listed)
+        self.top_k = self._top and self._top.k
 
     @property
     def _again(self) -> str:
@@ -134,6 +143,40 @@ class LogprobStore:
             UserError: the dataset holds sums only, or its values are broken.
         """
         return self._documents.sequences(index)[response]
+
+    def top(self, index: int, response: int) -> TopK:
+        """Return the most probable tokens at each scored token; `[0, k]` where masked.
+
+        Raises:
+            UserError: the dataset has none, or its files are broken.
+        """
+        return self._top_files.top(index, response)
+
+    def byte_lengths(self, index: int, response: int) -> np.ndarray:
+        """Return the bytes of each scored token, uint16 `[L]`: 0 of special ones.
+
+        Raises:
+            UserError: the dataset was scored without `--top-k`, or its files are broken.
+        """
+        return self._top_files.byte_lengths(index, response)
+
+    @property
+    def texts(self) -> np.ndarray:
+        """Which text each response is, `[N, R]` of `top_k.TEXT`; mapped.
+
+        Raises:
+            UserError: the dataset was scored without `--top-k`, or its files are broken.
+        """
+        return self._top_files.texts
+
+    @property
+    def _top_files(self) -> TopKFiles:
+        if self._top is None:
+            raise UserError(
+                f"{self.prefix} has no most probable tokens beside its log-probs: score its "
+                f"records again with {MADE_BY} --top-k 16"
+            )
+        return self._top
 
     @cached_property
     def _documents(self) -> Documents:

@@ -10,6 +10,7 @@ import numpy as np
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import RESPONSES
 from megatron_infifpo.references.logprob_store import FORMAT
+from megatron_infifpo.references.top_k import FILES, ROUNDING, Packed, TopKWriter
 from megatron_infifpo.storage.aside import Aside, end_block, make_folder
 from megatron_infifpo.storage.documents import DocumentWriter, write_array
 from megatron_infifpo.storage.notes import Notes
@@ -24,8 +25,6 @@ REQUIRED = (
     "versions",
 )
 
-# log-softmax in float32 may round up to just above 0; more than this is a defect.
-ROUNDING = 1e-5
 SUMMARY = ("_sums.npy", "_counts.npy")
 
 
@@ -42,6 +41,7 @@ class LogprobWriter:
         responses: Sequence[str],
         manifest: dict[str, Any],
         values: bool = True,
+        top_k: dict[str, Any] | None = None,
     ) -> None:
         """Open a dataset for writing.
 
@@ -52,6 +52,8 @@ class LogprobWriter:
             manifest: whose log-probs these are; holds at least the fields of `REQUIRED`.
             values: whether there is a log-prob for every scored token (`add`), or sums only
                 (`add_sums`).
+            top_k: the manifest's `top_k`, of a dataset with the most probable tokens, as
+                `top_k.SCHEMA` says; None: without.
 
         Raises:
             ValueError: a field of the manifest is missing.
@@ -64,6 +66,10 @@ class LogprobWriter:
         make_folder(Path(prefix).parent)
         self._files = Aside()
         self._documents = DocumentWriter(self.prefix, np.float32, self._files) if values else None
+        self._top: TopKWriter | None = None
+        if top_k is not None:
+            self._top = TopKWriter(self.prefix, top_k, len(responses), self._files)
+            self.fields["top_k"] = top_k
         # Arrays of C numbers: a million records must not become millions of Python objects.
         self._sums, self._counts = array("d"), array("i")
         self.notes, self._remarks = Notes(), Notes()
@@ -79,6 +85,7 @@ class LogprobWriter:
         *,
         note: str | None = None,
         remarks: Sequence[str] = (),
+        top: Sequence[Packed] = (),
     ) -> None:
         """Append one record.
 
@@ -87,10 +94,11 @@ class LogprobWriter:
             logprobs: an array a response, of its scored tokens.
             note: what was done to the record's text, if anything was.
             remarks: `TokenizedRecord.notes`.
+            top: one entry a response, of a dataset with `top_k`.
 
         Raises:
             UserError: a value is NaN, infinite or above 0.
-            ValueError: an array is empty, or there are too few or too many.
+            ValueError: an array is empty, there are too few or too many, or `top` does not fit.
         """
         arrays = [np.asarray(values, dtype=np.float32) for values in logprobs]
         fits = self._least <= len(arrays) <= len(self.responses)
@@ -103,11 +111,14 @@ class LogprobWriter:
             self._check(record_id, name, values)
         arrays = [np.minimum(values, 0.0) for values in arrays]
         assert self._documents is not None, "this dataset holds sums only"
+        counts = [len(values) for values in arrays]
+        if self._top is not None:
+            self._top.add(record_id, top, counts)
         self._documents.add(arrays)
         for remark in remarks:
             self._remarks.add(len(self), remark)
         sums = [float(values.sum(dtype=np.float64)) for values in arrays]
-        self._append(sums, [len(values) for values in arrays], note)
+        self._append(sums, counts, note)
 
     def add_sums(self, record_id: str, sums: Sequence[float], counts: Sequence[int]) -> None:
         """Append one record of which only sums `[R]` over `counts` `[R]` tokens are known.
@@ -132,6 +143,8 @@ class LogprobWriter:
         nothing = [0] * len(self.responses)
         if self._documents is not None:
             self._documents.add([np.empty(0, dtype=np.float32)] * len(nothing))
+        if self._top is not None:
+            self._top.mask()
         self._append(nothing, nothing, reason)
 
     def _append(self, sums: Sequence[float], counts: Sequence[int], note: str | None) -> None:
@@ -162,8 +175,9 @@ class LogprobWriter:
             raise UserError(
                 f"there are no records to write to {self.prefix}, expected at least one"
             )
-        if self._documents is not None:
-            self._documents.close()
+        for part in (self._documents, self._top):
+            if part is not None:
+                part.close()
         tables: list[np.ndarray] = [
             np.frombuffer(self._sums, np.float64),
             np.frombuffer(self._counts, np.int32),
@@ -180,16 +194,25 @@ class LogprobWriter:
             **self._remarks.fields("remark"),
         }
         FORMAT.write(self.prefix, manifest, self._files)
-        if self._documents is None:  # there may be values of an older dataset of this name
-            for suffix in (".json", ".bin", ".idx"):
-                Path(f"{self.prefix}{suffix}").unlink(missing_ok=True)
+        self._remove_older()
         self._files.publish()
         return manifest
 
+    def _remove_older(self) -> None:
+        """Remove files of an older dataset of this name that this one has not."""
+        lacks = [] if self._documents else [".bin", ".idx"]
+        lacks += [] if self._top else FILES
+        paths = [Path(self.prefix + suffix) for suffix in lacks]
+        if any(path.exists() for path in paths):
+            Path(f"{self.prefix}.json").unlink(missing_ok=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
+
     def discard(self) -> None:
         """Delete what was written."""
-        if self._documents is not None:
-            self._documents.abandon()
+        for part in (self._documents, self._top):
+            if part is not None:
+                part.abandon()
         self._files.discard()
 
     def __enter__(self) -> Self:
