@@ -1,5 +1,6 @@
 """Write a soft-target data set; `soft_targets` says what its files hold."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -49,7 +50,7 @@ class SoftTargetWriter:
         self.fields |= {"responses": list(responses), "fusion": fusion}
         self._fused, self._width, self._count = fusion != VALUES, len(responses), 0
         make_folder(Path(prefix).parent)
-        self._files = Aside()
+        self._files, self._digest = Aside(), hashlib.sha256()
         kinds = FILES if self._fused else {VALUES_FILE: np.uint16}
         self._documents = {
             name: DocumentWriter(self.prefix + name, kind, self._files)
@@ -60,7 +61,7 @@ class SoftTargetWriter:
                 self.prefix + GROUPS_FILE, np.int32, self._files
             )
             for group in groups:
-                self._documents[GROUPS_FILE].add([np.asarray(group, np.int32)])
+                self._write(GROUPS_FILE, [np.asarray(group, np.int32)])
 
     def __len__(self) -> int:
         """Return the number of records so far."""
@@ -75,15 +76,21 @@ class SoftTargetWriter:
         found: list[dict[str, np.ndarray]] = []
         for one in targets:
             found.append({} if one is None else self._pack(one))
-        for name, documents in self._documents.items():
+        for name in self._documents:
             if name == GROUPS_FILE:
                 continue
             kind = FILES.get(name, np.uint16)
             parts = [part.get(name, np.empty(0, kind)).ravel() for part in found]
             parts += [np.empty(0, kind)] * (self._width - len(parts))
             assert all(part.dtype == kind for part in parts), name
-            documents.add(parts)
+            self._write(name, parts)
         self._count += 1
+
+    def _write(self, name: str, parts: Sequence[np.ndarray]) -> None:
+        self._documents[name].add(parts)
+        for part in parts:
+            self._digest.update(len(part).to_bytes(8, "little"))
+            self._digest.update(np.ascontiguousarray(part).data)
 
     def _pack(self, targets: SoftTargets) -> dict[str, np.ndarray]:
         """Turn the targets of a response into what the files hold."""
@@ -106,6 +113,7 @@ class SoftTargetWriter:
         for documents in self._documents.values():
             documents.close()
         manifest = {**self.fields, **FORMAT.fields, "count": self._count}
+        manifest["targets_sha256"] = self._digest.hexdigest()
         FORMAT.write(self.prefix, manifest, self._files)
         self._files.publish()
         return manifest

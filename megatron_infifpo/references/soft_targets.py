@@ -44,6 +44,7 @@ FORMAT = Format(
         "ce_per": (str, type(None)),
         "records_sha256": str,
         "tokens_sha256": str,
+        "targets_sha256": str,
         "tokenizer": TOKENIZER_SCHEMA,
         "models": dict,
         "masked": dict,
@@ -116,6 +117,11 @@ class SoftTargetStore:
         self.sources = tuple(self.manifest["sources"])
         self._fused = self.fusion != VALUES
         self.groups = self._read_groups()
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 (hex) of all that is stored."""
+        return self.manifest["targets_sha256"]
 
     @property
     def _again(self) -> str:
