@@ -106,15 +106,15 @@ def run_packed(model: torch.nn.Module, row: Row, vocab_size: int) -> Tensor:
 
     Args:
         model: a GPTModel chunk, wrapped by Megatron's DDP or not.
-        row: a collated row on this device; it may have soft_ids `[K, k]` and own_top, which the
-            head then looks at, too.
+        row: a collated row on this device; it may have soft_ids `[K, k]`, own_top and top_ids, as
+            `logprobs.response_logprobs` takes them.
         vocab_size: real vocabulary, without padding.
 
     Returns:
         On the last stage what `logprobs.response_logprobs` does: the `[K]` log-probs of the row's
         response tokens, unless it asks for more; else hidden states.
     """
-    wanted = ("scored_rows", "target_ids", "soft_ids", "own_top")
+    wanted = ("scored_rows", "target_ids", "soft_ids", "own_top", "top_ids")
     scored = {name: row[name] for name in wanted if name in row}
     output: Tensor = model(
         row["tokens"],
@@ -148,7 +148,7 @@ def score_rows(
 
     def forward_step(rows: Iterator[Row], model: torch.nn.Module) -> tuple[Tensor, partial[Any]]:
         row = next(rows)
-        output = run_packed(model, to_device(row), vocab_size)
+        output = run_packed(model, to_device(row) | {"top_ids": "own_top" in row}, vocab_size)
         if on_row is not None:
             on_row(row)
         return output, partial(_collect)

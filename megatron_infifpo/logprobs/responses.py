@@ -25,12 +25,12 @@ def response_logprobs(
         output_weight: the embedding when the two are tied, else None.
         config: the TransformerConfig.
         context: `scored_rows` `[K]`, the rows that predict a response token; `target_ids` `[K]`;
-            `vocab_size`; and where wanted `soft_ids` `[K, k]`, more ids, and `own_top`, how many of
-            the most probable ids.
+            `vocab_size`; and where wanted `soft_ids` `[K, k]`, more ids; `own_top`, how many of the
+            most probable ids; and `top_ids`, true to be told these.
 
     Returns:
         `[K]` float32; or `[K, 1 + k + own_top]` where there are more ids or the most probable ones;
-        `TopLogprobs` without gradients.
+        with `top_ids` `TopLogprobs`.
     """
     from megatron.core.tensor_parallel import mappings  # here: the rest needs no Megatron
 
@@ -55,7 +55,7 @@ def response_logprobs(
         return vocab_parallel_logprobs(hidden, weight, targets, **options)
     ids = targets[:, None] if soft is None else torch.cat([targets[:, None], soft], dim=1)
     found = vocab_parallel_top(hidden, weight, ids, own_top, **options)
-    return found.logprobs if torch.is_grad_enabled() else found
+    return found if context.get("top_ids") else found.logprobs
 
 
 def segment_sums(token_logprobs: Tensor, segment_ids: Tensor, segments: int) -> Tensor:

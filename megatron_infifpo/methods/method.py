@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
-from megatron_infifpo.losses import BETA, LOSSES, Loss
+from megatron_infifpo.losses import BETA, LOSSES, TOKEN_LOSSES, Loss, TokenLoss
 from megatron_infifpo.options import Option
 from megatron_infifpo.reference import DEFAULT_FUSION, FUSIONS
 
@@ -15,8 +15,8 @@ class Method:
     """What is trained.
 
     Attributes:
-        objective: a key of `losses.LOSSES`, or "sft": cross-entropy of the chosen responses.
-        reference: "fused" source model or "initial" pivot; None for SFT.
+        objective: a key of `losses.LOSSES`, or of `losses.TOKEN_LOSSES`: of the chosen responses.
+        reference: "fused" source model or "initial" pivot; None for losses of tokens.
         length_normalization: log-probs are means over response tokens, else sums.
         beta: strength of the implied KL constraint; 0 in a preset: `resolve` fills it in.
         fusion, clip: see `reference.fuse_reference`.
@@ -42,8 +42,22 @@ class Method:
 
     @property
     def loss(self) -> Loss | None:
-        """The preference loss; None for SFT."""
+        """The preference loss; None where `token_loss` is the loss."""
         return LOSSES.get(self.objective)
+
+    @property
+    def token_loss(self) -> TokenLoss | None:
+        """The loss of single tokens of one response: SFT, alone or with soft targets."""
+        return TOKEN_LOSSES.get(self.objective)
+
+    @property
+    def _any_loss(self) -> Loss | TokenLoss:
+        return self.loss or TOKEN_LOSSES[self.objective]
+
+    @property
+    def loss_declares(self) -> Mapping[str, Option]:
+        """Options of the loss."""
+        return self._any_loss.options
 
     @property
     def responses(self) -> int | None:
@@ -58,7 +72,12 @@ class Method:
     @property
     def reads(self) -> Mapping[str, bool]:
         """Values of a row that the loss takes beside log-probs, and whether it needs them."""
-        return {} if self.loss is None else self.loss.reads
+        return self._any_loss.reads
+
+    @property
+    def soft_targets(self) -> bool:
+        """Whether the loss reads soft targets of tokens, fused by `infifpo fuse-targets`."""
+        return self.token_loss is not None and bool(self.reads)
 
     def uses_scores(self, *, listed: bool) -> bool:
         """Whether scores of responses matter: the loss reads them, or they choose from a list."""
@@ -70,20 +89,15 @@ class Method:
         return self.loss is not None and self.loss.several_pairs
 
     @property
-    def _declared(self) -> Mapping[str, Option]:
-        """Options of the loss."""
-        return {} if self.loss is None else self.loss.options
-
-    @property
     def growing(self) -> tuple[str, ...]:
         """Options of the loss that grow over training, so its length matters."""
-        return tuple(name for name, option in self._declared.items() if option.grows)
+        return tuple(name for name, option in self.loss_declares.items() if option.grows)
 
     def loss_options(self, progress: float) -> dict[str, Any]:
         """Arguments of the loss beside beta, when a share `progress` of the training is done."""
         return {
             name: option.at(self.options[name], progress)
-            for name, option in self._declared.items()
+            for name, option in self.loss_declares.items()
             if name in self.options
         }
 
@@ -101,6 +115,7 @@ class Method:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "options"}
         rest = {n: option.default for f in FUSIONS.values() for n, option in f.options.items()}
         rest |= dict.fromkeys(name for loss in LOSSES.values() for name in loss.options)
+        rest |= dict.fromkeys(name for loss in TOKEN_LOSSES.values() for name in loss.options)
         return own | rest | dict(self.options)
 
     @classmethod
@@ -135,6 +150,9 @@ METHODS: dict[str, Method] = {
     "pad": Method(
         "plackett_luce", "fused", length_normalization=True, fusion="average", clip=False
     ),
+    "fusellm": Method("soft_targets", None, length_normalization=True),
+    "fusechat": Method("one_soft_target", None, length_normalization=True),
+    "infifusion": Method("top_values", None, length_normalization=True),
 }
 
 # The fields of `Method` that have a flag; loss and fusion declare the others.
@@ -159,6 +177,7 @@ def shared_options() -> dict[str, dict[str, Option]]:
     """Options of fusions and losses: by name, then by who takes them."""
     takes = [(user, fusion.options) for user, fusion in FUSIONS.items()]
     takes += [(user, loss.options) for user, loss in LOSSES.items()]
+    takes += [(user, loss.options) for user, loss in TOKEN_LOSSES.items()]
     found: dict[str, dict[str, Option]] = {}
     for user, options in takes:
         for name, option in options.items():

@@ -40,20 +40,20 @@ def resolve(name: str, **options: Any) -> Method:
             raise UserError(f"{flag(option)} has no effect {reason}")
     loss = method.loss
     if loss is None:
-        return method
+        return replace(method, options=MappingProxyType(_completed(method)))
     if reason := _why_impossible(method, loss):
         user = f"--objective {method.objective}" if "objective" in options else f"--method {name}"
         raise UserError(f"{user} {reason}")
     if "beta" not in options:
         scale = MEANS_FACTOR if method.length_normalization else 1
         method = replace(method, beta=loss.beta * scale)
-    return replace(method, options=MappingProxyType(_completed(method, loss)))
+    return replace(method, options=MappingProxyType(_completed(method)))
 
 
-def _completed(method: Method, loss: Loss) -> dict[str, Any]:
+def _completed(method: Method) -> dict[str, Any]:
     """Return the options, with what is needed and was not given, all in their ranges."""
     found = dict(method.options)
-    users = [(f"--objective {method.objective}", loss.options)]
+    users = [(f"--objective {method.objective}", method.loss_declares)]
     if method.fused:
         users.append((f"--fusion {method.fusion}", FUSIONS[method.fusion].options))
     for user, options in users:
@@ -77,7 +77,9 @@ def _check(name: str, option: Option, value: Any) -> None:
 def _why_useless(name: str, method: Method, option: str) -> str | None:
     """Say why an option has no effect, or None."""
     if method.loss is None or METHODS[name].loss is None:
-        return "with --method sft, which trains on the chosen responses alone: leave it out"
+        if option not in OWN and option in method.loss_declares:
+            return None
+        return f"with --method {name}, which trains on the chosen responses alone: leave it out"
     of_fusions = {each for fusion in FUSIONS.values() for each in fusion.options}
     if option in {"fusion", "clip", "initial_as_source"} | of_fusions and not method.fused:
         by = "--reference initial" if METHODS[name].fused else f"--method {name}"
@@ -94,7 +96,7 @@ def _why_useless(name: str, method: Method, option: str) -> str | None:
             f"with the objective {method.objective}: it compares a list, of which no response is "
             "the chosen one; leave it out"
         )
-    if option not in OWN and option not in of_fusions and option not in method.loss.options:
+    if option not in OWN and option not in of_fusions and option not in method.loss_declares:
         return f"with the objective {method.objective}: it belongs to {_users(option)}"
     return None
 

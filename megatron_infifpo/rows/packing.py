@@ -14,6 +14,7 @@ from megatron_infifpo.references import reference
 from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.layout import PLAIN, RowLayout
 from megatron_infifpo.rows.preference_dataset import PreferencePair
+from megatron_infifpo.rows.soft_targets import collate_targets
 from megatron_infifpo.tokens.encoding import scored_marks
 
 
@@ -37,7 +38,8 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
         token_counts int64 `[B, R]`, scored ones; valid bool `[B, R]`, which responses are there;
         ended bool `[B, R]`, whether their last token, the end of the turn, is scored; rewards
         float64 `[B, R]`, where there are some; indices and domain_codes int64 `[B]`; stored values
-        of models, where there are some, as `references.reference.collate` makes them; and with
+        of models, where there are some, as `references.reference.collate` makes them; soft targets,
+        where there are some, as `soft_targets.collate_targets` does, of rows with R = 1; and with
         shared prompts the segments of the keys, cu_seqlens_kv int32 `[S + 1]`, key_lengths,
         max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in the row.
     """
@@ -70,6 +72,8 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
         row["rewards"] = torch.from_numpy(np.stack(rewards))
     if pairs[0].values is not None:
         row |= reference.collate([pair.values for pair in pairs if pair.values is not None])
+    if soft := [pair.targets for pair in pairs if pair.targets is not None]:
+        row |= collate_targets(soft, pairs[0].groups)
     return row
 
 

@@ -10,7 +10,8 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import Method
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.reference import PairValues, References
-from megatron_infifpo.references.sources import SourcesConfig
+from megatron_infifpo.references.soft_targets import VALUES, SoftTargets, SoftTargetStore
+from megatron_infifpo.references.sources import INITIAL, SourcesConfig
 from megatron_infifpo.rows.choice import choose
 from megatron_infifpo.rows.layout import PLAIN, RowLayout
 from megatron_infifpo.storage.notes import counted
@@ -30,6 +31,8 @@ class PreferencePair:
         values: what is stored of models; None where no sources were given.
         scored: R arrays of bool, which tokens of `response_ids` are scored; None: all of them.
         rewards: float64 `[R]`, the responses' scores, 0 where there is none; None without any.
+        targets: soft targets of the first response; None without any.
+        groups: groups of ids that the targets name; None without any.
     """
 
     index: int
@@ -39,6 +42,8 @@ class PreferencePair:
     values: PairValues | None = None
     scored: tuple[np.ndarray, ...] | None = None
     rewards: np.ndarray | None = None
+    targets: SoftTargets | None = None
+    groups: list[np.ndarray] | None = None
 
 
 _NONE, _NO_MARK = np.empty(0, np.int32), np.empty(0, bool)
@@ -56,6 +61,7 @@ class PreferenceDataset:
         lacking: bool `[N]` by reason: records that have not enough of them.
         rewards: float64 `[N, R]`, scores of the used responses, 0 where there is none; None
             without any.
+        targets: soft targets of the records' tokens; None without any.
         responses: R, at most so many are.
         segment_lengths: int64 `[N]`, tokens of the longest response with its prompt; 0 where the
             record is masked.
@@ -97,6 +103,7 @@ class PreferenceDataset:
                 "reference"
             )
         self.references = None if sources is None else References(sources, self.tokens)
+        self.targets: SoftTargetStore | None = None
         prompts = self.tokens.prompt_lengths.astype(np.int64)
         lengths = np.take_along_axis(self.tokens.response_lengths, self.columns, axis=1)
         lengths = np.where(self.columns < 0, 0, lengths).astype(np.int64)
@@ -106,12 +113,23 @@ class PreferenceDataset:
 
     @classmethod
     def for_method(
-        cls, method: Method, token_prefix: str | Path, sources: SourcesConfig | None
+        cls,
+        method: Method,
+        token_prefix: str | Path,
+        sources: SourcesConfig | None,
+        *,
+        soft_targets: str | Path | None = None,
     ) -> Self:
         """Open what a method is trained on; see `__init__`.
 
+        Args:
+            method: that is trained.
+            token_prefix, sources: see `__init__`.
+            soft_targets: prefix of soft targets of these tokens.
+
         Raises:
-            UserError: as there, or lists are longer than the method's loss takes.
+            UserError: as there, lists are longer than the method's loss takes, or soft targets are
+                of other tokens or not what the method learns from.
         """
         found = cls(
             token_prefix,
@@ -126,6 +144,8 @@ class PreferenceDataset:
                 f"{token_prefix} has lists of {found.responses} responses, expected at most {most} "
                 f"for --objective {method.objective} with these options"
             )
+        if soft_targets is not None:
+            found.targets = _soft_targets(method, soft_targets, found.tokens)
         return found
 
     @property
@@ -151,6 +171,8 @@ class PreferenceDataset:
         """Return one pair; its arrays are its own and writable."""
         tokens, columns = self.tokens.record(index), self.columns[index]
         ids, marks = tokens.response_ids, tokens.scored
+        targets, first = self.targets, int(columns[0])
+        length = int(self.tokens.scored_lengths[index, first])
         return PreferencePair(
             int(index),
             tokens.prompt_ids,
@@ -159,6 +181,8 @@ class PreferenceDataset:
             None if self.references is None else self.references.take(index, columns),
             marks and tuple(_NO_MARK if c < 0 else marks[c] for c in columns),
             None if self.rewards is None else self.rewards[index].copy(),
+            None if targets is None else targets.take(index, first, length),
+            None if targets is None else targets.groups,
         )
 
     def names(self, index: int) -> tuple[str, ...]:
@@ -233,6 +257,28 @@ class PreferenceDataset:
                 f"({counted(self.left_out(max_tokens))}){advice}"
             )
         return indices
+
+
+def _soft_targets(method: Method, prefix: str | Path, tokens: TokenDataset) -> SoftTargetStore:
+    """Open soft targets of tokens; they must be what the method learns from."""
+    store = SoftTargetStore(prefix)
+    store.check_against(tokens)
+    wants_values = "top_values" in method.reads
+    if wants_values != (store.fusion == VALUES):
+        wanted = VALUES if wants_values else "mince, average-ce or mean"
+        raise UserError(
+            f"{prefix} was written with --fusion {store.fusion}, expected {wanted} for the method: "
+            "fuse again, to another --output"
+        )
+    assert method.token_loss is not None
+    most, sources = method.token_loss.most_sources, [n for n in store.sources if n != INITIAL]
+    if most is not None and len(sources) > most:
+        raise UserError(
+            f"{prefix} has targets of {', '.join(sources)}: the method learns from one source, and "
+            "models of several are merged then; fuse with --only NAME for each, or train with "
+            "--method fusellm"
+        )
+    return store
 
 
 def _long(max_tokens: int) -> str:

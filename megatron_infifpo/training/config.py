@@ -28,6 +28,13 @@ def _flag(help: str, default: Any = None, **how: Any) -> Any:
 
 
 _CHECK = {"choices": ["error", "warn", "off"]}
+# Flags that only some runs have a use for.
+_OF_REFERENCES = (
+    *("preference_sources", "preference_valid_sources"),
+    *("reference_check", "reference_probes", "reference_tolerance"),
+)
+_OF_TARGETS = ("soft_targets", "valid_soft_targets")
+_OF_VALIDATION = ("preference_valid_sources", "valid_soft_targets")
 _COUNTS = ("micro_batch_size", "global_batch_size", "train_iters", "train_samples")
 MOST_SEED = 2**31 - 1  # NumPy's generators take 32 bits, and Megatron adds to it by rank
 
@@ -60,6 +67,13 @@ class RunConfig:
     )
     preference_valid_sources: str | None = _flag(
         "sources.yaml of the held-out pairs", metavar="FILE"
+    )
+    soft_targets: str | None = _flag(
+        "soft targets of these tokens, written by infifpo fuse-targets", metavar="PREFIX"
+    )
+    valid_soft_targets: str | None = _flag(
+        "soft targets of the held-out tokens; without them these count by cross-entropy alone",
+        metavar="PREFIX",
     )
     preference_epochs: int | None = _flag(
         "passes over the pairs, in whole steps, where --train-iters is not given (default: 1)",
@@ -181,16 +195,20 @@ class RunConfig:
             )
 
     def _check_data(self) -> None:
-        useless, why = [], "without --preference-valid-data"
-        if self.method.reference is None:
-            useless = ["preference_sources", "preference_valid_sources"]
-            useless += ["reference_check", "reference_probes", "reference_tolerance"]
-            why = "with --method sft, which has no reference"
-        elif self.preference_valid_data is None:
-            useless = ["preference_valid_sources"]
-        for name in useless:
-            if getattr(self, name) is not None:
-                raise UserError(f"{flag(name)} has no effect {why}: leave it out")
+        name = self.flags["method"]
+        for fields_, useless, why in (
+            (_OF_REFERENCES, self.method.reference is None, f"--method {name} has no reference"),
+            (_OF_TARGETS, not self.method.soft_targets, f"--method {name} reads no soft targets"),
+            (_OF_VALIDATION, self.preference_valid_data is None, "no --preference-valid-data"),
+        ):
+            for each in fields_ if useless else ():
+                if getattr(self, each) is not None:
+                    raise UserError(f"{flag(each)} has no effect: {why}; leave it out")
+        if self.method.soft_targets and self.soft_targets is None:
+            raise UserError(
+                f"--soft-targets is missing: --method {name} learns from what infifpo fuse-targets "
+                f"writes of {self.preference_data} and its sources"
+            )
         for data, sources in (
             (self.preference_data, "preference_sources"),
             (self.preference_valid_data, "preference_valid_sources"),

@@ -39,10 +39,17 @@ def open_datasets(config: RunConfig) -> Datasets:
     Raises:
         UserError: a dataset cannot be read, or does not fit.
     """
-    train = _open(config.preference_data, config.preference_sources, config.method)
+    train = _open(
+        config.preference_data, config.preference_sources, config.soft_targets, config.method
+    )
     if config.preference_valid_data is None:
         return Datasets(train, None)
-    valid = _open(config.preference_valid_data, config.preference_valid_sources, config.method)
+    valid = _open(
+        config.preference_valid_data,
+        config.preference_valid_sources,
+        config.valid_soft_targets,
+        config.method,
+    )
     if valid.source_names != train.source_names:
         found, expected = (", ".join(data.source_names) for data in (valid, train))
         raise UserError(
@@ -55,9 +62,11 @@ def open_datasets(config: RunConfig) -> Datasets:
     return Datasets(train, valid)
 
 
-def _open(prefix: str, sources: str | None, method: Method) -> PreferenceDataset:
+def _open(
+    prefix: str, sources: str | None, soft_targets: str | None, method: Method
+) -> PreferenceDataset:
     config = None if sources is None else read_sources(sources)
-    return PreferenceDataset.for_method(method, prefix, config)
+    return PreferenceDataset.for_method(method, prefix, config, soft_targets=soft_targets)
 
 
 def lengths(

@@ -46,6 +46,8 @@ def data_identity(dataset: PreferenceDataset, *, scores: bool = False) -> dict[s
     }
     if scores:
         found["scores_sha256"] = manifest.get("scores_sha256")
+    if dataset.targets is not None:
+        found["soft_targets"] = dataset.targets.fingerprint
     if dataset.references is not None:
         found["initial"] = _logprobs(dataset.references.initial.store)
         found["sources"] = {

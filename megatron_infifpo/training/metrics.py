@@ -9,15 +9,18 @@ from torch import Tensor
 
 from megatron_infifpo.losses import CHOSEN, REJECTED
 from megatron_infifpo.losses.lists import deviation
+from megatron_infifpo.losses.tokens import TokenLosses
 from megatron_infifpo.methods import Method
 from megatron_infifpo.records.records import RESPONSES
 from megatron_infifpo.reference import FusedReference
+from megatron_infifpo.references.soft_targets import SEVERAL
 from megatron_infifpo.rows import Row
 from megatron_infifpo.training.objective import loss_arguments
 
 # What is also reported for each domain; every source's share is, too.
 _BY_DOMAIN = (
     "loss", "rewards/accuracy", "logps/accuracy", "logps/margin", "reward", "residual/std",
+    "ce", "distance", "taught",
 )  # fmt: skip
 
 
@@ -105,15 +108,23 @@ def _list_metrics(
     if method.fused:
         for name, column in zip(source_names, reference.weights.unbind(-1), strict=True):
             records[f"share/{name}"] = _of_responses(column, valid)
-    stacked = torch.stack([*records.values()])
-    metrics = dict(zip(records, stacked.sum(dim=1).unbind(), strict=True))
+    metrics = _totals(records, row["domain_codes"], domains)
     if reference.clipped is not None:
         metrics |= _clip_rates(mask, reference.clipped, source_names)
+    return metrics
+
+
+def _totals(
+    records: dict[str, Tensor], codes: Tensor, domains: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """`[sum, count]` of each of the values `[B, 2]`, and in every domain, where there are some."""
+    stacked = torch.stack([*records.values()])
+    metrics = dict(zip(records, stacked.sum(dim=1).unbind(), strict=True))
     if len(domains) > 1:
         names = [name for name in records if _in_domains(name)]
         chosen = torch.stack([records[name] for name in names])
         for code, domain in enumerate(domains):
-            inside = (row["domain_codes"] == code)[:, None]
+            inside = (codes == code)[:, None]
             parts = torch.where(inside, chosen, 0.0).sum(dim=1).unbind()
             metrics |= {f"domain/{domain}/{n}": x for n, x in zip(names, parts, strict=True)}
     return metrics
@@ -134,26 +145,48 @@ def _of_responses(values: Tensor, there: Tensor) -> Tensor:
     return torch.stack([total, there.sum(dim=1).float()], dim=-1)
 
 
-def sft_metrics(
-    row: Row, sum_logps: Tensor, token_counts: Tensor, domains: tuple[str, ...]
+def token_metrics(
+    row: Row,
+    found: TokenLosses,
+    sum_logps: Tensor,
+    source_names: tuple[str, ...],
+    domains: tuple[str, ...],
 ) -> dict[str, Tensor]:
     """Metrics of one row of chosen responses.
 
     Args:
         row: the collated row.
+        found: losses of its K scored tokens.
         sum_logps: `[B]` summed log-probs.
-        token_counts: `[B]`.
+        source_names: names of the sources of soft targets.
         domains: names by domain code.
 
     Returns:
         float32 `[sum, count]` by name: loss and domain/<domain>/loss, means over tokens, and
-        logps/chosen, the mean over responses of their mean log-prob.
+        logps/chosen, the mean over responses of their mean log-prob. Where sources teach, means
+        over the tokens that have it of each part of the loss, ce, distance and chunk, as they are
+        before they are weighted; taught, the share of tokens with a target; and share/<source>,
+        which source the targets are of.
     """
-    counts = token_counts.float()
-    losses = {"loss": -sum_logps}
-    metrics = _averages(losses, counts)
-    metrics |= _averages({"logps/chosen": sum_logps / counts}, torch.ones_like(counts))
-    return metrics | _by_domain(losses, counts, row["domain_codes"], domains)
+    counts = row["token_counts"][:, CHOSEN].float()
+
+    def by_record(values: Tensor, count: Tensor) -> Tensor:
+        both = torch.stack([values.float(), count.float()], dim=-1)
+        return both.new_zeros(len(counts), 2).index_add(0, row["segment_ids"], both)
+
+    everywhere = torch.ones_like(found.losses)
+    records = {"loss": by_record(found.losses, everywhere)}
+    records["logps/chosen"] = _of_records(sum_logps / counts)
+    records |= {name: by_record(*part) for name, part in found.parts.items()}
+    if found.parts:
+        taught = found.parts["distance"].counts
+        records["taught"] = by_record(taught, everywhere)
+    if "soft_sources" in row:
+        several = row["soft_sources"] == SEVERAL
+        for code, name in enumerate(source_names, 1):
+            records[f"share/{name}"] = by_record(row["soft_sources"] == code, taught)
+        records["share/several"] = by_record(several, taught)
+    return _totals(records, row["domain_codes"], domains)
 
 
 def waste_metrics(row: Row) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_infifpo.losses import CHOSEN, REJECTED, preference_loss
+from megatron_infifpo.losses import CHOSEN, REJECTED, TOKEN_LOSSES, preference_loss
 from megatron_infifpo.losses.lists import valid_mean
+from megatron_infifpo.losses.tokens import TokenLosses
 from megatron_infifpo.methods import Method
 from megatron_infifpo.reference import FUSIONS, FusedReference, fuse_reference
 from megatron_infifpo.references import reference as stored
@@ -92,3 +93,21 @@ def pair_losses(
         mean = sum_logps[:, CHOSEN] / row["token_counts"][:, CHOSEN]
         losses = losses - method.sft_weight * mean
     return losses, policy, reference
+
+
+def token_losses(method: Method, row: Row, logprobs: Tensor) -> TokenLosses:
+    """Losses of a row's scored tokens, of one response a record.
+
+    Held-out rows may lack soft targets: their tokens count by cross-entropy alone.
+
+    Args:
+        method: the resolved method, with a loss of tokens.
+        row: the collated row.
+        logprobs: `[K]`, or `[K, 1 + k]`, from the log-prob head, with gradient.
+    """
+    assert method.token_loss is not None
+    columns = logprobs[:, None] if logprobs.dim() == 1 else logprobs
+    read = {name: row[name] for name in method.reads if name in row}
+    if method.reads and not read:
+        return TOKEN_LOSSES["sft"].function(columns)
+    return method.token_loss.function(columns, **read, **method.loss_options(1.0))

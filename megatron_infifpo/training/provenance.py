@@ -38,7 +38,7 @@ FORMAT = Format(
     },
 )
 _LAYOUT = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
-_FILES = ("preference_data", "preference_sources")
+_FILES = ("preference_data", "preference_sources", "soft_targets")
 _PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "apex")
 
 

@@ -10,13 +10,12 @@ from torch import Tensor
 from megatron_infifpo.engine.packed import run_packed, to_device
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.logprobs import segment_sums
-from megatron_infifpo.losses import CHOSEN
 from megatron_infifpo.rows import Row
 from megatron_infifpo.storage.checkpoints import TRACKER
 from megatron_infifpo.training.data import Datasets
 from megatron_infifpo.training.megatron_args import current_step, pairs_seen
-from megatron_infifpo.training.metrics import preference_metrics, sft_metrics, waste_metrics
-from megatron_infifpo.training.objective import pair_losses
+from megatron_infifpo.training.metrics import preference_metrics, token_metrics, waste_metrics
+from megatron_infifpo.training.objective import pair_losses, token_losses
 from megatron_infifpo.training.settings import Run
 
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -53,8 +52,10 @@ class TrainingStep:
         self.source_names = self.train.source_names
         if self.method.initial_as_source:
             self.source_names += ("initial",)
+        if self.train.targets is not None:
+            self.source_names = self.train.targets.sources
         self.domains = self.train.domains
-        self.loss = self.sft_loss if self.method.objective == "sft" else self.preference_loss
+        self.loss = self.preference_loss if self.method.token_loss is None else self.token_loss
 
     def __call__(
         self, data_iterator: Iterator[Row], model: torch.nn.Module
@@ -132,14 +133,21 @@ class TrainingStep:
                 f"look at the gradient norms before; {way_on(self.run.folders.save, now)}"
             )
 
-    def sft_loss(self, row: Row, token_logprobs: Tensor) -> Loss:
-        """Sum the cross-entropy of a row's chosen responses; the count is of tokens."""
-        counts = row["token_counts"][:, CHOSEN]
+    def token_loss(self, row: Row, logprobs: Tensor) -> Loss:
+        """Sum the losses of the tokens of a row's chosen responses; the count is of tokens.
+
+        Args:
+            row: the collated row.
+            logprobs: `[K]`, or `[K, 1 + k]`, from the log-prob head.
+        """
+        records = len(row["token_counts"])
+        found = token_losses(self.method, row, logprobs)
         with torch.no_grad():
-            sums = segment_sums(token_logprobs, row["segment_ids"], len(counts))
-            metrics = sft_metrics(row, sums, counts, self.domains) | waste_metrics(row)
+            observed = logprobs if logprobs.dim() == 1 else logprobs[:, 0]
+            sums = segment_sums(observed, row["segment_ids"], records)
+            metrics = token_metrics(row, found, sums, self.source_names, self.domains)
         self.check(row, sums[:, None])
-        return -token_logprobs.sum(), _count(len(token_logprobs), token_logprobs), metrics
+        return found.losses.sum(), _count(len(logprobs), logprobs), metrics | waste_metrics(row)
 
 
 def _count(number: int, like: Tensor) -> Tensor:

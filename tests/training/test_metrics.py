@@ -2,8 +2,9 @@
 
 import torch
 
+from megatron_infifpo.losses.tokens import Part, TokenLosses
 from megatron_infifpo.methods import resolve
-from megatron_infifpo.training.metrics import preference_metrics, sft_metrics
+from megatron_infifpo.training.metrics import preference_metrics, token_metrics
 from megatron_infifpo.training.objective import pair_losses
 
 SOURCES, DOMAINS = ("a", "b"), ("code", "math", "law")
@@ -90,10 +91,45 @@ def test_what_is_left_out():
     assert not any(name.startswith("domain/") for name in one_domain)
 
 
+def token_row() -> dict:
+    """Three responses of 2, 3 and 5 tokens."""
+    counts = torch.tensor([2, 3, 5])
+    return {
+        "domain_codes": torch.tensor([0, 1, 0]),
+        "token_counts": counts[:, None],
+        "segment_ids": torch.arange(3).repeat_interleave(counts),
+    }
+
+
 def test_sft_weighs_tokens():
-    sums, counts = torch.tensor([-2.0, -9.0, -1.0]), torch.tensor([2, 3, 5])
-    metrics = sft_metrics({"domain_codes": torch.tensor([0, 1, 0])}, sums, counts, DOMAINS)
+    sums = torch.tensor([-2.0, -9.0, -1.0])
+    found = TokenLosses(torch.tensor([1.0, 1, 3, 3, 3, 0, 0, 0, 0, 1]), {})
+    metrics = token_metrics(token_row(), found, sums, (), DOMAINS)
     assert values(metrics, "loss") == (12.0, 10.0)
     assert values(metrics, "domain/code/loss") == (3.0, 7.0)
     total, count = values(metrics, "logps/chosen")
     assert abs(total - (-1 - 3 - 0.2)) < 1e-6 and count == 3
+    assert metrics.keys() == {
+        "loss",
+        "logps/chosen",
+        "domain/code/loss",
+        "domain/math/loss",
+        "domain/law/loss",
+    }
+
+
+def test_what_sources_teach():
+    row = token_row() | {"soft_sources": torch.tensor([1, 0, 2, 2, 0, 0, 0, 1, 255, 0])}
+    taught = (row["soft_sources"] > 0).float()
+    ones, numbers = torch.ones(10), torch.arange(10.0)
+    chunk = Part(torch.zeros(10), torch.zeros(10))
+    parts = {"ce": Part(ones, ones), "distance": Part(numbers * taught, taught), "chunk": chunk}
+    found = TokenLosses(torch.ones(10), parts)
+    metrics = token_metrics(row, found, -torch.ones(3), ("a", "initial"), DOMAINS)
+    assert values(metrics, "distance") == (0 + 2 + 3 + 7 + 8, 5)
+    assert values(metrics, "domain/math/distance") == (5, 2)
+    assert values(metrics, "taught") == (5, 10) and values(metrics, "domain/code/taught") == (3, 7)
+    assert values(metrics, "share/a") == (2, 5) and values(metrics, "share/initial") == (2, 5)
+    assert values(metrics, "share/several") == (1, 5)
+    assert values(metrics, "domain/code/share/a") == (2, 3)
+    assert values(metrics, "chunk") == (0, 0), "a gap, not a number"

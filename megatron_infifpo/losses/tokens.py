@@ -1,0 +1,201 @@
+"""Losses of every token of one response: cross-entropy, alone or with what sources say of a token.
+
+    FuseLLM    https://arxiv.org/abs/2401.10491     soft targets, fused from all sources
+    FuseChat   https://arxiv.org/abs/2408.07990     the same from one source; models are merged then
+    InfiFusion https://arxiv.org/abs/2501.02795     sorted top-k values of all sources
+
+`logprobs` are `[K, 1 + k]`: in the first column those of the tokens of the response, then those
+that the loss asks for. Every row t is about the distribution that predicts token t.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_infifpo.distillation import (
+    bucket_logps,
+    chunk_binary_kl,
+    ghost_kl,
+    renormalised_kl,
+    topk_l1,
+    topk_standardised_l1,
+)
+from megatron_infifpo.options import Option, declared, values_read
+
+
+class Part(NamedTuple):
+    """A part of a loss, by token."""
+
+    values: Tensor
+    """`[K]`, 0 where the part is not there."""
+    counts: Tensor
+    """`[K]`, how often it is there."""
+
+
+class TokenLosses(NamedTuple):
+    """What is trained on, and what it is made of."""
+
+    losses: Tensor
+    """`[K]`"""
+    parts: Mapping[str, Part]
+    """By name, without their weights."""
+
+
+def cross_entropy(logprobs: Tensor) -> TokenLosses:
+    """Cross-entropy of the response: SFT."""
+    return TokenLosses(-logprobs[:, 0], {})
+
+
+def soft_targets(
+    logprobs: Tensor,
+    soft_probs: Tensor,
+    soft_tail: Tensor,
+    soft_sources: Tensor,
+    chunk_rows: Tensor,
+    chunk_of: Tensor,
+    chunk_logps: Tensor,
+    chunk_weights: Tensor,
+    soft_buckets: Tensor | None = None,
+    *,
+    lm_weight: Annotated[
+        float, Option("share of cross-entropy where a token has a soft target", range="[0, 1]")
+    ] = 0.9,
+    tail: Annotated[
+        str,
+        Option(
+            "what is left of a source outside its top k: ghost, one more class, or renormalised, "
+            "nothing, with the top k scaled up to 1 as published",
+            choices=("ghost", "renormalised"),
+        ),
+    ] = "ghost",
+    chunk_weight: Annotated[
+        float,
+        Option(
+            "weight of a text that both models cut in other tokens, as a share of a token's",
+            range="[0, inf)",
+        ),
+    ] = 1.0,
+    chunk_temperature: Annotated[
+        float, Option("tau of the likelihoods of such texts", range="(0, inf)")
+    ] = 100.0,
+) -> TokenLosses:
+    """SFT with soft targets: `lm CE + (1 - lm) KL(target || policy)`, and CE where there is none.
+
+    Texts that are several tokens for the policy or for a source have no target of their ids; there
+    `(1 - lm) chunk_weight` times the difference of their likelihoods is added to CE.
+
+    Args:
+        logprobs: `[K, 1 + k]`, or `[K, 1 + m]` with buckets.
+        soft_probs, soft_tail: `[K, k]` and `[K]`, the targets and what is left of them.
+        soft_sources: `[K]`, 0 where there is no target.
+        chunk_rows, chunk_of: `[n]`, the tokens of the C texts, and which text each is of.
+        chunk_logps, chunk_weights: `[C]`, a source's log-prob of a text, and its weight.
+        soft_buckets: `[K, m]`, which of the k targets an id counts for, where several do for one.
+        lm_weight, tail, chunk_weight, chunk_temperature: see the options.
+    """
+    observed, students = logprobs[:, 0], logprobs[:, 1:]
+    if soft_buckets is not None:
+        students = bucket_logps(students, soft_buckets, soft_probs.shape[1])
+    taught = soft_sources > 0
+    if tail == "ghost":
+        distance = ghost_kl(students, soft_probs, soft_tail)
+    else:
+        distance = renormalised_kl(students, soft_probs)
+    distance = torch.where(taught, distance, 0.0)
+    likelihoods = torch.zeros_like(chunk_logps).index_add(0, chunk_of, observed[chunk_rows])
+    found = chunk_binary_kl(likelihoods, chunk_logps, tau=chunk_temperature)
+    # A text counts where it begins: its rows are in order.
+    begins = torch.ones_like(chunk_of, dtype=torch.bool)
+    begins[1:] = chunk_of[1:] != chunk_of[:-1]
+    first = chunk_rows[begins]
+    none = torch.zeros_like(observed)
+    chunks = Part(
+        none.index_add(0, first, found * chunk_weights), none.index_add(0, first, chunk_weights)
+    )
+    share = torch.where(taught, lm_weight, 1.0)
+    losses = -observed * share + (1 - lm_weight) * (distance + chunk_weight * chunks.values)
+    parts = {
+        "ce": Part(-observed, torch.ones_like(observed)),
+        "distance": Part(distance, taught.to(observed.dtype)),
+        "chunk": chunks,
+    }
+    return TokenLosses(losses, parts)
+
+
+def top_values(
+    logprobs: Tensor,
+    top_values: Tensor,
+    *,
+    uld_weight: Annotated[
+        float, Option("weight of the distance to the sources, beside CE", range="[0, inf)")
+    ] = 1.5,
+    uld_temperature: Annotated[
+        float, Option("of both sides' softmax over the top k", range="(0, inf)")
+    ] = 1.0,
+    standardisation: Annotated[
+        str,
+        Option("of both sides' top k before that softmax", choices=("unbiased", "biased", "none")),
+    ] = "unbiased",
+) -> TokenLosses:
+    """`CE + w mean over sources of the distance of sorted top-k distributions`: InfiFusion.
+
+    The mean is over the sources that have comparable values at a token; where none has, CE alone.
+
+    Args:
+        logprobs: `[K, 1 + k]`, at last the policy's own k most probable ids, falling.
+        top_values: `[K, M, k]`, the sources' own; NaN where one has none.
+        uld_weight, uld_temperature, standardisation: see the options. None of the three is
+            published.
+    """
+    observed, own = logprobs[:, 0], logprobs[:, 1:]
+    there = ~top_values.isnan().any(dim=-1)
+    flat = torch.where(there[..., None], top_values, own.detach()[:, None]).flatten(0, 1)
+    students = own[:, None].expand_as(top_values).flatten(0, 1)
+    if standardisation == "none":
+        found = topk_l1(students, flat, temperature=uld_temperature)
+    else:
+        unbiased = standardisation == "unbiased"
+        found = topk_standardised_l1(students, flat, temperature=uld_temperature, unbiased=unbiased)
+    count = there.sum(dim=1)
+    distance = torch.where(there, found.view_as(there), 0.0).sum(dim=1) / count.clamp_min(1)
+    parts = {
+        "ce": Part(-observed, torch.ones_like(observed)),
+        "distance": Part(distance, (count > 0).to(observed.dtype)),
+    }
+    return TokenLosses(-observed + uld_weight * distance, parts)
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """A loss of single tokens, and what it needs beside the options that its signature declares.
+
+    Attributes:
+        function: `(logprobs [K, 1 + k], ..., *, options)` to `TokenLosses`. What else it takes is a
+            value of the row by that name; one with a default is given where the row has it.
+        most_sources: it learns from so many sources at a time, beside the initial pivot; None: any
+            number.
+    """
+
+    function: Callable[..., TokenLosses]
+    most_sources: int | None = None
+
+    @property
+    def options(self) -> Mapping[str, Option]:
+        """Its options."""
+        return declared(self.function)
+
+    @property
+    def reads(self) -> Mapping[str, bool]:
+        """Values of the row that it takes beside log-probs, and whether it needs them."""
+        return values_read(self.function, 1)
+
+
+TOKEN_LOSSES: dict[str, TokenLoss] = {
+    "sft": TokenLoss(cross_entropy),
+    "soft_targets": TokenLoss(soft_targets),
+    "one_soft_target": TokenLoss(soft_targets, most_sources=1),
+    "top_values": TokenLoss(top_values),
+}
