@@ -24,7 +24,7 @@ from megatron_infifpo.errors import UserError
 # What is done one after the other, in this order.
 STAGES: dict[str, tuple[str, ...]] = {
     "From prompts to preference pairs": ("sample", "label", "split"),
-    "Checkpoints": ("import", "export", "describe", "verify"),
+    "Checkpoints": ("import", "export", "merge", "describe", "verify"),
     "What training reads": ("prepare", "score", "import-logprobs", "inspect", "check"),
     "Training, and what came of it": ("train", "rounds", "report", "evaluate"),
     "Clusters and machines": ("plan", "launch", "environment", "gpu-check", "completion"),

@@ -31,8 +31,8 @@ def sce(
     select: Annotated[
         str,
         Option(
-            "what the selected elements are for: all that is merged, or, as in the code that "
-            "FuseChat-7B was published with, the models' weights alone, and all is merged",
+            "deltas: what is selected is merged; weights: it says what the models weigh, and all "
+            "elements are merged, as in the code that FuseChat-7B was published with",
             choices=("deltas", "weights"),
         ),
     ] = "deltas",
@@ -141,7 +141,7 @@ def parameters(method: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(MERGES[method]).parameters
 
 
-def options() -> dict[str, dict[str, Option]]:
+def all_options() -> dict[str, dict[str, Option]]:
     """The options of all methods, by name, and then by the methods that have it."""
     found: dict[str, dict[str, Option]] = {}
     for method, function in MERGES.items():
