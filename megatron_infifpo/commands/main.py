@@ -25,7 +25,14 @@ from megatron_infifpo.errors import UserError
 STAGES: dict[str, tuple[str, ...]] = {
     "From prompts to preference pairs": ("sample", "label", "split"),
     "Checkpoints": ("import", "export", "merge", "describe", "verify"),
-    "What training reads": ("prepare", "score", "import-logprobs", "inspect", "check"),
+    "What training reads": (
+        "prepare",
+        "score",
+        "import-logprobs",
+        "fuse-targets",
+        "inspect",
+        "check",
+    ),
     "Training, and what came of it": ("train", "rounds", "report", "evaluate"),
     "Clusters and machines": ("plan", "launch", "environment", "gpu-check", "completion"),
 }

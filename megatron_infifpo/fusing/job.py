@@ -1,0 +1,272 @@
+"""Fuse sources' distributions into soft targets: open, check, align, map, fuse, write."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_infifpo import __version__
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import check_choice, check_positive, check_types
+from megatron_infifpo.fusing.align import Response
+from megatron_infifpo.fusing.coverage import Coverage
+from megatron_infifpo.fusing.fuse import FUSIONS, fuse
+from megatron_infifpo.fusing.source import Found, FusingSource
+from megatron_infifpo.fusing.tokenizers import map_sources, reopen
+from megatron_infifpo.fusing.vocabulary import AMBIGUOUS
+from megatron_infifpo.references.reference import Reference
+from megatron_infifpo.references.soft_target_writer import SoftTargetWriter
+from megatron_infifpo.references.soft_targets import (
+    GROUPED,
+    SEVERAL,
+    VALUES,
+    SoftTargets,
+    SoftTargetStore,
+)
+from megatron_infifpo.references.sources import INITIAL, Source, check_domains, read_sources
+from megatron_infifpo.references.top_k import text_identity
+from megatron_infifpo.storage.sharded_job import different
+from megatron_infifpo.tokens.dataset import TokenDataset
+from megatron_infifpo.tokens.token_bytes import TokenBytes
+
+CE_PER = ("byte", "token")
+MAY_MOVE = ("path", "logprobs")  # the same tokenizer and log-probs may lie elsewhere now
+
+
+@dataclass(frozen=True)
+class FusingJob:
+    """What is fused, and how; fields named as the flags of `infifpo fuse-targets`.
+
+    Attributes:
+        data: prefix of the pivot's token data set.
+        sources: sources.yaml.
+        output: prefix of the soft-target data set to write.
+        fusion: a key of `FUSIONS`.
+        include_initial: the initial pivot is a source, too.
+        only: names of the sources that take part; None: all.
+        ce_per: cross-entropies are compared by "byte", or by "token" of each source.
+        ambiguous: what becomes of ids that stand for several of the pivot's, one of `AMBIGUOUS`;
+            None: "digits", or with the fusion "none" nothing, since ids are not used.
+        top_k: ids of a row; None: as many as every source has.
+        tokenizer: where the pivot's tokenizer is now; None: where the data set was made with it.
+        source_tokenizer: the same of sources, by name.
+        trust_remote_code: run code that comes with the tokenizers.
+    """
+
+    data: str
+    sources: str
+    output: str
+    fusion: str = "mince"
+    include_initial: bool = False
+    only: Sequence[str] | None = None
+    ce_per: str = "byte"
+    ambiguous: str | None = None
+    top_k: int | None = None
+    tokenizer: str | None = None
+    source_tokenizer: Mapping[str, str] = field(default_factory=dict)
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading a file.
+
+        Raises:
+            UserError: a value out of its range, or one without effect.
+        """
+        check_types(self)
+        check_choice("fusion", self.fusion, FUSIONS)
+        check_choice("ce_per", self.ce_per, CE_PER)
+        check_positive(self, "top_k")
+        if self.ambiguous is not None:
+            check_choice("ambiguous", self.ambiguous, AMBIGUOUS)
+            if self.fusion == VALUES:
+                raise UserError(
+                    f"--ambiguous has no effect with --fusion {VALUES}, which uses no ids"
+                )
+
+
+def fuse_targets(job: FusingJob) -> None:
+    """Fuse what sources say of every token into one soft target, and print what they can teach.
+
+    Reads and writes record by record. Output that is complete already is left as it is.
+
+    Args:
+        job: what is fused. `SoftTargetStore(job.output)` opens the result.
+
+    Raises:
+        UserError: log-probs of other records, without distributions or with too few tokens;
+            a tokenizer that is not there; or output of another job.
+    """
+    tokens = TokenDataset(job.data)
+    sources = _open_sources(job, tokens)
+    fields = _fields(job, tokens, sources)
+    if Path(f"{job.output}.json").exists():
+        _check_finished(job, tokens, fields)
+        return
+    pivot = reopen(
+        tokens.manifest["tokenizer"], job.tokenizer, "--tokenizer DIR", job.trust_remote_code
+    )
+    groups = map_sources(
+        sources,
+        pivot,
+        job.ambiguous or AMBIGUOUS[0],
+        job.source_tokenizer,
+        trust_remote_code=job.trust_remote_code,
+    )
+    _announce(job, tokens, fields)
+    coverage = Coverage(tokens.domains, fields["sources"], job.ce_per)
+    with (
+        SoftTargetWriter(
+            job.output,
+            responses=tokens.responses,
+            fusion=job.fusion,
+            groups=groups if job.ambiguous == GROUPED else None,
+            manifest=fields,
+        ) as writer,
+        tqdm(desc="fuse", total=len(tokens), unit=" records") as bar,
+    ):
+        for index in range(len(tokens)):
+            targets: list[SoftTargets | None] = []
+            for response, read in enumerate(_responses(tokens, index, pivot.token_bytes)):
+                found = _ask(sources, index, response, read, tokens, coverage)
+                targets.append(
+                    fuse(
+                        [one.candidate for one in found],
+                        len(read.lengths),
+                        fusion=job.fusion,
+                        top_k=fields["top_k"],
+                        sources=len(sources),
+                    )
+                )
+            writer.add(targets)
+            bar.update()
+        writer.fields |= coverage.fields()
+    print(f"\n{', '.join(fields['sources'])} -> {job.output}")
+    print("\n".join(coverage.lines()))
+
+
+def _responses(tokens: TokenDataset, index: int, token_bytes: TokenBytes) -> Iterator[Response]:
+    """Yield the pivot's scored tokens of what is trained on: a pair's chosen response, or a list's
+    responses; none of a masked record."""
+    if tokens.masked_records[index]:
+        return
+    record = tokens.record(index)
+    for number, ids in enumerate(record.response_ids[: None if tokens.listed else 1]):
+        scored = ids if record.scored is None else ids[record.scored[number]]
+        text = text_identity(token_bytes.join(scored.tolist()))
+        yield Response(token_bytes.lengths[scored].astype(np.int64), *text)
+
+
+def _ask(
+    sources: Sequence[FusingSource],
+    index: int,
+    response: int,
+    read: Response,
+    tokens: TokenDataset,
+    coverage: Coverage,
+) -> list[Found]:
+    """Return what the sources say of a response, and count it."""
+    domain, found = int(tokens.domain_codes[index]), []
+    for source in sources:
+        said = source.take(index, response, read)
+        if isinstance(said, str):
+            coverage.mask(domain, source.number, said)
+        else:
+            found.append(said)
+    coverage.add(domain, len(read.lengths), found)
+    return found
+
+
+def _open_sources(job: FusingJob, tokens: TokenDataset) -> list[FusingSource]:
+    """Open the sources that take part, the initial pivot as the last one."""
+    config = read_sources(job.sources)
+    check_domains(config, tokens.domains)
+    known = [source.name for source in config.sources]
+    for name in job.only or ():
+        if name not in known:
+            raise UserError(
+                f"--only names {name!r}, expected sources of {job.sources}: {', '.join(known)}"
+                + (" (--include-initial takes the initial pivot)" if name == INITIAL else "")
+            )
+    chosen = [source for source in config.sources if job.only is None or source.name in job.only]
+    if job.include_initial:
+        chosen.append(Source(INITIAL, config.initial, weight=config.initial_weight))
+    if job.fusion == "mean":
+        chosen = [source for source in chosen if source.weight > 0]
+    if not 0 < len(chosen) < SEVERAL:
+        raise UserError(
+            f"{job.sources} has {len(chosen)} sources to fuse, expected 1 to {SEVERAL - 1} "
+            "(of a weight above 0, where they are weighted)"
+        )
+    if job.ambiguous == GROUPED and job.fusion != "mince" and len(chosen) > 1:
+        raise UserError(
+            f"--ambiguous {GROUPED} with --fusion {job.fusion}: groups of several sources overlap, "
+            "expected --fusion mince, or one source (--only NAME)"
+        )
+    sources: list[FusingSource] = []
+    for source in chosen:
+        reference = Reference.open(
+            source.name,
+            source.logprobs,
+            tokens,
+            domains=source.domains,
+            pivot=job.include_initial and source is chosen[-1],
+        )
+        opened = FusingSource(
+            reference,
+            number=len(sources),
+            weight=source.weight,
+            per_byte=job.ce_per == CE_PER[0],
+        )
+        opened.check(job.top_k, listed=tokens.listed)
+        sources.append(opened)
+    return sources
+
+
+def _fields(
+    job: FusingJob, tokens: TokenDataset, sources: Sequence[FusingSource]
+) -> dict[str, Any]:
+    """Return what the manifest says of the job: all that its result depends on."""
+    least = min(source.store.top_k or 0 for source in sources)
+    return {
+        "fusion": job.fusion,
+        "top_k": job.top_k or least,
+        "sources": [source.name for source in sources],
+        "include_initial": job.include_initial,
+        "ce_per": job.ce_per,
+        "ambiguous": None if job.fusion == VALUES else job.ambiguous or AMBIGUOUS[0],
+        "records_sha256": tokens.records_sha256,
+        "tokens_sha256": tokens.manifest["tokens_sha256"],
+        "tokenizer": tokens.manifest["tokenizer"],
+        "models": {source.name: source.describe() for source in sources},
+        "versions": {"megatron_infifpo": __version__, "numpy": np.__version__},
+    }
+
+
+def _check_finished(job: FusingJob, tokens: TokenDataset, fields: dict[str, Any]) -> None:
+    """Accept output that this very job has written, and refuse any other."""
+    store = SoftTargetStore(job.output)
+    found = {name: store.manifest.get(name) for name in fields}
+    if difference := different(fields, found, MAY_MOVE):
+        raise UserError(
+            f"{job.output}.json exists and is of another job: {difference}; delete it or choose "
+            "another --output"
+        )
+    store.take(0, 0, int(tokens.scored_lengths[0, 0]))  # opens every file
+    print(f"{job.output} is complete already")
+
+
+def _announce(job: FusingJob, tokens: TokenDataset, fields: dict[str, Any]) -> None:
+    """Say what is going to be written, and how large it is."""
+    lengths = tokens.scored_lengths if tokens.listed else tokens.scored_lengths[:, :1]
+    count, total, k = int((lengths > 0).sum()), int(lengths.sum(dtype=np.int64)), fields["top_k"]
+    each = 2 * k * len(fields["sources"]) if job.fusion == VALUES else 6 * k + 3
+    what = "values" if job.fusion == VALUES else f"soft targets ({job.fusion})"
+    print(
+        f"{job.output}: {what} of {count} responses, {total} tokens, from "
+        f"{', '.join(fields['sources'])}: {each} bytes a token for {k} ids, at most "
+        f"{each * total / 1e9:.2f} GB"
+        + ("" if job.fusion == VALUES else ", and 16 bytes a chunk that is not one to one")
+    )

@@ -1,0 +1,169 @@
+"""A source, opened for fusing: what it says of a response, or why it takes no part."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.fusing.align import Response, align_response, identity
+from megatron_infifpo.fusing.fuse import Candidate
+from megatron_infifpo.fusing.vocabulary import Vocabulary, VocabularyMap, map_vocabulary
+from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.reference import Reference
+from megatron_infifpo.references.soft_targets import GROUPED
+from megatron_infifpo.storage.notes import parse_ranges
+
+OUTSIDE = "outside its domains"
+MASKED = "masked in its log-probs"
+OTHER_TEXT = "its text is not the pivot's, byte for byte"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source says of a response.
+
+    Attributes:
+        candidate: in the pivot's ids.
+        nats: minus the log-prob of the response.
+        units: its bytes, or the source's tokens.
+    """
+
+    candidate: Candidate
+    nats: float
+    units: int
+
+
+class FusingSource:
+    """One source.
+
+    Attributes:
+        name: of the source; "initial" of the initial pivot.
+        number: among all sources.
+        weight: its share in a mean.
+        store: its log-probs.
+        map: of its ids onto the pivot's, after `map_ids`.
+    """
+
+    map: VocabularyMap
+
+    def __init__(self, reference: Reference, *, number: int, weight: float, per_byte: bool) -> None:
+        """Take a source.
+
+        Args:
+            reference: its log-probs, joined with the records.
+            number: among all sources.
+            weight: its share in a mean.
+            per_byte: cross-entropies are by bytes, else by the source's tokens.
+        """
+        self.name, self.number, self.weight = reference.name, number, weight
+        self.store: LogprobStore = reference.store
+        self._takes_part, self._per_byte = reference.takes_part, per_byte
+        self._same_ids, self._starts_suffice = False, False
+
+    def check(self, top_k: int | None, *, listed: bool) -> None:
+        """Check that it has the top-k that is asked for.
+
+        Raises:
+            UserError: it has none, or of too few tokens or responses.
+        """
+        again = "score it again with infifpo score --top-k"
+        if self.store.top_k is None:
+            raise UserError(
+                f"{self.store.prefix} ({self.name}) has no distributions over tokens, expected the "
+                f"most probable ones of each; {again} K"
+            )
+        if top_k is not None and self.store.top_k < top_k:
+            raise UserError(
+                f"{self.store.prefix} ({self.name}) has the {self.store.top_k} most probable "
+                f"tokens of each, expected {top_k} by --top-k; {again} {top_k}, or ask for fewer"
+            )
+        if listed and self.store.manifest["top_k"]["responses"] != "all":
+            raise UserError(
+                f"{self.store.prefix} ({self.name}) has distributions of a list's first response "
+                f"alone, expected them of all responses; {again} {self.store.top_k} "
+                "--top-k-responses all"
+            )
+
+    def map_ids(self, own: Vocabulary, pivot: Vocabulary, ambiguous: str) -> None:
+        """Map its ids onto the pivot's.
+
+        Args:
+            own: its vocabulary.
+            pivot: the pivot's.
+            ambiguous: one of `vocabulary.AMBIGUOUS`.
+        """
+        size = self.store.manifest["top_k"]["vocab_size"]
+        self.map = map_vocabulary(own, pivot, size, ambiguous)
+        self._same_ids = own.identity == pivot.identity
+        self._starts_suffice = ambiguous == GROUPED
+
+    @cached_property
+    def _texts(self) -> np.ndarray:
+        # A plain array: each look into a mapped one makes another, slowly.
+        return np.array(self.store.texts)
+
+    @cached_property
+    def _notes(self) -> tuple[np.ndarray, list[str]]:
+        """What its manifest says of records: which text, and the texts."""
+        texts, which = [""], np.zeros(len(self.store), np.int16)
+        for text, ranges in self.store.manifest["notes"].items():
+            for part in parse_ranges(ranges):
+                which[part.start : part.stop] = len(texts)
+            texts.append(text)
+        return which, texts
+
+    def take(self, index: int, response: int, pivot: Response) -> Found | str:
+        """Return what it says of a response, or why it takes no part.
+
+        Args:
+            index: of the record.
+            response: which of its responses.
+            pivot: the pivot's tokens.
+        """
+        which, texts = self._notes
+        note = texts[which[index]]
+        if not self._takes_part[index]:
+            return (note or MASKED) if self.store.masked(index) else OUTSIDE
+        lengths = self.store.byte_lengths(index, response).astype(np.int64)
+        text = [int(part) for part in self._texts[index, response]]
+        own = Response(lengths, *text)
+        if self._same_ids and own.whole == pivot.whole and np.array_equal(lengths, pivot.lengths):
+            alignment = identity(len(lengths))
+        elif (found := align_response(pivot, own, starts_suffice=self._starts_suffice)) is None:
+            return note or OTHER_TEXT  # of a record that was cut the note says so
+        else:
+            alignment = found
+        ids, logps, tail = self.store.top(index, response)
+        values = self.store.logprobs(index, response).astype(np.float64)
+        nats, units = -float(values.sum()), int(lengths.sum()) if self._per_byte else len(values)
+        at, until = alignment.source_rows, np.concatenate([[0.0], np.cumsum(values)])
+        first, end = alignment.source_chunks.T
+        candidate = Candidate(
+            number=self.number,
+            weight=self.weight,
+            cross_entropy=nats / max(units, 1),
+            rows=alignment.rows,
+            ids=self.map.ids[ids[at]],
+            probs=np.exp(logps[at].astype(np.float64)),
+            tail=np.exp(tail[at].astype(np.float64)),
+            values=logps[at],
+            chunks=alignment.chunks,
+            chunk_logps=until[end] - until[first],
+        )
+        return Found(candidate, nats, units)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a manifest says of it: whose log-probs these are, and where they lie."""
+        manifest, store = self.store.manifest, self.store
+        values = hashlib.sha256(store.all_sums.tobytes() + store.token_counts.tobytes())
+        names = ("model", "weights_sha256", "backend", "dtype", "tokenizer")
+        return {name: manifest[name] for name in names} | {
+            "logprobs": store.prefix,
+            "logprobs_sha256": values.hexdigest(),
+            "top_k": store.top_k,
+            "weight": self.weight,
+            "records": int(self._takes_part.sum()),
+        }
