@@ -8,6 +8,8 @@ rerun the same command after an interruption, on any number of ranks, and finish
 
     torchrun --nproc-per-node 8 -m megatron_infifpo score --backend megatron --model pivot \\
         --tensor-model-parallel-size 2 --bf16 --input train.jsonl --output logprobs/pivot
+
+With --top-k the most probable tokens are kept at each scored one, for token-level fusion.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from megatron_infifpo.commands.flags import (
     tokenizer_options,
 )
 from megatron_infifpo.flag_types import positive
-from megatron_infifpo.scoring.job import ABSENT, BACKENDS, OVER_CONTEXT, ScoringJob
+from megatron_infifpo.scoring.job import ABSENT, BACKENDS, OVER_CONTEXT, TOP_K_RESPONSES, ScoringJob
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +74,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=OVER_CONTEXT,
         help="a record with a longer response is masked, or its responses are cut, which the "
         "manifest notes (default: %(default)s)",
+    )
+    what.add_argument(
+        "--top-k",
+        type=positive,
+        metavar="K",
+        help="keep the K most probable tokens at each scored one, for infifpo fuse-targets; 16 is "
+        "usual, and takes 100 bytes a token (default: none)",
+    )
+    what.add_argument(
+        "--top-k-responses",
+        choices=TOP_K_RESPONSES,
+        help="of which responses: token-level fusion trains on the chosen ones of pairs "
+        "(default: %(default)s)",
     )
     what.add_argument(
         "--tokenizer", metavar="DIR", help="for a model folder without one (default: the model's)"

@@ -169,6 +169,12 @@ class LogprobStore:
         """
         return self._top_files.texts
 
+    def open_all(self) -> None:
+        """Open every file, and so see that it is there and whole."""
+        self.logprobs(0, 0)
+        if self._top is not None:
+            self._top.open_all()
+
     @property
     def _top_files(self) -> TopKFiles:
         if self._top is None:

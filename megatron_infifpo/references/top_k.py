@@ -29,7 +29,6 @@ from megatron_infifpo.storage.documents import (
 )
 from megatron_infifpo.storage.manifests import check_fields
 
-RESPONSES_KEPT = ("all", "chosen")
 SCHEMA = {"k": int, "responses": str, "vocab_size": int, "end_of_turn_ids": [int]}
 _DOCUMENTS: dict[str, type[np.number]] = {
     "_topk_ids": np.int32,
@@ -105,6 +104,17 @@ def unpack_logps(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return float32 log-probs `[L, k]` and the log of the tail's mass `[L]`."""
     values = packed.view(np.float16).astype(np.float32)
     return values[:, :-1], values[:, -1]
+
+
+def covered_mass(found: Sequence[Packed]) -> tuple[float, int]:
+    """Return the mass of the k most probable tokens, added up over tokens, and how many these are.
+
+    Args:
+        found: a record's responses.
+    """
+    tails = [unpack_logps(response.logps)[1] for response in found]
+    mass = sum(float(-np.expm1(tail, dtype=np.float64).sum()) for tail in tails)
+    return mass, sum(map(len, tails))
 
 
 class TopKWriter:
@@ -199,6 +209,10 @@ class TopKFiles:
         check_fields(fields, SCHEMA, f"the manifest {prefix}.json: top_k")
         self.k, self.responses = fields["k"], fields["responses"]
         self._prefix, self._counts, self._listed = prefix, counts, listed
+
+    def open_all(self) -> None:
+        """Open every file."""
+        _ = self._ids, self._logps, self._lengths, self.texts
 
     def top(self, index: int, response: int) -> TopK:
         """Return the distributions of one response, `[0, k]` where none are kept.

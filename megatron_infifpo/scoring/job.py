@@ -15,8 +15,11 @@ from megatron_infifpo.tokens.options import TokenizerOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_infifpo.logprobs import TopLogprobs
+
 OVER_CONTEXT = ("mask", "cut")
 ABSENT = ("error", "mask")
+TOP_K_RESPONSES = ("all", "chosen")
 
 
 class ScoringModel(Protocol):
@@ -35,11 +38,14 @@ class ScoringModel(Protocol):
     data_parallel_size: int
     is_writer: bool
 
-    def __call__(self, rows: list[Row], on_row: Callable[[Row], None], /) -> "list[Tensor]":
+    def __call__(
+        self, rows: list[Row], on_row: Callable[[Row], None], /
+    ) -> "Sequence[Tensor | TopLogprobs]":
         """Score collated rows, and call `on_row` with each that is done.
 
         Returns:
-            The `[K]` float32 log-probs of each row; an empty list where other ranks have them.
+            The `[K]` float32 log-probs of each row, or `TopLogprobs` (`[K, 1 + n]`) of one with
+            `own_top` n; nothing where other ranks have them.
         """
 
 
@@ -97,6 +103,9 @@ class ScoringJob:
         tokenizer_options: how it is used, and what of a reply is scored.
         micro_batch_tokens: tokens of a packed row.
         shard_records: records of a shard, the unit of work and of resuming.
+        top_k: how many most probable tokens to keep of each scored one, with their log-probs; None:
+            none, only the scored tokens' own log-probs.
+        top_k_responses: of which responses: "all", or a pair's "chosen" alone.
     """
 
     backend: str
@@ -117,6 +126,8 @@ class ScoringJob:
     tokenizer_options: TokenizerOptions = TokenizerOptions()
     micro_batch_tokens: int = 8192
     shard_records: int = 256
+    top_k: int | None = None
+    top_k_responses: str = "all"
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a file.
@@ -129,6 +140,9 @@ class ScoringJob:
         check_choice("on_bad_record", self.on_bad_record, ON_BAD)
         check_choice("over_context", self.over_context, OVER_CONTEXT)
         check_choice("absent_domains", self.absent_domains, ABSENT)
+        check_choice("top_k_responses", self.top_k_responses, TOP_K_RESPONSES)
+        if self.top_k_responses != TOP_K_RESPONSES[0] and self.top_k is None:
+            raise UserError("--top-k-responses has no effect without --top-k")
         if self.absent_domains != ABSENT[0] and self.domains is None:
             raise UserError("--absent-domains has no effect without --domains")
         check_positive(
@@ -138,6 +152,7 @@ class ScoringJob:
             "context_length",
             "micro_batch_tokens",
             "shard_records",
+            "top_k",
         )
         check_types(self)
         takes = BACKENDS[self.backend].takes

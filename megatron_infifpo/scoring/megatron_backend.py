@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_infifpo.logprobs import TopLogprobs
 from megatron_infifpo.patches import cpu
 
 cpu.enable()
@@ -83,7 +84,7 @@ class MegatronBackend:
 
     def __call__(
         self, rows: list[Row], on_row: Callable[[Row], None] | None = None
-    ) -> list[Tensor]:
+    ) -> list[Tensor | TopLogprobs]:
         """Score packed rows.
 
         Args:
@@ -91,6 +92,7 @@ class MegatronBackend:
             on_row: called with each row once this rank has done its part of it.
 
         Returns:
-            The `[K]` float32 log-probs of each row on the last pipeline stage, else an empty list.
+            What `score_rows` does: on the last pipeline stage the `[K]` float32 log-probs of each
+            row, or `TopLogprobs` of one with `own_top`; else an empty list.
         """
         return score_rows(self.models, rows, self.vocab_size, on_row)

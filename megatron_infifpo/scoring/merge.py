@@ -1,7 +1,9 @@
 """Join the finished shards of a scoring job into its log-prob dataset."""
 
+from array import array
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from megatron_infifpo.errors import UserError
@@ -9,6 +11,7 @@ from megatron_infifpo.records.records import PreferenceRecord
 from megatron_infifpo.references.logprob_store import MADE_BY, LogprobStore
 from megatron_infifpo.references.logprob_writer import LogprobWriter
 from megatron_infifpo.references.summary import print_summary
+from megatron_infifpo.references.top_k import covered_mass
 from megatron_infifpo.scoring.job import ScoringJob
 from megatron_infifpo.scoring.rows import Limits
 from megatron_infifpo.scoring.shards import read_records, read_shard
@@ -32,16 +35,22 @@ def merge(
     fields = {**plan, "made_by": MADE_BY, "source_files": list(job.input), "example": None}
     count = -(-plan["count"] // job.shard_records)
     domains: list[str] = []
+    covered = array("d")
     bar = tqdm(desc="merge", total=plan["count"], unit=" records")
-    with bar, LogprobWriter(job.output, responses=plan["responses"], manifest=fields) as writer:
+    responses, top_k = plan["responses"], plan.get("top_k")
+    writer = LogprobWriter(job.output, responses=responses, manifest=fields, top_k=top_k)
+    with bar, writer:
         numbered = read_records(job, set(range(count)))
         for (number, records), file in zip(numbered, shards.files(count), strict=True):
-            for record, (note, remarks), values in read_shard(file, number, records):
+            for record, (note, remarks), values, top in read_shard(
+                file, number, records, job.top_k
+            ):
                 domains.append(record.domain)
+                covered.extend(covered_mass(top))
                 if not any(map(len, values)):
                     writer.mask(record.id, note or "")
                     continue
-                writer.add(record.id, values, note=note, remarks=remarks)
+                writer.add(record.id, values, note=note, remarks=remarks, top=top)
                 if writer.fields["example"] is None:
                     writer.fields["example"] = _example(record, tokenizer, limits)
             bar.update(len(records))
@@ -58,9 +67,9 @@ def merge(
                 "--context-length, or another source"
             )
     store = LogprobStore(job.output)
-    store.logprobs(0, 0)  # opens every file
+    store.open_all()
     shards.remove()
-    print_summary(store, domains)
+    print_summary(store, domains, np.array(covered).reshape(-1, 2))
 
 
 def _example(record: PreferenceRecord, tokenizer: ChatTokenizer, limits: Limits) -> dict[str, str]:

@@ -3,19 +3,22 @@
 Everything here is planned from the shard alone, never from the ranks that score it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.logprobs import TopLogprobs
 from megatron_infifpo.records.records import PreferenceRecord
+from megatron_infifpo.references.top_k import Packed
 from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.plan import fill
 from megatron_infifpo.rows.preference_dataset import PreferencePair
+from megatron_infifpo.scoring.top_k import Text, TopKeeper, observed
 from megatron_infifpo.tokens.encoding import encode_or_refuse
 from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
 
@@ -72,6 +75,8 @@ class ShardRows:
         remarks: `TokenizedRecord.notes` of each, `[N]`.
         plan: the records of each row; masked ones are in none.
         rows: the packed rows.
+        keeper: of the most probable tokens; None: they are not asked for.
+        texts: with `keeper`, those of the responses of each record that is scored.
     """
 
     number: int
@@ -80,17 +85,34 @@ class ShardRows:
     remarks: list[tuple[str, ...]]
     plan: list[list[int]]
     rows: list[Row]
+    keeper: TopKeeper | None = None
+    texts: dict[int, list[Text]] = field(default_factory=dict)
 
-    def unpack(self, outputs: Sequence[Tensor]) -> list[list[np.ndarray]]:
-        """Return float32 log-probs by record and response from the `[K]` of each row."""
+    def unpack(self, outputs: Sequence[Tensor | TopLogprobs]) -> list[list[np.ndarray]]:
+        """Return float32 log-probs by record and response from the rows' outputs."""
         results = [[np.zeros(0, np.float32)] * len(r.responses) for r in self.records]
-        for indices, row, logprobs in zip(self.plan, self.rows, outputs, strict=True):
-            counts = row["token_counts"].flatten().tolist()
-            pieces = iter(logprobs.float().split(counts))
+        for index, found in self._split([observed(output).float() for output in outputs]):
+            results[index] = found
+        return results
+
+    def unpack_top(self, outputs: Sequence[TopLogprobs]) -> list[list[Packed]]:
+        """Return the most probable tokens by record and response; of masked records nothing."""
+        assert self.keeper is not None
+        results: list[list[Packed]] = [[] for _ in self.records]
+        ids = self._split([output.top_ids for output in outputs])
+        logps = self._split([output.logprobs[:, 1:].float() for output in outputs])
+        for (index, its_ids), (_, its_logps) in zip(ids, logps, strict=True):
+            parts = zip(its_ids, its_logps, self.texts[index], strict=True)
+            results[index] = [self.keeper.pack(r, *part) for r, part in enumerate(parts)]
+        return results
+
+    def _split(self, values: Sequence[Tensor]) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Yield each record that is scored with what its responses have of the rows' `[K, ...]`."""
+        for indices, row, of_row in zip(self.plan, self.rows, values, strict=True):
+            pieces = iter(of_row.split(row["token_counts"].flatten().tolist()))
             for index in indices:
                 found = [next(pieces).numpy() for _ in range(row["token_counts"].shape[1])]
-                results[index] = found[: len(self.records[index].responses)]
-        return results
+                yield index, found[: len(self.records[index].responses)]
 
 
 def prepare_shard(
@@ -102,6 +124,7 @@ def prepare_shard(
     vocab_size: int,
     row_tokens: int,
     layout: RowLayout,
+    keeper: TopKeeper | None = None,
 ) -> ShardRows:
     """Tokenize, mask and pack the records of a shard.
 
@@ -113,6 +136,7 @@ def prepare_shard(
     remarks: list[tuple[str, ...]] = [()] * len(records)
     lengths = np.zeros(len(records), np.int64)
     pairs: dict[int, PreferencePair] = {}
+    texts: dict[int, list[Text]] = {}
     width = max(len(record.responses) for record in records)
     encoded = encode_or_refuse([records[i] for i in taken], tokenizer)
     for i, whole in zip(taken, encoded, strict=True):
@@ -128,9 +152,13 @@ def prepare_shard(
             pairs[i] = PreferencePair(i, tokens.prompt_ids, (*ids, *lacks), scored=marks)
             prompt = len(tokens.prompt_ids)
             lengths[i] = layout.pair_tokens(prompt, sum(map(len, ids)), len(ids))
+            if keeper is not None:
+                texts[i] = keeper.texts(records[i], tokens)
     plan = fill(lengths, row_tokens)
     rows = [collate([pairs[i] for i in row], layout) for row in plan]
-    return ShardRows(number, records, notes, remarks, plan, rows)
+    if keeper is not None:
+        keeper.ask(rows)
+    return ShardRows(number, records, notes, remarks, plan, rows, keeper, texts)
 
 
 def _check_ids(

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from megatron_infifpo.scoring.merge import merge
 from megatron_infifpo.scoring.ranks import Progress, on_first_rank
 from megatron_infifpo.scoring.rows import Limits, ShardRows, prepare_shard
 from megatron_infifpo.scoring.shards import read_records, write_shard
+from megatron_infifpo.scoring.size import EvenSample, scored_tokens, size_line
+from megatron_infifpo.scoring.top_k import TopKeeper, check_top_k, top_k_fields
 from megatron_infifpo.storage.sharded_job import ShardedJob, different
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_infifpo.tokens.options import open_tokenizer
@@ -59,7 +61,9 @@ def score(job: ScoringJob) -> None:
     scanned = {}
     if rank() == 0:
         _check_writable(shards.folder)
-        scanned = _scan(job, limits)
+        sample = EvenSample()
+        scanned = _scan(job, limits, sample)
+        _say_size(job, tokenizer, limits, scanned, sample)
     model = job.load_model()
 
     def start() -> tuple[dict[str, Any], list[int]]:
@@ -129,7 +133,22 @@ def _limits(job: ScoringJob) -> Limits:
     return Limits(job.context_length or context, job.over_context == "cut", job.domains)
 
 
-def _scan(job: ScoringJob, limits: Limits) -> dict[str, Any]:
+def _say_size(
+    job: ScoringJob,
+    tokenizer: ChatTokenizer,
+    limits: Limits,
+    scanned: dict[str, Any],
+    sample: EvenSample,
+) -> None:
+    """Check `--top-k`, and print how large it will be; nothing without it."""
+    if job.top_k is not None:
+        names = scanned["responses"]
+        check_top_k(job, tokenizer, names)
+        tokens = scored_tokens(sample.records, tokenizer, limits, len(names))
+        print(size_line(job, names, scanned["count"], tokens), flush=True)
+
+
+def _scan(job: ScoringJob, limits: Limits, sample: EvenSample | None = None) -> dict[str, Any]:
     """Read all records once: are they well-formed, how many, which."""
     report = ReadReport()
     digest, count, domains = hashlib.sha256(), 0, set()
@@ -138,6 +157,8 @@ def _scan(job: ScoringJob, limits: Limits) -> dict[str, Any]:
     for record in iter_records(job.input, on_bad=on_bad, lists=lists, report=report):
         digest.update(canonical_bytes(record))
         domains.add(record.domain)
+        if sample is not None:
+            sample.add(record)
         count += 1
         names = max(names, record.names, key=len)
     report.show()
@@ -174,6 +195,7 @@ def _plan(
         "domains": job.domains and list(job.domains),
         "shard_records": job.shard_records,
         "row_tokens": job.micro_batch_tokens,
+        **top_k_fields(job, tokenizer),
         "versions": {
             "megatron_infifpo": __version__,
             "torch": torch.__version__,
@@ -191,7 +213,7 @@ def _check_finished(job: ScoringJob, plan: dict[str, Any]) -> None:
             f"{job.output}.json exists and is of another job: {difference}; delete it or choose "
             "another --output"
         )
-    store.logprobs(0, 0)  # opens every file
+    store.open_all()
     print(f"{job.output} is complete already")
 
 
@@ -203,6 +225,7 @@ def _rows(
     wanted: set[int],
 ) -> Iterator[ShardRows]:
     """Read and pack this rank's shards, one after the other."""
+    keeper = TopKeeper.of(job, tokenizer)
     for number, records in read_records(job, wanted):
         yield prepare_shard(
             number,
@@ -212,6 +235,7 @@ def _rows(
             vocab_size=model.vocab_size,
             row_tokens=job.micro_batch_tokens,
             layout=model.layout,
+            keeper=keeper,
         )
 
 
@@ -222,13 +246,14 @@ def _score_shard(
     masked = len(shard.records) - sum(len(row) for row in shard.plan)
     progress.add(masked, 0)
     # The schedules of Megatron cannot run no row at all: every record may be masked.
-    outputs = []
+    outputs: Sequence[Any] = []
     if shard.rows:
         outputs = model(
             shard.rows, lambda row: progress.add(len(row["indices"]), row["tokens"].numel())
         )
     if model.is_writer:
         said = list(zip(shard.notes, shard.remarks, strict=True))
+        top = shard.unpack_top(outputs) if shard.keeper else None
         with shards.writing(shard.number) as file:
-            write_shard(file, shard.records, said, shard.unpack(outputs))
+            write_shard(file, shard.records, said, shard.unpack(outputs), top)
         progress.wrote()

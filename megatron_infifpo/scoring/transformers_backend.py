@@ -14,7 +14,7 @@ from megatron_infifpo.engine.batch_rule import BatchRule
 from megatron_infifpo.engine.hf_model import check_folder, load_causal_lm
 from megatron_infifpo.engine.parallel import WAIT
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.logprobs import chunk_bytes_on
+from megatron_infifpo.logprobs import TopLogprobs, chunk_bytes_on
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.ranks import rank_and_size
 from megatron_infifpo.rows import Row
@@ -91,10 +91,11 @@ class TransformersBackend:
 
     def __call__(
         self, rows: list[Row], on_row: Callable[[Row], None] = lambda row: None
-    ) -> list[Tensor]:
+    ) -> list[Tensor | TopLogprobs]:
         """Score packed rows: the `[K]` float32 log-probs of each row, in the row's order.
 
-        `on_row` is called with each row once it is done.
+        Of a row with `own_top` n it is `TopLogprobs`, `[K, 1 + n]`. `on_row` is called with each
+        row once it is done.
         """
         results = []
         for row in rows:
@@ -103,8 +104,8 @@ class TransformersBackend:
         return results
 
     @torch.no_grad()
-    def _score_row(self, row: Row) -> Tensor:
-        scored = row["scored_rows"]
+    def _score_row(self, row: Row) -> Tensor | TopLogprobs:
+        scored, top = row["scored_rows"], row.get("own_top", 0)
         borders = [0, *itertools.accumulate(row["segment_lengths"])]
         segments = []
         for start, end in zip(borders[:-1], borders[1:], strict=True):
@@ -113,11 +114,13 @@ class TransformersBackend:
                 segments.append(
                     Segment(row["tokens"][0, start:end], scored[places] - start, places)
                 )
-        logprobs = torch.empty(len(scored), dtype=torch.float32)
+        logprobs = torch.empty(len(scored), 1 + top, dtype=torch.float32)
+        top_ids = torch.empty(len(scored), top, dtype=torch.int64)
         for batch in self._batches(segments):
             places = torch.cat([segment.places for segment in batch])
-            logprobs[places] = self._score_batch(batch, row["target_ids"][places])
-        return logprobs
+            found = self._score_batch(batch, row["target_ids"][places], top)
+            logprobs[places], top_ids[places] = (part.cpu() for part in found)
+        return TopLogprobs(logprobs, top_ids) if top else logprobs[:, 0]
 
     def _batches(self, segments: list["Segment"]) -> Iterator[list["Segment"]]:
         """Group segments of like length, so that little is padding, as their logits allow.
@@ -137,8 +140,8 @@ class TransformersBackend:
         if batch:
             yield batch
 
-    def _score_batch(self, batch: list["Segment"], targets: Tensor) -> Tensor:
-        """Log-probs of the batch's scored tokens, `[k]`, segment after segment."""
+    def _score_batch(self, batch: list["Segment"], targets: Tensor, top: int) -> TopLogprobs:
+        """Log-probs of the batch's scored tokens, segment after segment."""
         tokens = [segment.tokens for segment in batch]
         # Padded on the right, where a causal model cannot see it.
         ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(self.device)
@@ -159,7 +162,7 @@ class TransformersBackend:
             output = self.model(ids, attention_mask=mask.to(self.device), use_cache=False)
         finally:
             hook.remove()
-        return gather_logprobs(output.logits[0], targets).cpu()
+        return gather_logprobs(output.logits[0], targets, top)
 
 
 class Segment(NamedTuple):
@@ -170,12 +173,17 @@ class Segment(NamedTuple):
     places: Tensor  # [k], the positions of their log-probs in the row's result
 
 
-def gather_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """Float32 log-softmax of `[k, V]` at the targets `[k]`, with float32 copies of few rows."""
+def gather_logprobs(logits: Tensor, targets: Tensor, top: int = 0) -> TopLogprobs:
+    """Float32 log-softmax of `[k, V]` at the targets `[k]` and at the `top` most probable ids.
+
+    With float32 copies of few rows at a time.
+    """
     rows = max(1, chunk_bytes_on(logits.device) // (4 * logits.shape[1]))
-    parts = []
+    parts, ids = [], []
     for part, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
         precise = part.float()
-        picked = precise.gather(1, wanted[:, None]).squeeze(1)
-        parts.append(picked - precise.logsumexp(dim=-1))
-    return torch.cat(parts)
+        picked, highest = precise.gather(1, wanted[:, None]), precise.topk(top, dim=1)
+        total = precise.logsumexp(dim=-1, keepdim=True)
+        parts.append(torch.cat([picked, highest.values], dim=1) - total)
+        ids.append(highest.indices)
+    return TopLogprobs(torch.cat(parts), torch.cat(ids))

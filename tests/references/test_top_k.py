@@ -51,7 +51,7 @@ def write(prefix: Path, lengths: np.ndarray, *, responses: str = "all", masked=(
     listed = lengths.shape[1] > 2
     records = [list_record(i) if listed else record(i) for i in range(len(lengths))]
     names = response_names(lengths.shape[1], listed=listed)
-    added = []
+    added: list = []
     manifest, top_k = manifest_fields(records), fields(responses)
     with LogprobWriter(prefix, responses=names, manifest=manifest, top_k=top_k) as writer:
         for i, row in enumerate(lengths):
