@@ -1,6 +1,6 @@
 # Values of your site and of your run: the only file to change. Every job sources it, from the
 # repository's root; what is already set in the environment wins.
-# LAYOUT, PREPARE, SFT, TRAIN, SCORE and INITIAL hold NAME=VALUE words. A value with spaces, such as
+# LAYOUT, PREPARE, SFT, TRAIN, SCORE, INITIAL, FUSE and MERGE hold NAME=VALUE words. A value with spaces, such as
 # several flags, is quoted inside the string, or the whole is an array:
 #   TRAIN='micro_batch_tokens=4096 flags="--recompute-granularity full --recompute-method uniform"'
 #   TRAIN=(micro_batch_tokens=4096 flags="--recompute-granularity full --recompute-method uniform")
@@ -27,4 +27,6 @@
 : "${SCORE:=}"                 # and of scoring (infifpo launch show score)
 : "${PREPARE:=}"               # and of tokenizing for the pivot (infifpo launch show prepare)
 : "${INITIAL:=}"               # and of scoring the initial pivot, after SCORE: its template as above
+: "${FUSE:=}"                  # of soft targets (infifpo launch show fuse): baselines.sh
+: "${MERGE:=}"                 # and of merging models (infifpo launch show merge)
 : "${ROUNDS:=}"                # of infifpo rounds, what is not in rounds.sbatch (docs/rounds.md)

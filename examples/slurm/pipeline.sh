@@ -4,7 +4,7 @@
 set -euo pipefail
 source "${INFIFPO_ENV:-examples/slurm/env.sh}"
 mkdir -p "$LOGS"
-sources=$(grep -c 'logprobs:' "$RUN/sources.yaml")
+sources=$(grep -c '\bname:' "$RUN/sources.yaml")
 
 submit() {
   sbatch --parsable --kill-on-invalid-dep=yes --output="$LOGS/%x-%j.out" "$@"

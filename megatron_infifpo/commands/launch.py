@@ -5,12 +5,13 @@
     infifpo launch infifpo --executor slurm --nodes 2 method=infifpo beta=2.5
     infifpo launch pipeline --executor slurm --nodes 2 slurm.account=research
 
-NAME is a stage, `baselines` (preference training by every other method), or `pipeline` (all stages,
-each after those that it needs). Options are NAME=VALUE; `show` explains them. Several flags are one
-value: 'flags=--seed 7 --lr 1e-6', with quotes inside as the shell has them. `--executor here`
-becomes the command itself, on this rank: sbatch scripts start their stages so, under srun. The
-others are nemo-run's (`pip install megatron-infifpo[recipes]`): local, slurm, and a site's own,
-whose options are written EXECUTOR.NAME=VALUE.
+NAME is a stage, `baselines` (preference training by every other method), `pipeline` (all stages,
+each after those that it needs), or `fusion` (token-level fusion by three methods). Options are
+NAME=VALUE; `show` explains them. Several flags are one value: 'flags=--seed 7 --lr 1e-6', with
+quotes inside as the shell has them. `--executor here` becomes the command itself, on this rank:
+sbatch scripts start their stages so, under srun. The others are nemo-run's (`pip install
+megatron-infifpo[recipes]`): local, slurm, and a site's own, whose options are written
+EXECUTOR.NAME=VALUE.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from megatron_infifpo.recipes.options import SEVERAL, read_options, spread
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is started, and where."""
-    parser.add_argument("name", help="list, show, a stage, baselines, or pipeline")
+    parser.add_argument("name", help="list, show, a stage, baselines, pipeline, or fusion")
     parser.add_argument("options", nargs="*", metavar="NAME=VALUE", help="of the stage")
     parser.add_argument(
         "--options",

@@ -8,95 +8,26 @@ Everything of a run lies in one folder, and each stage finds there what others l
     RUN/logprobs/NAME.*                      log-prob datasets
     RUN/pivot, RUN/sft, RUN/METHOD           checkpoints; RUN/METHOD-hf is exported
 
+Token-level fusion reads the SFT half, with log-probs of its own:
+
+    RUN/fusion/sources.yaml                  a link to ../sources.yaml: the same sources, whose
+    RUN/fusion/logprobs/NAME.*               log-prob data sets lie beside it
+    RUN/fusion/METHOD.*                      soft targets of all sources, of the i-th one alone
+                                             METHOD-NAME, as RUN/METHOD-NAME is trained on them
+
 Defaults are the paper's run: Phi-4, on two nodes of eight GPUs.
 """
 
 import functools
-import json
-import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.recipes.fusion import TOP_K, fuse, merge, of_source, source_at, token_sources
+from megatron_infifpo.recipes.job import LAYOUT, PIVOT, RUN, Job, scoring_words, split_words
 from megatron_infifpo.references.sources import read_sources
-from megatron_infifpo.scoring.job import BACKENDS
 
-RUN = "runs/phi4"
-PIVOT = "models/phi-4"
-PROGRAM = "megatron_infifpo"
-LAYOUT = ("tensor-model-parallel-size", "pipeline-model-parallel-size")
 BASELINES = ("dpo", "ipo", "wrpo", "infifpo-ipo", "infifpo-wrpo")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One stage of a run.
-
-    Attributes:
-        name: of the stage, for logs.
-        arguments: what follows `infifpo` on the command line.
-        every_rank: whether all ranks run it together, else one process does.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    every_rank: bool = False
-
-    def __str__(self) -> str:
-        """As a shell takes it."""
-        return shlex.join(("infifpo", *self.arguments))
-
-    @property
-    def python_words(self) -> tuple[str, ...]:
-        """What follows `python`, to start it with.
-
-        As a module, not by the installed script: torchrun, srun and containers start it with the
-        Python that they have, whatever is on PATH, and from a checkout that is not installed.
-        """
-        return ("-m", PROGRAM, *self.arguments)
-
-
-def split_words(text: str, name: str) -> list[str]:
-    """Split what a value holds into words, as a shell does.
-
-    Raises:
-        UserError: a quote is not closed; `name` says where.
-    """
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(
-            f"{name}={text}: {error}, expected words as a shell reads them: quote what has spaces, "
-            "and close every quote"
-        ) from None
-
-
-def flag_words(name: str, value: Any) -> list[str]:
-    """The words of a flag on a command line: true alone, lists as several, mappings as JSON."""
-    if value is False:
-        return []
-    if value is True:
-        return [f"--{name}"]
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
-    # A word that begins like a flag is none after an equals sign.
-    return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
-
-
-def scoring_words(usual: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """Flags of scoring a model: the usual ones, but where the model has its own.
-
-    Args:
-        usual: values of flags by name, `backend` among them.
-        own: the same of this model; a backend without a layout has one only here.
-    """
-    options = {**usual, **own}
-    backend = BACKENDS.get(str(options["backend"]))
-    if backend and "pipeline_parallel" not in backend.takes:
-        options = {k: v for k, v in options.items() if k not in LAYOUT or k in own}
-    return [word for option, value in options.items() for word in flag_words(option, value)]
 
 
 def convert(run: str = RUN, hf: str = PIVOT, dtype: str = "bf16") -> Job:
@@ -130,18 +61,22 @@ def prepare(run: str = RUN, hf: str = PIVOT, split: str = "preference", flags: s
 def score(
     run: str = RUN,
     index: int = 0,
-    initial: str = "sft",
+    split: str = "preference",
+    initial: str | None = None,
+    top_k: int | None = None,
     tensor: int = 2,
     pipeline: int = 1,
     bf16: bool = True,
     flags: str = "",
 ) -> Job:
-    """Score the preference pairs under the initial pivot, or under one of RUN/sources.yaml.
+    """Score one half of the records under the initial pivot, or under one of RUN/sources.yaml.
 
     Args:
         run: folder of the run.
         index: 0 for the initial pivot, i for the i-th source, as an array task counts.
-        initial: checkpoint in RUN that preference training starts from.
+        split: `preference`, or `sft` for token-level fusion, of RUN/fusion/sources.yaml.
+        initial: checkpoint in RUN that training on that half starts from: sft, or pivot for `sft`.
+        top_k: most probable tokens that are kept of the chosen responses: none, or 16 for `sft`.
         tensor: tensor-parallel size, where the source's `score` does not say another.
         pipeline: pipeline-parallel size, likewise.
         bf16: weights in bfloat16, else float32.
@@ -150,15 +85,18 @@ def score(
     Raises:
         UserError: there is no such source, or it does not say what model it is.
     """
-    config = read_sources(f"{run}/sources.yaml")
+    tokens = split == "sft"
+    config = token_sources(run) if tokens else read_sources(f"{run}/sources.yaml")
     usual: dict[str, Any] = {"bf16": bf16, "backend": "megatron"}
     usual |= dict(zip(LAYOUT, (tensor, pipeline), strict=True))
+    if top_k or tokens:
+        usual |= {"top-k": top_k or TOP_K, "top-k-responses": "chosen"}
     domains: tuple[str, ...] = ()
     if index == 0:
         name, output = "initial", config.initial
-        own: dict[str, Any] = {"model": f"{run}/{initial}"}
-    elif 0 < index <= len(config.sources):
-        source = config.sources[index - 1]
+        own: dict[str, Any] = {"model": f"{run}/{initial or ('pivot' if tokens else 'sft')}"}
+    else:
+        source = source_at(config, index, "0 (the initial pivot)")
         name, output, domains = source.name, source.logprobs, source.domains or ()
         own = source.score
         if "model" not in own:
@@ -166,21 +104,18 @@ def score(
                 f"{config.path}: source {name!r} does not say which model it is, expected for "
                 "example: score: {model: models/qwen}"
             )
-    else:
-        raise UserError(
-            f"{config.path} has {len(config.sources)} sources, but index is {index}: expected 0 "
-            "(the initial pivot) to their number"
-        )
     arguments = ["score", *scoring_words(usual, own)]
-    arguments += ["--name", name, "--input", f"{run}/data/preference.jsonl", "--output", output]
+    arguments += ["--name", name, "--input", f"{run}/data/{split}.jsonl", "--output", output]
     if domains:
         arguments += ["--domains", *domains]
-    return Job(f"score-{name}", (*arguments, *split_words(flags, "flags")), every_rank=True)
+    title = f"score-sft-{name}" if tokens else f"score-{name}"
+    return Job(title, (*arguments, *split_words(flags, "flags")), every_rank=True)
 
 
 def infifpo(
     run: str = RUN,
     method: str = "infifpo",
+    index: int = 0,
     beta: float | None = None,
     initial: str = "sft",
     epochs: int = 1,
@@ -198,7 +133,9 @@ def infifpo(
 
     Args:
         run: folder of the run.
-        method: any of `--method`: infifpo, dpo, ipo, wrpo, fpo, infifpo-ipo, infifpo-wrpo, ...
+        method: any of `--method`: infifpo, dpo, ipo, wrpo, fpo, infifpo-ipo, infifpo-wrpo, ...;
+            those of tokens (fusellm, ...) as options of `sft`.
+        index: i for RUN/fusion/METHOD-NAME, soft targets of the i-th source alone; 0: of all.
         beta: of the loss; the method's published one where it is None.
         initial: checkpoint in RUN to start from, the one that was scored as the initial pivot.
         epochs: passes over the pairs.
@@ -212,14 +149,8 @@ def infifpo(
         bf16: train in bfloat16, else float32.
         flags: further ones of `infifpo train`, Megatron's included.
     """
-    from megatron_infifpo.methods import METHODS  # here: it imports torch
-
-    sft = method in METHODS and METHODS[method].reference is None
-    half = "sft" if sft else "preference"
-    arguments = ["train", "--method", method]
-    arguments += ["--preference-data", f"{run}/data/{half}"]
-    if not sft:
-        arguments += ["--preference-sources", f"{run}/sources.yaml"]
+    name, data = _data(run, method, index)
+    arguments = ["train", "--method", method, *data]
     if beta is not None:
         arguments += ["--beta", str(beta)]
     arguments += ["--tensor-model-parallel-size", str(tensor)]
@@ -231,31 +162,52 @@ def infifpo(
     arguments += ["--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1"]
     arguments += ["--global-batch-size", str(global_batch_size)]
     arguments += ["--micro-batch-tokens", str(micro_batch_tokens), "--seq-length", str(seq_length)]
-    save = f"{run}/{method}"
+    save = f"{run}/{name}"
     arguments += ["--pretrained-checkpoint", f"{run}/{initial}", "--save", save]
     arguments += ["--save-interval", str(save_interval), "--log-interval", "1"]
     arguments += ["--tensorboard-dir", f"{save}/tensorboard"]
     # Megatron saves and exits at SIGTERM, which is how clusters preempt.
     arguments += ["--exit-signal-handler", *split_words(flags, "flags")]
-    return Job(method, tuple(arguments), every_rank=True)
+    return Job(name, tuple(arguments), every_rank=True)
+
+
+def _data(run: str, method: str, index: int) -> tuple[str, list[str]]:
+    """What a method is called in the folder of the run, and the flags of what it reads there."""
+    from megatron_infifpo.methods import METHODS  # here: it imports torch
+
+    preset = METHODS.get(method)
+    targets = preset is not None and preset.soft_targets
+    if index and not targets:
+        raise UserError(f"index={index} has no effect with method={method}: it fuses no tokens")
+    name = of_source(run, method, index)
+    if targets:
+        more = ["--soft-targets", f"{run}/fusion/{name}"]
+        return name, ["--preference-data", f"{run}/data/sft", *more]
+    if preset is not None and preset.reference is None:
+        return name, ["--preference-data", f"{run}/data/sft"]
+    more = ["--preference-sources", f"{run}/sources.yaml"]
+    return name, ["--preference-data", f"{run}/data/preference", *more]
 
 
 sft = functools.partial(infifpo, method="sft", initial="pivot", epochs=3, lr=1e-6)
 sft.__doc__ = """Train RUN/pivot on the chosen responses of RUN/data/sft, to RUN/sft.
 
+With `method=fusellm`, fusechat or infifusion also on the soft targets of RUN/fusion, to RUN/METHOD.
 Options as of `infifpo`, with other defaults.
 """
 
 
-def export(run: str = RUN, method: str = "infifpo") -> Job:
+def export(run: str = RUN, method: str = "infifpo", index: int = 0) -> Job:
     """Export RUN/METHOD to Hugging Face, to RUN/METHOD-hf.
 
     Args:
         run: folder of the run.
         method: checkpoint in RUN, such as infifpo or sft.
+        index: i for RUN/METHOD-NAME, trained on soft targets of the i-th source alone.
     """
-    flags = ("export", "--load", f"{run}/{method}", "--save", f"{run}/{method}-hf")
-    return Job(f"export-{method}", flags)
+    name = of_source(run, method, index)
+    flags = ("export", "--load", f"{run}/{name}", "--save", f"{run}/{name}-hf")
+    return Job(f"export-{name}", flags)
 
 
 STAGES: dict[str, Callable[..., Job]] = {
@@ -265,4 +217,6 @@ STAGES: dict[str, Callable[..., Job]] = {
     "sft": sft,
     "infifpo": infifpo,
     "export": export,
+    "fuse": fuse,
+    "merge": merge,
 }

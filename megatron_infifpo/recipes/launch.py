@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_positive, check_types
-from megatron_infifpo.recipes.commands import STAGES, Job
+from megatron_infifpo.recipes.commands import STAGES
+from megatron_infifpo.recipes.job import Job
 from megatron_infifpo.recipes.options import SEVERAL, read_site_options
 
 
@@ -94,8 +95,9 @@ def _by_nemo_run(job: Launch) -> int:
     site = read_site_options(job.executor, job.site, EXECUTORS.get(job.executor))
     every_rank = executor(job.executor, job.nodes, job.ranks, **site)
     alone = executor(job.executor, 1, 1, **site)
-    if job.name == "pipeline":
-        experiment = tasks.infifpo_pipeline(alone, every_rank, **job.options)
+    pipelines = {"pipeline": tasks.infifpo_pipeline, "fusion": tasks.fusion_pipeline}
+    if job.name in pipelines:
+        experiment = pipelines[job.name](alone, every_rank, **job.options)
     else:
         if job.name == "baselines":
             made, where = tasks.baselines(**job.options), every_rank

@@ -6,11 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.recipes.commands import BASELINES, STAGES, split_words
+from megatron_infifpo.recipes.commands import BASELINES, STAGES
+from megatron_infifpo.recipes.job import split_words
 
 SEVERAL = {
     "baselines": "Train by every other method: " + ", ".join(BASELINES) + ".",
     "pipeline": "All stages: convert, prepare, sft, score, infifpo, export.",
+    "fusion": "Token-level fusion of the SFT half: score, then fuse, sft, export by three methods.",
+}
+
+# Whose options they take, and which of them they give themselves.
+_OPTIONS_OF = {"baselines": "infifpo", "pipeline": "infifpo", "fusion": "sft"}
+_GIVEN = {
+    "baselines": ("method", "index"),
+    "pipeline": ("initial", "index"),
+    "fusion": ("method", "index", "beta", "initial"),
 }
 
 
@@ -37,12 +47,11 @@ def read_options(name: str, texts: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: not of that form, unknown, or of another type.
     """
-    stage = STAGES["infifpo" if name in SEVERAL else name]
+    stage = STAGES[_OPTIONS_OF.get(name, name)]
     known = dict(inspect.signature(stage).parameters)
-    if name == "baselines":
-        del known["method"]
-    if name == "pipeline":
-        del known["initial"]
+    for given in _GIVEN.get(name, ()):
+        del known[given]
+    if name in ("pipeline", "fusion"):
         known["hf"] = inspect.signature(STAGES["convert"]).parameters["hf"]
     found: dict[str, Any] = {}
     for text in texts:

@@ -19,7 +19,9 @@ from typing import Any
 import nemo_run as run
 
 from megatron_infifpo.recipes import commands
-from megatron_infifpo.recipes.commands import BASELINES, Job
+from megatron_infifpo.recipes.commands import BASELINES
+from megatron_infifpo.recipes.fusion import token_sources
+from megatron_infifpo.recipes.job import PIVOT, PROGRAM, RUN, Job
 from megatron_infifpo.references.sources import read_sources
 
 
@@ -37,7 +39,7 @@ class Words(run.Script):
 
 def task(job: Job) -> run.Script:
     """Make a job a nemo-run task."""
-    return Words(path=commands.PROGRAM, args=[*job.arguments], m=True, entrypoint="python")
+    return Words(path=PROGRAM, args=[*job.arguments], m=True, entrypoint="python")
 
 
 def title(job: Job) -> str:
@@ -59,6 +61,8 @@ score = _recipe(commands.score)
 sft = _recipe(commands.sft)
 infifpo = _recipe(commands.infifpo)
 export = _recipe(commands.export)
+fuse = _recipe(commands.fuse)
+merge = _recipe(commands.merge)
 
 
 def baselines(methods: tuple[str, ...] = BASELINES, **options: Any) -> dict[str, run.Script]:
@@ -72,7 +76,7 @@ def baselines(methods: tuple[str, ...] = BASELINES, **options: Any) -> dict[str,
 
 
 def infifpo_pipeline(
-    alone: Any, every_rank: Any, hf: str = commands.PIVOT, **training: Any
+    alone: Any, every_rank: Any, hf: str = PIVOT, **training: Any
 ) -> run.Experiment:
     """Build a whole run: convert, prepare, SFT, score everything, train, export.
 
@@ -86,8 +90,33 @@ def infifpo_pipeline(
     Returns:
         The experiment; call its `run()` or `dryrun()`.
     """
-    pipeline = stages(hf, training)
-    experiment = run.Experiment("infifpo")
+    return _experiment("infifpo", stages(hf, training), alone, every_rank)
+
+
+def fusion_pipeline(
+    alone: Any, every_rank: Any, hf: str = PIVOT, **training: Any
+) -> run.Experiment:
+    """Build the three ways of token-level fusion: score the SFT half, fuse, train, export, merge.
+
+    RUN/pivot and the tokens of the SFT half are there: of `convert` and `prepare split=sft`.
+
+    Args:
+        alone: executor of stages that are one process.
+        every_rank: executor of training and scoring.
+        hf: the pivot's Hugging Face folder.
+        training: options of `sft`; scoring has the layout where a source does not say another.
+
+    Returns:
+        The experiment; call its `run()` or `dryrun()`.
+    """
+    return _experiment("fusion", fusion_stages(hf, training), alone, every_rank)
+
+
+def _experiment(
+    name: str, pipeline: list[tuple[Job, list[str]]], alone: Any, every_rank: Any
+) -> run.Experiment:
+    """Build an experiment of stages, each after those that it waits for."""
+    experiment = run.Experiment(name)
     with experiment:
         made: dict[str, str] = {}
         for job, after in pipeline:
@@ -102,7 +131,7 @@ def infifpo_pipeline(
 
 def stages(hf: str, training: dict[str, Any]) -> list[tuple[Job, list[str]]]:
     """List the stages of a whole run, each with the names of those that it waits for."""
-    folder = {"run": training.get("run", commands.RUN)}
+    folder = {"run": training.get("run", RUN)}
     layout = folder | {k: training[k] for k in ("tensor", "pipeline", "bf16") if k in training}
     own = ("method", "beta", "epochs", "lr")
     dtype = "bf16" if training.get("bf16", True) else "fp32"
@@ -123,3 +152,25 @@ def stages(hf: str, training: dict[str, Any]) -> list[tuple[Job, list[str]]]:
         (train, [halves["preference"].name, *(score.name for score in scores)]),
         (export, [train.name]),
     ]
+
+
+def fusion_stages(hf: str, training: dict[str, Any]) -> list[tuple[Job, list[str]]]:
+    """List the stages of the three ways of token-level fusion, as `stages` does.
+
+    FuseLLM and InfiFusion learn from all sources at once, FuseChat's models from one each.
+    """
+    folder = {"run": training.get("run", RUN)}
+    layout = folder | {k: training[k] for k in ("tensor", "pipeline", "bf16") if k in training}
+    numbers = range(1 + len(token_sources(folder["run"]).sources))
+    scores = [commands.score(**layout, split="sft", index=index) for index in numbers]
+    found = [(job, list[str]()) for job in scores]
+    ready = [job.name for job in scores]
+    exported: list[str] = []
+    ways = [("fusellm", 0), ("infifusion", 0), *(("fusechat", index) for index in numbers[1:])]
+    for method, index in ways:
+        fused = commands.fuse(**folder, method=method, index=index)
+        trained = commands.sft(**training, method=method, index=index)
+        export = commands.export(**folder, method=method, index=index)
+        found += [(fused, ready), (trained, [fused.name]), (export, [trained.name])]
+        exported += [export.name] * (index > 0)
+    return [*found, (commands.merge(**folder, hf=hf), exported)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_infifpo.errors import UserError, user_errors
-from megatron_infifpo.recipes.commands import split_words
+from megatron_infifpo.recipes.job import split_words
 from megatron_infifpo.rounds.ends import TAIL, StageError
 from megatron_infifpo.rounds.processes import found
 

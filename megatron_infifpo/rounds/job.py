@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_choice, check_files, check_positive, check_types
 from megatron_infifpo.methods import METHODS, Method, add_method_flags, method_from_options
-from megatron_infifpo.recipes.commands import split_words
+from megatron_infifpo.recipes.job import split_words
 from megatron_infifpo.references.sources import INITIAL, Source, read_sources
 from megatron_infifpo.storage.yaml_files import read_yaml
 

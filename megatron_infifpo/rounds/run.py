@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.recipes.commands import PROGRAM, Job, split_words
+from megatron_infifpo.recipes.job import PROGRAM, Job, split_words
 from megatron_infifpo.responses.prompts import Prompt, read_prompts
 from megatron_infifpo.rounds.clean import remove_old
 from megatron_infifpo.rounds.ends import check_end

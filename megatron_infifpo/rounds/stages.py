@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.recipes.commands import Job, scoring_words
+from megatron_infifpo.recipes.job import Job, scoring_words
 from megatron_infifpo.references.sources import INITIAL
 from megatron_infifpo.rounds.job import RoundsJob, file_name
 from megatron_infifpo.storage.checkpoints import TRACKER

@@ -12,4 +12,6 @@ def run_folder(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     sources = (ROOT / "examples" / "phi4" / "sources.yaml").read_text()
     (tmp_path / "run" / "sources.yaml").write_text(sources)
+    (tmp_path / "run" / "fusion").mkdir()
+    (tmp_path / "run" / "fusion" / "sources.yaml").symlink_to("../sources.yaml")
     return tmp_path / "run"

@@ -10,7 +10,9 @@ from megatron_infifpo.ranks import ranks_from_srun
 from megatron_infifpo.recipes.commands import STAGES
 from megatron_infifpo.recipes.options import read_options, spread
 from support.launcher import ROOT
-from support.stage_commands import GOLDEN
+from support.stage_commands import FUSION, GOLDEN
+
+COMMANDS = GOLDEN | FUSION
 
 
 def parse(stage: str, options: str):
@@ -19,14 +21,16 @@ def parse(stage: str, options: str):
     return STAGES[stage](**read)
 
 
-@pytest.mark.parametrize(("stage", "options"), GOLDEN)
+@pytest.mark.parametrize(("stage", "options"), COMMANDS)
 def test_golden(run_folder, stage, options):
     job = parse(stage, options)
-    assert " ".join(job.arguments) == GOLDEN[stage, options]
+    assert " ".join(job.arguments) == COMMANDS[stage, options]
     assert job.every_rank == (stage in ("score", "sft", "infifpo"))
 
 
-@pytest.mark.parametrize(("stage", "options"), [key for key in GOLDEN if "train" in GOLDEN[key]])
+@pytest.mark.parametrize(
+    ("stage", "options"), [key for key in COMMANDS if COMMANDS[key].startswith("train")]
+)
 def test_training_flags_exist(run_folder, stage, options):
     """Megatron's parser takes every word."""
     from megatron_infifpo.training.config import run_parser
@@ -39,7 +43,11 @@ def test_training_flags_exist(run_folder, stage, options):
     ("stage", "options", "message"),
     [
         ("score", "index=6", "has 5 sources, but index is 6"),
-        ("infifpo", "betta=1", "betta=1: expected NAME=VALUE, NAME one of run, method, beta"),
+        (
+            "infifpo",
+            "betta=1",
+            "betta=1: expected NAME=VALUE, NAME one of run, method, index",
+        ),
         ("infifpo", "epochs=two", "epochs=two: expected a whole number of at least 1"),
         ("infifpo", "tensor=true", "tensor=true: expected a whole number"),
         ("infifpo", "epochs=0", "epochs=0: expected a whole number of at least 1"),
@@ -53,6 +61,36 @@ def test_training_flags_exist(run_folder, stage, options):
 def test_refused(run_folder, stage, options, message):
     with pytest.raises(UserError, match=message):
         parse(stage, options)
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("sft", "method=fusechat index=6", "has 5 sources, but index is 6: expected 0 .all of"),
+        ("fuse", "index=7", "fusion/sources.yaml has 5 sources, but index is 7"),
+        ("fuse", "method=dpo", "method=dpo reads no soft targets, expected one of fusellm, fuse"),
+        ("sft", "index=1", "index=1 has no effect with method=sft: it fuses no tokens"),
+        ("infifpo", "index=1", "index=1 has no effect with method=infifpo"),
+    ],
+)
+def test_refused_of_tokens(run_folder, stage, options, message):
+    with pytest.raises(UserError, match=message):
+        parse(stage, options)
+
+
+def test_the_link_is_missing(run_folder):
+    """What the message says to type is what mends it."""
+    import subprocess
+
+    before = parse("score", "split=sft index=1")
+    (run_folder / "fusion" / "sources.yaml").unlink()
+    (run_folder / "fusion").rmdir()
+    for stage, options in [("score", "split=sft"), ("fuse", ""), ("merge", "")]:
+        with pytest.raises(UserError, match="run/fusion/sources.yaml is missing, expected") as e:
+            parse(stage, options)
+    subprocess.run(["bash", "-c", str(e.value).partition("beside it: ")[2]], check=True)
+    assert parse("score", "split=sft index=1") == before
+    assert parse("score", "index=1").arguments[-1] == "run/logprobs/qwen2.5-14b"
 
 
 def test_several_flags_and_an_open_quote(run_folder):

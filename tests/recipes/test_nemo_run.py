@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from support.stage_commands import GOLDEN
+from support.stage_commands import FUSION, GOLDEN
 
 pytest.importorskip("nemo_run", reason="nemo-run is not installed")
 
@@ -32,10 +32,10 @@ def dry_run(run_folder, monkeypatch, capsys):
     return show
 
 
-@pytest.mark.parametrize(("stage", "options"), GOLDEN)
+@pytest.mark.parametrize(("stage", "options"), [*GOLDEN, *list(FUSION)[::3]])
 def test_stage(dry_run, stage, options):
     lines = dry_run(stage, *SLURM, *options.split())
-    command = [line for line in lines if GOLDEN[stage, options] in line]
+    command = [line for line in lines if (GOLDEN | FUSION)[stage, options] in line]
     assert len(command) == 1 and command[0].startswith("srun"), lines
     size = (2, 8) if stage in ("score", "sft", "infifpo") else (1, 1)
     assert f"#SBATCH --nodes={size[0]}" in lines
@@ -56,6 +56,30 @@ def test_pipeline(dry_run):
     printed = "\n".join(dry_run("pipeline", *SLURM, "beta=2.5"))
     for command in GOLDEN.values():
         assert command in printed
+
+
+def test_fusion(dry_run):
+    """Every stage; five sources are scored with the pivot, fused, trained, exported, and merged."""
+    printed = "\n".join(dry_run("fusion", *SLURM))
+    for command in FUSION.values():
+        assert command in printed
+    tasks = [line.split(" infifpo ")[-1] for line in printed.splitlines() if "-m megatron" in line]
+    assert len(tasks) == 6 + 3 * (1 + 1 + 5) + 1
+
+
+def test_what_waits_for_what(run_folder):
+    """A stage waits for whatever writes a file that it names."""
+    stages = tasks.fusion_stages("hf", {"run": "run"})
+    made: dict[str, str] = {}
+    for job, after in stages:
+        words = job.arguments
+        first = words.index("--save" if "--save" in words else "--output")
+        needs = {made[word] for i, word in enumerate(words) if word in made and i != first + 1}
+        if words[0] == "fuse-targets":
+            needs = {job.name for job, _ in stages if job.arguments[0] == "score"}
+        assert set(after) == needs, job.name
+        made[words[first + 1]] = job.name
+    assert len(made) == len(stages), "no two write the same"
 
 
 def test_local(dry_run):

@@ -28,3 +28,39 @@ GOLDEN = {
     + INFIFPO,
     ("export", ""): "export --load run/infifpo --save run/infifpo-hf",
 }
+
+
+def _token_training(method: str, save: str) -> str:
+    words = TRAINING.format(epochs=3, lr="1e-06", load="pivot", save=save)
+    data = f"--preference-data run/data/sft --soft-targets run/fusion/{save}"
+    return f"train --method {method} {data} {words}"
+
+
+_FUSE = "fuse-targets --data run/data/sft --sources run/fusion/sources.yaml --output run/fusion/"
+_SCORE = (
+    "score --bf16 --backend megatron --tensor-model-parallel-size {} "
+    "--pipeline-model-parallel-size 1 --top-k 16 --top-k-responses chosen --model {} --name {} "
+    "--input run/data/sft.jsonl --output run/fusion/logprobs/{}"
+)
+_SOURCES = (
+    "qwen2.5-14b", "mistral-small-24b", "gemma-3-12b", "qwen2.5-coder-14b", "qwen2.5-math-7b",
+)  # fmt: skip
+_SECOND = "fusechat-mistral-small-24b"
+FUSION = {
+    ("score", "split=sft"): _SCORE.format(2, "run/pivot", "initial", "initial"),
+    ("score", "split=sft index=2"): _SCORE.format(
+        8, "models/Mistral-Small-24B-Instruct-2501", _SOURCES[1], _SOURCES[1]
+    ),
+    ("fuse", ""): _FUSE + "fusellm --fusion mince --include-initial",
+    ("fuse", "method=fusechat index=2"): _FUSE
+    + f"{_SECOND} --fusion mince --include-initial --only mistral-small-24b",
+    ("fuse", "method=infifusion"): _FUSE + "infifusion --fusion none",
+    ("sft", "method=fusellm"): _token_training("fusellm", "fusellm"),
+    ("sft", "method=fusechat index=2"): _token_training("fusechat", _SECOND),
+    ("sft", "method=infifusion"): _token_training("infifusion", "infifusion"),
+    ("export", "method=fusechat index=2"): f"export --load run/{_SECOND} --save run/{_SECOND}-hf",
+    ("merge", ""): "merge --method sce --base models/phi-4 --models "
+    + " ".join(f"run/fusechat-{name}-hf" for name in _SOURCES)
+    + " --output run/fusechat-hf",
+}
+"""The same of token-level fusion, with a link from run/fusion/sources.yaml to run/sources.yaml."""
