@@ -153,7 +153,10 @@ class _Classes:
     """
 
     def __init__(self, source: Vocabulary, pivot: Vocabulary, twins: np.ndarray) -> None:
-        firsts = _first_ids(pivot.pieces, source)  # phi, [V of the pivot]
+        # An id whose text the pivot writes with another id is of no class.
+        used = pivot.by_bytes()
+        written = [p if used.get(p) == i else b"" for i, p in enumerate(pivot.pieces)]
+        firsts = _first_ids(written, source)  # phi, [V of the pivot]
         alone = [
             b"" if twin >= 0 else piece for piece, twin in zip(source.pieces, twins, strict=True)
         ]
