@@ -3,7 +3,7 @@
 import unicodedata
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_infifpo.errors import UserError
@@ -11,48 +11,17 @@ from megatron_infifpo.records.records import PreferenceRecord, read_records, rep
 from megatron_infifpo.tokens.token_bytes import TokenBytes, without_blank
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 from support.datasets import CHATML, byte_tokenizer
+from support.sentencepieces import BLANK, KINDS, sentencepiece
 
-BLANK = "\u2581"
 TEXTS = ["plain", " a blank before", "two\n\nlines \t", "Zürich, 12 €", "日本 🙂", "<0x41>"]
 THOUGHT = "<think>well</think> yes"
-
-
-def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
-    """A tokenizer as SentencePiece's are converted, with and without a blank before the text."""
-    letters = [BLANK, *"abcdefghijklmnopqrstuvwxyz ,.?12"]
-    words = [f"{BLANK}th", f"{BLANK}a", f"{BLANK}{BLANK}", "la", "nk", "is"]
-    byte_pieces = [f"<0x{b:02X}>" for b in range(256)]
-    pieces = ["<unk>", "<s>", "</s>", *byte_pieces, *letters, *words]
-    merges = [(BLANK, "a"), (BLANK, BLANK), ("l", "a"), ("n", "k"), ("i", "s")]
-    merges += [("t", "h"), (BLANK, "th")]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, "th"]))}
-    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
-    replace = normalizers.Replace(" ", BLANK)
-    ends = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if kind == "gemma":
-        backend.normalizer = replace
-    elif kind == "llama":
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(BLANK), replace])
-        ends.append(decoders.Strip(" ", 1, 0))
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(BLANK, prepend_scheme=kind, split=False)
-        ends = [decoders.ByteFallback(), decoders.Metaspace(BLANK, prepend_scheme=kind)]
-    backend.decoder = decoders.Sequence(ends)
-    backend.add_special_tokens(["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"])
-    backend.add_tokens([AddedToken("<think>", special=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=CHATML, bos_token="<s>", eos_token="</s>"
-    )
-
-
-KINDS = ["gemma", "llama", "first", "always", "never"]
 
 
 @pytest.mark.parametrize("kind", ["bytes", *KINDS])
 @pytest.mark.parametrize("text", [*TEXTS, THOUGHT])
 def test_joined_bytes_of_a_reply(kind, text):
     """They are the reply's, in a chat; a blank before them that the tokenizer wrote goes."""
-    chat = ChatTokenizer(byte_tokenizer() if kind == "bytes" else sentencepiece(kind))
+    chat = ChatTokenizer(byte_tokenizer() if kind == "bytes" else sentencepiece(kind, CHATML))
     record = PreferenceRecord(
         "r", "general", ({"role": "user", "content": "why?"},), (reply(text), reply("no"))
     )
@@ -67,7 +36,7 @@ def test_joined_bytes_of_a_reply(kind, text):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_of_sentencepiece(kind):
-    tokenizer = sentencepiece(kind)
+    tokenizer = sentencepiece(kind, CHATML)
     found, vocabulary = TokenBytes(tokenizer), tokenizer.get_vocab()
     assert len(found.pieces) == len(found.lengths) == max(vocabulary.values()) + 1
     assert found.lengths.tolist() == [len(piece) for piece in found.pieces]
