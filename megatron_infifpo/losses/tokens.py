@@ -56,6 +56,7 @@ def soft_targets(
     soft_sources: Tensor,
     chunk_rows: Tensor,
     chunk_of: Tensor,
+    chunk_starts: Tensor,
     chunk_logps: Tensor,
     chunk_weights: Tensor,
     soft_buckets: Tensor | None = None,
@@ -92,6 +93,7 @@ def soft_targets(
         soft_probs, soft_tail: `[K, k]` and `[K]`, the targets and what is left of them.
         soft_sources: `[K]`, 0 where there is no target.
         chunk_rows, chunk_of: `[n]`, the tokens of the C texts, and which text each is of.
+        chunk_starts: `[C]`, the first token of each text, where it counts.
         chunk_logps, chunk_weights: `[C]`, a source's log-prob of a text, and its weight.
         soft_buckets: `[K, m]`, which of the k targets an id counts for, where several do for one.
         lm_weight, tail, chunk_weight, chunk_temperature: see the options.
@@ -107,13 +109,10 @@ def soft_targets(
     distance = torch.where(taught, distance, 0.0)
     likelihoods = torch.zeros_like(chunk_logps).index_add(0, chunk_of, observed[chunk_rows])
     found = chunk_binary_kl(likelihoods, chunk_logps, tau=chunk_temperature)
-    # A text counts where it begins: its rows are in order.
-    begins = torch.ones_like(chunk_of, dtype=torch.bool)
-    begins[1:] = chunk_of[1:] != chunk_of[:-1]
-    first = chunk_rows[begins]
     none = torch.zeros_like(observed)
     chunks = Part(
-        none.index_add(0, first, found * chunk_weights), none.index_add(0, first, chunk_weights)
+        none.index_add(0, chunk_starts, found * chunk_weights),
+        none.index_add(0, chunk_starts, chunk_weights),
     )
     share = torch.where(taught, lm_weight, 1.0)
     losses = -observed * share + (1 - lm_weight) * (distance + chunk_weight * chunks.values)

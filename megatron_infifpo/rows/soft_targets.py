@@ -20,9 +20,9 @@ def collate_targets(targets: Sequence[SoftTargets], groups: list[np.ndarray] | N
         soft_ids int64 `[K, m]`, -1 for none; soft_probs float32 `[K, k]`, soft_tail float32 `[K]`
         and soft_sources int64 `[K]`; with groups soft_buckets int64 `[K, m]`, which of the k
         targets an id counts for, -1 for none; else m is k. Of C chunks, n tokens in all,
-        chunk_rows and chunk_of int64 `[n]`, a token and the chunk that it is of, chunk_logps and
-        chunk_weights float32 `[C]`. Or, where sources are not fused, top_values float32
-        `[K, M, k]` and own_top, k.
+        chunk_rows and chunk_of int64 `[n]`, a token and the chunk that it is of, chunk_starts
+        int64 `[C]`, chunk_logps and chunk_weights float32 `[C]`. Or, where sources are not fused,
+        top_values float32 `[K, M, k]` and own_top, k.
     """
     if targets[0].values is not None:
         values = np.concatenate([each.values for each in targets if each.values is not None])
@@ -31,14 +31,14 @@ def collate_targets(targets: Sequence[SoftTargets], groups: list[np.ndarray] | N
     parts = zip(targets, starts[:-1], strict=True)
     chunks = np.concatenate([each.chunks + start for each, start in parts]).astype(np.int64)
     sizes = chunks[:, 1] - chunks[:, 0]
-    chunk_of = np.repeat(np.arange(len(chunks)), sizes)
     joined = {
         "soft_ids": np.concatenate([each.ids for each in targets]).astype(np.int64),
         "soft_probs": np.concatenate([each.probs for each in targets]),
         "soft_tail": np.concatenate([each.tail for each in targets]),
         "soft_sources": np.concatenate([each.sources for each in targets]).astype(np.int64),
         "chunk_rows": _ranges(chunks[:, 0], sizes),
-        "chunk_of": chunk_of,
+        "chunk_of": np.repeat(np.arange(len(chunks)), sizes),
+        "chunk_starts": chunks[:, 0].copy(),
         "chunk_logps": np.concatenate([each.chunk_logps for each in targets]),
         "chunk_weights": np.concatenate([each.chunk_weights for each in targets]),
     }

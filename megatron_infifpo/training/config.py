@@ -195,18 +195,18 @@ class RunConfig:
             )
 
     def _check_data(self) -> None:
-        name = self.flags["method"]
+        name = f"--method {self.flags['method']}"
         for fields_, useless, why in (
-            (_OF_REFERENCES, self.method.reference is None, f"--method {name} has no reference"),
-            (_OF_TARGETS, not self.method.soft_targets, f"--method {name} reads no soft targets"),
-            (_OF_VALIDATION, self.preference_valid_data is None, "no --preference-valid-data"),
+            (_OF_REFERENCES, self.method.reference is None, f"with {name}, which has no reference"),
+            (_OF_TARGETS, not self.method.soft_targets, f"with {name}, which reads no soft targets"),
+            (_OF_VALIDATION, self.preference_valid_data is None, "without --preference-valid-data"),
         ):
             for each in fields_ if useless else ():
                 if getattr(self, each) is not None:
-                    raise UserError(f"{flag(each)} has no effect: {why}; leave it out")
+                    raise UserError(f"{flag(each)} has no effect {why}: leave it out")
         if self.method.soft_targets and self.soft_targets is None:
             raise UserError(
-                f"--soft-targets is missing: --method {name} learns from what infifpo fuse-targets "
+                f"--soft-targets is missing: {name} learns from what infifpo fuse-targets "
                 f"writes of {self.preference_data} and its sources"
             )
         for data, sources in (

@@ -49,15 +49,17 @@ def data_identity(dataset: PreferenceDataset, *, scores: bool = False) -> dict[s
     if dataset.targets is not None:
         found["soft_targets"] = dataset.targets.fingerprint
     if dataset.references is not None:
-        found["initial"] = _logprobs(dataset.references.initial.store)
+        found["initial"] = logprobs_identity(dataset.references.initial.store)
         found["sources"] = {
-            source.name: _logprobs(source.store) | {"takes_part_in": int(source.takes_part.sum())}
+            source.name: logprobs_identity(source.store)
+            | {"takes_part_in": int(source.takes_part.sum())}
             for source in dataset.references.sources
         }
     return found
 
 
-def _logprobs(store: LogprobStore) -> dict[str, Any]:
+def logprobs_identity(store: LogprobStore) -> dict[str, Any]:
+    """What one model's log-probs are, and of which weights."""
     values = hashlib.sha256(store.all_sums.tobytes() + store.token_counts.tobytes())
     return {
         "weights_sha256": store.manifest["weights_sha256"],

@@ -32,7 +32,7 @@ def configuration(number: int) -> tuple[str, int, list[str], bool]:
         flags += ["--recompute-num-layers", "1"]
     if data == 2 and dice.random() < 0.5:
         flags += ["--overlap-grad-reduce", "--overlap-param-gather"]
-    if method != "sft":
+    if METHODS[method].responses != 1:
         flags += [dice.choice(["--share-prompt", "--no-share-prompt"])]
     if half:
         flags += ["--bf16"]
@@ -46,7 +46,7 @@ def expected(setup, ranks):
 
     def get(method: str) -> dict:
         if method not in made:
-            flags = [] if method == "sft" else ["--no-share-prompt"]
+            flags = [] if METHODS[method].responses == 1 else ["--no-share-prompt"]
             made[method] = run(setup, ranks, method, 1, flags)
         return made[method]
 

@@ -4,6 +4,7 @@ A tensor there that has no data cannot be waited for either: `.item()`, `.cpu()`
 an index, all raise.
 """
 
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch.distributed as dist
 import megatron_infifpo.training.step as training_step
 from megatron_infifpo.engine.layers import PackedAttention
 from megatron_infifpo.engine.packed import row_params
-from megatron_infifpo.logprobs import response_logprobs, vocab_parallel_logprobs
+from megatron_infifpo.logprobs import TopLogprobs, response_logprobs, vocab_parallel_logprobs
 from megatron_infifpo.losses import LOSSES
 from megatron_infifpo.methods import METHODS, Method, resolve
 from megatron_infifpo.reference import FUSIONS, MARGIN_ANCHORS, MARGIN_SPACES, SELECTIONS
 from megatron_infifpo.references.reference import PairValues
+from megatron_infifpo.references.soft_targets import SoftTargets
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferencePair
@@ -114,16 +116,56 @@ def test_output_processor():
     logprobs = response_logprobs(
         hidden_states=hidden, output_layer=layer, output_weight=None, config=config, context=context
     )
+    assert isinstance(logprobs, torch.Tensor)
     logprobs.sum().backward()
     assert gradient(hidden).is_meta
 
 
-def row_of(responses: int | None, *, shared: bool = False, sources: int = 3) -> dict:
+def test_several_ids_a_row():
+    """Given ids and the most probable ones, with the ids told and without."""
+    layer: Any = torch.nn.Linear(16, 100, bias=False, device=META, dtype=torch.bfloat16)
+    layer.tp_group = world()
+    indices = torch.zeros(12, dtype=torch.int64, device=META)
+    context = {"scored_rows": indices, "target_ids": indices, "vocab_size": 90, "own_top": 5}
+    context["soft_ids"] = torch.zeros(12, 3, dtype=torch.int64, device=META)
+    given: Any = {"output_layer": layer, "output_weight": None}
+    given["config"] = SimpleNamespace(sequence_parallel=False)
+    for told in (False, True):
+        hidden = random(40, 1, 16, dtype=torch.bfloat16, grad=True)
+        context["top_ids"] = told
+        found = response_logprobs(hidden_states=hidden, context=context, **given)
+        logprobs = found.logprobs if isinstance(found, TopLogprobs) else found
+        assert isinstance(found, TopLogprobs) == told and logprobs.shape == (12, 9)
+        logprobs.sum().backward()
+        assert gradient(hidden).is_meta
+
+
+def soft_targets(length: int, values: bool) -> SoftTargets:
+    """Targets of one response: four ids a token, one of them a group, and two texts."""
+    ids = np.arange(4 * length, dtype=np.int32).reshape(length, 4)
+    ids[:, 1] = -2
+    chunks = np.array([[0, 2], [2, 3]], np.int32)
+    return SoftTargets(
+        ids,
+        np.full((length, 4), 0.2, np.float32),
+        np.full(length, 0.2, np.float32),
+        np.ones(length, np.uint8),
+        chunks,
+        np.full(2, -3, np.float32),
+        np.ones(2, np.float32),
+        np.zeros((length, 3, 4), np.float32) if values else None,
+    )
+
+
+def row_of(
+    responses: int | None, *, shared: bool = False, sources: int = 3, reads: Collection[str] = ()
+) -> dict:
     """A collated row of four pairs on the device, indices aside, as training hands it on.
 
     None: lists of 4, 4, 4 and 2 responses, with rewards.
     """
     lists, responses = responses is None, responses or 4
+    soft = {"top_values", "soft_probs"} & {*reads}
     rng = np.random.default_rng(0)
     pairs = [
         PreferencePair(
@@ -142,6 +184,8 @@ def row_of(responses: int | None, *, shared: bool = False, sources: int = 3) -> 
                 np.ones(sources + 1, np.float32),
             ),
             rewards=rng.random(responses, np.float32) if lists else None,
+            targets=soft_targets(3, "top_values" in reads) if soft else None,
+            groups=[np.array([5, 6, 7])],
         )
         for i in range(4)
     ]
@@ -158,7 +202,10 @@ def loss_of(monkeypatch):
     monkeypatch.setattr(training_step, "pairs_seen", lambda: 24)
 
     def compute(method: Method) -> None:
-        train = SimpleNamespace(source_names=("a", "b", "c"), domains=("code", "math"))
+        targets = SimpleNamespace(sources=("a", "b")) if method.soft_targets else None
+        train = SimpleNamespace(
+            source_names=("a", "b", "c"), domains=("code", "math"), targets=targets
+        )
         data: Any = SimpleNamespace(train=train, valid=None)
         run: Any = SimpleNamespace(
             config=SimpleNamespace(method=method),
@@ -167,8 +214,10 @@ def loss_of(monkeypatch):
         )
         step = training_step.TrainingStep(run, data)
         with torch.utils._python_dispatch._disable_current_modes():  # collating is the host's
-            row = row_of(method.responses)
-        logprobs = random(row["target_ids"].numel(), grad=True)
+            row = row_of(method.responses, reads=method.reads)
+        more = (row["soft_ids"].shape[1],) if "soft_ids" in row else ()
+        columns = (1 + sum(more) + row.get("own_top", 0),) if method.soft_targets else ()
+        logprobs = random(row["target_ids"].numel(), *columns, grad=True)
         loss, count, metrics = step.loss(row, logprobs)
         loss.backward()
         assert gradient(logprobs).is_meta and loss.is_meta and loss.dtype == torch.float32

@@ -111,3 +111,62 @@ def whole_loss_gradients(name: str, options: dict) -> list[tuple[float, float]]:
             tensor.view(-1)[index] = original
             results.append((grad.reshape(-1)[index].item(), (ends[0] - ends[1]) / 2e-6))
     return results
+
+
+def dense_and_split(vocab: int, padded: int, chunk_bytes: int, own_top: int) -> dict[str, float]:
+    """Losses of several ids a row, from our head on ranks and from dense autograd, in float64.
+
+    Returns the largest differences, by what differs; one of ids is their number.
+    """
+    import torch.distributed as dist
+
+    from megatron_infifpo.distillation import ghost_kl, renormalised_kl, topk_standardised_l1
+    from megatron_infifpo.logprobs import vocab_parallel_top
+
+    dist.init_process_group("gloo")
+    world, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
+    assert group is not None
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rows, k = 7, 4
+    hidden, weight = random(rows, 6), random(padded, 6)
+    weight[vocab:] = 9.0  # padding columns must not matter
+    probs, ids = torch.softmax(2 * random(rows, vocab), 1).topk(k, 1)
+    targets = torch.randint(0, vocab, (rows, 1), generator=generator)
+    targets[0], ids[1, 2:], probs[1, 2:] = ids[0, 0], -1, 0.0  # an id twice, and padding
+    values = (2 * random(rows, 9)).log_softmax(-1).sort(descending=True).values[:, :own_top]
+
+    def losses(found: torch.Tensor) -> torch.Tensor:
+        given, own = found[:, 1 : 1 + k], found[:, 1 + k :]
+        tail = (1 - probs.sum(1)).clamp_min(0)
+        parts = [-found[:, 0], ghost_kl(given, probs, tail), renormalised_kl(given, probs)]
+        if own_top:
+            parts.append(topk_standardised_l1(own, values))
+        return torch.stack([part.sum() for part in parts])
+
+    whole = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logps = (whole[0] @ whole[1][:vocab].t()).log_softmax(-1)
+    all_ids = torch.cat([targets, ids], 1)
+    dense = torch.where(all_ids < 0, 0.0, logps.gather(1, all_ids.clamp_min(0)))
+    top = logps.topk(own_top, 1)
+    dense = torch.cat([dense, top.values], 1)
+    parts = hidden.clone().requires_grad_(), weight.chunk(world)[rank].clone().requires_grad_()
+    found, top_ids = vocab_parallel_top(
+        *parts, all_ids, own_top, vocab_size=vocab, group=group, chunk_bytes=chunk_bytes
+    )
+    result = {
+        "log-probs": (found - dense).abs().max().item(),
+        "ids": float((top_ids != top.indices).sum()),
+    }
+    for number, (ours, theirs) in enumerate(zip(losses(found), losses(dense), strict=True)):
+        grads = torch.autograd.grad(ours, parts, retain_graph=True)
+        expected = torch.autograd.grad(theirs, whole, retain_graph=True)
+        dist.all_reduce(grads[0])
+        shard = expected[1].chunk(world)[rank]
+        result[f"loss {number}"] = (ours - theirs).abs().item()
+        result[f"hidden {number}"] = (grads[0] - expected[0]).abs().max().item()
+        result[f"weight {number}"] = (grads[1] - shard).abs().max().item()
+    return result

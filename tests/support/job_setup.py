@@ -7,6 +7,7 @@ from megatron_infifpo.methods import METHODS
 from support import tiny
 from support.launcher import Ranks
 from support.runs import BOTH
+from support.soft_targets import write_soft_targets
 
 
 class Setup:
@@ -55,10 +56,19 @@ class Setup:
         """Command line of a run of a method, on what it can train on."""
         job = self.of(method)
         argv = job.flags(job.sources("both", *entries), "--method", method, *more)
-        if method == "sft":
+        if METHODS[method].reference is None:
             position = argv.index("--preference-sources")
             del argv[position : position + 2]
+        if METHODS[method].soft_targets and "--soft-targets" not in more:
+            argv += ["--soft-targets", str(self.soft_targets(method))]
         return argv
+
+    def soft_targets(self, method: str) -> Path:
+        """Return what a method learns of tokens; made once."""
+        prefix = self.folder / f"targets-{METHODS[method].objective}"
+        if not prefix.with_name(f"{prefix.name}.json").exists():
+            write_soft_targets(self.data, prefix, METHODS[method])
+        return prefix
 
 
 def make(folder: Path, ranks: Ranks) -> Setup:
