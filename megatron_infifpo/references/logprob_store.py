@@ -90,7 +90,7 @@ class LogprobStore:
         self._top: TopKFiles | None = None
         if (fields := self.manifest.get("top_k")) is not None:
             self._top = TopKFiles(prefix, self.token_counts, fields, listed=self.listed)
-        self.top_k = self._top and self._top.k
+        self.top_k: int | None = None if self._top is None else self._top.k
 
     @property
     def _again(self) -> str:

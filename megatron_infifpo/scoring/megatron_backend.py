@@ -2,10 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
-
-from megatron_infifpo.logprobs import TopLogprobs
 from megatron_infifpo.patches import cpu
 
 cpu.enable()
@@ -82,9 +80,7 @@ class MegatronBackend:
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
 
-    def __call__(
-        self, rows: list[Row], on_row: Callable[[Row], None] | None = None
-    ) -> list[Tensor | TopLogprobs]:
+    def __call__(self, rows: list[Row], on_row: Callable[[Row], None] | None = None) -> list[Any]:
         """Score packed rows.
 
         Args:

@@ -91,7 +91,7 @@ class TransformersBackend:
 
     def __call__(
         self, rows: list[Row], on_row: Callable[[Row], None] = lambda row: None
-    ) -> list[Tensor | TopLogprobs]:
+    ) -> list[Any]:
         """Score packed rows: the `[K]` float32 log-probs of each row, in the row's order.
 
         Of a row with `own_top` n it is `TopLogprobs`, `[K, 1 + n]`. `on_row` is called with each
