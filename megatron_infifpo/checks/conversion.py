@@ -17,6 +17,7 @@ from megatron_infifpo.families.architecture import read_hf_config
 from megatron_infifpo.flag_types import check_number, check_positive, check_types
 from megatron_infifpo.rows.packing import collate_text
 from megatron_infifpo.scoring.megatron_backend import MegatronBackend
+from megatron_infifpo.scoring.top_k import observed
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
 
 # English, code, mathematics and other scripts, short and long.
@@ -217,7 +218,7 @@ def _whole(
     )
     megatron = backend([collate_text(tokens[:1], tokens[1:], backend.layout) for tokens in ids])
     if backend.is_writer and backend.data_parallel_rank == 0:
-        return hf_logprobs(job.hf, ids, job.dtype), megatron, None
+        return hf_logprobs(job.hf, ids, job.dtype), [observed(one) for one in megatron], None
     return None
 
 

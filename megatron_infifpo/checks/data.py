@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_infifpo.checks.logprobs import batches, check_counts, check_logprobs, check_weights
+from megatron_infifpo.checks.soft_targets import check_fused_from, check_soft_targets
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_types
 from megatron_infifpo.records.records import (
@@ -18,6 +19,7 @@ from megatron_infifpo.records.records import (
     records_fingerprint,
 )
 from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.soft_targets import SoftTargetStore
 from megatron_infifpo.references.sources import INITIAL, SourcesConfig, check_domains, read_sources
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.tokens.dataset import TokenDataset
@@ -31,7 +33,8 @@ class DataJob:
 
     Attributes:
         data: prefix of the token dataset.
-        sources: sources.yaml; None: only the tokens are checked.
+        sources: sources.yaml; None: no log-probs are checked.
+        soft_targets: prefix of soft targets of these tokens.
         input: the records' files, if they have moved.
         weights: folders of models, by "initial" or a source's name.
         run: --save folder of a training run that must have been made of these data.
@@ -39,6 +42,7 @@ class DataJob:
 
     data: str
     sources: str | None = None
+    soft_targets: str | None = None
     input: Sequence[str] = ()
     weights: Mapping[str, str] = field(default_factory=dict)
     run: str | None = None
@@ -94,6 +98,13 @@ def check_data(job: DataJob) -> Iterator[Check]:
         yield attempt(f"tokens in {job.data}", lambda: check_tokens(tokens, records))
         if tokens.listed or tokens.scores is not None:
             yield attempt(f"responses in {job.data}", lambda: check_responses(tokens, records))
+    if job.soft_targets:
+        targets = SoftTargetStore(job.soft_targets)
+        yield attempt(job.soft_targets, lambda: check_soft_targets(targets, tokens))
+        if job.sources:
+            named = read_sources(job.sources)
+            what = f"what {job.soft_targets} was fused from"
+            yield attempt(what, lambda: check_fused_from(targets, named))
     if job.sources:
         config = read_sources(job.sources)
         yield attempt(job.sources, lambda: _check_domains(config, tokens))
@@ -238,8 +249,11 @@ def _check_run(run: Path, job: DataJob) -> str:
     used = found["identity"]["data"]
     if "initial" in used and not job.sources:
         raise UserError("the run has sources: give --sources, too")
+    if "soft_targets" in used and not job.soft_targets:
+        raise UserError("the run has soft targets: give --soft-targets, too")
     config = read_sources(job.sources) if job.sources and "initial" in used else None
     dataset = PreferenceDataset(job.data, config)
+    dataset.targets = SoftTargetStore(job.soft_targets) if job.soft_targets else None
     changes = differences(used, data_identity(dataset, scores="scores_sha256" in used))
     if changes:
         raise UserError(f"it was made of other data: {'; '.join(changes)}")

@@ -5,23 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from megatron_infifpo.checks.step_zero import reference_table
+from megatron_infifpo.checks.token_table import token_table
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_types
-from megatron_infifpo.losses.lists import deviation
 from megatron_infifpo.methods import METHODS, Method, resolve
 from megatron_infifpo.records.records import iter_records
 from megatron_infifpo.references.logprob_store import LogprobStore
-from megatron_infifpo.references.reference import value
 from megatron_infifpo.references.sources import SourcesConfig, read_sources
-from megatron_infifpo.rows import Row
-from megatron_infifpo.rows.packing import collate
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset, PreferencePair
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.encoding import scored_marks
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
-from megatron_infifpo.training.objective import loss_arguments, pair_losses
 
 EDGE = 6  # tokens shown on each side of a border
 
@@ -34,6 +30,8 @@ class InspectionJob:
         data: prefix of the token dataset.
         id: of the record.
         sources: sources.yaml; None: only tokens are shown.
+        soft_targets: prefix of soft targets of these tokens; what they say of each is shown, and no
+            reference.
         tokenizer: folder, if it is no longer where the dataset was made with it.
         tokens: show every model's prompt, and its tokens of each response with their log-probs.
         trust_remote_code: run code that comes with the tokenizers.
@@ -44,6 +42,7 @@ class InspectionJob:
     data: str
     id: str
     sources: str | None = None
+    soft_targets: str | None = None
     tokenizer: str | None = None
     tokens: bool = False
     trust_remote_code: bool = False
@@ -56,9 +55,11 @@ class InspectionJob:
             UserError: a field of another type, or an option without effect.
         """
         check_types(self)
+        # A preset says which responses are used, too.
+        changed = self.method not in (None, *map(resolve, METHODS))
+        if changed and self.soft_targets is not None:
+            raise UserError("an option of the method has no effect with --soft-targets")
         if self.sources is None:
-            # A preset says which responses are used, too.
-            changed = self.method not in (None, *map(resolve, METHODS))
             for given, what in ((self.tokens, "--tokens"), (changed, "an option of the method")):
                 if given:
                     raise UserError(f"{what} has no effect without --sources")
@@ -97,7 +98,7 @@ def inspect_record(job: InspectionJob) -> Iterator[str]:
     yield from _tokens(dataset, index, tokenizer, unused if missing is None else set())
     if missing is not None:
         yield f"\nno response is used: {missing}; training leaves this record out"
-    elif method is None:
+    elif method is None and dataset.tokens.listed:
         yield "\nhow a list is used is up to the method, and no --method was given"
     elif dataset.tokens.listed:
         yield f"\nused, in this order: {', '.join(dataset.names(index))}"
@@ -106,15 +107,17 @@ def inspect_record(job: InspectionJob) -> Iterator[str]:
         if job.tokens:
             yield from _scored_tokens(dataset, index, job.trust_remote_code)
         if missing is None and method is not None:
-            yield from _reference(dataset, pair, method)
+            yield from reference_table(dataset, pair, method)
+    if job.soft_targets is not None:
+        yield from token_table(dataset, index, tokenizer, job.soft_targets)
 
 
 def _open(
     job: InspectionJob, config: SourcesConfig | None
 ) -> tuple[Method | None, PreferenceDataset]:
-    """Return how the record is used, and the data set as that sees it; None: all of a list."""
+    """Return how the record is used, and the data set as that sees it; None: all responses."""
     method = job.method
-    if method is None and TokenDataset(job.data).listed:
+    if job.soft_targets or (method is None and TokenDataset(job.data).listed):
         return None, PreferenceDataset(job.data, config)
     method = method or resolve("infifpo")
     return method, PreferenceDataset.for_method(method, job.data, config)
@@ -241,54 +244,3 @@ def _scored_tokens(
                 )
             yield f"{response}, rendered: {rendered.replies[r].text}"
             yield f"{response}, tokens: " + " ".join(shown)
-
-
-def _reference(dataset: PreferenceDataset, pair: PreferencePair, method: Method) -> Iterator[str]:
-    """Each source's clipped value and share, the reference, and the first loss."""
-    assert dataset.initial is not None
-    if dataset.initial.masked(pair.index):
-        yield "\nno reference: the initial pivot has no log-probs; training leaves this record out"
-        return
-    if method.reference is None:
-        yield "\nno reference: SFT"
-        return
-    row = collate([pair])
-    losses, initial, fused = pair_losses(method, row, row["initial_sum_logps"], progress=0.0)
-    compared = "means" if method.length_normalization else "sums"
-    yield f"\nreference at step 0: {method.reference}, {compared}, {method.objective}'s loss"
-    yield f"{'response':<14}{'source':<24}{'value':>12}{'clipped to':>12}{'share':>8}"
-    sources = value(row, means=method.length_normalization).sources
-    sources_used = dataset.source_names if method.fused else ()
-    names = dataset.names(pair.index)
-    for r, response in enumerate(names):
-        own = initial[0, r].item()
-        for m, name in enumerate(sources_used):
-            if not row["source_mask"][0, m]:
-                yield f"{response:<14}{name:<24}{'masked':>12}"
-                continue
-            changed = fused.clipped is not None and bool(fused.clipped[0, r, m])
-            clipped = f"{own:.4f}" if changed else "-"
-            share = fused.weights[0, r, m].item()
-            yield f"{response:<14}{name:<24}{sources[0, r, m]:>12.4f}{clipped:>12}{share:>8.3f}"
-        if method.initial_as_source:
-            share = fused.weights[0, r, -1].item()
-            yield f"{response:<14}{'initial pivot':<24}{own:>12.4f}{'-':>12}{share:>8.3f}"
-        yield f"{response:<14}{'reference':<24}= {fused.logps[0, r]:.4f} (initial pivot {own:.4f})"
-    if method.loss is not None and method.loss.residuals is not None:
-        arguments = loss_arguments(method, row, 0.0)
-        found = method.loss.residuals(initial, fused.logps, **arguments)
-        yield from _residuals(row, names, found, rewarded="rewards" in method.reads)
-    yield f"loss {losses.item():.4f}"
-
-
-def _residuals(
-    row: Row, names: tuple[str, ...], residuals: Tensor, *, rewarded: bool
-) -> Iterator[str]:
-    """What a loss of lists makes equal for all responses: residuals `[1, R]`, with the rewards."""
-    yield "\nresidual: the same number for all responses where the loss is lowest"
-    yield f"{'response':<14}{'reward':>12}{'residual':>12}"
-    for r, response in enumerate(names):
-        reward = f"{row['rewards'][0, r]:.4f}" if rewarded else "-"
-        yield f"{response:<14}{reward:>12}{residuals[0, r]:>12.4f}"
-    spread = deviation(residuals, row["valid"]).item()
-    yield f"{'spread':<14}{'':>12}{spread:>12.4f}"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from megatron_infifpo.checks.top_k import check_top_k
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import PreferenceRecord
 from megatron_infifpo.references.logprob_store import LogprobStore
@@ -51,8 +52,10 @@ def check_logprobs(store: LogprobStore, tokens: TokenDataset, *, initial: bool =
 def check_counts(store: LogprobStore, records: Sequence[PreferenceRecord]) -> str:
     """Tokenize every record for the model again, and compare the number of tokens.
 
+    With `--top-k` also what is stored of each token, see `check_top_k`.
+
     Raises:
-        UserError: another number of tokens; names the record.
+        UserError: another number of tokens, or a value that cannot be; names the record.
     """
     description = store.manifest["tokenizer"]
     if description["path"] is None:
@@ -74,8 +77,11 @@ def check_counts(store: LogprobStore, records: Sequence[PreferenceRecord]) -> st
                     f"record {record.id!r}: {store.prefix} has log-probs of {found} tokens, "
                     f"but its tokenizer gives {expected}: score it again"
                 )
+            if store.top_k is not None:
+                check_top_k(store, tokenizer, index, record, again)
             compared += 1
-    return f"{compared} records have the tokens of {description['path']}"
+    more = "" if store.top_k is None else f", their {store.top_k} most probable ones as expected"
+    return f"{compared} records have the tokens of {description['path']}{more}"
 
 
 def check_weights(store: LogprobStore, model: str) -> str:

@@ -1,12 +1,14 @@
-"""Check everything that a training run reads, end to end: records, tokens, log-probs, weights.
+"""Check everything that a training run reads: records, tokens, log-probs, soft targets, weights.
 
     infifpo check --data data/train --sources sources.yaml
     infifpo check --data data/train --sources sources.yaml --weights qwen=models/qwen
+    infifpo check --data data/sft --soft-targets fusion/fusellm --sources fusion/sources.yaml
 
 Records must have the fingerprint that the manifests name; their texts are tokenized again, for the
-pivot and for every source; every stored log-prob is read. --weights reads models' weights, too, and
-compares their fingerprints; --run compares a training run's run.json. One line a check; the exit
-code is 1 if any failed.
+pivot and for every source; every stored log-prob is read, and what is stored with --top-k beside
+it. --soft-targets reads all values of soft targets, and with --sources compares the log-probs that
+they were fused from. --weights reads models' weights, too, and compares their fingerprints; --run
+compares a training run's run.json. One line a check; the exit code is 1 if any failed.
 """
 
 import argparse

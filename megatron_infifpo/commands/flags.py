@@ -37,6 +37,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which tokens and log-probs to read, as training has them, too."""
     parser.add_argument("--data", required=True, metavar="PREFIX", help="of the token dataset")
     parser.add_argument("--sources", metavar="FILE", help="sources.yaml; without it only tokens")
+    parser.add_argument(
+        "--soft-targets", metavar="PREFIX", help="of these tokens, written by infifpo fuse-targets"
+    )
     for flag in ("data", "sources"):
         hidden_alias(parser, f"--preference-{flag}", f"--{flag}")
 

@@ -1,9 +1,13 @@
 """Show one record as training sees it: tokens, every model's log-probs, the fused reference.
 
     infifpo inspect --data data/train --sources sources.yaml --id train-17
+    infifpo inspect --data data/sft --soft-targets fusion/fusellm --sources fusion/sources.yaml \\
+        --id sft-17
 
 The method's flags are those of training. The reference is that of step 0, when the policy is the
-initial pivot. Of a list of responses, what a method makes of it is shown where --method is given.
+initial pivot. With --soft-targets there is a line for each of the pivot's tokens: the source that
+teaches it, the source's tokens there, its most probable ids as the pivot's. Of a list of responses,
+what a method makes of it is shown where --method is given.
 """
 
 import argparse

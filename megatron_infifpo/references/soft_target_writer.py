@@ -14,6 +14,7 @@ from megatron_infifpo.references.soft_targets import (
     VALUES,
     VALUES_FILE,
     SoftTargets,
+    add_values,
 )
 from megatron_infifpo.storage.aside import Aside, end_block, make_folder
 from megatron_infifpo.storage.documents import DocumentWriter
@@ -88,9 +89,7 @@ class SoftTargetWriter:
 
     def _write(self, name: str, parts: Sequence[np.ndarray]) -> None:
         self._documents[name].add(parts)
-        for part in parts:
-            self._digest.update(len(part).to_bytes(8, "little"))
-            self._digest.update(np.ascontiguousarray(part).data)
+        add_values(self._digest, parts)
 
     def _pack(self, targets: SoftTargets) -> dict[str, np.ndarray]:
         """Turn the targets of a response into what the files hold."""

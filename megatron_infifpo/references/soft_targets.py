@@ -16,6 +16,7 @@ the token data set; empty where nothing was fused:
                         are, NaN where one has no comparable row; in place of all files above
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +66,18 @@ FILES: dict[str, type[np.number]] = {
     "_chunk_logps": np.float32,
 }
 VALUES_FILE, GROUPS_FILE = "_values", "_groups"
+
+
+def add_values(digest: Any, parts: Sequence[np.ndarray]) -> None:
+    """Add to the hash of a data set what a document holds: first all groups, then the records.
+
+    Args:
+        digest: of hashlib.
+        parts: the sequences of the document; of a record those of each file, in their order.
+    """
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(part).data)
 
 
 @dataclass(slots=True)
