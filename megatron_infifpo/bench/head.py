@@ -1,21 +1,30 @@
 """From hidden rows to log-probs and gradients: full logits, this program's head, Liger's loss.
 
+The head also at several ids a row, as soft targets have them, and at the most probable ones.
+
 Memory is counted beyond what all methods need: rows, weight, and their gradients, the weight's in
 float32 as Megatron keeps it.
 """
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_infifpo.bench.jobs import on_gpu, peak_mib
-from megatron_infifpo.logprobs import vocab_parallel_logprobs
+from megatron_infifpo.logprobs import vocab_parallel_logprobs, vocab_parallel_top
 
-FULL, OURS, LIGER = METHODS = ("full logits", "this head", "Liger")
+Method = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+FULL, OURS, SEVERAL, OWN, LIGER = METHODS = (
+    "full logits", "this head", "at 16 more ids", "and its top 10", "Liger",
+)  # fmt: skip
+MORE_IDS, OWN_TOP = 16, 10
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,17 @@ def measure_head(name: str, job: HeadJob) -> dict[str, float]:
     hidden.grad = torch.zeros_like(hidden)
     for tensor in (weight.main_grad, hidden.grad):  # type: ignore[attr-defined]
         tensor.fill_(1.0).zero_()  # touched, so that it counts in what is there before
-    method = {FULL: _full, OURS: _ours, LIGER: _liger}[name]
+    more = torch.randint(
+        0, job.vocabulary, (job.rows, MORE_IDS), generator=generator, device=device
+    )
+    methods: dict[str, Method] = {
+        FULL: _full,
+        OURS: _ours,
+        SEVERAL: partial(_several, more_ids=more, own_top=0),
+        OWN: partial(_several, more_ids=more[:, :0], own_top=OWN_TOP),
+        LIGER: _liger,
+    }
+    method = methods[name]
     if on_gpu():  # load the kernels first
         (hidden[:8].detach() @ weight.detach().t()).float().logsumexp(-1).sum().item()
         torch.cuda.reset_peak_memory_stats()
@@ -91,6 +110,20 @@ def _ours(hidden: Tensor, weight: Tensor, targets: Tensor, _: int) -> Tensor:
     logprobs = vocab_parallel_logprobs(hidden, weight, targets, vocab_size=len(weight), group=group)
     logprobs.sum().backward()
     return logprobs
+
+
+def _several(
+    hidden: Tensor, weight: Tensor, targets: Tensor, _: int, *, more_ids: Tensor, own_top: int
+) -> Tensor:
+    """Log-probs of the targets, with the gradient of those at more ids."""
+    group = dist.group.WORLD
+    assert group is not None
+    ids = torch.cat([targets[:, None], more_ids], dim=1)
+    found = vocab_parallel_top(
+        hidden, weight, ids, own_top, vocab_size=len(weight), group=group
+    ).logprobs
+    found.sum().backward()
+    return found[:, 0]
 
 
 def _liger(hidden: Tensor, weight: Tensor, targets: Tensor, length: int) -> Tensor:

@@ -75,11 +75,12 @@ def one_rank():
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("ids", [1, 3])
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_a_head_that_errs_fails(monkeypatch, one_rank, dtype, error):
+def test_a_head_that_errs_fails(monkeypatch, one_rank, dtype, error, ids):
     exact = head.vocab_parallel_logprobs
     results = [Result(), Result(), Result()]
-    head.compare(CPU, dtype, None, *results)
+    head.compare(CPU, dtype, None, ids, *results)
     assert not any(map(exceeds, results))
 
     def wrong(hidden, weight, *args, **options):
@@ -87,7 +88,7 @@ def test_a_head_that_errs_fails(monkeypatch, one_rank, dtype, error):
 
     monkeypatch.setattr(head, "vocab_parallel_logprobs", wrong)
     results = [Result(), Result(), Result()]
-    head.compare(CPU, dtype, None, *results)
+    head.compare(CPU, dtype, None, ids, *results)
     assert exceeds(results[0]) and exceeds(results[1])
 
 
