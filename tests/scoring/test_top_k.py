@@ -22,7 +22,7 @@ from megatron_infifpo.tokens.tokenization import ChatTokenizer
 from support import tiny
 from support.datasets import CHATML, byte_tokenizer
 from support.launcher import RankError, refused
-from support.sentencepieces import KINDS, sentencepiece
+from support.sentencepieces import BARE, KINDS, sentencepiece
 
 K = 16
 PLAIN = (".bin", ".idx", "_sums.npy", "_counts.npy")
@@ -177,10 +177,11 @@ def test_bytes_of_what_was_scored(score, records, turns):
 
 
 @pytest.mark.parametrize("kind", ["bytes", *KINDS])
+@pytest.mark.parametrize("template", [CHATML, BARE])
 @pytest.mark.parametrize("text", ["the thanks", " a blank", "  two", "Zürich 🙂", "x\n"])
-def test_no_blank_before_the_text(kind, text):
+def test_no_blank_before_the_text(kind, template, text):
     """One that a tokenizer writes before a reply is not its first token's."""
-    hf = byte_tokenizer() if kind == "bytes" else sentencepiece(kind, CHATML)
+    hf = byte_tokenizer(template) if kind == "bytes" else sentencepiece(kind, template)
     chat = ChatTokenizer(hf)
     messages = ({"role": "user", "content": "why?"},)
     record = PreferenceRecord("r", "general", messages, (reply(text), reply("no")))
@@ -189,6 +190,10 @@ def test_no_blank_before_the_text(kind, text):
     assert identity == text_identity(text.encode())
     assert len(lengths) == len(tokens.response_ids[0])
     assert lengths.sum() == len(text.encode()) and lengths.dtype == np.uint16
+    # That there is a blank to take away.
+    joined = chat.token_bytes.join(tokens.response_ids[0].tolist())
+    writes = kind == "llama" or kind == "always" and text[0] != " "
+    assert (joined != text.encode()) == (template == BARE and writes)
 
 
 def test_killed_and_resumed(score, model, records, ranks, tmp_path):

@@ -4,6 +4,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 BLANK = "\u2581"
+# A reply right behind a special token: there most kinds put a blank before it.
+BARE = (
+    "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
 KINDS = ("gemma", "llama", "first", "always", "never")
 
 

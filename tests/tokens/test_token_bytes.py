@@ -11,17 +11,20 @@ from megatron_infifpo.records.records import PreferenceRecord, read_records, rep
 from megatron_infifpo.tokens.token_bytes import TokenBytes, without_blank
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 from support.datasets import CHATML, byte_tokenizer
-from support.sentencepieces import BLANK, KINDS, sentencepiece
+from support.sentencepieces import BARE, BLANK, KINDS, sentencepiece
 
 TEXTS = ["plain", " a blank before", "two\n\nlines \t", "Zürich, 12 €", "日本 🙂", "<0x41>"]
 THOUGHT = "<think>well</think> yes"
 
 
 @pytest.mark.parametrize("kind", ["bytes", *KINDS])
+@pytest.mark.parametrize("template", [CHATML, BARE])
 @pytest.mark.parametrize("text", [*TEXTS, THOUGHT])
-def test_joined_bytes_of_a_reply(kind, text):
+def test_joined_bytes_of_a_reply(kind, template, text):
     """They are the reply's, in a chat; a blank before them that the tokenizer wrote goes."""
-    chat = ChatTokenizer(byte_tokenizer() if kind == "bytes" else sentencepiece(kind, CHATML))
+    chat = ChatTokenizer(
+        byte_tokenizer(template) if kind == "bytes" else sentencepiece(kind, template)
+    )
     record = PreferenceRecord(
         "r", "general", ({"role": "user", "content": "why?"},), (reply(text), reply("no"))
     )
