@@ -50,7 +50,7 @@ class _Text:
         # Where white space at the ends differs, the texts are the same from there on.
         ends = np.cumsum(lengths) - own.lead + self._response.lead
         pieces = [
-            _shown(self._joined[max(end - length, 0) : end]) if length else _SPECIAL
+            _shown(self._joined[max(end - length, 0) : max(end, 0)]) if length else _SPECIAL
             for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)
         ]
         shown = {t: pieces[u] for t, u in zip(found.rows, found.source_rows, strict=True)}
@@ -78,10 +78,8 @@ def token_table(
     store.check_against(dataset.tokens)
     marks = scored_marks(record.response_ids, record.scored)
     for r, mark in enumerate(marks[: None if dataset.tokens.listed else 1]):
-        targets, text = (
-            store.take(index, r, int(mark.sum())),
-            _Text(record.response_ids[r][mark], chat),
-        )
+        targets = store.take(index, r, int(mark.sum()))
+        text = _Text(record.response_ids[r][mark], chat)
         taught = targets.sources > 0
         if targets.values is not None:
             taught = ~np.isnan(targets.values).all(axis=(1, 2))

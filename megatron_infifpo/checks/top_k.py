@@ -61,6 +61,7 @@ def _rules(
         np.array([identity.tolist() != text[1]]),
         "_texts.npy",
         lambda t: f"the identity {identity}, expected {text[1]}, that of the record's text",
+        "text",
     )
     if not keeper.keeps(number):
         return
