@@ -37,8 +37,8 @@ def test_finest_common_partition(pair):
         assert part.dtype == np.int64 and part[0] == 0 and part[-1] == len(lengths)
         assert (np.diff(part) > 0).all()
     # Both sides of a chunk are the same bytes.
-    spans = [np.add.reduceat(x, s[:-1]) for x, s in zip(pair, starts, strict=True)]
-    assert np.array_equal(*spans)
+    here, there = (np.add.reduceat(x, s[:-1]) for x, s in zip(pair, starts, strict=True))
+    assert np.array_equal(here, there)
 
 
 @given(two_tokenizations())

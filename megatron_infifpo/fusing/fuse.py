@@ -133,11 +133,12 @@ def _largest(
     found, left = np.full((length, top_k), -1, np.int32), np.zeros((length, top_k))
     if not len(rows):
         return found, left, np.zeros(length)
-    order = np.lexsort((ids, rows))
+    # One key a sort is many times faster than lexsort; ids are below 2 ** 31.
+    order = np.argsort(rows * 2**32 + ids, kind="stable")
     rows, ids, probs = rows[order], ids[order], probs[order]
     begins = np.flatnonzero((np.diff(rows, prepend=-1) != 0) | (np.diff(ids, prepend=ids[0]) != 0))
     rows, ids, probs = rows[begins], ids[begins], np.add.reduceat(probs, begins)
-    order = np.lexsort((-probs, rows))
+    order = np.argsort(rows - probs / 2, kind="stable")
     rows, ids, probs = rows[order], ids[order], probs[order]
     places = np.arange(len(rows)) - np.searchsorted(rows, rows)
     keep = places < top_k

@@ -18,6 +18,8 @@ from typing import Self
 
 import numpy as np
 
+from megatron_infifpo.tokens.special_text import SpecialText
+from megatron_infifpo.tokens.text_ids import TextIds
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 TAIL = -1
@@ -50,10 +52,7 @@ class Vocabulary:
             UserError: its tokens are no bytes.
         """
 
-        def encode(texts: list[str]) -> list[list[int]]:
-            options = {"add_special_tokens": False, "verbose": False}
-            return chat.tokenizer(texts, **options)["input_ids"] if texts else []
-
+        encode = TextIds(chat.tokenizer, SpecialText(chat.tokenizer)).ids
         identity = chat.fingerprint()["tokenizer_sha256"]
         return cls(chat.token_bytes.pieces, chat.end_of_turn_ids, encode, identity)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_nothing_half_written(models, monkeypatch):
     assert not list(models.folder.glob("stopped*"))
 
 
-REFUSALS = {
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown source": ({"only": ["qwen"]}, "--only names 'qwen', expected sources of .*: bytes"),
     "initial by name": ({"only": ["initial"]}, r"--include-initial takes the initial pivot"),
     "more than there is": ({"top_k": 9}, r"\(bytes\) has the 4 most .* expected 9 by --top-k"),
@@ -194,7 +195,8 @@ def test_cut_and_other_texts(models, tmp_path):
                 return type(tokens)(tokens.prompt_ids, short, tokens.scored)
             return tokens
 
-    write_top_k(models.folder / "cut-logps", RECORDS, Cut(), dense(size, 0), vocab_size=size)
+    reader: Any = Cut()
+    write_top_k(models.folder / "cut-logps", RECORDS, reader, dense(size, 0), vocab_size=size)
     path = models.folder / "cut-logps.json"
     store = models.fuse("cut-unsaid", "cut")
     text = "its text is not the pivot's, byte for byte"

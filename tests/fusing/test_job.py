@@ -38,7 +38,7 @@ def by_hand(models: Models, name: str, index: int) -> list[dict[int, float]]:
         special = {*chat.tokenizer.all_special_ids} - {*chat.end_of_turn_ids}
         numbers = range(len(chat.tokenizer))
         texts.append(["" if i in special else chat.tokenizer.decode([i]) for i in numbers])
-    ends = {models.chat[name].end_of_turn: models.chat["pivot"].end_of_turn}
+    stops = {models.chat[name].end_of_turn: models.chat["pivot"].end_of_turn}
     top = LogprobStore(models.folder / f"{name}-logps").top(index, 0)
     result = []
     for span in sides[0]:
@@ -47,7 +47,7 @@ def by_hand(models: Models, name: str, index: int) -> list[dict[int, float]]:
             row = sides[1].index(span)
             for number, logp in zip(top.ids[row].tolist(), top.logps[row].tolist(), strict=True):
                 text = texts[1][number] if number < len(texts[1]) else ""
-                text = ends.get(text, text)
+                text = stops.get(text, text)
                 if text and "\ufffd" not in text and texts[0].count(text) == 1:
                     found[texts[0].index(text)] = math.exp(logp)
             found[-1] = 1 - sum(found.values())

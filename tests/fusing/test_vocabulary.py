@@ -5,6 +5,8 @@ import pytest
 
 from megatron_infifpo.fusing.vocabulary import AMBIGUOUS, TAIL, Vocabulary, map_vocabulary
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
+from megatron_infifpo.tokens.special_text import SpecialText
+from megatron_infifpo.tokens.text_ids import TextIds
 from megatron_infifpo.tokens.token_bytes import TokenBytes
 from support.fusing import toy
 
@@ -130,11 +132,7 @@ def members(found, number, names):
 
 def real(folder, name):
     tokenizer = load_tokenizer(folder / "tokenizers" / name)
-
-    def encode(texts):
-        options = {"add_special_tokens": False, "verbose": False}
-        return tokenizer(texts, **options)["input_ids"] if texts else []
-
+    encode = TextIds(tokenizer, SpecialText(tokenizer)).ids
     return Vocabulary(TokenBytes(tokenizer).pieces, [], encode, name)
 
 
