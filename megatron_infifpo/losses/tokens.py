@@ -114,7 +114,7 @@ def soft_targets(
         none.index_add(0, chunk_starts, found * chunk_weights),
         none.index_add(0, chunk_starts, chunk_weights),
     )
-    share = torch.where(taught, lm_weight, 1.0)
+    share = 1 - (1 - lm_weight) * taught.to(observed.dtype)
     losses = -observed * share + (1 - lm_weight) * (distance + chunk_weight * chunks.values)
     parts = {
         "ce": Part(-observed, torch.ones_like(observed)),

@@ -90,6 +90,11 @@ class RoundsJob:
                 f"--method {self.method} compares the pivot's own best with the best of others, "
                 "and rounds sample from the pivot alone: choose a method of pairs or of lists"
             )
+        if self.kind.soft_targets:
+            raise UserError(
+                f"--method {self.method} learns from sources' distributions over recorded tokens, "
+                "and rounds sample new ones: choose a method of pairs or of lists"
+            )
         if self.kind.fused != (self.sources is not None):
             raise UserError(
                 f"--method {self.method} has the {self.kind.reference or 'no'} reference: "

@@ -135,6 +135,7 @@ def test_what_starts_a_stage(make_job):
     ("given", "message"),
     [
         ({"method": "wrpo", "sources": None}, "wrpo compares the pivot's own best"),
+        ({"method": "fusellm", "sources": None}, "fusellm learns from sources' distributions"),
         ({"method": "best"}, "--method is 'best', expected one of"),
         ({"sources": None}, "fuserlhf has the fused reference: give --sources FILE"),
         ({"method": "dpo"}, "dpo has the initial reference: --sources has no effect"),
