@@ -191,11 +191,10 @@ def _weights(
     base: Tensor, targets: Sequence[Tensor] | Tensor, chosen: Tensor | None = None
 ) -> Tensor:
     """Weights `[M]` by the models' mean squared changes, in what is `chosen` of a tensor."""
-    kind, means = _kind(base), []
+    squares, means = base.new_empty(base.numel(), dtype=_kind(base)), []
     for target in targets:
-        squares = target.reshape(-1).to(kind, copy=True).sub_(base.reshape(-1)).square_()
-        if chosen is not None:
-            squares *= chosen
+        for part, _, (deltas,) in _blocks(base, [target]):
+            squares[part] = (deltas if chosen is None else deltas.mul_(chosen[part])).square_()
         # As two equal rows: of one, torch would add up parts on several threads, and the last bit
         # would depend on how many there are.
         means.append(squares.expand(2, -1).mean(1)[0])
