@@ -33,7 +33,8 @@ from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.token_bytes import TokenBytes
 
 CE_PER = ("byte", "token")
-MAY_MOVE = ("path", "logprobs")  # the same tokenizer and log-probs may lie elsewhere now
+# The same tokenizer and log-probs may lie elsewhere now.
+MAY_DIFFER = ("path", "logprobs", "numpy")
 
 
 @dataclass(frozen=True)
@@ -207,18 +208,16 @@ def _open_sources(job: FusingJob, tokens: TokenDataset) -> list[FusingSource]:
         )
     sources: list[FusingSource] = []
     for source in chosen:
+        pivot = job.include_initial and source is chosen[-1]
         reference = Reference.open(
-            source.name,
-            source.logprobs,
-            tokens,
-            domains=source.domains,
-            pivot=job.include_initial and source is chosen[-1],
+            source.name, source.logprobs, tokens, domains=source.domains, pivot=pivot
         )
         opened = FusingSource(
+            source,
             reference,
             number=len(sources),
-            weight=source.weight,
             per_byte=job.ce_per == CE_PER[0],
+            pivot=pivot,
         )
         opened.check(job.top_k, listed=tokens.listed)
         sources.append(opened)
@@ -249,7 +248,7 @@ def _check_finished(job: FusingJob, tokens: TokenDataset, fields: dict[str, Any]
     """Accept output that this very job has written, and refuse any other."""
     store = SoftTargetStore(job.output)
     found = {name: store.manifest.get(name) for name in fields}
-    if difference := different(fields, found, MAY_MOVE):
+    if difference := different(fields, found, MAY_DIFFER):
         raise UserError(
             f"{job.output}.json exists and is of another job: {difference}; delete it or choose "
             "another --output"

@@ -14,6 +14,7 @@ from megatron_infifpo.fusing.vocabulary import Vocabulary, VocabularyMap, map_vo
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.reference import Reference
 from megatron_infifpo.references.soft_targets import GROUPED
+from megatron_infifpo.references.sources import Source
 from megatron_infifpo.storage.notes import parse_ranges
 
 OUTSIDE = "outside its domains"
@@ -49,18 +50,22 @@ class FusingSource:
 
     map: VocabularyMap
 
-    def __init__(self, reference: Reference, *, number: int, weight: float, per_byte: bool) -> None:
+    def __init__(
+        self, source: Source, reference: Reference, *, number: int, per_byte: bool, pivot: bool
+    ) -> None:
         """Take a source.
 
         Args:
+            source: its entry in sources.yaml.
             reference: its log-probs, joined with the records.
             number: among all sources.
-            weight: its share in a mean.
             per_byte: cross-entropies are by bytes, else by the source's tokens.
+            pivot: it is the initial pivot, so its tokens are the pivot's.
         """
-        self.name, self.number, self.weight = reference.name, number, weight
+        self.name, self.number, self.weight = source.name, number, source.weight
+        self._domains = source.domains
         self.store: LogprobStore = reference.store
-        self._takes_part, self._per_byte = reference.takes_part, per_byte
+        self._takes_part, self._per_byte, self._pivot = reference.takes_part, per_byte, pivot
         self._same_ids, self._starts_suffice = False, False
 
     def check(self, top_k: int | None, *, listed: bool) -> None:
@@ -130,7 +135,8 @@ class FusingSource:
         lengths = self.store.byte_lengths(index, response).astype(np.int64)
         text = [int(part) for part in self._texts[index, response]]
         own = Response(lengths, *text)
-        if self._same_ids and own.whole == pivot.whole and np.array_equal(lengths, pivot.lengths):
+        same = self._same_ids and own.whole == pivot.whole
+        if self._pivot or (same and np.array_equal(lengths, pivot.lengths)):
             alignment = identity(len(lengths))
         elif (found := align_response(pivot, own, starts_suffice=self._starts_suffice)) is None:
             return note or OTHER_TEXT  # of a record that was cut the note says so
@@ -165,5 +171,5 @@ class FusingSource:
             "logprobs_sha256": values.hexdigest(),
             "top_k": store.top_k,
             "weight": self.weight,
-            "records": int(self._takes_part.sum()),
+            "domains": self._domains and list(self._domains),
         }

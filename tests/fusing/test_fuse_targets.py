@@ -228,3 +228,10 @@ def test_real_replies(shared_data, tmp_path, capsys, name, least):
         np.testing.assert_allclose(targets.probs.sum(1) + targets.tail, 1, atol=1e-6)
         assert targets.sources[-1] == 1  # the end of turn
         assert targets.ids.max() < len(phi.token_bytes.pieces) and K < store.top_k == 8
+
+
+def test_domains_are_of_the_job(models):
+    """Other domains are another job, though the files are the same."""
+    models.fuse("by-domain", yaml=models.sources("bytes", bytes=", domains: [code]"))
+    with pytest.raises(UserError, match=r"its domains is \['code'\], this one's is \['math'\]"):
+        models.fuse("by-domain", yaml=models.sources("bytes", bytes=", domains: [math]"))

@@ -24,6 +24,7 @@ QUICK_ON_RANKS = (
 SLOW = (
     "tests/convert/test_memory.py",
     "tests/families/test_published_models.py::test_random_sizes_round_trip",
+    "tests/fusing/test_fuse_targets.py::test_real_replies",
     "tests/fuzz/test_fuzz.py::test_damaged_files_are_refused",
     "tests/gpu/test_startup.py",
     "tests/gpu_check/test_gpu_check.py::test_families_on_transformer_engine",
