@@ -148,3 +148,28 @@ def test_held_out_targets(setup, train):
     taught = train("fusellm", *valid, "--valid-soft-targets", targets)[2][0]
     assert taught["ce"] == pytest.approx(alone["loss"], abs=1e-6)
     assert taught["distance"] > 0 and taught["loss"] != taught["ce"]
+
+
+def test_a_pivot_learns_nothing_from_itself(setup, ranks, train, tmp_path):
+    """Its own most probable ids as its only source, through all commands: the KL has no gradient.
+
+    With a lm weight of a half the gradient is then a half of SFT's. Scaled up to 1, as published,
+    the same ids pull.
+    """
+    inputs = ["--input", str(setup.records), "--output", str(tmp_path / "own"), "--top-k", "8"]
+    ranks(
+        1, "support.scoring:score", ["--backend", "megatron", "--model", str(setup.pivot), *inputs]
+    )
+    sources = tmp_path / "sources.yaml"
+    sources.write_text("initial: own\nsources: [{name: own, logprobs: own}]\n")
+    fused = ["--data", str(setup.data), "--sources", str(sources)]
+    fused += ["--output", str(tmp_path / "t")]
+    ranks(1, "support.tools:run_command", "fuse-targets", *fused)
+    whole = ["--global-batch-size", "20", "--micro-batch-size", "20", "--train-iters", "1"]
+    _, (expected,), _ = train("sft", *whole)
+    learn = [*whole, "--soft-targets", str(tmp_path / "t"), "--lm-weight", "0.5"]
+    (step,), (norm,), _ = train("fusellm", *learn)
+    assert step["taught"] == 1 and step["distance"] < 1e-5
+    assert norm == pytest.approx(expected / 2, rel=1e-4)
+    (pulled,), (more,), _ = train("fusellm", *learn, "--tail", "renormalised")
+    assert pulled["distance"] > 0.01 and more != pytest.approx(expected / 2, rel=1e-3)

@@ -15,6 +15,13 @@ def export(checkpoint: str, folder: str) -> None:
     run_tool("convert_checkpoint", ["export", "--load", checkpoint, "--save", folder])
 
 
+def run_command(*words: str) -> None:
+    """Run `infifpo WORDS` as its command line does, but raise its errors."""
+    from megatron_infifpo.commands.main import run_words
+
+    run_words(list(words))
+
+
 def load_tool(name: str) -> ModuleType:
     """Import a file in tools/."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
