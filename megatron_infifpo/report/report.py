@@ -82,7 +82,7 @@ def write_report(job: ReportJob) -> Path:
 
 def _run_page(job: ReportJob, found: dict[str, Any]) -> Page:
     """The page about a run that run.json describes."""
-    from megatron_infifpo.report import judge, sections
+    from megatron_infifpo.report import judge, sections, tokens
 
     curves = read_curves(job.tensorboard_dir or job.run / "tensorboard")
     page = Page(f"Training run {job.run}")
@@ -108,6 +108,8 @@ def _run_page(job: ReportJob, found: dict[str, Any]) -> Page:
         )
     elif job.trained is not None:
         raise UserError("--trained has no effect: the run was made without preference sources")
+    if files.get("soft_targets") is not None:  # older runs have no such key
+        tokens.soft_targets(page, files["soft_targets"])
     sections.speed(page, curves)
     sections.provenance(page, found)
     return page

@@ -5,16 +5,18 @@ from typing import Any
 import numpy as np
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import flag
+from megatron_infifpo.losses import TOKEN_LOSSES
 from megatron_infifpo.records.records import RESPONSES
 from megatron_infifpo.report import plots
 from megatron_infifpo.report.collect import Curve, Pairs
 from megatron_infifpo.report.html import Page
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
-# Metrics of pairs and of lists whose first and last value the summary has.
+# Metrics of pairs, of lists and of tokens whose first and last value the summary has.
 _SUMMED = (
     "loss", "rewards/accuracy", "rewards/margin", "logps/accuracy", "logps/margin", "reward",
-    "residual/std", "length", "no-end-of-turn",
+    "residual/std", "length", "no-end-of-turn", "ce", "distance", "chunk", "taught",
 )  # fmt: skip
 # Figures of training: what they show, and for each panel its title and a prefix of metrics, with
 # the metrics; without any all of that prefix.
@@ -50,18 +52,33 @@ _OF_LISTS = (
         ),
     ),
 )
+_OF_TOKENS = (
+    ("loss and cross-entropy over steps", (("loss", "", "loss"), ("cross-entropy", "", "ce"))),
+    (
+        "distance to the sources, and tokens with a target, over steps",
+        (
+            ("distance to the sources", "", "distance", "chunk"),
+            ("share of tokens with a target", "", "taught"),
+        ),
+    ),
+)
 
 
 def summary(page: Page, found: dict[str, Any], curves: dict[str, Curve]) -> None:
     """Say in a few lines what was trained and where it ended."""
     method = found["identity"]["method"]
-    rows: dict[str, object] = {
-        "objective": method["objective"],
-        "reference": method["reference"] or "none",
-        "beta": method["beta"],
-        "started from": found["started_from"]["checkpoint"],
-        "attempts": len(found["attempts"]),
-    }
+    rows: dict[str, object] = {"objective": method["objective"]}
+    if method["objective"] in TOKEN_LOSSES:
+        options = TOKEN_LOSSES[method["objective"]].options
+        given = {name: method.get(name) for name in options}
+        rows |= {
+            flag(name): option.default if given[name] is None else given[name]
+            for name, option in options.items()
+        }
+    else:
+        rows |= {"reference": method["reference"], "beta": method["beta"]}
+    rows["started from"] = found["started_from"]["checkpoint"]
+    rows["attempts"] = len(found["attempts"])
     if method["reference"] == "fused":
         rows["fusion"] = f"{method['fusion']}, {'clipped' if method['clip'] else 'not clipped'}"
     for tag in (*_SUMMED, *sorted(tag for tag in curves if tag.startswith("kl/"))):
@@ -90,7 +107,13 @@ def training(page: Page, curves: dict[str, Curve]) -> None:
             "Residual: what the loss makes equal for all responses to a prompt; its spread is 0 at "
             "the optimum. kl: the policy's log-prob of a response less the model's, in nats."
         )
-    for what, panels in _OF_LISTS if lists else _OF_PAIRS:
+    tokens = "distance" in curves
+    if tokens:
+        page.note(
+            "ce, distance and chunk: the loss's parts before they are weighted, means over the "
+            "tokens or chunks that have them."
+        )
+    for what, panels in _OF_LISTS if lists else _OF_TOKENS if tokens else _OF_PAIRS:
         draw(what, *((title, named(prefix, *names)) for title, prefix, *names in panels))
 
     def by_domain(metric: str) -> dict[str, Curve]:
@@ -106,12 +129,15 @@ def training(page: Page, curves: dict[str, Curve]) -> None:
         ("loss by domain", by_domain("loss")),
         ("accuracy by domain", by_domain("rewards/accuracy")),
         ("reward by domain", by_domain("reward")),
+        ("distance by domain", by_domain("distance")),
     )
     if named("share/"):
         page.heading(
             "Sources over time",
-            "Share: a source's weight in the references of a step. Clip rate: share of its values "
-            "that clipping replaced by the initial pivot's.",
+            "Share: of the tokens with a target, how many have one of this source."
+            if tokens
+            else "Share: a source's weight in the references of a step. Clip rate: share of its "
+            "values that clipping replaced by the initial pivot's.",
         )
         clips = named("clip-rate/") or named("", "clip-rate")
         draw("sources over steps", ("share", named("share/")), ("clip rate", clips))
@@ -240,7 +266,10 @@ def provenance(page: Page, found: dict[str, Any]) -> None:
             weights = (store["weights_sha256"] or "unknown")[:12]
             values = [weights, store["logprobs_sha256"][:12], store["dtype"]]
             rows.append([name, *values, store.get("takes_part_in", "all")])
-    page.table({"records": data["records_sha256"][:12], "seed": found["identity"]["seed"]})
+    known = {"records": data["records_sha256"][:12], "seed": found["identity"]["seed"]}
+    if "soft_targets" in data:
+        known["soft targets"] = data["soft_targets"][:12]
+    page.table(known)
     page.table(rows)
     for attempt in found["attempts"]:
         versions = ", ".join(f"{name} {v}" for name, v in attempt["versions"].items())

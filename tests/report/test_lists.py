@@ -263,7 +263,8 @@ def test_a_real_run(setup, ranks, tmp_path):
     assert "What the judge says of the responses" in page and "chosen" not in text(page)
     found = read_run(folder)
     assert found is not None
-    data, sources = found["attempts"][-1]["files"].values()
+    files = found["attempts"][-1]["files"]
+    data, sources = files["preference_data"], files["preference_sources"]
     pairs = read_pairs(data, sources, method_of(found), found["identity"]["seq_length"], None)
     curves = read_curves(folder / "tensorboard")
     logged = {tag: values[0] for tag, (_, values, _) in curves.items()}

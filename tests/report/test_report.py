@@ -67,7 +67,8 @@ def test_numbers(setup, run):
 
     found = read_run(run)
     assert found is not None
-    data, sources = found["attempts"][-1]["files"].values()
+    files = found["attempts"][-1]["files"]
+    data, sources = files["preference_data"], files["preference_sources"]
     pairs = read_pairs(data, sources, method_of(found), 256, None)
     assert pairs.means.shape == (20, 2, 3)
     assert pairs.selected is not None
