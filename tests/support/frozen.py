@@ -93,9 +93,14 @@ def formats(setup: Setup, ranks: Ranks, folder: Path) -> dict[str, Any]:
     sources = setup.sources("frozen", "{name: qwen, logprobs: qwen}", "{name: phi, logprobs: phi}")
     run = folder / "run"
     ranks(1, "support.training:train", setup.flags(sources, "--save", str(run)))
+    scoring = ["--backend", "megatron", "--model", str(setup.hf), "--input", str(setup.records)]
+    ranks(1, "support.scoring:score", [*scoring, "--output", str(folder / "top"), "--top-k", "4"])
     return {
         "token dataset": dataset_format(setup.data, setup.records),
         "log-prob dataset": dataset_format(setup.folder / "initial", setup.records),
+        "log-prob dataset with the most probable tokens": dataset_format(
+            folder / "top", setup.records
+        ),
         "run.json": json_format(run / "run.json"),
         "imported checkpoint": checkpoint_format(setup.pivot),
         "trained checkpoint": checkpoint_format(run),
