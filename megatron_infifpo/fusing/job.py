@@ -193,6 +193,11 @@ def _open_sources(job: FusingJob, tokens: TokenDataset) -> list[FusingSource]:
             )
     chosen = [source for source in config.sources if job.only is None or source.name in job.only]
     if job.include_initial:
+        if INITIAL in known:
+            raise UserError(
+                f"{job.sources} has a source of the name {INITIAL!r}, expected another name: with "
+                "--include-initial the initial pivot is called so"
+            )
         chosen.append(Source(INITIAL, config.initial, weight=config.initial_weight))
     if job.fusion == "mean":
         chosen = [source for source in chosen if source.weight > 0]

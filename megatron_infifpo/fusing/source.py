@@ -143,6 +143,12 @@ class FusingSource:
         else:
             alignment = found
         ids, logps, tail = self.store.top(index, response)
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(self.map.ids):
+            raise UserError(
+                f"{self.store.prefix}: record {index} has the token ids {ids.min()} to {ids.max()}, "
+                f"expected them from 0 to {len(self.map.ids) - 1}: the file was changed or "
+                "damaged; score it again"
+            )
         values = self.store.logprobs(index, response).astype(np.float64)
         nats, units = -float(values.sum()), int(lengths.sum()) if self._per_byte else len(values)
         at, until = alignment.source_rows, np.concatenate([[0.0], np.cumsum(values)])

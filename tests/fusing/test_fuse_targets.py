@@ -235,3 +235,23 @@ def test_domains_are_of_the_job(models):
     models.fuse("by-domain", yaml=models.sources("bytes", bytes=", domains: [code]"))
     with pytest.raises(UserError, match=r"its domains is \['code'\], this one's is \['math'\]"):
         models.fuse("by-domain", yaml=models.sources("bytes", bytes=", domains: [math]"))
+
+
+def test_a_source_of_the_pivots_name(models):
+    yaml = models.folder / "named.yaml"
+    yaml.write_text("initial: pivot-logps\nsources: [{name: initial, logprobs: bytes-logps}]\n")
+    with pytest.raises(UserError, match="a source of the name 'initial', expected another"):
+        models.fuse("refused", yaml=yaml, include_initial=True)
+    assert models.fuse("named", yaml=yaml).sources == ("initial",)
+
+
+def test_damaged_ids(models):
+    """Ids that the model does not have are damage, not the tail."""
+    chat, size = models.chat["bytes"], len(models.chat["bytes"].tokenizer)
+    prefix = models.folder / "damaged-logps"
+    write_top_k(prefix, RECORDS, chat, dense(size, 0), vocab_size=size)
+    ids = np.fromfile(f"{prefix}_topk_ids.bin", np.int32)
+    ids[1] = size
+    ids.tofile(f"{prefix}_topk_ids.bin")
+    with pytest.raises(UserError, match=f"record 0 has the token ids .* to {size}, expected them"):
+        models.fuse("refused", "damaged")
