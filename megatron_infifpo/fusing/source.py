@@ -145,7 +145,7 @@ class FusingSource:
         ids, logps, tail = self.store.top(index, response)
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self.map.ids):
             raise UserError(
-                f"{self.store.prefix}: record {index} has the token ids {ids.min()} to {ids.max()}, "
+                f"{self.store.prefix}: record {index} has token ids {ids.min()} to {ids.max()}, "
                 f"expected them from 0 to {len(self.map.ids) - 1}: the file was changed or "
                 "damaged; score it again"
             )

@@ -253,5 +253,5 @@ def test_damaged_ids(models):
     ids = np.fromfile(f"{prefix}_topk_ids.bin", np.int32)
     ids[1] = size
     ids.tofile(f"{prefix}_topk_ids.bin")
-    with pytest.raises(UserError, match=f"record 0 has the token ids .* to {size}, expected them"):
+    with pytest.raises(UserError, match=f"record 0 has token ids .* to {size}, expected them"):
         models.fuse("refused", "damaged")
