@@ -11,7 +11,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import draw_architecture  # noqa: E402
 from walls import PACKAGE, PLACE, WINGS, arrows, imports  # noqa: E402
 
-PURE = ("options", "losses", "reference", "logprobs", "methods")  # formulas: torch, and each other
+# Formulas: torch, and each other.
+PURE = ("options", "distillation", "losses", "reference", "logprobs", "methods")
 # What users give is read without Megatron, and formulas are computed without it. The head alone
 # asks it, inside one function, for tensor-parallel communication.
 WITHOUT_MEGATRON = {wing.name for wing in WINGS[: PLACE["storage"]]} | {"records"}

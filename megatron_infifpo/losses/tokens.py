@@ -86,42 +86,32 @@ def soft_targets(
     """SFT with soft targets: `lm CE + (1 - lm) KL(target || policy)`, and CE where there is none.
 
     Texts that are several tokens for the policy or for a source have no target of their ids; there
-    `(1 - lm) chunk_weight` times the difference of their likelihoods is added to CE.
-
-    Args:
-        logprobs: `[K, 1 + k]`, or `[K, 1 + m]` with buckets.
-        soft_probs, soft_tail: `[K, k]` and `[K]`, the targets and what is left of them.
-        soft_sources: `[K]`, 0 where there is no target.
-        chunk_rows, chunk_of: `[n]`, the tokens of the C texts, and which text each is of.
-        chunk_starts: `[C]`, the first token of each text, where it counts.
-        chunk_logps, chunk_weights: `[C]`, a source's log-prob of a text, and its weight.
-        soft_buckets: `[K, m]`, which of the k targets an id counts for, where several do for one.
-        lm_weight, tail, chunk_weight, chunk_temperature: see the options.
+    `(1 - lm) chunk_weight` times the difference of their likelihoods is added to CE. What the row
+    has of targets is what `rows.soft_targets.collate_targets` makes.
     """
     observed, students = logprobs[:, 0], logprobs[:, 1:]
     if soft_buckets is not None:
         students = bucket_logps(students, soft_buckets, soft_probs.shape[1])
-    taught = soft_sources > 0
     if tail == "ghost":
         distance = ghost_kl(students, soft_probs, soft_tail)
     else:
         distance = renormalised_kl(students, soft_probs)
-    distance = torch.where(taught, distance, 0.0)
+    taught = (soft_sources > 0).to(observed.dtype)
     likelihoods = torch.zeros_like(chunk_logps).index_add(0, chunk_of, observed[chunk_rows])
-    found = chunk_binary_kl(likelihoods, chunk_logps, tau=chunk_temperature)
-    none = torch.zeros_like(observed)
-    chunks = Part(
-        none.index_add(0, chunk_starts, found * chunk_weights),
-        none.index_add(0, chunk_starts, chunk_weights),
-    )
-    share = 1 - (1 - lm_weight) * taught.to(observed.dtype)
-    losses = -observed * share + (1 - lm_weight) * (distance + chunk_weight * chunks.values)
+    texts = chunk_binary_kl(likelihoods, chunk_logps, tau=chunk_temperature) * chunk_weights
     parts = {
         "ce": Part(-observed, torch.ones_like(observed)),
-        "distance": Part(distance, taught.to(observed.dtype)),
-        "chunk": chunks,
+        "distance": Part(torch.where(soft_sources > 0, distance, 0.0), taught),
+        "chunk": Part(*(_put(x, chunk_starts, observed) for x in (texts, chunk_weights))),
     }
+    lessons = parts["distance"].values + chunk_weight * parts["chunk"].values
+    losses = (1 - (1 - lm_weight) * taught) * -observed + (1 - lm_weight) * lessons
     return TokenLosses(losses, parts)
+
+
+def _put(values: Tensor, places: Tensor, like: Tensor) -> Tensor:
+    """Add values `[C]` at their places, to zeros `[K]`."""
+    return torch.zeros_like(like).index_add(0, places, values)
 
 
 def top_values(
