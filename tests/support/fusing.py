@@ -17,7 +17,8 @@ from megatron_infifpo.records.records import (
 )
 from megatron_infifpo.references.logprob_writer import LogprobWriter
 from megatron_infifpo.references.soft_targets import SoftTargets, SoftTargetStore
-from megatron_infifpo.references.top_k import Packed, pack_logps, text_identity
+from megatron_infifpo.references.top_k import Packed, pack_logps
+from megatron_infifpo.scoring.top_k import TopKeeper
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 from megatron_infifpo.tokens.writer import write_token_dataset
@@ -139,15 +140,14 @@ def write_top_k(
                 writer.mask(record.id, reason)
                 continue
             tokens, values, top = chat.encode(record), [], []
+            texts = TopKeeper(k, responses, chat).texts(record, tokens)
             for response, ids in enumerate(tokens.response_ids):
                 scored = ids if tokens.scored is None else ids[tokens.scored[response]]
                 said = teacher(index, response, scored)
                 values.append(said.values.astype(np.float32))
                 rows = slice(None if responses == "all" or response == 0 else 0)
-                lengths = chat.token_bytes.lengths[scored]
-                text = text_identity(chat.token_bytes.join(scored.tolist()))
                 logps = pack_logps(said.logps[rows].astype(np.float32))
-                top.append(Packed(said.ids[rows].astype(np.int32), logps, lengths, text))
+                top.append(Packed(said.ids[rows].astype(np.int32), logps, *texts[response]))
             writer.add(record.id, values, top=top)
 
 
