@@ -82,8 +82,8 @@ def _open(
     dtypes: dict[torch.dtype, str] = {}
     for name, folder in job.named:
         weights, mapping, config = open_hf(folder)
-        found = check_weights(weights, mapping)
-        dtypes = {dtype: f"{folder}: {tensor}" for dtype, tensor in found.items()} | dtypes
+        for dtype, tensor in check_weights(weights, mapping).items():
+            dtypes.setdefault(dtype, f"{folder}: {tensor}")
         opened.append(weights)
         if name == "--base":
             first, its_config = mapping, config
@@ -103,8 +103,8 @@ def _open(
                     f"{job.base} {computed.get(field)!r}: expected models that were trained from "
                     "the base"
                 )
-    dtype = job.dtype or only_dtype(dtypes, "--base and --models")
-    return first, its_config, dtype, opened
+    written = job.dtype or only_dtype(dtypes, "--base and --models")
+    return first, its_config, written, opened
 
 
 def _shaped(shape: tuple[int, ...] | None) -> str:

@@ -12,7 +12,7 @@ import torch
 from megatron_infifpo.convert.hf_shards import SHARD_BYTES
 from megatron_infifpo.convert.merging import MERGES, all_options, parameters
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.flag_types import check_choice, check_files, check_types, flag
+from megatron_infifpo.flag_types import check_choice, check_types, flag
 from megatron_infifpo.options import Option, declared
 from megatron_infifpo.storage.checkpoints import DTYPE_NAMES, check_free
 
@@ -53,7 +53,8 @@ class MergeJob:
         """
         check_types(self)
         check_choice("method", self.method, MERGES)
-        check_files(self, "models")
+        if not self.models:
+            raise UserError("--models is empty, expected folders of models to merge")
         for name, users in all_options().items():
             self._check_option(name, users)
         if self.weights is not None:

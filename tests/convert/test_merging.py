@@ -68,7 +68,7 @@ def loop(base, models, share, select):
     weights = [sum(row[i] ** 2 for i in chosen) for row in deltas]
     merged = []
     for i, column in enumerate(columns):
-        column = column if i in chosen or select == "weights" else [0.0] * len(column)
+        column = column if i in chosen or select == "weights" else (0.0,) * len(column)
         sign = 1 if sum(column) >= 0 else -1
         left = [(w, x) for w, x in zip(weights, column, strict=True) if x * sign > 0]
         total = sum(w for w, _ in left)

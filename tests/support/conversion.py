@@ -122,3 +122,11 @@ def import_with_full_disk(source: str, target: str) -> None:
 def verify(argv: list[str]) -> int:
     """Run `tools/convert_checkpoint.py verify ARGV` as one rank; return its exit code."""
     return run_tool("convert_checkpoint", ["verify", *argv]) or 0
+
+
+def merge(method: str, base: str, models: list[str], output: str, shard_bytes: int) -> None:
+    """Merge folders as one of several ranks."""
+    from megatron_infifpo.convert import merge as program
+    from megatron_infifpo.convert.merge_job import MergeJob
+
+    program.merge(MergeJob(method, base, models, output, shard_bytes=shard_bytes))

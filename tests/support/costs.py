@@ -23,6 +23,7 @@ QUICK_ON_RANKS = (
 
 SLOW = (
     "tests/convert/test_memory.py",
+    "tests/convert/test_merge.py::test_equals_mergekit_bit_by_bit",
     "tests/families/test_published_models.py::test_random_sizes_round_trip",
     "tests/fusing/test_fuse_targets.py::test_real_replies",
     "tests/fuzz/test_fuzz.py::test_damaged_files_are_refused",
