@@ -49,6 +49,7 @@ def fuse(
     run: str = RUN,
     method: str = "fusellm",
     index: int = 0,
+    ambiguous: str | None = None,
     flags: str = "",
 ) -> Job:
     """Fuse what the sources say of the SFT half's tokens, to RUN/fusion/METHOD.
@@ -57,6 +58,8 @@ def fuse(
         run: folder of the run.
         method: fusellm, fusechat or infifusion.
         index: 0 for all sources, i for the i-th one alone, to RUN/fusion/METHOD-NAME.
+        ambiguous: what becomes of ids that stand for several of the pivot's: digits, tail, group or
+            id; infifusion has no use for it.
         flags: further ones of `infifpo fuse-targets`.
 
     Raises:
@@ -75,6 +78,7 @@ def fuse(
         arguments += ["--fusion", "none"]
     else:
         arguments += ["--fusion", "mince", "--include-initial"]
+        arguments += ["--ambiguous", ambiguous] if ambiguous else []
     if index:
         arguments += ["--only", config.sources[index - 1].name]
     return Job(f"fuse-{name}", (*arguments, *split_words(flags, "flags")))

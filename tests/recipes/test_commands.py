@@ -78,6 +78,11 @@ def test_refused_of_tokens(run_folder, stage, options, message):
         parse(stage, options)
 
 
+def test_ambiguous_ids(run_folder):
+    words = parse("fuse", "ambiguous=group").arguments
+    assert words[-2:] == ("--ambiguous", "group") and words[:-2] == parse("fuse", "").arguments
+
+
 def test_the_link_is_missing(run_folder):
     """What the message says to type is what mends it."""
     import subprocess

@@ -54,7 +54,7 @@ FUSION = {
     ("fuse", ""): _FUSE + "fusellm --fusion mince --include-initial",
     ("fuse", "method=fusechat index=2"): _FUSE
     + f"{_SECOND} --fusion mince --include-initial --only mistral-small-24b",
-    ("fuse", "method=infifusion"): _FUSE + "infifusion --fusion none",
+    ("fuse", "method=infifusion ambiguous=id"): _FUSE + "infifusion --fusion none",
     ("sft", "method=fusellm"): _token_training("fusellm", "fusellm"),
     ("sft", "method=fusechat index=2"): _token_training("fusechat", _SECOND),
     ("sft", "method=infifusion"): _token_training("infifusion", "infifusion"),
