@@ -1,4 +1,5 @@
-"""The examples' command lines: the two-stage recipe on tiny models, and the ablation's grid."""
+"""The examples' command lines: two stages and token-level fusion on tiny models, the ablation's
+grid."""
 
 import argparse
 import importlib.util
@@ -11,6 +12,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import add_method_flags, method_from_options, resolve
 from megatron_infifpo.records.records import read_records
 from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.soft_targets import SoftTargetStore
 from support import tiny
 from support.launcher import ROOT
 
@@ -171,3 +173,45 @@ def test_ablation_rows(forked, monkeypatch, setup, capfd):
     assert set(b) - set(a) == {w for w in b if "sources-1" in w or "pivot-qwen" in w}
     with pytest.raises(UserError, match="--only has best, expected infifpo, sums"):
         run(monkeypatch, example, "--output", folder, "--only", "best")
+
+
+def test_baselines(forked, monkeypatch, setup, capfd):
+    """Soft targets, a model for each source, and merging, on tiny models; then all is skipped."""
+    import stages
+
+    example = load(ROOT / "examples" / "baselines" / "run.py")
+    monkeypatch.setattr(stages, "RECORDS", {"train": setup.records, "heldout": setup.records})
+    small = "--lr 1e-3 --global-batch-size 8 --micro-batch-size 2 --seq-length 256 --log-interval 1"
+    monkeypatch.setattr(example, "TRAIN", [*small.split(), "--train-iters", "2"])
+    tensor = ["--backend", "megatron", "--tensor-model-parallel-size", "2"]
+    models = {name: (setup.folder / name, tensor) for name in ("qwen", "phi")}
+    prepared = stages.Prepared(setup.hf, setup.pivot, models)
+    monkeypatch.setattr(stages, "models", lambda job, gemma: prepared)
+    folder = setup.folder / "baselines"
+    argv = ["--output", folder, "--only", "infifusion", "fusechat"]
+    run(monkeypatch, example, *argv)
+    table = capfd.readouterr().out.split("held-out pairs")[-1].splitlines()
+    assert [line[:12].strip() for line in table if "%" in line] == [
+        "pivot",
+        "InfiFusion",
+        "FuseChat",
+    ]
+    sources = {
+        name: SoftTargetStore(folder / "targets" / name).sources
+        for name in ("infifusion", "fusechat-qwen", "fusechat-phi")
+    }
+    assert sources == {
+        "infifusion": ("qwen", "phi"),
+        "fusechat-qwen": ("qwen", "initial"),
+        "fusechat-phi": ("phi", "initial"),
+    }
+    rows = ("pivot", "baselines-infifusion", "baselines-fusechat")
+    scored = {
+        LogprobStore(folder / "logprobs" / f"heldout-{row}").manifest["weights_sha256"]
+        for row in rows
+    }
+    assert len(scored) == 3
+    monkeypatch.setattr("job.Job.command", None)  # everything is skipped
+    run(monkeypatch, example, *argv)
+    again = capfd.readouterr().out.split("held-out pairs")[-1].splitlines()
+    assert again == table

@@ -1,0 +1,131 @@
+#!/usr/bin/env python
+"""FuseLLM, InfiFusion and FuseChat beside InfiFPO, on the demo's data and models.
+
+The specialists and the pivot are scored with the 16 most probable tokens at every token; these are
+aligned and fused into soft targets, by domain as the table of `infifpo fuse-targets` says. Every
+method then trains on as many records, with the same flags: the three on the chosen responses and
+their targets, SFT on the chosen responses alone, InfiFPO on the pairs. FuseChat trains one model
+with each source and merges them. Works in the demo's folder, and skips what is finished: after
+`make demo`
+
+    python examples/baselines/run.py                     # about 20 minutes on two cores
+    python examples/baselines/run.py --only fusechat     # some rows; the table shows all finished
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_infifpo.commands.entry import run
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
+import stages  # noqa: E402
+import table  # noqa: E402
+from job import Job  # noqa: E402
+
+TRAIN = [*stages.TRAIN, "--train-iters", "12", "--no-save-optim"]
+TOP = ["--top-k", "16", "--top-k-responses", "chosen"]
+# The training records, scored with the most probable tokens too.
+SPLIT = "top"
+LABELS = {
+    "sft": "SFT",
+    "fusellm": "FuseLLM",
+    "infifusion": "InfiFusion",
+    "fusechat": "FuseChat",
+    "infifpo": "InfiFPO",
+}
+# Flags of fuse-targets.
+FUSE = {
+    "fusellm": ["--include-initial"],
+    "fusechat": ["--include-initial"],
+    "infifusion": ["--fusion", "none"],
+}
+
+
+class Baselines:
+    """Trains the demo's pivot by each method."""
+
+    def __init__(self, job: Job, prepared: stages.Prepared):
+        """Take a job whose pairs are prepared and scored."""
+        self.job, self.prepared = job, prepared
+        self.names = list(prepared.models)
+
+    def score(self) -> None:
+        """Score the training records with the most probable tokens."""
+        job = self.job
+        job.stage("score the training records with the 16 most probable tokens")
+        job.score(SPLIT, "pivot", self.prepared.pivot, *job.pipeline, *TOP)
+        for name, (model, flags) in self.prepared.models.items():
+            job.score(SPLIT, name, model, *flags, *TOP)
+
+    def fuse(self, method: str, name: str, *flags: str) -> list[object]:
+        """Fuse soft targets for a method; return the flag of training that names them."""
+        job = self.job
+        output = job.folder / "targets" / name
+        job.once(
+            f"targets-{name}", "fuse-targets", "--data", job.folder / "data" / "train",
+            "--sources", job.sources(SPLIT, "pivot", self.names, stages.DOMAINS),
+            "--output", output, *FUSE[method], *flags,
+        )  # fmt: skip
+        return ["--soft-targets", output]
+
+    def train(self, method: str, name: str, *flags: object) -> Path:
+        """Train the pivot; return the run's folder."""
+        start = self.prepared.pivot
+        return self.job.train(
+            f"baselines-{name}", "train", start, "--method", method, *flags, *TRAIN
+        )
+
+    def model(self, method: str) -> Path:
+        """Make a method's model; return its folder."""
+        if method == "fusechat":
+            return self.fusechat()
+        self.job.stage(f"{LABELS[method]}: train, score the held-out pairs")
+        if method in FUSE:
+            return self.train(method, method, *self.fuse(method, method))
+        if method == "sft":
+            return self.train(method, method)
+        sources = self.job.sources("train", "pivot", self.names, stages.DOMAINS)
+        return self.train(method, method, "--preference-sources", sources)
+
+    def fusechat(self) -> Path:
+        """Train one model with each source, and merge them."""
+        models = []
+        for source in self.names:
+            self.job.stage(f"FuseChat: train with {source}")
+            name = f"fusechat-{source}"
+            trained = self.train("fusechat", name, *self.fuse("fusechat", name, "--only", source))
+            models.append(self.job.export(trained))
+        self.job.stage("FuseChat: merge, score the held-out pairs")
+        merged = self.job.folder / "baselines-fusechat"
+        base = ["--base", self.prepared.hf_pivot, "--models", *models]
+        self.job.once(merged.name, "merge", "--method", "sce", *base, "--output", merged)
+        return merged
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="the demo's folder")
+    parser.add_argument("--gemma", action="store_true", help="with the demo's third source")
+    parser.add_argument(
+        "--only", nargs="+", choices=LABELS, default=list(LABELS), help="of the rows"
+    )
+    args = parser.parse_args()
+    job = Job(args.output, {**stages.RECORDS, SPLIT: stages.RECORDS["train"]})
+    baselines = Baselines(job, stages.prepare(job, gemma=args.gemma))
+    if set(args.only) & set(FUSE):
+        baselines.score()
+    for method in args.only:
+        job.score("heldout", f"baselines-{method}", baselines.model(method), *job.pipeline)
+    job.stage("held-out pairs")
+    finished = {"pivot": "pivot"}
+    for method, label in LABELS.items():
+        if (job.folder / "logprobs" / f"heldout-baselines-{method}.json").exists():
+            finished[label] = f"baselines-{method}"
+    table.print_rows(job.folder, "heldout", finished)
+
+
+if __name__ == "__main__":
+    run(main)
