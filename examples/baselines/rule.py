@@ -42,7 +42,7 @@ TRAIN += ["--lr", "5e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine"]
 TRAIN += ["--lr-warmup-fraction", "0.1", "--clip-grad", "1.0", "--weight-decay", "0.0"]
 TRAIN += ["--seq-length", "128", "--log-interval", "32", "--eval-interval", "32"]
 HALF = ["--method", "fusellm", "--lm-weight", "0.5"]
-SFT = "sft"
+SFT, SHUFFLED = "sft", "shuffled"
 # name -> label, targets that it learns from, flags
 VARIANTS: dict[str, tuple[str, str | None, list[str]]] = {
     SFT: ("SFT", None, ["--method", "sft"]),
@@ -53,12 +53,12 @@ VARIANTS: dict[str, tuple[str, str | None, list[str]]] = {
     "ids": ("  lm 0.5, no chunks", "source", [*HALF, "--chunk-weight", "0"]),
     "infifusion": ("InfiFusion", "source-values", ["--method", "infifusion"]),
     "untrained": ("untrained source, lm 0.5", "untrained", HALF),
-    "shuffled": ("shuffled targets, lm 0.5", "shuffled", HALF),
+    "shuffled": ("shuffled targets, lm 0.5", SHUFFLED, HALF),
     "infifusion-untrained": (
         "untrained source, InfiFusion", "untrained-values", ["--method", "infifusion"],
     ),
 }  # fmt: skip
-TARGETS = {"source", "source-values", "untrained", "untrained-values"}
+TARGETS = ("source", "source-values", "untrained", "untrained-values")
 
 
 class RuleJob(Job):
@@ -103,9 +103,8 @@ def main() -> None:
         shutil.rmtree(args.output, ignore_errors=True)
     torch.set_num_threads(1)
     chosen = [name for name in VARIANTS if name in (SFT, *args.only)]
-    needed = {VARIANTS[name][1] for name in chosen} & TARGETS
-    models = {target.removesuffix("-values") for target in needed}
-    count = args.seeds * (3 + len(models) + len(needed) + len(chosen))
+    models, targets = needed(chosen)
+    count = args.seeds * (3 + len(models) + len(targets) + len(chosen))
     with (
         tqdm(desc="rule", total=count, unit=" command") as bar,
         ThreadPoolExecutor(max(1, min(args.seeds, os.cpu_count() or 1))) as pool,
@@ -116,6 +115,15 @@ def main() -> None:
         found = [one.result() for one in asked]
     print((jobs[0].folder / "logs" / f"{fused('source')}.log").read_text().split("->")[-1])
     print_table(chosen, [losses for _, losses in found], [floor for floor, _ in found])
+
+
+def needed(chosen: list[str]) -> tuple[list[str], list[str]]:
+    """Sources and targets of these variants."""
+    wanted = {VARIANTS[name][1] for name in chosen}
+    if SHUFFLED in wanted:
+        wanted.add("source")
+    targets = [target for target in TARGETS if target in wanted]
+    return list(dict.fromkeys(target.removesuffix("-values") for target in targets)), targets
 
 
 def fused(target: str) -> str:
@@ -130,8 +138,7 @@ def study(job: RuleJob, seed: int, chosen: list[str]) -> tuple[float, dict[str, 
     those of every variant on the way.
     """
     language, data = Language(seed), job.folder / "data"
-    targets = {VARIANTS[name][1] for name in chosen} - {None}
-    models = {target.removesuffix("-values") for target in targets & TARGETS}
+    models, targets = needed(chosen)
     hf = {
         name: make(kind, language, job.folder / "hf" / name, seed=seed)
         for name, kind in KINDS.items()
@@ -151,9 +158,9 @@ def study(job: RuleJob, seed: int, chosen: list[str]) -> tuple[float, dict[str, 
             "--input", job.records["train"], "--output", job.folder / "logprobs" / f"train-{name}",
             "--name", name, "--top-k", "16", "--top-k-responses", "chosen",
         )  # fmt: skip
-    for target in targets & TARGETS:
+    for target in targets:
         fuse(job, target)
-    if "shuffled" in targets:
+    if any(VARIANTS[name][1] == SHUFFLED for name in chosen):
         shuffle(data / "train", job.folder / "targets" / "source", seed)
     losses = {name: train(job, name, seed) for name in chosen}
     tokens = int(TokenDataset(data / "heldout").scored_lengths[:, 0].sum())
@@ -173,11 +180,12 @@ def fuse(job: RuleJob, target: str) -> None:
 
 def shuffle(data: Path, targets: Path, seed: int) -> None:
     """Deal the targets out anew, among answers of as many tokens."""
-    output = targets.with_name("shuffled")
+    output = targets.with_name(SHUFFLED)
     if output.with_suffix(".json").exists():
         return
     store, lengths = SoftTargetStore(targets), TokenDataset(data).scored_lengths[:, 0].tolist()
-    rng, source_of = random.Random(seed), {}
+    rng = random.Random(seed)
+    source_of: dict[int, int] = {}
     for length in set(lengths):
         alike = [index for index, found in enumerate(lengths) if found == length]
         source_of |= dict(zip(alike, rng.sample(alike, len(alike)), strict=True))
