@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from language import Language, write_records
-from models import KINDS, make
+from rule_language import Language, write_records
+from rule_models import KINDS, make
 from tqdm import tqdm
 
 from megatron_infifpo.commands.entry import run

@@ -14,7 +14,7 @@ from megatron_infifpo.storage.aside import whole_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 import specialists  # noqa: E402
-from language import Language, chats  # noqa: E402
+from rule_language import Language, chats  # noqa: E402
 from specialists import Specialist  # noqa: E402
 
 CONTEXT = 128
