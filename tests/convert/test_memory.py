@@ -75,4 +75,4 @@ def test_peak_memory_of_a_merge(tmp_path):
     words = ["merge", "--method", "sce", "--base", base, "--models", *models]
     used = peak_of([*words, "--output", tmp_path / "out"])
     elements = 4096 * 512
-    assert used < 40 * elements + 60 * 2**20 < 0.6 * total
+    assert used < 40 * elements + 60 * 2**20 < 0.7 * total, used
