@@ -23,8 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from rule_language import Language, write_records
-from rule_models import KINDS, make
 from tqdm import tqdm
 
 from megatron_infifpo.commands.entry import run
@@ -33,8 +31,12 @@ from megatron_infifpo.references.soft_target_writer import SoftTargetWriter
 from megatron_infifpo.references.soft_targets import SoftTargetStore
 from megatron_infifpo.tokens.dataset import TokenDataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "demo")]
 from job import PROGRAM, Job  # noqa: E402
+
+from examples.baselines.rule_language import Language, write_records  # noqa: E402
+from examples.baselines.rule_models import KINDS, make  # noqa: E402
 
 SIZES = {"train": 256, "heldout": 1024}
 TRAIN = ["--train-iters", "192", "--global-batch-size", "16", "--micro-batch-size", "16"]

@@ -12,10 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from megatron_infifpo.storage.aside import whole_folder
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "demo")]
 import specialists  # noqa: E402
-from rule_language import Language, chats  # noqa: E402
 from specialists import Specialist  # noqa: E402
+
+from examples.baselines.rule_language import Language, chats  # noqa: E402
 
 CONTEXT = 128
 
