@@ -75,6 +75,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a record with a longer response is masked, or its responses are cut, which the "
         "manifest notes (default: %(default)s)",
     )
+    add_top_k_flags(what)
+    what.add_argument(
+        "--tokenizer", metavar="DIR", help="for a model folder without one (default: the model's)"
+    )
+    add_tokenizer_flags(what)
+    add_work_flags(parser)
+    take_defaults(parser, ScoringJob)
+
+
+def add_top_k_flags(what: argparse._ArgumentGroup) -> None:
+    """Add the flags of the most probable tokens."""
     what.add_argument(
         "--top-k",
         type=positive,
@@ -88,12 +99,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of which responses: token-level fusion trains on the chosen ones of pairs "
         "(default: %(default)s)",
     )
-    what.add_argument(
-        "--tokenizer", metavar="DIR", help="for a model folder without one (default: the model's)"
-    )
-    add_tokenizer_flags(what)
-    add_work_flags(parser)
-    take_defaults(parser, ScoringJob)
 
 
 def add_work_flags(parser: argparse.ArgumentParser) -> None:

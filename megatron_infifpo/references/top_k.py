@@ -41,6 +41,7 @@ TEXT = np.dtype([("whole", "u8"), ("inner", "u8"), ("lead", "u4"), ("trail", "u4
 """Which bytes a response's scored tokens are: their hash, that of them without white space at both
 ends, and how many bytes of it there are."""
 
+_MOST = 2**20  # larger than any vocabulary
 _LOWEST = np.float32(np.finfo(np.float16).min)
 # log-softmax in float32 may round up to just above 0; more than this is a defect.
 ROUNDING = 1e-5
@@ -208,6 +209,11 @@ class TopKFiles:
         """
         check_fields(fields, SCHEMA, f"the manifest {prefix}.json: top_k")
         self.k, self.responses = fields["k"], fields["responses"]
+        if not 0 < self.k <= _MOST:
+            raise UserError(
+                f"the manifest {prefix}.json: top_k: k is {self.k}, expected 1 to {_MOST}: write "
+                "it again"
+            )
         self._prefix, self._counts, self._listed = prefix, counts, listed
 
     def open_all(self) -> None:
@@ -242,11 +248,11 @@ class TopKFiles:
 
     @cached_property
     def _ids(self) -> Documents:
-        return self._open("_topk_ids", self.k * self._kept)
+        return self._open("_topk_ids", self._kept * self.k)
 
     @cached_property
     def _logps(self) -> Documents:
-        return self._open("_topk_logps", (self.k + 1) * self._kept)
+        return self._open("_topk_logps", self._kept * (self.k + 1))
 
     @cached_property
     def _lengths(self) -> Documents:
@@ -254,11 +260,10 @@ class TopKFiles:
 
     @property
     def _kept(self) -> np.ndarray:
-        """Scored tokens whose distributions are kept, `[N, R]`."""
-        if self.responses == "all":
-            return self._counts
-        kept = np.zeros_like(self._counts)
-        kept[:, 0] = self._counts[:, 0]
+        """Scored tokens whose distributions are kept, int64 `[N, R]`."""
+        kept = self._counts.astype(np.int64)
+        if self.responses != "all":
+            kept[:, 1:] = 0
         return kept
 
     def _open(self, name: str, expected: np.ndarray) -> Documents:

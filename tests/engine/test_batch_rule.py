@@ -138,7 +138,12 @@ def test_a_rope_of_fixed_frequencies_splits_no_batch(backend, monkeypatch):
     row = as_row([torch.zeros(n, dtype=torch.int64) for n in LENGTHS])
     for name, expected in {"default": 4, "yarn": 4, "longrope": 4, "dynamic": 9}.items():
         found = backend(build(name))
-        forward = mock.Mock(side_effect=lambda batch, targets: targets.float())
+        forward = mock.Mock(
+            side_effect=lambda batch, targets, top: (
+                targets[:, None].float(),
+                targets[:, None][:, :0],
+            )
+        )
         monkeypatch.setattr(found, "_score_batch", forward)
         found([row])
         assert forward.call_count == expected, name

@@ -206,7 +206,7 @@ def test_files_of_another_dataset(tmp_path):
     with pytest.raises(UserError, match="s_bytes.idx and .*s_counts.npy disagree"):
         LogprobStore(tmp_path / "s").byte_lengths(0, 0)
     manifest = json.loads((tmp_path / "s.json").read_text())
-    for bad in ({**manifest["top_k"], "k": "4"}, {"k": 4}, 4):
+    for bad in ({**manifest["top_k"], "k": "4"}, {"k": 4}, 4, fields() | {"k": 0}):
         (tmp_path / "s.json").write_text(json.dumps(manifest | {"top_k": bad}))
         with pytest.raises(UserError, match="top_k.*write it again"):
             LogprobStore(tmp_path / "s")

@@ -16,7 +16,7 @@ from megatron_infifpo.convert.hf_folder import open_hf
 from megatron_infifpo.convert.hf_import import import_checkpoint
 from megatron_infifpo.families import megatron_args, weight_mapping
 from megatron_infifpo.families.architecture import read_hf_config
-from megatron_infifpo.records.records import iter_records, read_records
+from megatron_infifpo.records.records import PreferenceRecord, iter_records, read_records
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.sources import check_domains, read_sources
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
@@ -58,7 +58,8 @@ def read_logprobs(folder: Path) -> None:
     for i in range(len(store)):
         store.note(i)
         for response in range(len(store.responses)):
-            store.logprobs(i, response)
+            store.logprobs(i, response), store.top(i, response), store.byte_lengths(i, response)
+    store.texts.tolist()
 
 
 def read_joined(folder: Path) -> None:
@@ -166,13 +167,35 @@ def write_tables(folder: Path, table: Any) -> None:
     (folder / "folder" / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
 
 
+def write_logprobs(folder: Path, records: list[PreferenceRecord], tokens: TokenDataset) -> None:
+    """Write log-probs, with the two most probable tokens."""
+    import numpy as np
+
+    from megatron_infifpo.references.logprob_writer import REQUIRED, LogprobWriter
+    from megatron_infifpo.references.top_k import Packed, pack_logps, text_identity
+
+    manifest = dict.fromkeys(REQUIRED, "x") | {"versions": {}, "weights_sha256": "0" * 64}
+    manifest |= {"tokenizer": tokens.manifest["tokenizer"], "records_sha256": tokens.records_sha256}
+    two = {"k": 2, "responses": "all", "vocab_size": 320, "end_of_turn_ids": [0]}
+    with LogprobWriter(
+        folder / "logprobs", responses=tokens.responses, manifest=manifest, top_k=two
+    ) as writer:
+        for i, record in enumerate(records):
+            values = [np.linspace(-3, -1, len(ids)) for ids in tokens.response_ids(i)]
+            top = [
+                Packed(np.tile(ids[:, None], 2), pack_logps(np.full((len(ids), 2), -1.0)), *text)
+                for ids in tokens.response_ids(i)
+                for text in [(np.full(len(ids), 3, np.uint16), text_identity(b"x"))]
+            ]
+            writer.add(record.id, values, note="cut" if i == 2 else None, top=top)
+
+
 def write_good_files(folder: Path) -> None:
     """Write one good set of everything."""
     import numpy as np
     import pyarrow
     import pyarrow.parquet
 
-    from megatron_infifpo.references.logprob_writer import REQUIRED, LogprobWriter
     from megatron_infifpo.training.provenance import FORMAT
 
     tiny.save_model(folder / "hf", "llama", seed=1)
@@ -191,14 +214,7 @@ def write_good_files(folder: Path) -> None:
     tokenizer = ChatTokenizer.from_pretrained(folder / "hf")
     write_token_dataset(records, tokenizer, folder / "pairs", source_files=[folder / "a.jsonl"])
     tokens = TokenDataset(folder / "pairs")
-    manifest = dict.fromkeys(REQUIRED, "x") | {"versions": {}, "weights_sha256": "0" * 64}
-    manifest |= {"tokenizer": tokens.manifest["tokenizer"], "records_sha256": tokens.records_sha256}
-    with LogprobWriter(
-        folder / "logprobs", responses=tokens.responses, manifest=manifest
-    ) as writer:
-        for i, record in enumerate(records):
-            values = [np.linspace(-3, -1, len(ids)) for ids in tokens.response_ids(i)]
-            writer.add(record.id, values, note="cut" if i == 2 else None)
+    write_logprobs(folder, records, tokens)
     (folder / "sources.yaml").write_text(
         "initial: logprobs\nsources:\n  - name: a\n    logprobs: logprobs\n"
         "    domains: [code]\n    score: {model: models/a, bf16: true}\n"
