@@ -30,45 +30,74 @@ _AGAIN = f"fuse them again with {MADE_BY}"
 _ROUNDING = 1e-5  # of sums of float32 log-probs and shares
 
 
-def check_soft_targets(store: SoftTargetStore, tokens: TokenDataset) -> str:
-    """Read every value, and compare all of them with the manifest's fingerprint.
+class CheckedTargets:
+    """Reads soft targets, and refuses values that cannot be.
 
     Ids are the pivot's, each once a token; log weights are at most 0, and with the tail's their
     probabilities sum to 1; sources are known; chunks lie within the response, and those of one
     source do not overlap. A response has targets of all of its scored tokens, or none.
 
+    Attributes:
+        store: the soft targets.
+        files: all of it but groups, by their names.
+    """
+
+    def __init__(self, store: SoftTargetStore, tokens: TokenDataset, vocabulary: int) -> None:
+        """Take soft targets of these tokens, of a pivot with so many ids.
+
+        Raises:
+            UserError: they are of other tokens, or name groups of other ids.
+        """
+        store.check_against(tokens)
+        self.store, self._tokens, self._vocabulary = store, tokens, vocabulary
+        kinds = {VALUES_FILE: np.uint16} if store.fusion == VALUES else FILES
+        self.files = {
+            name: Documents(store.prefix + name, kind, len(tokens.responses))
+            for name, kind in kinds.items()
+        }
+        _check_groups(store, vocabulary)
+
+    def take(self, index: int, response: int) -> SoftTargets:
+        """Return the soft targets of one response.
+
+        Raises:
+            UserError: a value cannot be; names the response, the token and the file.
+        """
+        length = int(self._tokens.scored_lengths[index, response])
+        found, store = self.store.take(index, response, length), self.store
+        name = f"record {self._tokens.ids(index)!r}, {self._tokens.responses[response]!r}"
+        if found.values is not None:
+            rules = _rules_of_values(found.values)
+        elif len(packed := self.files["_logps"].sequences(index)[response]):
+            rules = _rules(store, found, _floats(packed, length), self._vocabulary)
+        else:
+            return found
+        check_rules(rules, name, store.prefix, _AGAIN)
+        return found
+
+
+def check_soft_targets(store: SoftTargetStore, tokens: TokenDataset) -> str:
+    """Read every value, and compare all of them with the manifest's fingerprint.
+
     Returns:
-        How many responses and tokens have some.
+        How many responses and tokens have targets.
 
     Raises:
-        UserError: something is not so; names the response, the token and the file.
+        UserError: a value cannot be, or is another one than was written.
     """
-    store.check_against(tokens)
-    vocabulary = len(ChatTokenizer.reopen(tokens.manifest["tokenizer"]).token_bytes.pieces)
-    fused, width, digest = store.fusion != VALUES, len(tokens.responses), hashlib.sha256()
-    _check_groups(store, vocabulary)
+    chat, digest = ChatTokenizer.reopen(tokens.manifest["tokenizer"]), hashlib.sha256()
+    checked = CheckedTargets(store, tokens, len(chat.token_bytes.pieces))
     for group in store.groups or ():
         add_values(digest, [group])
-    kinds = FILES if fused else {VALUES_FILE: np.uint16}
-    files = {n: Documents(store.prefix + n, kind, width) for n, kind in kinds.items()}
     responses = rows = taught = 0
     for index in tqdm(range(len(store)), desc=f"values of {store.prefix}", leave=False):
-        parts = {name: file.sequences(index) for name, file in files.items()}
-        for each in parts.values():
+        parts = [file.sequences(index) for file in checked.files.values()]
+        for each in parts:
             add_values(digest, each)
-        for response, length in enumerate(tokens.scored_lengths[index].tolist()):
-            targets = store.take(index, response, length)
-            if not any(len(each[response]) for each in parts.values()):
-                continue
-            name = f"record {tokens.ids(index)!r}, {tokens.responses[response]!r}"
-            if targets.values is None:
-                logps = _floats(parts["_logps"][response], length)
-                check_rules(_rules(store, targets, logps, vocabulary), name, store.prefix, _AGAIN)
-                there = targets.sources > 0
-            else:
-                check_rules(_rules_of_values(targets.values), name, store.prefix, _AGAIN)
-                there = ~np.isnan(targets.values).all(axis=(1, 2))
-            responses, rows, taught = responses + 1, rows + length, taught + int(there.sum())
+        for response in range(len(tokens.responses)):
+            there = has_target(checked.take(index, response))
+            if any(len(each[response]) for each in parts):
+                responses, rows, taught = responses + 1, rows + len(there), taught + there.sum()
     if digest.hexdigest() != store.fingerprint:
         raise UserError(
             f"{store.prefix} has values of fingerprint {digest.hexdigest()[:12]}, expected "
@@ -77,6 +106,13 @@ def check_soft_targets(store: SoftTargetStore, tokens: TokenDataset) -> str:
         )
     share = f"{taught / rows:.1%} of their {rows} tokens" if rows else "no token"
     return f"{store.fusion}: {responses} responses, {share} from {', '.join(store.sources)}"
+
+
+def has_target(targets: SoftTargets) -> np.ndarray:
+    """Whether a token is taught by a source, bool `[K]`."""
+    if targets.values is None:
+        return targets.sources > 0
+    return ~np.isnan(targets.values).all(axis=(1, 2))
 
 
 def _floats(packed: np.ndarray, length: int) -> np.ndarray:

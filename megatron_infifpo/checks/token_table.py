@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from megatron_infifpo.checks.soft_targets import CheckedTargets, has_target
 from megatron_infifpo.fusing.align import Response, align_response
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.soft_targets import SEVERAL, SoftTargets, SoftTargetStore
@@ -75,14 +76,11 @@ def token_table(
         UserError: they are of other tokens, or broken.
     """
     store, record = SoftTargetStore(prefix), dataset.tokens.record(index)
-    store.check_against(dataset.tokens)
+    checked = CheckedTargets(store, dataset.tokens, len(chat.token_bytes.pieces))
     marks = scored_marks(record.response_ids, record.scored)
     for r, mark in enumerate(marks[: None if dataset.tokens.listed else 1]):
-        targets = store.take(index, r, int(mark.sum()))
-        text = _Text(record.response_ids[r][mark], chat)
-        taught = targets.sources > 0
-        if targets.values is not None:
-            taught = ~np.isnan(targets.values).all(axis=(1, 2))
+        targets, text = checked.take(index, r), _Text(record.response_ids[r][mark], chat)
+        taught = has_target(targets)
         name, whole = dataset.tokens.responses[r], len(targets.chunks)
         if not taught.any() and not whole:
             yield f"\n{name} has no soft targets: {_ALONE}"
