@@ -15,6 +15,7 @@ from support.launcher import ROOT, Ranks
 FROZEN = ROOT / "tests" / "frozen"
 # Objects whose names are data, such as a reason of a note.
 BY_DATA = {"notes", "note_counts", "remarks", "remark_counts", "sources", "flags"}
+BY_DATA |= {"models", "masked", "coverage"}
 VARYING = {"git_revision": "str or null"}  # by where the tests run
 INDEX_HEADER = 17  # bytes of Megatron's mark and version; then one byte, the code of the type
 
@@ -95,16 +96,31 @@ def formats(setup: Setup, ranks: Ranks, folder: Path) -> dict[str, Any]:
     ranks(1, "support.training:train", setup.flags(sources, "--save", str(run)))
     scoring = ["--backend", "megatron", "--model", str(setup.hf), "--input", str(setup.records)]
     ranks(1, "support.scoring:score", [*scoring, "--output", str(folder / "top"), "--top-k", "4"])
+    soft = _soft_targets(setup, folder)
     return {
         "token dataset": dataset_format(setup.data, setup.records),
         "log-prob dataset": dataset_format(setup.folder / "initial", setup.records),
         "log-prob dataset with the most probable tokens": dataset_format(
             folder / "top", setup.records
         ),
+        **{name: dataset_format(prefix, setup.records) for name, prefix in soft.items()},
         "run.json": json_format(run / "run.json"),
         "imported checkpoint": checkpoint_format(setup.pivot),
         "trained checkpoint": checkpoint_format(run),
     }
+
+
+def _soft_targets(setup: Setup, folder: Path) -> dict[str, Path]:
+    """Fuse the data set `top`, with all files that soft targets may have."""
+    from megatron_infifpo.fusing.job import FusingJob, fuse_targets
+
+    sources = folder / "fused.yaml"
+    sources.write_text("initial: top\nsources: [{name: top, logprobs: top}]\n", encoding="utf-8")
+    found = {"soft-target dataset": folder / "soft", "soft-target dataset of values": folder / "v"}
+    options: list[dict[str, Any]] = [{"ambiguous": "group"}, {"fusion": "none"}]
+    for prefix, more in zip(found.values(), options, strict=True):
+        fuse_targets(FusingJob(str(setup.data), str(sources), str(prefix), **more))
+    return found
 
 
 def dataset_format(prefix: Path, records: Path) -> dict[str, Any]:
