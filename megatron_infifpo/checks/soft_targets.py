@@ -9,6 +9,7 @@ from tqdm import tqdm
 from megatron_infifpo.checks.faults import MASS, Rule, check_rules, twice
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.reference import logprobs_identity
 from megatron_infifpo.references.soft_targets import (
     FILES,
     GROUPS_FILE,
@@ -24,7 +25,6 @@ from megatron_infifpo.references.sources import INITIAL, SourcesConfig
 from megatron_infifpo.storage.documents import Documents
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
-from megatron_infifpo.training.identity import logprobs_identity
 
 _AGAIN = f"fuse them again with {MADE_BY}"
 _ROUNDING = 1e-5  # of sums of float32 log-probs and shares

@@ -93,6 +93,14 @@ def _rules(
         "_topk_logps.bin",
         lambda t: f"log-probs whose probabilities sum to {mass[t]:.4f}, expected 1",
     )
+    yield from _rules_of_observed(store, index, number, own)
+
+
+def _rules_of_observed(
+    store: LogprobStore, index: int, number: int, own: np.ndarray
+) -> Iterator[Rule]:
+    """What the log-prob of each token itself says of those among the most probable."""
+    top = store.top(index, number)
     values, here = store.logprobs(index, number), top.ids == own[:, None]
     among = np.where(here, top.logps, 0.0).sum(axis=1)
     room = _HALF * abs(values) + _EQUAL

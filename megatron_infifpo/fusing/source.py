@@ -1,6 +1,5 @@
 """A source, opened for fusing: what it says of a response, or why it takes no part."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +11,7 @@ from megatron_infifpo.fusing.align import Response, align_response, identity
 from megatron_infifpo.fusing.fuse import Candidate
 from megatron_infifpo.fusing.vocabulary import Vocabulary, VocabularyMap, map_vocabulary
 from megatron_infifpo.references.logprob_store import LogprobStore
-from megatron_infifpo.references.reference import Reference
+from megatron_infifpo.references.reference import Reference, logprobs_identity
 from megatron_infifpo.references.soft_targets import GROUPED
 from megatron_infifpo.references.sources import Source
 from megatron_infifpo.storage.notes import parse_ranges
@@ -170,11 +169,10 @@ class FusingSource:
     def describe(self) -> dict[str, Any]:
         """Return what a manifest says of it: whose log-probs these are, and where they lie."""
         manifest, store = self.store.manifest, self.store
-        values = hashlib.sha256(store.all_sums.tobytes() + store.token_counts.tobytes())
-        names = ("model", "weights_sha256", "backend", "dtype", "tokenizer")
+        names = ("model", "backend", "tokenizer")
         return {name: manifest[name] for name in names} | {
+            **logprobs_identity(store),
             "logprobs": store.prefix,
-            "logprobs_sha256": values.hexdigest(),
             "top_k": store.top_k,
             "weight": self.weight,
             "domains": self._domains and list(self._domains),

@@ -6,6 +6,7 @@ log-probs over the scored tokens of each response, with the number of tokens, of
 and of M sources.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Self
@@ -204,3 +205,13 @@ def value(row: dict[str, Any], *, means: bool) -> Values:
         initial = initial / row["token_counts"].clamp_min(1)  # 0 where a response is absent
         sources = sources / row["source_token_counts"]
     return Values(initial, sources, row["source_mask"])
+
+
+def logprobs_identity(store: LogprobStore) -> dict[str, Any]:
+    """What one model's log-probs are, and of which weights."""
+    values = hashlib.sha256(store.all_sums.tobytes() + store.token_counts.tobytes())
+    return {
+        "weights_sha256": store.manifest["weights_sha256"],
+        "dtype": store.manifest["dtype"],
+        "logprobs_sha256": values.hexdigest(),
+    }

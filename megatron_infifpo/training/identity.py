@@ -1,10 +1,9 @@
 """What must stay the same from the first step of a run to its last, and how two of it differ."""
 
-import hashlib
 from typing import Any
 
 from megatron_infifpo.reference import FUSIONS
-from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.reference import logprobs_identity
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.training.resharding import KEPT
 from megatron_infifpo.training.resume import schedule_identity
@@ -56,16 +55,6 @@ def data_identity(dataset: PreferenceDataset, *, scores: bool = False) -> dict[s
             for source in dataset.references.sources
         }
     return found
-
-
-def logprobs_identity(store: LogprobStore) -> dict[str, Any]:
-    """What one model's log-probs are, and of which weights."""
-    values = hashlib.sha256(store.all_sums.tobytes() + store.token_counts.tobytes())
-    return {
-        "weights_sha256": store.manifest["weights_sha256"],
-        "dtype": store.manifest["dtype"],
-        "logprobs_sha256": values.hexdigest(),
-    }
 
 
 def changed_identity(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -41,6 +41,7 @@ SLOW = (
 
 FIRST = (
     "tests/slurm/test_jobs.py",
+    "tests/slurm/test_fusion.py",
     "tests/distributed/test_training.py",
     "tests/slurm/test_recipes.py",
     "tests/slurm/test_rounds.py",
