@@ -45,6 +45,7 @@ TRAIN += ["--lr-warmup-fraction", "0.1", "--clip-grad", "1.0", "--weight-decay",
 TRAIN += ["--seq-length", "128", "--log-interval", "32", "--eval-interval", "32"]
 HALF = ["--method", "fusellm", "--lm-weight", "0.5"]
 SFT, SHUFFLED = "sft", "shuffled"
+PUBLISHED = ["--method", "fusellm", "--tail", "renormalised", "--chunk-weight", "0"]
 # name -> label, targets that it learns from, flags
 VARIANTS: dict[str, tuple[str, str | None, list[str]]] = {
     SFT: ("SFT", None, ["--method", "sft"]),
@@ -53,6 +54,7 @@ VARIANTS: dict[str, tuple[str, str | None, list[str]]] = {
     "tenth": ("FuseLLM, lm 0.1", "source", ["--method", "fusellm", "--lm-weight", "0.1"]),
     "renormalised": ("  lm 0.5, renormalised", "source", [*HALF, "--tail", "renormalised"]),
     "ids": ("  lm 0.5, no chunks", "source", [*HALF, "--chunk-weight", "0"]),
+    "published": ("  as published", "source", PUBLISHED),
     "infifusion": ("InfiFusion", "source-values", ["--method", "infifusion"]),
     "untrained": ("untrained source, lm 0.5", "untrained", HALF),
     "shuffled": ("shuffled targets, lm 0.5", SHUFFLED, HALF),

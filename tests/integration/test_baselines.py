@@ -40,9 +40,9 @@ def test_a_source_teaches_its_rule(rule, monkeypatch, tmp_path, capsys):
         found[name] = float(last), float(lowest)
     floor = float(re.findall(r"the rule itself +(\S+)", table)[0])
     sft, taught, shuffled = (found[name] for name in ("sft", "half", "shuffled"))
-    assert floor < taught[1] < sft[1] - 0.005, "at their lowest, too: not by less overfitting alone"
-    assert taught[0] < sft[0] - 0.03
-    assert shuffled[1] > sft[1] + 0.03
+    assert taught[0] < sft[0] - 0.02
+    assert floor < taught[1] < sft[1] - 0.01, "not by less overfitting alone"
+    assert shuffled[1] > sft[1] + 0.005, "not by softer targets alone"
     # What makes it a case: numbers are fewer tokens of the pivot than of the source, and so have
     # no targets, and all words have.
     data = TokenDataset(tmp_path / "seed-0" / "data" / "train")
