@@ -198,7 +198,7 @@ class RunConfig:
         name = f"--method {self.flags['method']}"
         for fields_, useless, why in (
             (_OF_REFERENCES, self.method.reference is None, f"with {name}, which has no reference"),
-            (_OF_TARGETS, not self.method.soft_targets, f"with {name}, which reads no soft targets"),
+            (_OF_TARGETS, not self.method.soft_targets, f"with {name}, which reads none"),
             (_OF_VALIDATION, self.preference_valid_data is None, "without --preference-valid-data"),
         ):
             for each in fields_ if useless else ():
