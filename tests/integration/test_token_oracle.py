@@ -1,0 +1,87 @@
+"""Token-level fusion through all commands, against plain loops over dense distributions."""
+
+import pytest
+
+from support.token_chain import Chain
+
+SPLIT = "{name: split, logprobs: split, weight: 2}"
+COARSE = "{name: coarse, logprobs: coarse, weight: 1}"
+CODE = "{name: coarse, logprobs: coarse, weight: 1, domains: [code]}"
+PARTLY = {"domains": {"coarse": ("code",)}}
+NAMES = ["split", "coarse"]
+THREE = [*NAMES, "initial"]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, ranks):
+    return Chain(tmp_path_factory.mktemp("chain"), ranks)
+
+
+@pytest.fixture(scope="module")
+def jobs(chain):
+    """Folders of records that are tokenized and scored, by name; made when they are asked for."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = chain.folder / f"of-{name}"
+            records, _, score = name.partition("-")
+            chain.prepare(records, made[name], *(("--score", score) if score else ()))
+        return made[name]
+
+    return of
+
+
+def assert_same(found: dict[str, float], expected: dict[str, float]) -> None:
+    """Every metric of the oracle is the program's, to 1e-4."""
+    assert len(expected) > 8
+    assert {n: found.get(n) for n in expected} == pytest.approx(expected, abs=1e-4, rel=1e-4)
+
+
+# Entries of sources.yaml; flags of fuse-targets; flags of train; records; what the oracle is told.
+LEARN = ["--lm-weight", "0.4", "--chunk-weight", "2", "--chunk-temperature", "3"]
+LEARNT = {"lm_weight": 0.4, "chunk_weight": 2.0, "chunk_temperature": 3.0}
+CASES = {
+    "mince": ([SPLIT, CODE], "", LEARN, "pairs", PARTLY | LEARNT),
+    "tail": ([SPLIT, COARSE], "--ambiguous tail --fusion average-ce", ["--tail", "renormalised"],
+             "pairs-all", {"ambiguous": "tail", "fusion": "average-ce", "tail": "renormalised",
+                           "score": "all"}),
+    "group": ([SPLIT, CODE], "--ambiguous group", LEARN, "pairs-all",
+              PARTLY | LEARNT | {"ambiguous": "group", "score": "all"}),
+    "id": ([SPLIT, COARSE], "--ambiguous id --ce-per token --include-initial", [], "lists",
+           {"ambiguous": "id", "ce_per": "token", "names": THREE}),
+    "mean": ([SPLIT, CODE], "--fusion mean --include-initial", LEARN, "lists",
+             PARTLY | LEARNT | {"fusion": "mean", "weights": [2, 1, 0.5], "names": THREE}),
+    "token": ([SPLIT, COARSE], "--fusion average-ce --ce-per token --top-k 3", [], "pairs",
+              {"fusion": "average-ce", "ce_per": "token", "top_k": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fusellm(chain, jobs, name):
+    entries, fusing, training, records, options = CASES[name]
+    folder = jobs(records)
+    targets = chain.fuse(folder, f"t-{name}", entries, *fusing.split())
+    found = chain.train(folder, "fusellm", targets, *training)
+    assert_same(found, chain.oracle(records, **{"names": NAMES} | options))
+
+
+def test_fusechat(chain, jobs):
+    folder = jobs("lists")
+    only = ["--only", "coarse", "--include-initial"]
+    targets = chain.fuse(folder, "t-one", [SPLIT, COARSE], *only)
+    found = chain.train(folder, "fusechat", targets)
+    assert_same(found, chain.oracle("lists", ["coarse", "initial"]))
+
+
+@pytest.mark.parametrize("how", ["unbiased", "biased", "none"])
+def test_infifusion(chain, jobs, how):
+    records = {"unbiased": "pairs", "biased": "lists", "none": "pairs-all"}[how]
+    folder = jobs(records)
+    targets = chain.fuse(folder, f"v-{how}", [SPLIT, CODE], "--fusion", "none", "--top-k", "5")
+    flags = ["--uld-weight", "0.7", "--uld-temperature", "1.7", "--standardisation", how]
+    found = chain.train(folder, "infifusion", targets, *flags)
+    options = {"uld_weight": 0.7, "uld_temperature": 1.7, "standardisation": how, "top_k": 5}
+    score = {"score": "all"} if records == "pairs-all" else {}
+    expected = chain.oracle(records, NAMES, fusion="none", **PARTLY, **options, **score)
+    assert_same(found, expected)
