@@ -54,6 +54,7 @@ VARIANTS: dict[str, tuple[str, str | None, list[str]]] = {
     "tenth": ("FuseLLM, lm 0.1", "source", ["--method", "fusellm", "--lm-weight", "0.1"]),
     "renormalised": ("  lm 0.5, renormalised", "source", [*HALF, "--tail", "renormalised"]),
     "ids": ("  lm 0.5, no chunks", "source", [*HALF, "--chunk-weight", "0"]),
+    "tail": ("  lm 0.5, --ambiguous tail", "source-tail", HALF),
     "published": ("  as published", "source", PUBLISHED),
     "infifusion": ("InfiFusion", "source-values", ["--method", "infifusion"]),
     "untrained": ("untrained source, lm 0.5", "untrained", HALF),
@@ -62,7 +63,14 @@ VARIANTS: dict[str, tuple[str, str | None, list[str]]] = {
         "untrained source, InfiFusion", "untrained-values", ["--method", "infifusion"],
     ),
 }  # fmt: skip
-TARGETS = ("source", "source-values", "untrained", "untrained-values")
+# name -> source, flags of fuse-targets
+TARGETS = {
+    "source": ("source", ["--fusion", "mince"]),
+    "source-tail": ("source", ["--fusion", "mince", "--ambiguous", "tail"]),
+    "source-values": ("source", ["--fusion", "none"]),
+    "untrained": ("untrained", ["--fusion", "mince"]),
+    "untrained-values": ("untrained", ["--fusion", "none"]),
+}
 
 
 class RuleJob(Job):
@@ -127,7 +135,7 @@ def needed(chosen: list[str]) -> tuple[list[str], list[str]]:
     if SHUFFLED in wanted:
         wanted.add("source")
     targets = [target for target in TARGETS if target in wanted]
-    return list(dict.fromkeys(target.removesuffix("-values") for target in targets)), targets
+    return list(dict.fromkeys(TARGETS[target][0] for target in targets)), targets
 
 
 def fused(target: str) -> str:
@@ -173,12 +181,11 @@ def study(job: RuleJob, seed: int, chosen: list[str]) -> tuple[float, dict[str, 
 
 def fuse(job: RuleJob, target: str) -> None:
     """Turn what one source says into soft targets, or keep its values."""
-    name = target.removesuffix("-values")
+    name, flags = TARGETS[target]
     job.infifpo(
         fused(target), "fuse-targets", "--data", job.folder / "data" / "train",
         "--sources", job.sources("train", "pivot", [name], {}),
-        "--output", job.folder / "targets" / target,
-        "--fusion", "mince" if target == name else "none",
+        "--output", job.folder / "targets" / target, *flags,
     )  # fmt: skip
 
 

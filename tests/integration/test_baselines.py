@@ -43,9 +43,9 @@ def test_a_source_teaches_its_rule(rule, monkeypatch, tmp_path, capsys):
     assert taught[0] < sft[0] - 0.02
     assert floor < taught[1] < sft[1] - 0.01, "not by less overfitting alone"
     assert shuffled[1] > sft[1] + 0.005, "not by softer targets alone"
-    # What makes it a case: numbers are fewer tokens of the pivot than of the source, and so have
-    # no targets, and all words have.
+    # What makes it a case: numbers are fewer tokens of the pivot than of the source.
     data = TokenDataset(tmp_path / "seed-0" / "data" / "train")
     targets = SoftTargetStore(tmp_path / "seed-0" / "targets" / "source")
-    first = targets.take(0, 0, int(data.scored_lengths[0, 0]))
-    assert len(first.chunks) == 1 and (first.sources > 0).sum() >= 4
+    lengths = data.scored_lengths[:, 0].tolist()
+    cut = [len(targets.take(index, 0, length).chunks) for index, length in enumerate(lengths)]
+    assert sum(count > 0 for count in cut) > 0.9 * len(cut)

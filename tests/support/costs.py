@@ -56,6 +56,7 @@ FIRST = (
     "tests/responses/test_evaluate.py",
     "tests/scoring/test_scoring_jobs.py",
     "tests/integration/test_examples.py",
+    "tests/integration/test_baselines.py",
     "tests/gpu/test_te_training.py",
     "tests/distributed/test_flags_at_work.py",
     "tests/gpu_check/test_gpu_check.py",
