@@ -98,8 +98,9 @@ class Baselines:
             models.append(self.job.export(trained))
         self.job.stage("FuseChat: merge, score the held-out pairs")
         merged = self.job.folder / "baselines-fusechat"
-        base = ["--base", self.prepared.hf_pivot, "--models", *models]
-        self.job.once(merged.name, "merge", "--method", "sce", *base, "--output", merged)
+        # As in FuseChat's code: a tenth of the changes alone is nearly the pivot again.
+        how = ["--method", "sce", "--select", "weights", "--base", self.prepared.hf_pivot]
+        self.job.once(merged.name, "merge", *how, "--models", *models, "--output", merged)
         return merged
 
 
