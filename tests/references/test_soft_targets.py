@@ -81,6 +81,26 @@ def test_round_trip(tmp_path, tokens):
         assert (store.take(index, 0, len(one.ids)).ids == one.ids).all()
 
 
+def test_rows_that_sum_to_more_than_one(tmp_path, tokens):
+    """What float16 sources add up to: scaled before the log, which is never above 0."""
+    length = int(tokens.scored_lengths[0, 0])
+    exact, more = targets(length, 0), targets(length, 0)
+    exact.probs[0], exact.tail[0] = [1, 0, 0], 0
+    more.probs, more.tail = exact.probs * 1.0003, exact.tail * 1.0003
+    for name, one in (("exact", exact), ("more", more)):
+        with SoftTargetWriter(
+            tmp_path / name, responses=tokens.responses, fusion="mince", manifest=fields(tokens)
+        ) as writer:
+            for _ in RECORDS:
+                writer.add([one])
+    stored = np.fromfile(tmp_path / "more_logps.bin", np.float16)
+    assert (stored <= 0).all() and stored[0] == 0
+    there, here = (SoftTargetStore(tmp_path / n).take(0, 0, length) for n in ("exact", "more"))
+    # A float32 on the edge between two float16 may fall to either side.
+    np.testing.assert_allclose(here.probs, there.probs, rtol=1e-2)
+    np.testing.assert_allclose(here.tail, there.tail, rtol=1e-2)
+
+
 @pytest.mark.parametrize(("index", "response"), [(0, 1), (3, 0)])
 def test_responses_without_targets(tmp_path, tokens, index, response):
     write(tmp_path / "soft", tokens)
