@@ -7,7 +7,7 @@ kind of token-level fusion take the same texts, steps and seeds; what counts is 
 held-out answers, against SFT's, seed by seed. Two controls must not help: a source that was never
 trained, and the source's own targets dealt out to other questions.
 
-    python examples/baselines/rule.py                # five rules: about 10 minutes on two idle cores
+    python examples/baselines/rule.py                # five rules: 20 minutes on two busy cores
     python examples/baselines/rule.py --seeds 1
 """
 

@@ -8,7 +8,7 @@ their targets, SFT on the chosen responses alone, InfiFPO on the pairs. FuseChat
 with each source and merges them. Works in the demo's folder, and skips what is finished: after
 `make demo`
 
-    python examples/baselines/run.py                     # about 20 minutes on two cores
+    python examples/baselines/run.py                     # about 30 minutes on two busy cores
     python examples/baselines/run.py --only fusechat     # some rows; the table shows all finished
 """
 
