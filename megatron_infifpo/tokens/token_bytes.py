@@ -7,7 +7,7 @@ SentencePiece writes before a text is not in the text (`without_blank`).
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,12 +25,19 @@ class TokenBytes:
 
     Attributes:
         pieces: `[V]` by id, V one more than the highest: what the token adds to a text; b"" of a
-            special token and of an id that has none.
+            special token, of the end of the turn and of an id that has none.
         lengths: uint16 `[V]`, of the pieces.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, end_of_turn_ids: Sequence[int] = ()) -> None:
         """Read a Hugging Face tokenizer's vocabulary.
+
+        Args:
+            tokenizer: the Hugging Face tokenizer.
+            end_of_turn_ids: what ends a reply. If it is one added token it is no text, special or
+                not; a reply that spells out one that is not special lacks its bytes. What ends a
+                turn otherwise, several tokens or a word, is text: with it responses are other texts
+                than those of models that end their turns with a token.
 
         Raises:
             UserError: its tokens do not make up the text that they were made of.
@@ -42,7 +49,8 @@ class TokenBytes:
             for token, number in vocabulary.items():
                 self.pieces[number] = read(token)
         for number, token in added.items():
-            self.pieces[number] = b"" if token.special else token.content.encode()
+            ends = list(end_of_turn_ids) == [number]
+            self.pieces[number] = b"" if token.special or ends else token.content.encode()
         self.lengths = np.array([len(piece) for piece in self.pieces], np.uint16)
         found = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
         if read is None or without_blank(self.join(found), _PROBE.encode()) != _PROBE.encode():

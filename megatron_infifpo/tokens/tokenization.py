@@ -235,12 +235,12 @@ class ChatTokenizer:
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
-        """The bytes of every token.
+        """The bytes of every token; the end of the turn has none, if it is one added token.
 
         Raises:
             UserError: the tokens are no bytes of the text.
         """
-        return TokenBytes(self.tokenizer)
+        return TokenBytes(self.tokenizer, self.end_of_turn_ids)
 
     def fingerprint(self) -> dict[str, str]:
         """Return sha256 identities: vocabulary with merges and normalisers, and chat template."""
