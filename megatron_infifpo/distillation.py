@@ -26,7 +26,8 @@ def ghost_kl(student_logps: Tensor, teacher_probs: Tensor, teacher_tail: Tensor)
     logps = torch.where(kept, student_logps, 0.0)
     there = (torch.xlogy(teacher_probs, teacher_probs) - teacher_probs * logps).sum(dim=-1)
     mass = torch.where(kept, logps.exp(), 0.0).sum(dim=-1)
-    # As much as the data type can tell from 1. The gradient goes on as if it could tell more.
+    # As much as the data type can tell from 1: a student that is surer still is pulled back, but
+    # by less than it would be if its tail were known.
     most = 1 - 8 * torch.finfo(mass.dtype).eps
     mass = mass + (mass.clamp_max(most) - mass).detach()
     rest = torch.xlogy(teacher_tail, teacher_tail) - teacher_tail * torch.log1p(-mass)
@@ -85,8 +86,8 @@ def topk_l1(student_topk: Tensor, teacher_topk: Tensor, *, temperature: float = 
 
 
 def _standardised(values: Tensor, correction: int) -> Tensor:
-    # Not 0 where all are equal: there is nothing to divide by, and no gradient.
-    variance = values.var(dim=-1, correction=correction, keepdim=True).clamp_min(1e-14)
+    # Values that hardly differ would have an immense gradient, and one such row be the whole step.
+    variance = values.var(dim=-1, correction=correction, keepdim=True).clamp_min(1e-6)
     return (values - values.mean(dim=-1, keepdim=True)) / variance.sqrt()
 
 

@@ -52,10 +52,10 @@ VARIANTS: dict[str, tuple[str, str | None, list[str]]] = {
     "fusellm": ("FuseLLM, lm 0.9", "source", ["--method", "fusellm"]),
     "half": ("FuseLLM, lm 0.5", "source", HALF),
     "tenth": ("FuseLLM, lm 0.1", "source", ["--method", "fusellm", "--lm-weight", "0.1"]),
-    "renormalised": ("  lm 0.5, renormalised", "source", [*HALF, "--tail", "renormalised"]),
+    "renormalised": ("  lm 0.5, renormalised", "source-id", [*HALF, "--tail", "renormalised"]),
     "ids": ("  lm 0.5, no chunks", "source", [*HALF, "--chunk-weight", "0"]),
     "tail": ("  lm 0.5, --ambiguous tail", "source-tail", HALF),
-    "published": ("  as published", "source", PUBLISHED),
+    "published": ("  as published", "source-id", PUBLISHED),
     "infifusion": ("InfiFusion", "source-values", ["--method", "infifusion"]),
     "untrained": ("untrained source, lm 0.5", "untrained", HALF),
     "shuffled": ("shuffled targets, lm 0.5", SHUFFLED, HALF),
@@ -66,6 +66,7 @@ VARIANTS: dict[str, tuple[str, str | None, list[str]]] = {
 # name -> source, flags of fuse-targets
 TARGETS = {
     "source": ("source", ["--fusion", "mince"]),
+    "source-id": ("source", ["--fusion", "mince", "--ambiguous", "id"]),
     "source-tail": ("source", ["--fusion", "mince", "--ambiguous", "tail"]),
     "source-values": ("source", ["--fusion", "none"]),
     "untrained": ("untrained", ["--fusion", "mince"]),

@@ -10,7 +10,7 @@ that the loss asks for. Every row t is about the distribution that predicts toke
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,6 +157,18 @@ def top_values(
     return TokenLosses(-observed + uld_weight * distance, parts)
 
 
+def _idle_in_soft_targets(lm_weight: float, chunk_weight: float, **_: Any) -> dict[str, str]:
+    if lm_weight == 1:
+        alone = "with --lm-weight 1, which is cross-entropy alone"
+        return dict.fromkeys(("tail", "chunk_weight", "chunk_temperature"), alone)
+    return {} if chunk_weight else {"chunk_temperature": "with --chunk-weight 0"}
+
+
+def _idle_in_top_values(uld_weight: float, **_: Any) -> dict[str, str]:
+    names = () if uld_weight else ("uld_temperature", "standardisation")
+    return dict.fromkeys(names, "with --uld-weight 0, which is cross-entropy alone")
+
+
 @dataclass(frozen=True)
 class TokenLoss:
     """A loss of single tokens, and what it needs beside the options that its signature declares.
@@ -166,10 +178,12 @@ class TokenLoss:
             value of the row by that name; one with a default is given where the row has it.
         most_sources: it learns from so many sources at a time, beside the initial pivot; None: any
             number.
+        idle: its options to those that then have no effect, and why.
     """
 
     function: Callable[..., TokenLosses]
     most_sources: int | None = None
+    idle: Callable[..., dict[str, str]] = lambda **options: {}
 
     @property
     def options(self) -> Mapping[str, Option]:
@@ -184,7 +198,7 @@ class TokenLoss:
 
 TOKEN_LOSSES: dict[str, TokenLoss] = {
     "sft": TokenLoss(cross_entropy),
-    "soft_targets": TokenLoss(soft_targets),
-    "one_soft_target": TokenLoss(soft_targets, most_sources=1),
-    "top_values": TokenLoss(top_values),
+    "soft_targets": TokenLoss(soft_targets, idle=_idle_in_soft_targets),
+    "one_soft_target": TokenLoss(soft_targets, most_sources=1, idle=_idle_in_soft_targets),
+    "top_values": TokenLoss(top_values, idle=_idle_in_top_values),
 }

@@ -93,6 +93,10 @@ class Method:
         """Options of the loss that grow over training, so its length matters."""
         return tuple(name for name, option in self.loss_declares.items() if option.grows)
 
+    def loss_option(self, name: str) -> Any:
+        """Return the value of one of the loss's options, its default where none is given."""
+        return self.options.get(name, self.loss_declares[name].default)
+
     def loss_options(self, progress: float) -> dict[str, Any]:
         """Arguments of the loss beside beta, when a share `progress` of the training is done."""
         return {

@@ -77,8 +77,9 @@ def _check(name: str, option: Option, value: Any) -> None:
 def _why_useless(name: str, method: Method, option: str) -> str | None:
     """Say why an option has no effect, or None."""
     if method.loss is None or METHODS[name].loss is None:
-        if option not in OWN and option in method.loss_declares:
-            return None
+        if method.token_loss is not None and option in method.loss_declares:
+            values = {name: method.loss_option(name) for name in method.loss_declares}
+            return method.token_loss.idle(**values).get(option)
         return f"with --method {name}, which trains on the chosen responses alone: leave it out"
     of_fusions = {each for fusion in FUSIONS.values() for each in fusion.options}
     if option in {"fusion", "clip", "initial_as_source"} | of_fusions and not method.fused:

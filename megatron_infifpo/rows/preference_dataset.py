@@ -10,10 +10,11 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import Method
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.reference import PairValues, References
-from megatron_infifpo.references.soft_targets import VALUES, SoftTargets, SoftTargetStore
-from megatron_infifpo.references.sources import INITIAL, SourcesConfig
+from megatron_infifpo.references.soft_targets import SoftTargets, SoftTargetStore
+from megatron_infifpo.references.sources import SourcesConfig
 from megatron_infifpo.rows.choice import choose
 from megatron_infifpo.rows.layout import PLAIN, RowLayout
+from megatron_infifpo.rows.learnt import open_targets
 from megatron_infifpo.storage.notes import counted
 from megatron_infifpo.tokens.dataset import TokenDataset
 
@@ -62,6 +63,7 @@ class PreferenceDataset:
         rewards: float64 `[N, R]`, scores of the used responses, 0 where there is none; None
             without any.
         targets: soft targets of the records' tokens; None without any.
+        hands_out_targets: pairs have theirs; only the last pipeline stage needs them.
         responses: R, at most so many are.
         segment_lengths: int64 `[N]`, tokens of the longest response with its prompt; 0 where the
             record is masked.
@@ -104,6 +106,7 @@ class PreferenceDataset:
             )
         self.references = None if sources is None else References(sources, self.tokens)
         self.targets: SoftTargetStore | None = None
+        self.hands_out_targets = True
         prompts = self.tokens.prompt_lengths.astype(np.int64)
         lengths = np.take_along_axis(self.tokens.response_lengths, self.columns, axis=1)
         lengths = np.where(self.columns < 0, 0, lengths).astype(np.int64)
@@ -145,7 +148,7 @@ class PreferenceDataset:
                 f"for --objective {method.objective} with these options"
             )
         if soft_targets is not None:
-            found.targets = _soft_targets(method, soft_targets, found.tokens)
+            found.targets = open_targets(method, soft_targets, found.tokens)
         return found
 
     @property
@@ -171,7 +174,7 @@ class PreferenceDataset:
         """Return one pair; its arrays are its own and writable."""
         tokens, columns = self.tokens.record(index), self.columns[index]
         ids, marks = tokens.response_ids, tokens.scored
-        targets, first = self.targets, int(columns[0])
+        targets, first = self.targets if self.hands_out_targets else None, int(columns[0])
         length = int(self.tokens.scored_lengths[index, first])
         return PreferencePair(
             int(index),
@@ -257,28 +260,6 @@ class PreferenceDataset:
                 f"({counted(self.left_out(max_tokens))}){advice}"
             )
         return indices
-
-
-def _soft_targets(method: Method, prefix: str | Path, tokens: TokenDataset) -> SoftTargetStore:
-    """Open soft targets of tokens; they must be what the method learns from."""
-    store = SoftTargetStore(prefix)
-    store.check_against(tokens)
-    wants_values = "top_values" in method.reads
-    if wants_values != (store.fusion == VALUES):
-        wanted = VALUES if wants_values else "mince, average-ce or mean"
-        raise UserError(
-            f"{prefix} was written with --fusion {store.fusion}, expected {wanted} for the method: "
-            "fuse again, to another --output"
-        )
-    assert method.token_loss is not None
-    most, sources = method.token_loss.most_sources, [n for n in store.sources if n != INITIAL]
-    if most is not None and len(sources) > most:
-        raise UserError(
-            f"{prefix} has targets of {', '.join(sources)}: the method learns from one source, and "
-            "models of several are merged then; fuse with --only NAME for each, or train with "
-            "--method fusellm"
-        )
-    return store
 
 
 def _long(max_tokens: int) -> str:

@@ -56,6 +56,12 @@ def open_datasets(config: RunConfig) -> Datasets:
             f"{config.preference_valid_sources} lists the sources {found}; expected those of "
             f"{config.preference_sources}, in the same order: {expected}"
         )
+    names = [() if data.targets is None else data.targets.sources for data in (valid, train)]
+    if valid.targets is not None and names[0] != names[1]:
+        raise UserError(
+            f"{config.valid_soft_targets} is of the sources {', '.join(names[0])}; expected those "
+            f"of {config.soft_targets}, in the same order: {', '.join(names[1])}"
+        )
     # One list of names for the metrics of both.
     train.align_domains(valid.domains)
     valid.align_domains(train.domains)

@@ -46,7 +46,11 @@ def data_identity(dataset: PreferenceDataset, *, scores: bool = False) -> dict[s
     if scores:
         found["scores_sha256"] = manifest.get("scores_sha256")
     if dataset.targets is not None:
-        found["soft_targets"] = dataset.targets.fingerprint
+        models = dataset.targets.manifest["models"].items()
+        found["soft_targets"] = {
+            "targets_sha256": dataset.targets.fingerprint,
+            "sources": {name: model["weights_sha256"] for name, model in models},
+        }
     if dataset.references is not None:
         found["initial"] = logprobs_identity(dataset.references.initial.store)
         found["sources"] = {

@@ -65,6 +65,9 @@ class DatasetsProvider:
                 "of before"
             )
         train, valid = self.datasets.train, self.datasets.valid
+        for data in (train, valid):
+            if data is not None:
+                data.hands_out_targets = mpu.is_pipeline_last_stage()
         # A round's stream begins with the round: its steps take a permutation of its pairs whole,
         # however many there were before.
         own = step - self.datasets.since

@@ -12,6 +12,7 @@ from megatron_infifpo.training.identity import differences
 
 # Of a round's data: what samples bring with them.
 _OWN = {"records_sha256", "tokens_sha256", "scores_sha256", "logprobs_sha256", "takes_part_in"}
+_OWN |= {"targets_sha256"}
 CHANGED = "Give it what it had, save a new run elsewhere, or pass --allow-changed-run"
 
 

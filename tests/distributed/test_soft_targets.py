@@ -118,6 +118,17 @@ def test_what_is_refused(setup, train, tmp_path):
     assert "--lm-weight is 1.5, expected a number in [0, 1]" in sentence(
         "fusellm", "--lm-weight", "1.5"
     )
+    assert "--tail has no effect with --lm-weight 1" in sentence(
+        "fusellm", "--lm-weight", "1", "--tail", "ghost"
+    )
+    assert "--uld-temperature has no effect with --uld-weight 0" in sentence(
+        "infifusion", "--uld-weight", "0", "--uld-temperature", "2"
+    )
+    assert "was written with --ambiguous digits, which moves mass" in sentence(
+        "fusellm", "--tail", "renormalised"
+    )
+    valid = ["--preference-valid-data", str(setup.data), "--valid-soft-targets", str(two)]
+    assert "is of the sources qwen, phi, initial; expected" in sentence("fusellm", *valid)
     other = tmp_path / "other"
     for path in fused.parent.glob(f"{fused.name}[._]*"):
         shutil.copy(path, f"{other}{path.name.removeprefix(fused.name)}")
@@ -134,7 +145,7 @@ def test_what_is_refused(setup, train, tmp_path):
         setup.data, tmp_path / "changed", METHODS["fusellm"], groups=[np.array([1, 2])]
     )
     argv = [*save, "--soft-targets", str(changed), "--train-iters", "6"]
-    assert "soft_targets is" in sentence("fusellm", *argv)
+    assert "data.soft_targets.targets_sha256 is" in sentence("fusellm", *argv)
 
 
 def test_held_out_targets(setup, train):
@@ -171,5 +182,8 @@ def test_a_pivot_learns_nothing_from_itself(setup, ranks, train, tmp_path):
     (step,), (norm,), _ = train("fusellm", *learn)
     assert step["taught"] == 1 and step["distance"] < 1e-5
     assert norm == pytest.approx(expected / 2, rel=1e-4)
+    fused = [*fused[:-1], str(tmp_path / "ids"), "--ambiguous", "id"]
+    ranks(1, "support.tools:run_command", "fuse-targets", *fused)
+    learn = [*whole, "--soft-targets", str(tmp_path / "ids"), "--lm-weight", "0.5"]
     (pulled,), (more,), _ = train("fusellm", *learn, "--tail", "renormalised")
     assert pulled["distance"] > 0.01 and more != pytest.approx(expected / 2, rel=1e-3)

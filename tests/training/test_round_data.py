@@ -48,6 +48,7 @@ def taken(monkeypatch):
     """Indices of so many steps, as Megatron gets them once so many are done."""
     monkeypatch.setattr(provider, "mpu", space(
         get_data_parallel_rank=lambda: 0, get_data_parallel_world_size=lambda: 1,
+        is_pipeline_last_stage=lambda: True,
     ))  # fmt: skip
     monkeypatch.setattr(provider, "get_num_microbatches", lambda: 1)
 

@@ -17,7 +17,7 @@ def step(monkeypatch) -> training_step.TrainingStep:
     monkeypatch.setattr(training_step, "current_step", lambda: 3)
     monkeypatch.setattr(training_step, "pairs_seen", lambda: 24)
     tokens = SimpleNamespace(ids=lambda i: f"record-{i}", prefix="data")
-    data: Any = SimpleNamespace(source_names=SOURCES, domains=DOMAINS, tokens=tokens)
+    data: Any = SimpleNamespace(source_names=SOURCES, domains=DOMAINS, tokens=tokens, targets=None)
     run: Any = SimpleNamespace(
         config=SimpleNamespace(method=resolve("fuserlhf")),
         schedule=SimpleNamespace(total=80),
