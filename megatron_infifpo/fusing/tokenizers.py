@@ -70,7 +70,9 @@ def map_sources(
             own = Vocabulary.of(
                 reopen(description, folders.get(source.name), flag, trust_remote_code)
             )
-        source.map_ids(own, vocabulary, ambiguous)
+        # One tokenizer may serve templates that end their turns with different tokens.
+        ends = source.store.manifest["top_k"]["end_of_turn_ids"]
+        source.map_ids(replace(own, end_of_turn_ids=ends), vocabulary, ambiguous)
         # The same ids are one group, whichever source has it.
         found = np.zeros(len(source.map.groups), np.int32)
         for i, group in enumerate(source.map.groups):

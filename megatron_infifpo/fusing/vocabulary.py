@@ -14,6 +14,7 @@ several is *ambiguous*.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -73,8 +74,9 @@ class Vocabulary:
                 found[i] = rest
         return found
 
+    @cached_property
     def by_bytes(self) -> dict[bytes, int]:
-        """Return the id of each piece; of several ids the one that the tokenizer uses."""
+        """The id of each piece; of several ids the one that the tokenizer uses."""
         found: dict[bytes, int] = {}
         several: set[bytes] = set()
         for number, piece in enumerate(self.pieces):
@@ -122,8 +124,14 @@ def map_vocabulary(
     known, size = len(source.pieces), max(size, len(source.pieces))
     if source.identity and source.identity == pivot.identity:
         same = np.full(size, TAIL, np.int32)
-        same[:known] = np.arange(known)
-        return VocabularyMap(same, [], _counts(same, same[:known], np.zeros(known, bool)))
+        same[:known] = twins = np.arange(known)
+        here, there = source.end_of_turn_ids, pivot.end_of_turn_ids
+        # Within text, one id that ends the turns of one model alone is another event for the other.
+        if here and there and not pivot.pieces[there[0]]:
+            if len(here) == 1 or not source.pieces[here[0]]:
+                same[there[0]] = TAIL
+                same[here[0]] = there[0]
+        return VocabularyMap(same, [], _counts(same, twins, np.zeros(known, bool)))
     twins = _twins(source, pivot)
     result, groups, several = twins.copy(), list[np.ndarray](), np.zeros(known, bool)
     if ambiguous != "id":
@@ -153,7 +161,7 @@ class _Classes:
 
     def __init__(self, source: Vocabulary, pivot: Vocabulary, twins: np.ndarray) -> None:
         # An id whose text the pivot writes with another id is of no class.
-        used = pivot.by_bytes()
+        used = pivot.by_bytes
         written = [p if used.get(p) == i else b"" for i, p in enumerate(pivot.pieces)]
         firsts = _first_ids(written, source)  # phi, [V of the pivot]
         alone = [
@@ -190,7 +198,7 @@ class _Classes:
 
 def _first_ids(pieces: Sequence[bytes], other: Vocabulary) -> np.ndarray:
     """Return the first id that another vocabulary makes of each piece, int32; `TAIL`: none."""
-    known = other.by_bytes()
+    known = other.by_bytes
     found = np.array([known.get(piece, TAIL) if piece else TAIL for piece in pieces], np.int32)
     wanted = [i for i in np.flatnonzero(found < 0).tolist() if pieces[i]]
     for i, ids in zip(wanted, other.ids_of([pieces[i] for i in wanted]), strict=True):
@@ -200,7 +208,7 @@ def _first_ids(pieces: Sequence[bytes], other: Vocabulary) -> np.ndarray:
 
 def _twins(source: Vocabulary, pivot: Vocabulary) -> np.ndarray:
     """Return the pivot's id with the same bytes, int32 `[V]` by the source's id; `TAIL`: none."""
-    known = pivot.by_bytes()
+    known = pivot.by_bytes
     return np.array([known.get(p, TAIL) if p else TAIL for p in source.pieces], np.int32)
 
 

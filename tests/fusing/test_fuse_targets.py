@@ -15,7 +15,7 @@ from megatron_infifpo.references.soft_targets import SoftTargetStore
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 from megatron_infifpo.tokens.writer import write_token_dataset
-from support.fusing import RECORDS, K, dense, sparse, write_top_k
+from support.fusing import RECORDS, K, Said, dense, sparse, write_top_k
 
 
 def test_complete_output_is_left(models, capsys):
@@ -255,3 +255,26 @@ def test_damaged_ids(models):
     ids.tofile(f"{prefix}_topk_ids.bin")
     with pytest.raises(UserError, match=f"record 0 has token ids .* to {size}, expected them"):
         models.fuse("refused", "damaged")
+
+
+def test_the_pivots_tokenizer_with_another_end_of_turn(models):
+    """The manifest says what ends the source's turns; its mass there is the pivot's end's."""
+    chat, size = models.chat["pivot"], len(models.chat["pivot"].tokenizer)
+    (end,) = chat.end_of_turn_ids
+    other = next(i for i, piece in enumerate(chat.token_bytes.pieces) if i != end and not piece)
+
+    def teacher(index, response, ids):
+        """Sure of the end that it knows, after some doubt whether it is the pivot's."""
+        top = np.tile(np.array([other, end], np.int32), (len(ids), 1))
+        logps = np.log(np.tile([0.75, 0.125], (len(ids), 1)))
+        return Said(logps[:, 0], top, logps)
+
+    prefix = models.folder / "ends-logps"
+    write_top_k(prefix, RECORDS, chat, teacher, vocab_size=size, k=2)
+    path = models.folder / "ends-logps.json"
+    manifest = json.loads(path.read_text())
+    manifest["top_k"]["end_of_turn_ids"] = [other]
+    path.write_text(json.dumps(manifest))
+    targets = models.take(models.fuse("ends", "ends"), 0)
+    assert targets.ids[-1].tolist() == [end, -1]
+    np.testing.assert_allclose([targets.probs[-1, 0], targets.tail[-1]], [0.75, 0.25], atol=1e-3)

@@ -90,11 +90,41 @@ def test_one_vocabulary():
     assert ids_of(one, one, "digits", size=5) == [0, 1, 2, -1, -1]
 
 
+@pytest.mark.parametrize("piece", [b"", b"<end>"])
+def test_one_vocabulary_and_two_ends_of_turn(piece):
+    """What ends the source's turns is what ends the pivot's, and the pivot's own is neither."""
+    pieces, encode = [b"a", b"", piece], toy(["a", "", ""]).encode
+    pivot, source, silent = (
+        Vocabulary(pieces, ends, encode, identity="same") for ends in ([1], [2], [])
+    )
+    assert ids_of(source, pivot, "digits", size=4) == [0, -1, 1, -1]
+    assert ids_of(silent, pivot, "digits") == [0, 1, 2]
+    # Where the pivot's turn ends with text, no id of the source's is that.
+    words = Vocabulary(pieces, [0], encode, identity="same")
+    assert ids_of(source, words, "digits") == [0, 1, 2]
+
+
+def test_ids_by_bytes_are_found_once():
+    """However many sources there are, the pivot's tokenizer is asked once for pieces that several
+    of its ids have."""
+    asked = []
+    plain = toy([b"\n", b"a", b"\n"])
+
+    def encode(texts):
+        asked.extend(texts)
+        return plain.encode(texts)
+
+    pivot = Vocabulary(plain.pieces, [], encode)
+    for _ in range(2):
+        map_vocabulary(toy(["\n", "a"]), pivot, 0)
+    assert asked.count("\n") == 1
+
+
 def test_several_ids_of_one_text():
     """Byte fallback has ids of its own; the twin is the one that the tokenizer writes."""
     pivot = toy([b"\n", b"a", b"\n"])
     assert pivot.encode(["\n"]) == [[0]]
-    assert pivot.by_bytes() == {b"\n": 0, b"a": 1}
+    assert pivot.by_bytes == {b"\n": 0, b"a": 1}
     source = toy([b"\n", b"\n", b"a"])
     for mode in AMBIGUOUS:
         assert ids_of(source, pivot, mode) == [0, 0, 1]
