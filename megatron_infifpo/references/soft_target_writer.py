@@ -50,6 +50,7 @@ class SoftTargetWriter:
         self.prefix, self.fields = str(prefix), dict(manifest)
         self.fields |= {"responses": list(responses), "fusion": fusion}
         self._fused, self._width, self._count = fusion != VALUES, len(responses), 0
+        self._largest_id = -1
         make_folder(Path(prefix).parent)
         self._files, self._digest = Aside(), hashlib.sha256()
         kinds = FILES if self._fused else {VALUES_FILE: np.uint16}
@@ -62,7 +63,9 @@ class SoftTargetWriter:
                 self.prefix + GROUPS_FILE, np.int32, self._files
             )
             for group in groups:
-                self._write(GROUPS_FILE, [np.asarray(group, np.int32)])
+                ids = np.asarray(group, np.int32)
+                self._note_ids(ids)
+                self._write(GROUPS_FILE, [ids])
 
     def __len__(self) -> int:
         """Return the number of records so far."""
@@ -91,11 +94,15 @@ class SoftTargetWriter:
         self._documents[name].add(parts)
         add_values(self._digest, parts)
 
+    def _note_ids(self, ids: np.ndarray) -> None:
+        self._largest_id = max(self._largest_id, int(ids.max(initial=-1)))
+
     def _pack(self, targets: SoftTargets) -> dict[str, np.ndarray]:
         """Turn the targets of a response into what the files hold."""
         if not self._fused:
             assert targets.values is not None
             return {VALUES_FILE: _half(targets.values)}
+        self._note_ids(targets.ids)
         probs = np.concatenate([targets.probs, targets.tail[:, None]], axis=1).astype(np.float64)
         # Of sources rounded to float16 a row sums to 1.0003, and its highest log may be above 0.
         probs /= probs.sum(axis=1, keepdims=True)
@@ -115,6 +122,7 @@ class SoftTargetWriter:
             documents.close()
         manifest = {**self.fields, **FORMAT.fields, "count": self._count}
         manifest["targets_sha256"] = self._digest.hexdigest()
+        manifest["largest_id"] = self._largest_id if self._fused else None
         FORMAT.write(self.prefix, manifest, self._files)
         self._files.publish()
         return manifest

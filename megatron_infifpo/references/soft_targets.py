@@ -163,6 +163,20 @@ class SoftTargetStore:
         documents = Documents(self.prefix + GROUPS_FILE, np.int32, 1)
         return [documents.document(index) for index in range(len(documents))]
 
+    def largest_id(self) -> int | None:
+        """Return the largest id of targets and groups, -1 without any; None where none are fused.
+
+        Without the manifest's it takes one pass over the mapped file.
+        """
+        if not self._fused:
+            return None
+        known = self.manifest.get("largest_id")
+        if isinstance(known, int):
+            return known
+        ids = self._files["_ids"]
+        parts = [*(self.groups or ()), *(ids.view(index) for index in range(len(ids)))]
+        return max((int(part.max(initial=-1)) for part in parts), default=-1)
+
     def check_against(self, tokens: TokenDataset) -> None:
         """Check that these are targets of a token data set's tokens.
 
@@ -221,9 +235,11 @@ class SoftTargetStore:
             targets = self._nothing(length)
             targets.values = shaped[VALUES_FILE].view(np.float16).astype(np.float32)
             return targets
-        # Rounded to float16, log-probs no longer sum to 1.
-        probs = np.exp(shaped["_logps"].view(np.float16).astype(np.float64))
-        probs /= probs.sum(axis=1, keepdims=True)
+        # Rounded to float16, log-probs no longer sum to 1. Of damaged ones NaN comes; a check that
+        # reads what is stored names them.
+        with np.errstate(over="ignore", invalid="ignore"):
+            probs = np.exp(shaped["_logps"].view(np.float16).astype(np.float64))
+            probs /= probs.sum(axis=1, keepdims=True)
         chunk_logps = shaped["_chunk_logps"]
         return SoftTargets(
             ids=shaped["_ids"],

@@ -21,7 +21,7 @@ def check_tokens(
 
     Args:
         folder: of the checkpoint, with its `hf`.
-        datasets: what is trained and validated on.
+        datasets: what is trained and validated on, with their soft targets.
         vocabulary: tokens that the model has; Megatron pads it later.
         mode: `--tokenizer-check`.
 
@@ -30,21 +30,26 @@ def check_tokens(
             template, unless `--tokenizer-check` is warn or off.
     """
     for dataset in datasets:
-        largest = dataset.tokens.largest_id()
-        if largest >= vocabulary:
-            raise UserError(
-                f"{dataset.tokens.prefix} holds the token id {largest}, but the model in {folder} "
-                f"has {vocabulary} tokens, 0 to {vocabulary - 1}: what is beyond is padding, and "
-                "never trained. Prepare the data with the model's own tokenizer, or give the model "
-                "rows for the tokens that were added to it (resize_token_embeddings) and import it "
-                "again"
-            )
+        tokens, targets = dataset.tokens, dataset.targets
+        _check_rows(folder, tokens.prefix, tokens.largest_id(), vocabulary, "Prepare")
+        if targets is not None and (largest := targets.largest_id()) is not None:
+            _check_rows(folder, targets.prefix, largest, vocabulary, "Prepare and fuse")
     if mode == "off":
         return
     for complaint in _complaints(folder, datasets):
         if mode != "warn":
             raise UserError(complaint)
         warnings.warn(complaint, stacklevel=2)
+
+
+def _check_rows(folder: Path, prefix: str, largest: int, vocabulary: int, again: str) -> None:
+    if largest >= vocabulary:
+        raise UserError(
+            f"{prefix} holds the token id {largest}, but the model in {folder} has {vocabulary} "
+            f"tokens, 0 to {vocabulary - 1}: what is beyond is padding, and never trained. {again} "
+            "the data with the model's own tokenizer, or give the model rows for the tokens that "
+            "were added to it (resize_token_embeddings) and import it again"
+        )
 
 
 def _complaints(folder: Path, datasets: tuple[PreferenceDataset, ...]) -> list[str]:

@@ -1,6 +1,7 @@
 """Soft-target data sets: what is read is what was written, and damage is named."""
 
 import json
+import warnings
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,37 @@ def test_groups(tmp_path, tokens):
     assert SoftTargetStore(tmp_path / "soft").groups is None
 
 
+def test_the_largest_id(tmp_path, tokens):
+    """As the manifest has it, and as the files have it; the many groups' numbers are no ids."""
+    largest = max(int(one.ids.max()) for one in write(tmp_path / "soft", tokens) if one)
+    several = [np.array([3, 4])] * 200
+    write(tmp_path / "small", tokens, groups=several, ambiguous="group")
+    write(tmp_path / "large", tokens, groups=[*several, np.array([1, 777, 2])], ambiguous="group")
+    for name, expected in (("soft", largest), ("small", largest), ("large", 777)):
+        store = SoftTargetStore(tmp_path / name)
+        assert store.largest_id() == expected == store.manifest.pop("largest_id")
+        assert store.largest_id() == expected
+    with SoftTargetWriter(
+        tmp_path / "empty", responses=tokens.responses, fusion="mince", manifest=fields(tokens)
+    ) as writer:
+        writer.add([])
+    store = SoftTargetStore(tmp_path / "empty")
+    assert store.largest_id() == store.manifest.pop("largest_id") == store.largest_id() == -1
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 65504])
+def test_damaged_weights_are_read_without_a_warning(tmp_path, tokens, value):
+    """A check names them; see tests/checks."""
+    write(tmp_path / "soft", tokens)
+    stored = np.fromfile(tmp_path / "soft_logps.bin", np.float16)
+    stored[: TOP + 1] = value
+    stored.tofile(tmp_path / "soft_logps.bin")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # NumPy's
+        found = SoftTargetStore(tmp_path / "soft").take(0, 0, int(tokens.scored_lengths[0, 0]))
+    assert np.isnan(found.probs[0]).any() and not np.isnan(found.probs[1:]).any()
+
+
 def test_values(tmp_path, tokens):
     length = int(tokens.scored_lengths[0, 0])
     given = np.log(np.random.default_rng(0).random((length, 2, TOP))).astype(np.float32)
@@ -136,6 +168,7 @@ def test_values(tmp_path, tokens):
         writer.add([])
     assert not list(tmp_path.glob("v_ids*"))
     store = SoftTargetStore(tmp_path / "v")
+    assert store.largest_id() is None is store.manifest["largest_id"]
     found = store.take(0, 0, length)
     assert found.values is not None
     np.testing.assert_allclose(found.values, given, rtol=2**-11, equal_nan=True)

@@ -8,9 +8,12 @@ import pytest
 
 from megatron_infifpo.convert.vocabulary import warn_of_tokens_beyond
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.methods import METHODS
+from megatron_infifpo.references.soft_targets import SoftTargetStore
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.training.token_check import check_tokens
 from support import tiny
+from support.soft_targets import write_soft_targets
 
 
 @pytest.fixture
@@ -36,6 +39,22 @@ def test_the_largest_id(setup, data):
     for mode in ("error", "off"):
         with pytest.raises(UserError, match=f"the token id {largest}, but the model .* {largest}"):
             check(setup.pivot, data, mode, vocabulary=largest)
+
+
+def test_the_largest_id_of_soft_targets(setup, data, tmp_path):
+    """They come from the tokenizer's vocabulary, and may be beyond the model's rows."""
+    groups = [np.array([5, 400])]
+    prefix = write_soft_targets(setup.data, tmp_path / "soft", METHODS["fusellm"], groups=groups)
+    held_out = PreferenceDataset(setup.data)
+    held_out.targets = SoftTargetStore(prefix)
+    check_tokens(setup.pivot, data, held_out, vocabulary=401)
+    message = f"{prefix} holds the token id 400, but the model .* has 400 tokens.* Prepare and fuse"
+    for mode in ("error", "off"):
+        with pytest.raises(UserError, match=message):
+            check_tokens(setup.pivot, data, held_out, vocabulary=400, mode=mode)
+    values = write_soft_targets(setup.data, tmp_path / "values", METHODS["infifusion"])
+    held_out.targets = SoftTargetStore(values)
+    check(setup.pivot, held_out)
 
 
 @pytest.mark.parametrize("what", ["chat template", "tokenizer"])
