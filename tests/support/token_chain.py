@@ -1,18 +1,23 @@
-"""A pivot and two sources that cut the same texts differently, and the chain of commands over them."""
+"""A pivot and two sources that cut the same texts differently, and all commands over them."""
 
+import copy
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_infifpo.gpu_check.tiny import WORDS
 from support import tiny
 from support.runs import steps_of
-from support.token_oracle import Oracle, Speaker, Teacher, conversations
+from support.token_oracle import Oracle, Teacher, conversations
+from support.token_speakers import Speaker
 from support.tools import run_command
 
 ROLES = ("user", "assistant", "system", "tool")
@@ -28,7 +33,7 @@ def train_tokenizer(folder: Path, texts: Sequence[str], vocab_size: int, digits:
                     content: str = "m['content']") -> None:  # fmt: skip
     """Save a byte-level BPE; `digits` is what of a number is cut off first."""
     tokenizer = Tokenizer(models.BPE())
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     if digits:
         steps.insert(0, pre_tokenizers.Split(Regex(digits), "isolated"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
@@ -98,6 +103,28 @@ def write_lists(path: Path, count: int, seed: int = 1) -> Path:
     return path
 
 
+def renumber(source: Path, folder: Path, seed: int) -> None:
+    """Copy a model, with another number for each id of its tokenizer."""
+    shutil.copytree(source, folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary, added = content["model"]["vocab"], content["added_tokens"]
+    size = 1 + max(vocabulary.values())
+    numbers = list(range(size))
+    random.Random(seed).shuffle(numbers)
+    content["model"]["vocab"] = {text: numbers[old] for text, old in vocabulary.items()}
+    for token in added:
+        token["id"] = numbers[token["id"]]
+    added.sort(key=lambda token: token["id"])
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    weights = tiny.load_weights(folder)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in weights:
+            rows = weights[name].clone()
+            rows[torch.tensor(numbers)] = weights[name][:size]
+            weights[name] = rows
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 class Chain:
     """Models, records, and what the commands make of them.
 
@@ -115,9 +142,8 @@ class Chain:
         tiny.save_model(folder / "split", "qwen2", vocab_size=410, seed=2)
         train_tokenizer(folder / "split", [" ".join(WORDS[::2])] * 4 + texts[:40], 400, r"\d")
         tiny.save_model(folder / "coarse", "phi3", vocab_size=540, seed=3)
-        train_tokenizer(folder / "coarse", [t[::1] for t in texts[100:]], 530, None, TRIMS)
-        ranks(1, "support.tools:run_tool", "convert_checkpoint",
-              ["import", "--hf", str(folder / "hf"), "--save", str(folder / "pivot")])  # fmt: skip
+        train_tokenizer(folder / "coarse", texts[100:], 530, None, TRIMS)
+        self.convert()
         self.records = {
             "pairs": write_pairs(folder / "pairs.jsonl", count),
             "lists": write_lists(folder / "lists.jsonl", count),
@@ -126,6 +152,20 @@ class Chain:
             name: Speaker(folder / name, trims=name == "coarse")
             for name in ("hf", "split", "coarse")
         }
+
+    def convert(self) -> None:
+        """Import the pivot."""
+        argv = ["import", "--hf", str(self.folder / "hf"), "--save", str(self.folder / "pivot")]
+        self.ranks(1, "support.tools:run_tool", "convert_checkpoint", argv)
+
+    def renumbered(self, folder: Path) -> "Chain":
+        """Return the same models with other numbers for their ids."""
+        other = copy.copy(self)
+        other.folder = folder
+        for seed, name in enumerate(self.speakers):
+            renumber(self.folder / name, folder / name, seed)
+        other.convert()
+        return other
 
     def score(self, model: str, records: str, output: Path, *more: str,
               backend: str = "transformers") -> Path:  # fmt: skip

@@ -1,194 +1,18 @@
 """Token-level fusion once more: plain loops over texts and dense distributions, to compare with.
 
-Nothing here is the program's: not its alignment, maps, fusions, losses, tokens or files. Models are
-transformers' in float64, and every distribution is one over the whole vocabulary.
+Nothing here and in token_speakers.py is the program's: not its alignment, maps, fusions, losses,
+tokens or files. Every distribution is one over the whole vocabulary.
 """
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-Span = tuple[int, int]
-
-
-class Speaker:
-    """A model in float64, and the tokens that it makes of conversations.
-
-    Attributes:
-        pieces: bytes of each id; b"" of special ones.
-        end: the id that ends a turn.
-    """
-
-    def __init__(self, folder: Path, *, trims: bool = False) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-        self.trims = trims
-        self.specials = dict(self.tokenizer.get_added_vocab())
-        byte_of = _byte_of_character()
-        self.pieces = [b""] * len(self.tokenizer)
-        for text, number in self.tokenizer.get_vocab().items():
-            if text not in self.specials:
-                self.pieces[number] = bytes(byte_of[c] for c in text)
-        self.end = self.specials["<|end|>"]
-
-    def cut(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def read(self, messages: Sequence[dict[str, str]], score: str) -> tuple[list[int], list[int]]:
-        """Return a conversation's ids, and the places of those that are scored."""
-        last = max(i for i, m in enumerate(messages) if m["role"] == "user")
-        ids: list[int] = []
-        scored: list[int] = []
-        for i, message in enumerate(messages):
-            text = message["content"].strip() if self.trims else message["content"]
-            ids.append(self.specials[f"<|{message['role']}|>"])
-            said = [*self.cut(text), self.end]
-            if message["role"] == "assistant" and (score == "all" or i > last):
-                scored += range(len(ids), len(ids) + len(said))
-            ids += said
-        return ids, scored
-
-    def say(self, messages: Sequence[dict[str, str]], score: str) -> "Said":
-        ids, scored = self.read(messages, score)
-        logps = torch.log_softmax(self.model(torch.tensor([ids])).logits[0], dim=-1)
-        rows = torch.tensor(scored)
-        observed = [ids[t] for t in scored]
-        return Said(observed, [self.pieces[i] for i in observed], logps[rows - 1])
-
-
-@dataclass
-class Said:
-    """Scored tokens of a response, their bytes, and the distribution before each, `[K, V]`."""
-
-    ids: list[int]
-    pieces: list[bytes]
-    logps: torch.Tensor
-
-    @property
-    def values(self) -> list[float]:
-        return [float(self.logps[t, i]) for t, i in enumerate(self.ids)]
-
-    def top(self, k: int) -> list[list[tuple[int, float]]]:
-        """Of each token the k most probable ids and their log-probs, as float16 keeps them."""
-        found = torch.topk(self.logps.detach(), k)
-        both = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-        return [[(i, half(x)) for i, x in zip(*row, strict=True)] for row in both]
-
-
-def half(value: float) -> float:
-    return float(np.float16(value))
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet, from the tokenizers' own: printable ones are themselves."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    found = {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
-    assert set(found) == set(ByteLevel.alphabet())
-    return found
-
-
-@dataclass
-class Match:
-    """Tokens that two models have in common, and texts that they cut differently."""
-
-    rows: list[tuple[int, int]] = field(default_factory=list)
-    chunks: list[tuple[Span, Span]] = field(default_factory=list)
-
-
-def match(a: Sequence[bytes], b: Sequence[bytes], *, starts: bool) -> Match | None:
-    """Align two models' tokens, byte by byte; None where their texts differ."""
-    texts = b"".join(a), b"".join(b)
-    skip = [0, 0]
-    length = len(texts[0])
-    if texts[0] != texts[1]:
-        inner = [text.strip(b" \t\n\r\x0b\x0c") for text in texts]
-        if inner[0] != inner[1]:
-            return None
-        skip = [text.index(inner[0]) for text in texts]
-        length = len(inner[0])
-    found, places = Match(), []
-    for pieces, before in zip((a, b), skip, strict=True):
-        tokens, specials, at = [], {}, -before
-        for number, piece in enumerate(pieces):
-            first, at = at, at + len(piece)
-            if piece:
-                touched = first < 0 or at > length
-                tokens.append((number, min(max(at, 0), length), touched))
-            else:
-                specials.setdefault(min(max(at, 0), length), []).append(number)
-        places.append((tokens, specials))
-    (here, special_here), (there, special_there) = places
-    borders = sorted({t[1] for t in here} & {t[1] for t in there} - {0})
-    at = 0
-    for border in borders:
-        sides = [[t for t in side if at < t[1] <= border or (at == 0 == t[1])]
-                 for side in (here, there)]  # fmt: skip
-        clean = not any(t[2] for side in sides for t in side)
-        single = clean and all(len(side) == 1 for side in sides)
-        if single or (clean and starts):
-            found.rows.append((sides[0][0][0], sides[1][0][0]))
-        spans = [(side[0][0], side[-1][0] + 1) for side in sides]
-        unbroken = all(e - f == len(s) for (f, e), s in zip(spans, sides, strict=True))
-        if not single and unbroken:
-            found.chunks.append((spans[0], spans[1]))
-        at = border
-    for place, numbers in special_here.items():
-        if len(numbers) == 1 == len(special_there.get(place, [])):
-            found.rows.append((numbers[0], special_there[place][0]))
-    found.rows.sort()
-    return found
-
-
-def vocabulary_map(source: Speaker, pivot: Speaker, ambiguous: str) -> dict[int, tuple[int, ...]]:
-    """For each id of a source the ids of the pivot that it stands for; those without are absent."""
-    by_bytes = {piece: i for i, piece in enumerate(pivot.pieces) if piece}
-    own = {piece: i for i, piece in enumerate(source.pieces) if piece}
-    twins = {s: by_bytes[p] for s, p in enumerate(source.pieces) if p and p in by_bytes}
-    # Classes, as sets that are joined: ("s", id) and ("w", id).
-    group: dict[tuple[str, int], set[tuple[str, int]]] = {}
-
-    def join(a: tuple[str, int], b: tuple[str, int]) -> None:
-        both = group.setdefault(a, {a}) | group.setdefault(b, {b})
-        for one in both:
-            group[one] = both
-
-    def first(piece: bytes, speaker: Speaker, known: dict[bytes, int]) -> int | None:
-        if piece in known:
-            return known[piece]
-        try:
-            return speaker.cut(piece.decode())[0]
-        except UnicodeDecodeError:
-            return None
-
-    for w, piece in enumerate(pivot.pieces):
-        if piece and (phi := first(piece, source, own)) is not None:
-            join(("s", phi), ("w", w))
-    for s, piece in enumerate(source.pieces):
-        if piece and s not in twins and (psi := first(piece, pivot, by_bytes)) is not None:
-            join(("s", s), ("w", psi))
-    found: dict[int, tuple[int, ...]] = {source.end: (pivot.end,)}
-    for s, piece in enumerate(source.pieces):
-        if not piece:
-            continue
-        number = piece.lstrip(b" ").isdigit()
-        if ambiguous == "id" or (ambiguous == "digits" and not number):
-            members = (twins[s],) if s in twins else ()
-        else:
-            members = tuple(sorted(w for kind, w in group.get(("s", s), ()) if kind == "w"))
-            if len(members) > 1 and ambiguous != "group":
-                members = ()
-        if members:
-            found[s] = members
-    return found
+from support.token_speakers import Match, Said, Span, Speaker, half, match, vocabulary_map
 
 
 @dataclass
@@ -248,16 +72,14 @@ class Oracle:
                 continue
             with torch.no_grad():
                 said = teacher.speaker.say(record["messages"], self.score)
-            same = teacher.speaker.tokenizer.get_vocab() == self.pivot.tokenizer.get_vocab()
-            if same and said.ids == own.ids:
-                found = Match([(t, t) for t in range(len(own.ids))])
+            if teacher.speaker is self.pivot:
+                found: Match | None = Match([(t, t) for t in range(len(own.ids))])
             else:
                 found = match(own.pieces, said.pieces, starts=starts)
             if found is not None:
                 nats = -sum(said.values)
                 units = len(b"".join(said.pieces)) if self.ce_per == "byte" else len(said.ids)
-                ids = {i: (i,) for i, _ in enumerate(self.pivot.pieces)}
-                ids = ids if same else self.map_of(teacher)
+                ids = self.map_of(teacher)
                 present.append((teacher, said, found, nats / units, ids))
         lesson = Lesson()
         if not present:
@@ -287,6 +109,9 @@ class Oracle:
         return lesson
 
     def map_of(self, teacher: Teacher) -> dict[int, tuple[int, ...]]:
+        """What a teacher's ids mean, found once."""
+        if teacher.speaker is self.pivot:
+            return {i: (i,) for i, _ in enumerate(self.pivot.pieces)}
         key = (teacher.name, self.ambiguous)
         known = self.__dict__.setdefault("_maps", {})
         if key not in known:
@@ -333,7 +158,7 @@ class Oracle:
                 if name != "chunk":
                     names.append(f"domain/{record['domain']}/{name}")
                 for each in names:
-                    sums[each] = sums.get(each, 0.0) + float(value)
+                    sums[each] = sums.get(each, 0.0) + float(torch.as_tensor(value).detach())
                     counts[each] = counts.get(each, 0.0) + count
         self.pivot.model.zero_grad()
         (sum(losses) / tokens).backward()
@@ -366,7 +191,7 @@ class Oracle:
         for (first, end), logp, weight in lesson.chunks:
             tau = self.chunk_temperature
             teacher = math.exp(logp / tau)
-            student = torch.exp(-sum(ce[first:end]) / tau)
+            student = torch.exp(-sum(ce[first:end], zero) / tau)
             one = teacher * torch.log(teacher / student)
             other = (1 - teacher) * torch.log((1 - teacher) / (1 - student))
             chunk = chunk + weight * tau * (one + other)
@@ -396,7 +221,7 @@ class Oracle:
         mine = torch.sort(logps, descending=True).values[: self.top_k]
         far = [self._shape(mine) - self._shape(torch.tensor(v, dtype=torch.float64))
                for v in values]  # fmt: skip
-        return sum(one.abs().sum() for one in far) / len(far)
+        return torch.stack([one.abs().sum() for one in far]).sum() / len(far)
 
     def _shape(self, values: torch.Tensor) -> torch.Tensor:
         if self.standardisation != "none":
@@ -406,7 +231,7 @@ class Oracle:
         return torch.softmax(values / self.uld_temperature, dim=0)
 
 
-def conversations(path: Path, *, listed: bool = False) -> list[dict[str, Any]]:
+def conversations(path: Path) -> list[dict[str, Any]]:
     """Read records: of each its domain, and the conversation that is trained on."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
