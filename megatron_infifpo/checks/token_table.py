@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from megatron_infifpo.checks.soft_targets import CheckedTargets, has_target
-from megatron_infifpo.fusing.align import Response, align_response
+from megatron_infifpo.fusing.align import Response, align_response, same_tokenizer
 from megatron_infifpo.references.logprob_store import LogprobStore
-from megatron_infifpo.references.soft_targets import SEVERAL, SoftTargets, SoftTargetStore
+from megatron_infifpo.references.soft_targets import GROUPED, SEVERAL, SoftTargets, SoftTargetStore
 from megatron_infifpo.references.sources import INITIAL
 from megatron_infifpo.references.top_k import text_identity
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
@@ -38,15 +38,22 @@ class _Text:
         piece = self._chat.token_bytes.pieces[token]
         return _shown(piece) if piece else repr(self._chat.tokenizer.decode([token]))
 
-    def tokens_of(self, store: LogprobStore, index: int, response: int) -> dict[int, str]:
+    def tokens_of(
+        self,
+        store: LogprobStore,
+        index: int,
+        response: int,
+        **how: bool,
+    ) -> dict[int, str]:
         """Return a source's tokens by the pivot's that they are, or by the first one of a text.
 
-        The other ones of such a text have a mark; what is not comparable is not there.
+        The other ones of such a text have a mark; what is not comparable is not there. They are
+        aligned as `fuse-targets` does it: see `align_response` for how.
         """
         lengths = store.byte_lengths(index, response).astype(np.int64)
         own = Response(lengths, *map(int, store.texts[index, response]))
-        found = None if not len(lengths) else align_response(self._response, own)
-        if found is None:
+        found = align_response(self._response, own, **how)
+        if found is None or not len(lengths):
             return {}
         # Where white space at the ends differs, the texts are the same from there on.
         ends = np.cumsum(lengths) - own.lead + self._response.lead
@@ -86,7 +93,17 @@ def token_table(
             yield f"\n{name} has no soft targets: {_ALONE}"
             continue
         stores = _stores(dataset, index, store)
-        sources = {source: text.tokens_of(each, index, r) for source, each in stores.items()}
+        sources = {
+            source: text.tokens_of(
+                each,
+                index,
+                r,
+                is_pivot=source == INITIAL,
+                same_ids=same_tokenizer(each.manifest, dataset.tokens.manifest),
+                starts_suffice=store.manifest["ambiguous"] == GROUPED,
+            )
+            for source, each in stores.items()
+        }
         what = store.fusion if targets.values is None else "values"
         yield f"\nsoft targets of {name}, {what} of {', '.join(store.sources)}, top {store.top_k}"
         rows = [("token", "source", "its tokens", "target")]

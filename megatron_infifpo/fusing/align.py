@@ -1,6 +1,8 @@
 """Which tokens of a source are tokens of the pivot, in one response."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,31 +44,45 @@ class Alignment:
     source_chunks: np.ndarray
 
 
-def identity(length: int) -> Alignment:
+def same_tokenizer(here: Mapping[str, Any], there: Mapping[str, Any]) -> bool:
+    """Whether two manifests, of tokens or of log-probs, name the same tokenizer."""
+    known = here["tokenizer"]["tokenizer_sha256"]
+    return known is not None and known == there["tokenizer"]["tokenizer_sha256"]
+
+
+def _identity(length: int) -> Alignment:
     """Return the alignment of the same tokens."""
     rows, nothing = np.arange(length), np.zeros((0, 2), np.int64)
     return Alignment(rows, rows, nothing, nothing)
 
 
 def align_response(
-    pivot: Response, source: Response, *, starts_suffice: bool = False
+    pivot: Response, source: Response, *, is_pivot: bool, same_ids: bool, starts_suffice: bool
 ) -> Alignment | None:
     """Align a response's tokens, where both models have read the same text.
 
     A row is comparable where both begin a chunk there, so that what stands before is the same text,
     and the chunk is one token here and there. Where the texts agree but for white space at their
-    ends, which chat templates add or take away, that is left out, and what it touches is comparable
-    as a chunk only. Special tokens, which have no bytes, correspond where each side has one there.
+    ends, which chat templates add or take away, that is left out, and so is every token that has
+    some of it, with its chunk. What stands behind such white space at the beginning is comparable
+    all the same, what stands behind it at the end is not. Special tokens, which have no bytes,
+    correspond where each side has one there.
 
     Args:
         pivot: the pivot's tokens.
         source: the source's.
+        is_pivot: the source is the initial pivot, so its tokens are the pivot's.
+        same_ids: both have the same tokenizer: the same text in tokens of the same lengths is then
+            the same tokens, special ones, too.
         starts_suffice: a row is comparable wherever a chunk begins: ids that would be ambiguous
             are kept as groups.
 
     Returns:
         None where the texts differ.
     """
+    same = same_ids and pivot.whole == source.whole
+    if is_pivot or (same and np.array_equal(pivot.lengths, source.lengths)):
+        return _identity(len(source.lengths))
     if pivot.whole == source.whole:
         sides = _Side(pivot.lengths, 0, 0), _Side(source.lengths, 0, 0)
     elif pivot.inner == source.inner:
@@ -87,7 +103,7 @@ class _Side:
     Attributes:
         lengths: `[T]`, bytes of the T tokens that have some, without what is clipped.
         at: `[T]`, where they are among all tokens.
-        special_at: where the special tokens are.
+        special_at: where the special tokens are that stand before what is clipped at the end.
         special_place: behind how many bytes each of those stands.
         total: bytes.
     """
@@ -95,13 +111,16 @@ class _Side:
     def __init__(self, lengths: np.ndarray, lead: int, trail: int) -> None:
         ends = np.cumsum(lengths, dtype=np.int64)
         all_bytes = int(ends[-1]) if len(ends) else 0
-        clipped = np.clip(ends, lead, max(all_bytes - trail, lead)) - lead
+        if lead + trail >= all_bytes:  # nothing but white space is at the end
+            lead, trail = 0, all_bytes
+        clipped = np.clip(ends, lead, all_bytes - trail) - lead
         self.total = int(clipped[-1]) if len(clipped) else 0
-        has_bytes = lengths > 0
-        self.at, self.special_at = np.flatnonzero(has_bytes), np.flatnonzero(~has_bytes)
+        left = np.diff(clipped, prepend=0)
+        self.at = np.flatnonzero(left)
+        self.special_at = np.flatnonzero((lengths == 0) & (ends <= all_bytes - trail))
         self.special_place = clipped[self.special_at]
-        left = np.diff(clipped, prepend=0)[self.at]
-        self.lengths, self._touched = left, left != lengths[self.at]
+        self.lengths = left[self.at]
+        self._touched = self.lengths != lengths[self.at]
 
     def chunks(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Say of chunks: how many tokens, whether clipped, first and end in all tokens `[C, 2]`.
@@ -133,7 +152,7 @@ def _align(a: _Side, b: _Side, starts_suffice: bool) -> Alignment:
     begins = clean & (count_a > 0) & (count_b > 0) if starts_suffice else single
     # A chunk with a special token within is no text that the source gives a probability to.
     whole = (np.diff(span_a)[:, 0] == count_a) & (np.diff(span_b)[:, 0] == count_b)
-    chunk = ~single & whole & (count_a > 0) & (count_b > 0)
+    chunk = clean & ~single & whole & (count_a > 0) & (count_b > 0)
     (places_a, special_a), (places_b, special_b) = a.specials(), b.specials()
     _, here, there = np.intersect1d(places_a, places_b, assume_unique=True, return_indices=True)
     rows = np.concatenate([span_a[begins, 0], special_a[here]])

@@ -220,6 +220,7 @@ def _open_sources(job: FusingJob, tokens: TokenDataset) -> list[FusingSource]:
         opened = FusingSource(
             source,
             reference,
+            tokens,
             number=len(sources),
             per_byte=job.ce_per == CE_PER[0],
             pivot=pivot,

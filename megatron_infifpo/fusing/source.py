@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.fusing.align import Response, align_response, identity
+from megatron_infifpo.fusing.align import Response, align_response, same_tokenizer
 from megatron_infifpo.fusing.fuse import Candidate
 from megatron_infifpo.fusing.vocabulary import Vocabulary, VocabularyMap, map_vocabulary
 from megatron_infifpo.references.logprob_store import LogprobStore
@@ -15,6 +15,7 @@ from megatron_infifpo.references.reference import Reference, logprobs_identity
 from megatron_infifpo.references.soft_targets import GROUPED
 from megatron_infifpo.references.sources import Source
 from megatron_infifpo.storage.notes import parse_ranges
+from megatron_infifpo.tokens.dataset import TokenDataset
 
 OUTSIDE = "outside its domains"
 MASKED = "masked in its log-probs"
@@ -50,13 +51,21 @@ class FusingSource:
     map: VocabularyMap
 
     def __init__(
-        self, source: Source, reference: Reference, *, number: int, per_byte: bool, pivot: bool
+        self,
+        source: Source,
+        reference: Reference,
+        tokens: TokenDataset,
+        *,
+        number: int,
+        per_byte: bool,
+        pivot: bool,
     ) -> None:
         """Take a source.
 
         Args:
             source: its entry in sources.yaml.
             reference: its log-probs, joined with the records.
+            tokens: the records, tokenized for the pivot.
             number: among all sources.
             per_byte: cross-entropies are by bytes, else by the source's tokens.
             pivot: it is the initial pivot, so its tokens are the pivot's.
@@ -65,7 +74,8 @@ class FusingSource:
         self._domains = source.domains
         self.store: LogprobStore = reference.store
         self._takes_part, self._per_byte, self._pivot = reference.takes_part, per_byte, pivot
-        self._same_ids, self._starts_suffice = False, False
+        self._same_ids = same_tokenizer(self.store.manifest, tokens.manifest)
+        self._starts_suffice = False
 
     def check(self, top_k: int | None, *, listed: bool) -> None:
         """Check that it has the top-k that is asked for.
@@ -101,7 +111,6 @@ class FusingSource:
         """
         size = self.store.manifest["top_k"]["vocab_size"]
         self.map = map_vocabulary(own, pivot, size, ambiguous)
-        self._same_ids = own.identity == pivot.identity
         self._starts_suffice = ambiguous == GROUPED
 
     @cached_property
@@ -134,13 +143,15 @@ class FusingSource:
         lengths = self.store.byte_lengths(index, response).astype(np.int64)
         text = [int(part) for part in self._texts[index, response]]
         own = Response(lengths, *text)
-        same = self._same_ids and own.whole == pivot.whole
-        if self._pivot or (same and np.array_equal(lengths, pivot.lengths)):
-            alignment = identity(len(lengths))
-        elif (found := align_response(pivot, own, starts_suffice=self._starts_suffice)) is None:
+        alignment = align_response(
+            pivot,
+            own,
+            is_pivot=self._pivot,
+            same_ids=self._same_ids,
+            starts_suffice=self._starts_suffice,
+        )
+        if alignment is None:
             return note or OTHER_TEXT  # of a record that was cut the note says so
-        else:
-            alignment = found
         ids, logps, tail = self.store.top(index, response)
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self.map.ids):
             raise UserError(

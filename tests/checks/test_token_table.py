@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_infifpo.checks import token_table
 from megatron_infifpo.checks.inspection import InspectionJob, inspect_record
 from megatron_infifpo.checks.token_table import _Text
 from megatron_infifpo.commands.main import run_command
@@ -102,6 +103,23 @@ def test_groups_and_what_stands_beside_them(job):
     assert last.startswith(f"{len(rows)} of {len(rows)} tokens")
 
 
+def test_sources_are_aligned_as_targets_were_fused(job, monkeypatch):
+    """The initial pivot's tokens are the pivot's; with groups rows need only begin together."""
+    asked, align = [], token_table.align_response
+
+    def spy(pivot, source, **how):
+        asked.append(tuple(how.values()))
+        assert list(how) == ["is_pivot", "same_ids", "starts_suffice"]
+        return align(pivot, source, **how)
+
+    monkeypatch.setattr(token_table, "align_response", spy)
+    table(job, "groups", 1)
+    assert asked == [(False, False, True)]
+    asked.clear()
+    table(job, "mean", 1)
+    assert asked == [(False, False, False)] * 2 + [(True, True, False)]
+
+
 def test_several_sources(job):
     """Record 1 is of all three, record 2 of two; weights are those of the chunks."""
     rows, _ = table(job, "mean", 1)
@@ -145,7 +163,7 @@ def test_without_sources(job):
 
 
 def test_where_white_space_differs_at_the_ends():
-    """What stands between is the same text; a token that reaches into white space is a chunk's."""
+    """What stands between is the same text; a token that reaches into white space is left out."""
     chat = ChatTokenizer(word_tokenizer([" so", " be", "so"]))
     ids = chat.tokenizer(" so be", add_special_tokens=False)["input_ids"]
     assert len(ids) == 2
@@ -153,10 +171,10 @@ def test_where_white_space_differs_at_the_ends():
     lengths = [2, 3, 1]
     texts = np.array([[text_identity(text.encode())]], TEXT)
     store: Any = SimpleNamespace(byte_lengths=lambda *_: np.array(lengths, np.uint16), texts=texts)
-    found = _Text(np.array(ids), chat).tokens_of(store, 0, 0)
-    assert found[1].startswith("' be'") and found[0] == "'so'"
+    how = {"is_pivot": False, "same_ids": False, "starts_suffice": False}
+    assert _Text(np.array(ids), chat).tokens_of(store, 0, 0, **how) == {1: "' be'"}
     store.texts = np.array([[text_identity(b"other")]], TEXT)
-    assert _Text(np.array(ids), chat).tokens_of(store, 0, 0) == {}
+    assert _Text(np.array(ids), chat).tokens_of(store, 0, 0, **how) == {}
 
 
 def test_a_record_without_targets(job):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_infifpo.fusing.align import Response, align_response, identity
+from megatron_infifpo.fusing.align import Response, align_response
 from megatron_infifpo.references.top_k import text_identity
 
 
@@ -13,8 +13,13 @@ def response(*tokens: str) -> Response:
     return Response(lengths, *text_identity("".join(tokens).encode()))
 
 
+def align(pivot, source, **options):
+    default = {"is_pivot": False, "same_ids": False, "starts_suffice": False}
+    return align_response(pivot, source, **default | options)
+
+
 def aligned(pivot, source, **options):
-    found = align_response(response(*pivot), response(*source), **options)
+    found = align(response(*pivot), response(*source), **options)
     assert found is not None
     pairs = list(zip(found.rows.tolist(), found.source_rows.tolist(), strict=True))
     return pairs, found.chunks.tolist(), found.source_chunks.tolist()
@@ -42,7 +47,7 @@ def aligned(pivot, source, **options):
 )
 def test_by_hand(pivot, source, rows, chunks, source_chunks):
     assert aligned(pivot, source) == (rows, chunks, source_chunks)
-    back = align_response(response(*source), response(*pivot))
+    back = align(response(*source), response(*pivot))
     assert back is not None
     assert list(zip(back.source_rows.tolist(), back.rows.tolist(), strict=True)) == rows
 
@@ -57,12 +62,21 @@ def test_beginning_together_is_enough_for_groups():
 @pytest.mark.parametrize(
     ("pivot", "source", "rows", "chunks", "source_chunks"),
     [
-        # The source's template writes no blank before a reply: its first token means another id.
-        ([" a", "b", ""], ["a", "b", ""], [(1, 1), (2, 2)], [[0, 1]], [[0, 1]]),
-        ([" ", "a", "b"], ["a", "b"], [(2, 1)], [[0, 2]], [[0, 1]]),
-        (["a", "b\n", ""], ["a", "b", ""], [(0, 0), (2, 2)], [[1, 2]], [[1, 2]]),
-        (["a", "b", "\n", ""], ["a", "b", ""], [(0, 0), (3, 2)], [[1, 3]], [[1, 2]]),
-        (["\n", " a", "b"], [" a", "b"], [(2, 1)], [[0, 2]], [[0, 1]]),
+        # The source's template writes no blank before a reply: its first token is another text.
+        ([" a", "b", ""], ["a", "b", ""], [(1, 1), (2, 2)], [], []),
+        ([" ab", "c"], ["a", "b", "c"], [(1, 2)], [], []),
+        (["\n", " a", "b"], [" a", "b"], [(2, 1)], [], []),
+        # A token that is white space alone is left out, and all else is the same text.
+        ([" ", "a", "b"], ["a", "b"], [(1, 0), (2, 1)], [], []),
+        # Behind white space that differs at the end nothing is comparable.
+        (["a", "b\n", ""], ["a", "b", ""], [(0, 0)], [], []),
+        (["a", "b", "\n", ""], ["a", "b", ""], [(0, 0), (1, 1)], [], []),
+        (["a", "\n", ""], ["a", " ", ""], [(0, 0)], [], []),
+        (["a", "ab", "\n", ""], ["a", "a", "b\n\n", ""], [(0, 0)], [], []),
+        (["a", "", "\n"], ["a", ""], [(0, 0), (1, 1)], [], []),
+        (["a", "", "\n", ""], ["a", ""], [(0, 0), (1, 1)], [], []),
+        # That both have as much does not say that it is the same.
+        ([" ", "a", "\n", ""], ["a", " ", ""], [(1, 0)], [], []),
     ],
 )
 def test_white_space_at_the_ends(pivot, source, rows, chunks, source_chunks, starts_suffice):
@@ -74,24 +88,37 @@ def test_white_space_at_the_ends(pivot, source, rows, chunks, source_chunks, sta
     ("pivot", "source"), [(["a"], ["b"]), (["a b"], ["ab"]), (["a"], [""]), (["é"], ["e"])]
 )
 def test_other_text(pivot, source):
-    assert align_response(response(*pivot), response(*source)) is None
+    assert align(response(*pivot), response(*source)) is None
 
 
 def test_damaged_lengths_are_no_alignment():
     """The same text, of lengths that cannot be its."""
     good = response("ab", "c")
     bad = Response(np.array([2, 2]), good.whole, good.inner, 0, 0)
-    assert align_response(good, bad) is None
+    assert align(good, bad) is None
+
+
+def test_chunks_behind_white_space_and_before_it():
+    found = aligned(["\n", "ab", "c", "d", " "], ["a", "b", "cd"])
+    assert found == ([], [[1, 2], [2, 4]], [[0, 2], [2, 3]])
 
 
 def test_nothing_but_white_space():
-    rows, chunks, _ = aligned(["  ", ""], [" ", ""])
-    assert rows == [(1, 1)] and chunks == [[0, 1]]
+    for other in (" ", "\t\t", ""):
+        assert aligned(["  ", ""], [other, ""]) == ([], [], [])
+    assert aligned(["  ", ""], ["  ", ""]) == ([(0, 0), (1, 1)], [], [])
 
 
 def test_the_same_tokens():
-    found = identity(3)
-    assert found.rows.tolist() == found.source_rows.tolist() == [0, 1, 2] and not len(found.chunks)
+    """Of one tokenizer: special tokens, too, however many stand together."""
+    tokens, rows = ["a", "", "", "b"], [(i, i) for i in range(4)]
+    assert aligned(tokens, tokens, same_ids=True) == (rows, [], [])
+    assert aligned(tokens, tokens) == ([(0, 0), (3, 3)], [], [])
+    # The pivot's own log-probs may know a text without the blank that SentencePiece puts before it.
+    assert aligned([" a", "b"], ["a", "b"], is_pivot=True) == ([(0, 0), (1, 1)], [], [])
+    # Other tokens of the same text, and another text, are aligned as any.
+    assert aligned(["ab", "c"], ["a", "b", "c"], same_ids=True)[0] == [(1, 2)]
+    assert align(response("ab"), response("a", "c"), same_ids=True) is None
 
 
 def test_random_texts():
@@ -105,7 +132,7 @@ def test_random_texts():
             inside = rng.choice(np.arange(1, total), min(count, total - 1), False)
             sides.append(np.diff([0, *sorted(inside), total]))
         a, b = (Response(side, 1, 1, 0, 0) for side in sides)
-        found = align_response(a, b)
+        found = align(a, b)
         assert found is not None
         spans = [list(zip(np.cumsum(s) - s, np.cumsum(s), strict=True)) for s in sides]
         expected = [
