@@ -104,12 +104,14 @@ def fuse(
     kept_ids, kept_probs, dropped = _largest(
         np.concatenate(rows), np.concatenate(ids), np.concatenate(probs), length, top_k
     )
-    chunks, chunk_logps = _chunks(chosen)
+    # A row of the tail alone teaches nothing: it is none.
+    taught = kept_ids[:, 0] != -1
+    chunks, chunk_logps = _chunks(chosen, taught)
     return SoftTargets(
         ids=kept_ids,
         probs=kept_probs,
-        tail=tail + dropped,
-        sources=np.where(count > 1, SEVERAL, first).astype(np.uint8),
+        tail=np.where(taught, tail + dropped, 1.0),
+        sources=np.where(taught, np.where(count > 1, SEVERAL, first), 0).astype(np.uint8),
         chunks=chunks,
         chunk_logps=chunk_logps[:, 0],
         chunk_weights=chunk_logps[:, 1],
@@ -147,10 +149,32 @@ def _largest(
     return found, left, np.bincount(rows[~keep], probs[~keep], minlength=length)
 
 
-def _chunks(chosen: Sequence[tuple[Candidate, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Join the sources' chunks: int32 `[C, 2]`; log-prob and weight, float32 `[C, 2]`."""
-    chunks = [candidate.chunks for candidate, _ in chosen]
-    logps = [np.column_stack([c.chunk_logps, np.full(len(c.chunks), share)]) for c, share in chosen]
+def _chunks(
+    chosen: Sequence[tuple[Candidate, float]], taught: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Join the sources' chunks: int32 `[C, 2]`; log-prob and weight, float32 `[C, 2]`.
+
+    A weight is the source's share among those that have a row or a chunk at some of the tokens.
+
+    Args:
+        chosen: sources and their shares.
+        taught: bool `[K]`, which tokens have a target.
+    """
+    shares = np.array([share for _, share in chosen])
+    says = np.zeros((len(chosen), len(taught) + 1), np.int64)
+    for here, (candidate, _) in zip(says, chosen, strict=True):
+        first, end = candidate.chunks.T
+        here += np.bincount(first, minlength=len(here)) - np.bincount(end, minlength=len(here))
+    says = np.cumsum(says, axis=1)[:, :-1]  # how many chunks hold each token
+    for here, (candidate, _) in zip(says, chosen, strict=True):
+        here[candidate.rows] += taught[candidate.rows]
+    before = np.concatenate([np.zeros((len(says), 1), np.int64), np.cumsum(says, axis=1)], axis=1)
+    chunks, logps = [], []
+    for candidate, share in chosen:
+        first, end = candidate.chunks.T
+        present = shares @ (before[:, end] > before[:, first])
+        chunks.append(candidate.chunks)
+        logps.append(np.column_stack([candidate.chunk_logps, share / present]))
     return np.concatenate(chunks).astype(np.int32), np.concatenate(logps).astype(np.float32)
 
 

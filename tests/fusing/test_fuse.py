@@ -42,6 +42,17 @@ def as_dicts(targets: SoftTargets) -> list[dict[int, float]]:
     ]
 
 
+def nothing_but(rows=(), chunks=(), *, number=0, weight=1.0, ids=(5,)) -> Candidate:
+    """A source with rows of one distribution, and chunks."""
+    count = len(rows)
+    probs = np.full((count, len(ids)), 0.5 / len(ids))
+    return Candidate(
+        number, weight, 1.0, np.array(rows, int), np.tile(np.array(ids), (count, 1)), probs,
+        np.full(count, 0.5), np.log(probs).astype(np.float32),
+        np.array(chunks, int).reshape(-1, 2), -np.arange(1.0, len(chunks) + 1),
+    )  # fmt: skip
+
+
 def by_hand(found, shares, top_k):
     """The fused distributions, token by token and id by id."""
     result = []
@@ -60,7 +71,7 @@ def by_hand(found, shares, top_k):
         tail = mass.pop(-1, 1.0)
         order = sorted(mass, key=lambda i: -mass[i])
         kept = {i: mass[i] for i in order[:top_k]}
-        result.append(kept | {-1: tail + sum(mass[i] for i in order[top_k:])})
+        result.append(kept | {-1: tail + sum(mass[i] for i in order[top_k:])} if kept else {-1: 1})
     return result
 
 
@@ -82,7 +93,8 @@ def test_against_a_plain_loop(top_k, seed):
     assert (np.diff(targets.probs, axis=1) <= 0).all()
     for t in range(LENGTH):
         there = [c.number + 1 for c in found if t in c.rows]
-        assert targets.sources[t] == (SEVERAL if len(there) > 1 else sum(there))
+        expected_source = SEVERAL if len(there) > 1 else sum(there)
+        assert targets.sources[t] == (expected_source if (targets.ids[t] != -1).any() else 0)
 
 
 def test_shares():
@@ -130,12 +142,54 @@ def test_mince_takes_one():
     assert (targets.tail[nothing] == 1).all() and (targets.ids[nothing] == -1).all()
 
 
+@pytest.mark.parametrize("fusion", ["mince", "average-ce", "mean"])
+def test_a_row_of_the_tail_alone_is_none(fusion):
+    """It would take away part of its cross-entropy, and teach no id."""
+    empty = nothing_but([2, 3], ids=(-1, -1))
+    targets = run([empty], fusion)
+    assert not targets.sources.any() and (targets.tail == 1).all()
+    if fusion != "mince":
+        both = run([empty, nothing_but([3, 4], number=1)], fusion)
+        assert both.sources.tolist() == [0, 0, 0, SEVERAL, 2, 0, 0, 0, 0]
+        np.testing.assert_allclose(both.tail[2:5], [1, 0.75, 0.5])
+
+
 def test_chunks_of_several():
-    targets = run([candidate(0, weight=3), candidate(1)])
-    assert targets.chunks.tolist() == [[0, 2], [1, 3]]
-    assert targets.chunk_logps.tolist() == [-1.5, -2.5]
-    assert targets.chunk_weights.tolist() == [0.75, 0.25]
+    """Weights are shares among the sources that say something of some of the same tokens."""
+    one = nothing_but([6], [[0, 2], [3, 4], [7, 9]], weight=3)
+    other = nothing_but([8], [[1, 3], [5, 7]], number=1)
+    targets = run([one, other])
+    assert targets.chunks.tolist() == [[0, 2], [3, 4], [7, 9], [1, 3], [5, 7]]
+    assert targets.chunk_logps.tolist() == [-1, -2, -3, -1, -2]
+    assert targets.chunk_weights.tolist() == [0.75, 1, 0.75, 0.25, 0.25]
     assert targets.chunks.dtype == np.int32 and targets.chunk_logps.dtype == np.float32
+    # What a source that says nothing there is weighted by makes no difference.
+    silent = nothing_but([8], number=2, weight=96, ids=(-1,))
+    again = run([one, silent, nothing_but([], [[1, 3], [5, 7]], number=1)])
+    assert again.chunk_weights.tolist() == [0.75, 1, 1, 0.25, 0.25]
+
+
+def test_weights_of_random_chunks():
+    """By a plain loop; at no token do chunks weigh more than 1 together."""
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        found = []
+        for number in range(3):
+            marks = np.sort(rng.choice(LENGTH + 1, 5, replace=False))
+            chunks = [[a, b] for a, b in zip(marks, marks[1:], strict=False) if rng.random() < 0.5]
+            inside = {t for a, b in chunks for t in range(a, b)}
+            rows = [t for t in range(LENGTH) if t not in inside and rng.random() < 0.4]
+            found.append(nothing_but(rows, chunks, number=number, weight=number + 1.0))
+        targets, expected = run(found), []
+        said = [{*c.rows.tolist(), *(t for a, b in c.chunks for t in range(a, b))} for c in found]
+        covered = np.zeros(LENGTH)
+        for c in found:
+            for a, b in c.chunks:
+                here = [o.weight for o, s in zip(found, said, strict=True) if s & {*range(a, b)}]
+                expected.append(c.weight / sum(here))
+                covered[a:b] += expected[-1]
+        np.testing.assert_allclose(targets.chunk_weights, expected, rtol=1e-6)
+        assert covered.max(initial=0) <= 1 + 1e-12
 
 
 def test_many_ids_to_one_add_up():

@@ -101,11 +101,17 @@ class Oracle:
                 for share, p in zip(shares, present, strict=True)
                 if share > 0 and t in dict(p[2].rows)
             ]
-            if lesson_of_t:
-                lesson.targets[t] = self._target(lesson_of_t)
+            target = self._target(lesson_of_t) if lesson_of_t else None
+            if target is not None and target.masses:
+                lesson.targets[t] = target
+        spoken = []  # of each source its tokens with a row or in a chunk
+        for _, _, found, _, _ in present:
+            rows = {t for t, _ in found.rows if t in lesson.targets}
+            spoken.append(rows.union(*(range(*span) for span, _ in found.chunks)))
         for share, (_, said, found, _, _) in zip(shares, present, strict=True):
             for span, (first, end) in found.chunks if share > 0 else ():
-                lesson.chunks.append((span, sum(said.values[first:end]), share))
+                there = [s for s, t in zip(shares, spoken, strict=True) if t & {*range(*span)}]
+                lesson.chunks.append((span, sum(said.values[first:end]), share / sum(there)))
         return lesson
 
     def map_of(self, teacher: Teacher) -> dict[int, tuple[int, ...]]:
