@@ -149,10 +149,11 @@ class SoftTargetStore:
         width = len(self.manifest["responses"])
         kinds = FILES if self._fused else {VALUES_FILE: np.uint16}
         found = {name: Documents(self.prefix + name, kind, width) for name, kind in kinds.items()}
+        count = self.manifest["count"]  # not len(self): a damaged one may be no length at all
         for name, documents in found.items():
-            if len(documents) != len(self):
+            if len(documents) != count:
                 raise UserError(
-                    f"{self.prefix}{name}.idx holds {len(documents)} records, expected {len(self)} "
+                    f"{self.prefix}{name}.idx holds {len(documents)} records, expected {count} "
                     f"by {self.prefix}.json; {self._again}"
                 )
         return found
@@ -185,7 +186,7 @@ class SoftTargetStore:
                 disagrees; says which.
         """
         found = {
-            "number of records": (len(self), len(tokens)),
+            "number of records": (self.manifest["count"], len(tokens)),
             "list of responses": (self.manifest["responses"], list(tokens.responses)),
             "fingerprint of the records": (self.manifest["records_sha256"], tokens.records_sha256),
             "fingerprint of the tokens": (

@@ -256,12 +256,16 @@ def test_damage_is_named(tmp_path, tokens, name):
         SoftTargetStore(tmp_path / "soft").take(0, 0, int(tokens.scored_lengths[0, 0]))
 
 
-def test_fewer_records_than_said(tmp_path, tokens):
+@pytest.mark.parametrize("count", [5, -1, 10**30])
+def test_another_number_of_records_than_said(tmp_path, tokens, count):
     write(tmp_path / "soft", tokens)
     path = tmp_path / "soft.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"count": 5}))
-    with pytest.raises(UserError, match="holds 4 records, expected 5"):
-        SoftTargetStore(tmp_path / "soft").take(0, 0, 1)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"count": count}))
+    store = SoftTargetStore(tmp_path / "soft")
+    with pytest.raises(UserError, match=f"holds 4 records, expected {count}"):
+        store.take(0, 0, 1)
+    with pytest.raises(UserError, match=f"number of records is {count}, expected 4"):
+        store.check_against(tokens)
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, tokens):

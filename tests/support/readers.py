@@ -16,8 +16,10 @@ from megatron_infifpo.convert.hf_folder import open_hf
 from megatron_infifpo.convert.hf_import import import_checkpoint
 from megatron_infifpo.families import megatron_args, weight_mapping
 from megatron_infifpo.families.architecture import read_hf_config
+from megatron_infifpo.methods import METHODS
 from megatron_infifpo.records.records import PreferenceRecord, iter_records, read_records
 from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.references.soft_targets import SoftTargetStore
 from megatron_infifpo.references.sources import check_domains, read_sources
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.tokens.dataset import TokenDataset
@@ -28,6 +30,7 @@ from megatron_infifpo.training.identity import differences
 from megatron_infifpo.training.provenance import read_run
 from support import tiny
 from support.datasets import list_record, write_scores, write_tokens
+from support.soft_targets import write_soft_targets
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,15 @@ def read_logprobs(folder: Path) -> None:
         for response in range(len(store.responses)):
             store.logprobs(i, response), store.top(i, response), store.byte_lengths(i, response)
     store.texts.tolist()
+
+
+def read_soft_targets(folder: Path, name: str = "soft") -> None:
+    tokens, store = TokenDataset(folder / "pairs"), SoftTargetStore(folder / name)
+    store.check_against(tokens)
+    store.largest_id()
+    for i in range(len(store)):
+        for response, length in enumerate(tokens.scored_lengths[i].tolist()):
+            store.take(i, response, length)
 
 
 def read_joined(folder: Path) -> None:
@@ -127,6 +139,9 @@ READERS = {
     "token dataset": Reader(("pairs.*", "pairs_*"), read_tokens),
     "log-prob manifest": Reader(("logprobs.json",), read_logprobs, text=True),
     "log-prob dataset": Reader(("logprobs.*", "logprobs_*"), read_logprobs),
+    "soft-target manifest": Reader(("soft.json",), read_soft_targets, text=True),
+    "soft targets": Reader(("soft.*", "soft_*"), read_soft_targets),
+    "source values": Reader(("values.*", "values_*"), lambda f: read_soft_targets(f, "values")),
     "joined": Reader(("pairs*", "logprobs*", "sources.yaml"), read_joined),
     "joined lists": Reader(("listed*",), read_joined_lists),
     "rounds.jsonl": Reader(("rounds.jsonl",), read_rounds_file, text=True),
@@ -215,6 +230,9 @@ def write_good_files(folder: Path) -> None:
     write_token_dataset(records, tokenizer, folder / "pairs", source_files=[folder / "a.jsonl"])
     tokens = TokenDataset(folder / "pairs")
     write_logprobs(folder, records, tokens)
+    groups = [np.array([3, 4, 9]), np.array([1, 2])]
+    write_soft_targets(folder / "pairs", folder / "soft", METHODS["fusellm"], groups=groups)
+    write_soft_targets(folder / "pairs", folder / "values", METHODS["infifusion"])
     (folder / "sources.yaml").write_text(
         "initial: logprobs\nsources:\n  - name: a\n    logprobs: logprobs\n"
         "    domains: [code]\n    score: {model: models/a, bf16: true}\n"
