@@ -12,6 +12,7 @@ from megatron_infifpo import __version__
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_choice, check_positive, check_types
 from megatron_infifpo.fusing.align import Response
+from megatron_infifpo.fusing.chosen import choose_sources, idle_weights
 from megatron_infifpo.fusing.coverage import Coverage
 from megatron_infifpo.fusing.fuse import FUSIONS, fuse
 from megatron_infifpo.fusing.source import Found, FusingSource
@@ -21,12 +22,11 @@ from megatron_infifpo.references.reference import Reference
 from megatron_infifpo.references.soft_target_writer import SoftTargetWriter
 from megatron_infifpo.references.soft_targets import (
     GROUPED,
-    SEVERAL,
     VALUES,
     SoftTargets,
     SoftTargetStore,
 )
-from megatron_infifpo.references.sources import INITIAL, Source, check_domains, read_sources
+from megatron_infifpo.references.sources import INITIAL, check_domains, read_sources
 from megatron_infifpo.references.top_k import text_identity
 from megatron_infifpo.storage.sharded_job import different
 from megatron_infifpo.tokens.dataset import TokenDataset
@@ -184,28 +184,9 @@ def _open_sources(job: FusingJob, tokens: TokenDataset) -> list[FusingSource]:
     """Open the sources that take part, the initial pivot as the last one."""
     config = read_sources(job.sources)
     check_domains(config, tokens.domains)
-    known = [source.name for source in config.sources]
-    for name in job.only or ():
-        if name not in known:
-            raise UserError(
-                f"--only names {name!r}, expected sources of {job.sources}: {', '.join(known)}"
-                + (" (--include-initial takes the initial pivot)" if name == INITIAL else "")
-            )
-    chosen = [source for source in config.sources if job.only is None or source.name in job.only]
-    if job.include_initial:
-        if INITIAL in known:
-            raise UserError(
-                f"{job.sources} has a source of the name {INITIAL!r}, expected another name: with "
-                "--include-initial the initial pivot is called so"
-            )
-        chosen.append(Source(INITIAL, config.initial, weight=config.initial_weight))
-    if job.fusion == "mean":
-        chosen = [source for source in chosen if source.weight > 0]
-    if not 0 < len(chosen) < SEVERAL:
-        raise UserError(
-            f"{job.sources} has {len(chosen)} sources to fuse, expected 1 to {SEVERAL - 1} "
-            "(of a weight above 0, where they are weighted)"
-        )
+    chosen = choose_sources(config, job.only, include_initial=job.include_initial)
+    if idle := idle_weights(chosen, job.sources, job.fusion):
+        print(idle)
     if job.ambiguous == GROUPED and job.fusion != "mince" and len(chosen) > 1:
         raise UserError(
             f"--ambiguous {GROUPED} with --fusion {job.fusion}: groups of several sources overlap, "
@@ -213,7 +194,7 @@ def _open_sources(job: FusingJob, tokens: TokenDataset) -> list[FusingSource]:
         )
     sources: list[FusingSource] = []
     for source in chosen:
-        pivot = job.include_initial and source is chosen[-1]
+        pivot = source.name == INITIAL
         reference = Reference.open(
             source.name, source.logprobs, tokens, domains=source.domains, pivot=pivot
         )
@@ -239,7 +220,7 @@ def _fields(
         "fusion": job.fusion,
         "top_k": job.top_k or least,
         "sources": [source.name for source in sources],
-        "include_initial": job.include_initial,
+        "include_initial": sources[-1].name == INITIAL,
         "ce_per": job.ce_per,
         "ambiguous": None if job.fusion == VALUES else job.ambiguous or AMBIGUOUS[0],
         "records_sha256": tokens.records_sha256,

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_infifpo.commands.main import main
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.fusing.fuse import FUSIONS
 from megatron_infifpo.fusing.job import FusingJob, fuse_targets
 from megatron_infifpo.records.records import read_records
 from megatron_infifpo.references.soft_targets import SoftTargetStore
@@ -129,8 +130,24 @@ def test_no_source(models):
     yaml = models.sources(
         "bytes", initial="{logprobs: pivot-logps, weight: 1}", bytes=", weight: 0"
     )
-    with pytest.raises(UserError, match="has 0 sources to fuse"):
-        models.fuse("refused", yaml=yaml, fusion="mean")
+    for fusion in FUSIONS:
+        with pytest.raises(UserError, match="has 0 sources to fuse"):
+            models.fuse("refused", yaml=yaml, fusion=fusion)
+
+
+@pytest.mark.parametrize("fusion", ["mince", "average-ce", "none"])
+def test_a_weight_of_0_is_absent(models, capsys, fusion):
+    """In every fusion, though other weights are of a mean alone, which is said."""
+    entry = "{logprobs: pivot-logps, weight: 0}"
+    yaml = models.sources("other", "bytes", initial=entry, other=", weight: 2", bytes=", weight: 0")
+    store = models.fuse(f"absent-{fusion}", yaml=yaml, fusion=fusion, include_initial=True)
+    assert store.sources == ("other",) and not store.manifest["include_initial"]
+    assert "no effect" not in capsys.readouterr().out
+    entry = "{logprobs: pivot-logps, weight: 1}"
+    two = models.sources("other", "bytes", initial=entry, other=", weight: 2", bytes=", weight: 1")
+    models.fuse(f"idle-{fusion}", yaml=two, fusion=fusion)
+    said = f"the weights in {two} (other 2, bytes 1) have no effect: --fusion is {fusion}\n"
+    assert said in capsys.readouterr().out
 
 
 def test_weights_of_a_mean(models):
@@ -237,12 +254,15 @@ def test_domains_are_of_the_job(models):
         models.fuse("by-domain", yaml=models.sources("bytes", bytes=", domains: [math]"))
 
 
-def test_a_source_of_the_pivots_name(models):
+def test_names_that_mean_something_else(models):
     yaml = models.folder / "named.yaml"
-    yaml.write_text("initial: pivot-logps\nsources: [{name: initial, logprobs: bytes-logps}]\n")
-    with pytest.raises(UserError, match="a source of the name 'initial', expected another"):
-        models.fuse("refused", yaml=yaml, include_initial=True)
-    assert models.fuse("named", yaml=yaml).sources == ("initial",)
+    for name in ("initial", "several"):
+        yaml.write_text(
+            f"initial: pivot-logps\nsources: [{{name: {name}, logprobs: bytes-logps}}]\n"
+        )
+        for include in (True, False):
+            with pytest.raises(UserError, match=f"a source of the name '{name}', expected another"):
+                models.fuse("refused", yaml=yaml, include_initial=include)
 
 
 def test_damaged_ids(models):
