@@ -33,6 +33,7 @@ from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.token_bytes import TokenBytes
 
 CE_PER = ("byte", "token")
+_IDLE = f"has no effect with --fusion {VALUES}, which uses no ids"
 # The same tokenizer and log-probs may lie elsewhere now.
 MAY_DIFFER = ("path", "logprobs", "numpy")
 
@@ -83,9 +84,9 @@ class FusingJob:
         if self.ambiguous is not None:
             check_choice("ambiguous", self.ambiguous, AMBIGUOUS)
             if self.fusion == VALUES:
-                raise UserError(
-                    f"--ambiguous has no effect with --fusion {VALUES}, which uses no ids"
-                )
+                raise UserError(f"--ambiguous {_IDLE}")
+        if self.source_tokenizer and self.fusion == VALUES:
+            raise UserError(f"--source-tokenizer {_IDLE}")
 
 
 def fuse_targets(job: FusingJob) -> None:
@@ -109,13 +110,15 @@ def fuse_targets(job: FusingJob) -> None:
     pivot = reopen(
         tokens.manifest["tokenizer"], job.tokenizer, "--tokenizer DIR", job.trust_remote_code
     )
-    groups = map_sources(
-        sources,
-        pivot,
-        job.ambiguous or AMBIGUOUS[0],
-        job.source_tokenizer,
-        trust_remote_code=job.trust_remote_code,
-    )
+    groups = None
+    if job.fusion != VALUES:
+        groups = map_sources(
+            sources,
+            pivot,
+            job.ambiguous or AMBIGUOUS[0],
+            job.source_tokenizer,
+            trust_remote_code=job.trust_remote_code,
+        )
     _announce(job, tokens, fields)
     coverage = Coverage(tokens.domains, fields["sources"], job.ce_per)
     with (

@@ -45,10 +45,8 @@ class FusingSource:
         number: among all sources.
         weight: its share in a mean.
         store: its log-probs.
-        map: of its ids onto the pivot's, after `map_ids`.
+        map: of its ids onto the pivot's; each onto itself until `map_ids`.
     """
-
-    map: VocabularyMap
 
     def __init__(
         self,
@@ -76,6 +74,9 @@ class FusingSource:
         self._takes_part, self._per_byte, self._pivot = reference.takes_part, per_byte, pivot
         self._same_ids = same_tokenizer(self.store.manifest, tokens.manifest)
         self._starts_suffice = False
+        # One without distributions is refused by `check`.
+        size = self.store.manifest["top_k"]["vocab_size"] if self.store.top_k else 0
+        self.map = VocabularyMap(np.arange(size, dtype=np.int32), [], {})
 
     def check(self, top_k: int | None, *, listed: bool) -> None:
         """Check that it has the top-k that is asked for.

@@ -96,6 +96,10 @@ def test_refusals(models, name):
     ("options", "message"),
     [
         ({"fusion": "none", "ambiguous": "tail"}, "--ambiguous has no effect with --fusion none"),
+        (
+            {"fusion": "none", "source_tokenizer": {"a": "b"}},
+            "--source-tokenizer has no effect with --fusion none",
+        ),
         ({"fusion": "x"}, "--fusion is 'x', expected one of mince, average-ce, mean, none"),
         ({"ambiguous": "x"}, "--ambiguous is 'x', expected one of digits"),
         ({"top_k": 0}, "--top-k is 0"),
