@@ -9,7 +9,9 @@ import numpy as np
 from megatron_infifpo.fusing.source import Found
 
 COLUMNS = ("responses", "tokens", "comparable", "mass", "beyond", "chunks", "nats", "units", "wins")
-ALL = "all"
+ALL = ""
+"""All domains together; no domain is called so."""
+_SHOWN = {ALL: "all"}
 
 
 class Coverage:
@@ -51,7 +53,7 @@ class Coverage:
             )  # fmt: skip
 
     def table(self) -> dict[str, dict[str, dict[str, float | None]]]:
-        """Return the numbers by domain and source; "all" are all domains together."""
+        """Return the numbers by domain and source, and at last those of `ALL`."""
         found = {}
         for name, inside in self._parts():
             sums, out = self._sums[inside].sum(axis=0), self._out[inside].sum(axis=0)
@@ -84,7 +86,7 @@ class Coverage:
     def lines(self) -> list[str]:
         """Return the table as text."""
         width = max(map(len, ["source", *self._sources]))
-        area = max(map(len, ["domain", ALL, *self._domains]))
+        area = max(map(len, ["domain", *_SHOWN.values(), *self._domains]))
         lines = [
             f"{'domain':<{area}}  {'source':<{width}}{'responses':>10}{'masked':>8}{'tokens':>12}"
             f"{'comparable':>12}{'mass':>8}{'beyond k':>10}{'no twin':>9}"
@@ -94,7 +96,8 @@ class Coverage:
             for source, row in rows.items():
                 nats = row[f"nats_per_{self._unit}"]
                 lines.append(
-                    f"{domain:<{area}}  {source:<{width}}{row['responses']:>10}{row['masked']:>8}"
+                    f"{_SHOWN.get(domain, domain):<{area}}  {source:<{width}}"
+                    f"{row['responses']:>10}{row['masked']:>8}"
                     f"{row['tokens']:>12}{_percent(row['comparable']):>12}"
                     f"{_percent(row['mass']):>8}{_percent(row['beyond_top_k']):>10}"
                     f"{_percent(row['no_twin']):>9}{'-' if nats is None else f'{nats:.4f}':>12}"
@@ -103,6 +106,23 @@ class Coverage:
         for source, reasons in self.masked.items():
             lines += [f"{source}: {n} responses masked: {text}" for text, n in reasons.items()]
         return lines
+
+    def nothing(self, *, chunks: bool) -> dict[str, str]:
+        """Return the sources that have no comparable token, each with the reasons.
+
+        Args:
+            chunks: texts that are not one to one are comparable, too.
+        """
+        sums = dict(zip(COLUMNS, self._sums.sum(axis=0).astype(np.int64).T, strict=True))
+        said = sums["comparable"] + chunks * sums["chunks"]
+        found = {}
+        for m, name in enumerate(self._sources):
+            parts = [f"{n} responses masked ({text})" for text, n in self.masked[name].items()]
+            if read := sums["responses"][m]:
+                parts.append(f"{read} responses without a token in common")
+            if not said[m]:
+                found[name] = ", ".join(parts) or "no response"
+        return found
 
     def fields(self) -> dict[str, Any]:
         """Return what a manifest says."""

@@ -1,5 +1,6 @@
 """Fuse sources' distributions into soft targets: open, check, align, map, fuse, write."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_infifpo.flag_types import check_choice, check_positive, check_type
 from megatron_infifpo.fusing.align import Response
 from megatron_infifpo.fusing.chosen import choose_sources, idle_weights
 from megatron_infifpo.fusing.coverage import Coverage
-from megatron_infifpo.fusing.fuse import FUSIONS, fuse
+from megatron_infifpo.fusing.fuse import FUSIONS, Candidate, fuse
 from megatron_infifpo.fusing.source import Found, FusingSource
 from megatron_infifpo.fusing.tokenizers import map_sources, reopen
 from megatron_infifpo.fusing.vocabulary import AMBIGUOUS
@@ -31,6 +32,7 @@ from megatron_infifpo.references.top_k import text_identity
 from megatron_infifpo.storage.sharded_job import different
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.token_bytes import TokenBytes
+from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 CE_PER = ("byte", "token")
 _IDLE = f"has no effect with --fusion {VALUES}, which uses no ids"
@@ -99,7 +101,7 @@ def fuse_targets(job: FusingJob) -> None:
 
     Raises:
         UserError: log-probs of other records, without distributions or with too few tokens;
-            a tokenizer that is not there; or output of another job.
+            a tokenizer that is not there; output of another job; or no token has a target.
     """
     tokens = TokenDataset(job.data)
     sources = _open_sources(job, tokens)
@@ -110,45 +112,69 @@ def fuse_targets(job: FusingJob) -> None:
     pivot = reopen(
         tokens.manifest["tokenizer"], job.tokenizer, "--tokenizer DIR", job.trust_remote_code
     )
-    groups = None
-    if job.fusion != VALUES:
-        groups = map_sources(
-            sources,
-            pivot,
-            job.ambiguous or AMBIGUOUS[0],
-            job.source_tokenizer,
-            trust_remote_code=job.trust_remote_code,
-        )
+    groups = _map_ids(job, sources, pivot)
     _announce(job, tokens, fields)
-    coverage = Coverage(tokens.domains, fields["sources"], job.ce_per)
+    coverage, taught = Coverage(tokens.domains, fields["sources"], job.ce_per), False
     with (
         SoftTargetWriter(
             job.output,
             responses=tokens.responses,
             fusion=job.fusion,
-            groups=groups if job.ambiguous == GROUPED else None,
+            groups=groups,
             manifest=fields,
         ) as writer,
         tqdm(desc="fuse", total=len(tokens), unit=" records") as bar,
     ):
         for index in range(len(tokens)):
-            targets: list[SoftTargets | None] = []
-            for response, read in enumerate(_responses(tokens, index, pivot.token_bytes)):
-                found = _ask(sources, index, response, read, tokens, coverage)
-                targets.append(
-                    fuse(
-                        [one.candidate for one in found],
-                        len(read.lengths),
-                        fusion=job.fusion,
-                        top_k=fields["top_k"],
-                        sources=len(sources),
-                    )
+            targets = [
+                fuse(
+                    _ask(sources, index, response, read, tokens, coverage),
+                    len(read.lengths),
+                    fusion=job.fusion,
+                    top_k=fields["top_k"],
+                    sources=len(sources),
                 )
+                for response, read in enumerate(_responses(tokens, index, pivot.token_bytes))
+            ]
             writer.add(targets)
+            taught |= any(map(_teaches, targets))
             bar.update()
+        silent = coverage.nothing(chunks=job.fusion != VALUES)
+        if not taught:
+            raise UserError(_nothing(job, fields["sources"], silent))
         writer.fields |= coverage.fields()
     print(f"\n{', '.join(fields['sources'])} -> {job.output}")
     print("\n".join(coverage.lines()))
+    for name, why in silent.items():
+        print(f"warning: {name} has no comparable token: {why}", file=sys.stderr)
+
+
+def _map_ids(
+    job: FusingJob, sources: Sequence[FusingSource], pivot: ChatTokenizer
+) -> list[np.ndarray] | None:
+    """Map the sources' ids where they are used, and return the groups that are kept."""
+    if job.fusion == VALUES:
+        return None
+    ambiguous, trust = job.ambiguous or AMBIGUOUS[0], job.trust_remote_code
+    groups = map_sources(sources, pivot, ambiguous, job.source_tokenizer, trust_remote_code=trust)
+    return groups if ambiguous == GROUPED else None
+
+
+def _teaches(targets: SoftTargets | None) -> bool:
+    """Whether a response has a target, a value or a chunk."""
+    if targets is None:
+        return False
+    values = targets.values is not None and not np.isnan(targets.values).all()
+    return bool(values or targets.sources.any() or len(targets.chunks))
+
+
+def _nothing(job: FusingJob, sources: Sequence[str], silent: Mapping[str, str]) -> str:
+    """Say why no token of any record has a target."""
+    why = [f"{name}: {silent.get(name, 'none of its ids is one of the pivot')}" for name in sources]
+    return (
+        f"{job.output} is not written: no token of {job.data} would have a target; "
+        f"{'; '.join(why)}; expected log-probs of the same texts, in domains of {job.data}"
+    )
 
 
 def _responses(tokens: TokenDataset, index: int, token_bytes: TokenBytes) -> Iterator[Response]:
@@ -170,9 +196,9 @@ def _ask(
     read: Response,
     tokens: TokenDataset,
     coverage: Coverage,
-) -> list[Found]:
+) -> list[Candidate]:
     """Return what the sources say of a response, and count it."""
-    domain, found = int(tokens.domain_codes[index]), []
+    domain, found = int(tokens.domain_codes[index]), list[Found]()
     for source in sources:
         said = source.take(index, response, read)
         if isinstance(said, str):
@@ -180,7 +206,7 @@ def _ask(
         else:
             found.append(said)
     coverage.add(domain, len(read.lengths), found)
-    return found
+    return [one.candidate for one in found]
 
 
 def _open_sources(job: FusingJob, tokens: TokenDataset) -> list[FusingSource]:

@@ -35,7 +35,7 @@ def soft_targets(page: Page, prefix: str) -> None:
         }
     )
     table = [
-        {"domain": domain, "source": source} | row
+        {"domain": domain or "all", "source": source} | row
         for domain, sources in manifest["coverage"].items()
         for source, row in sources.items()
     ]

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_infifpo.commands.main import main
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.fusing.coverage import ALL
 from megatron_infifpo.fusing.fuse import FUSIONS
 from megatron_infifpo.fusing.job import FusingJob, fuse_targets
 from megatron_infifpo.records.records import read_records
@@ -240,7 +241,7 @@ def test_real_replies(shared_data, tmp_path, capsys, name, least):
     (tmp_path / "s.yaml").write_text("initial: none\nsources: [{name: s, logprobs: source}]\n")
     fuse_targets(FusingJob(str(tmp_path / "data"), str(tmp_path / "s.yaml"), str(tmp_path / "out")))
     store, tokens = SoftTargetStore(tmp_path / "out"), TokenDataset(tmp_path / "data")
-    row = store.manifest["coverage"]["all"]["s"]
+    row = store.manifest["coverage"][ALL]["s"]
     with capsys.disabled():
         print(f"\nphi-4 <- {name}: {row['comparable']:.4%} of {row['tokens']} tokens comparable")
     assert row["comparable"] >= least and row["masked"] == 0

@@ -10,6 +10,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.fusing.coverage import ALL
 from megatron_infifpo.fusing.job import FusingJob, fuse_targets
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.soft_targets import SEVERAL, SoftTargetStore
@@ -196,7 +197,7 @@ def test_best_by_record(models):
             assert set(targets.sources[targets.sources > 0].tolist()) <= {number}
             winners[ce_per, index] = best
         wins = Counter(winners[ce_per, i] for i in range(len(RECORDS)))
-        table = store.manifest["coverage"]["all"]
+        table = store.manifest["coverage"][ALL]
         assert [table[s]["wins"] for s in store.sources] == [
             wins[n] for n in ("other", "bytes", "pivot")
         ]
@@ -211,12 +212,12 @@ def test_domains_and_masks(models, capsys):
         "other": {"too long": 1}, "bytes": {"outside its domains": 4}
     }  # fmt: skip
     table = store.manifest["coverage"]
-    assert set(table) == {"math", "code", "all"}
+    assert set(table) == {"math", "code", ALL}
     assert table["math"]["bytes"]["responses"] == 0 and table["math"]["bytes"]["masked"] == 4
     assert table["math"]["bytes"]["comparable"] is None
     lengths = models.tokens.scored_lengths[:, 0]
-    assert table["all"]["other"]["tokens"] == lengths.sum() - lengths[3]
-    row = table["all"]["other"]
+    assert table[ALL]["other"]["tokens"] == lengths.sum() - lengths[3]
+    row = table[ALL]["other"]
     assert row["mass"] + row["beyond_top_k"] + row["no_twin"] == pytest.approx(1, abs=1e-3)
     printed = capsys.readouterr().out
     assert "bytes: 4 responses masked: outside its domains" in printed
@@ -227,7 +228,7 @@ def test_domains_and_masks(models, capsys):
 def test_table_by_hand(models):
     """Shares of the table, counted again from the targets and the store."""
     store = models.fuse("table", "other")
-    row = store.manifest["coverage"]["all"]["other"]
+    row = store.manifest["coverage"][ALL]["other"]
     own = LogprobStore(models.folder / "other-logps")
     rows, mass, nats, size = 0, 0.0, 0.0, 0
     for index in range(len(RECORDS)):

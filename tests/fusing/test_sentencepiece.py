@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_infifpo.fusing.coverage import ALL
 from megatron_infifpo.fusing.job import FusingJob, fuse_targets
 from megatron_infifpo.fusing.vocabulary import Vocabulary, map_vocabulary
 from megatron_infifpo.records.records import PreferenceRecord, reply
@@ -39,7 +40,7 @@ def fused(folder, pivot, source):
     store, tokens = SoftTargetStore(folder / "out"), TokenDataset(folder / "data")
     lengths = tokens.scored_lengths[:, 0].tolist()
     found = [store.take(i, 0, n) for i, n in enumerate(lengths)]
-    return store.manifest["coverage"]["all"]["s"], found, here, tokens
+    return store.manifest["coverage"][ALL]["s"], found, here, tokens
 
 
 def left_out(chat: ChatTokenizer, ids: list[int], text: str) -> np.ndarray:
