@@ -126,7 +126,8 @@ def main() -> None:
         jobs = [RuleJob(folder, bar) for folder in folders]
         asked = [pool.submit(study, job, seed, chosen) for seed, job in enumerate(jobs)]
         found = [one.result() for one in asked]
-    print((jobs[0].folder / "logs" / f"{fused('source')}.log").read_text().split("->")[-1])
+    if "source" in targets:
+        print((jobs[0].folder / "logs" / f"{fused('source')}.log").read_text().split("->")[-1])
     print_table(chosen, [losses for _, losses in found], [floor for floor, _ in found])
 
 

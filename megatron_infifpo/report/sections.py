@@ -268,7 +268,7 @@ def provenance(page: Page, found: dict[str, Any]) -> None:
             rows.append([name, *values, store.get("takes_part_in", "all")])
     known = {"records": data["records_sha256"][:12], "seed": found["identity"]["seed"]}
     if "soft_targets" in data:
-        known["soft targets"] = data["soft_targets"][:12]
+        known["soft targets"] = data["soft_targets"]["targets_sha256"][:12]
     page.table(known)
     page.table(rows)
     for attempt in found["attempts"]:

@@ -36,7 +36,10 @@ def test_baselines(cluster, run_folder, monkeypatch):
     assert (run / "fusion" / "sources.yaml").readlink().name == "sources.yaml"
     assert not (run / "logprobs").exists(), "of the other half, which nobody has scored"
     names = {"fusellm", "infifusion", "fusechat-qwen", "fusechat-phi"}
-    sources = {"fusechat-qwen": ("qwen", "initial"), "fusechat-phi": ("phi", "initial")}
+    sources: dict[str, tuple[str, ...]] = {
+        "fusechat-qwen": ("qwen", "initial"),
+        "fusechat-phi": ("phi", "initial"),
+    }
     sources |= {"fusellm": ("qwen", "phi", "initial"), "infifusion": ("qwen", "phi")}
     pivot = load_file(run_folder.pivot / "model.safetensors")
     trained = {}
@@ -45,7 +48,7 @@ def test_baselines(cluster, run_folder, monkeypatch):
         assert store.sources == sources[name] and store.top_k == 8
         assert store.manifest["ambiguous"] == (None if name == "infifusion" else "id")
         found = json.loads((run / name / "run.json").read_text())
-        assert found["identity"]["data"]["soft_targets"] == store.fingerprint
+        assert found["identity"]["data"]["soft_targets"]["targets_sha256"] == store.fingerprint
         trained[name] = load_file(run / f"{name}-hf" / "model.safetensors")
         assert any((trained[name][key] != pivot[key]).any() for key in pivot)
     assert len({str(weights["model.norm.weight"].tolist()) for weights in trained.values()}) == 4
