@@ -37,7 +37,8 @@ def write_run(job, method: str, targets: str | None) -> None:
     data = {"records_sha256": "r" * 64}
     files: dict[str, Any] = {"preference_data": str(job.data), "preference_sources": None}
     if targets is not None:
-        data["soft_targets"] = SoftTargetStore(job.folder / targets).fingerprint
+        fingerprint = SoftTargetStore(job.folder / targets).fingerprint
+        data["soft_targets"] = {"targets_sha256": fingerprint, "sources": {}}
         files["soft_targets"] = str(job.folder / targets)
     attempt = {
         "started": "now", "iteration": "0", "files": files, "command": ["train"], "versions": {},
