@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.fusing import source
 from megatron_infifpo.fusing.coverage import ALL
 from megatron_infifpo.fusing.fuse import FUSIONS
 from megatron_infifpo.fusing.job import FusingJob, fuse_targets
@@ -35,6 +36,20 @@ def test_values_need_no_tokenizers_of_sources(models, tmp_path):
     assert row["no_twin"] == pytest.approx(0, abs=1e-3) and 0 < row["mass"] < 1
     with pytest.raises(UserError, match="--source-tokenizer gone-bytes=DIR says where"):
         models.fuse("gone-ids", "gone-bytes")
+
+
+@pytest.mark.parametrize("fusion", ["none", "mince"])
+def test_the_same_tokenizer_is_known_by_its_hash(models, monkeypatch, fusion):
+    """Whether ids are mapped or not: its tokens are then the pivot's, special ones, too."""
+    asked, align = set(), source.align_response
+
+    def spy(pivot, own, **how):
+        asked.add((own.lengths.tobytes() == pivot.lengths.tobytes(), how["same_ids"]))
+        return align(pivot, own, **how)
+
+    monkeypatch.setattr(source, "align_response", spy)
+    models.fuse(f"known-{fusion}", "pivot", "bytes", fusion=fusion)
+    assert asked == {(True, True), (False, False)}
 
 
 def write_other_texts(models: Models, name: str, *, read: bool = False) -> None:
