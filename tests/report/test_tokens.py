@@ -34,7 +34,7 @@ def write_run(job, method: str, targets: str | None) -> None:
     """A run's folder as training leaves it: what it is made of, and its curves."""
     from torch.utils.tensorboard import SummaryWriter
 
-    data = {"records_sha256": "r" * 64}
+    data: dict[str, Any] = {"records_sha256": "r" * 64}
     files: dict[str, Any] = {"preference_data": str(job.data), "preference_sources": None}
     if targets is not None:
         fingerprint = SoftTargetStore(job.folder / targets).fingerprint
