@@ -27,9 +27,9 @@ PUBLISHED = {
         initial_as_source=True,
     ),
     "pad": Method("plackett_luce", "fused", True, beta=10.0, fusion="average", clip=False),
-    "fusellm": Method("soft_targets", None, True),
-    "fusechat": Method("one_soft_target", None, True),
-    "infifusion": Method("top_values", None, True),
+    "fusellm": Method("fusellm", None, True),
+    "fusechat": Method("fusechat", None, True),
+    "infifusion": Method("infifusion", None, True),
 }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ class CheckedTargets:
             UserError: a value cannot be; names the response, the token and the file.
         """
         length = int(self._tokens.scored_lengths[index, response])
-        found, store = self.store.take(index, response, length), self.store
+        found, store = self.store.take(index, response, length, check=False), self.store
         name = f"record {self._tokens.ids(index)!r}, {self._tokens.responses[response]!r}"
         if found.values is not None:
             rules = _rules_of_values(found.values)

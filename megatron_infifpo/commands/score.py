@@ -91,7 +91,7 @@ def add_top_k_flags(what: argparse._ArgumentGroup) -> None:
         type=positive,
         metavar="K",
         help="keep the K most probable tokens at each scored one, for infifpo fuse-targets; 16 is "
-        "usual, and takes 100 bytes a token (default: none)",
+        "usual, and takes 104 bytes a token (default: none)",
     )
     what.add_argument(
         "--top-k-responses",

@@ -198,7 +198,7 @@ class TokenLoss:
 
 TOKEN_LOSSES: dict[str, TokenLoss] = {
     "sft": TokenLoss(cross_entropy),
-    "soft_targets": TokenLoss(soft_targets, idle=_idle_in_soft_targets),
-    "one_soft_target": TokenLoss(soft_targets, most_sources=1, idle=_idle_in_soft_targets),
-    "top_values": TokenLoss(top_values, idle=_idle_in_top_values),
+    "fusellm": TokenLoss(soft_targets, idle=_idle_in_soft_targets),
+    "fusechat": TokenLoss(soft_targets, most_sources=1, idle=_idle_in_soft_targets),
+    "infifusion": TokenLoss(top_values, idle=_idle_in_top_values),
 }

@@ -154,9 +154,9 @@ METHODS: dict[str, Method] = {
     "pad": Method(
         "plackett_luce", "fused", length_normalization=True, fusion="average", clip=False
     ),
-    "fusellm": Method("soft_targets", None, length_normalization=True),
-    "fusechat": Method("one_soft_target", None, length_normalization=True),
-    "infifusion": Method("top_values", None, length_normalization=True),
+    "fusellm": Method("fusellm", None, length_normalization=True),
+    "fusechat": Method("fusechat", None, length_normalization=True),
+    "infifusion": Method("infifusion", None, length_normalization=True),
 }
 
 # The fields of `Method` that have a flag; loss and fusion declare the others.

@@ -80,6 +80,8 @@ def _why_useless(name: str, method: Method, option: str) -> str | None:
         if method.token_loss is not None and option in method.loss_declares:
             values = {name: method.loss_option(name) for name in method.loss_declares}
             return method.token_loss.idle(**values).get(option)
+        if option not in OWN:
+            return f"with --method {name}: it belongs to {_users(option)}"
         return f"with --method {name}, which trains on the chosen responses alone: leave it out"
     of_fusions = {each for fusion in FUSIONS.values() for each in fusion.options}
     if option in {"fusion", "clip", "initial_as_source"} | of_fusions and not method.fused:

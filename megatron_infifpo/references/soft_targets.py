@@ -58,6 +58,8 @@ VALUES = "none"
 GROUPED = "group"
 """Ids of a source that stand for several of the pivot's are kept as groups of those."""
 SEVERAL = 255
+ROUNDING = 0.02
+"""How far from 1 the probabilities of a row may be, as float16 holds them."""
 FILES: dict[str, type[np.number]] = {
     "_ids": np.int32,
     "_logps": np.uint16,
@@ -202,16 +204,17 @@ class SoftTargetStore:
                     f"--data {tokens.prefix}"
                 )
 
-    def take(self, index: int, response: int, length: int) -> SoftTargets:
+    def take(self, index: int, response: int, length: int, *, check: bool = True) -> SoftTargets:
         """Return the soft targets of one response, in arrays of their own.
 
         Args:
             index: of the record.
             response: which of its responses.
             length: scored tokens of the pivot in it.
+            check: refuse what are no probabilities; else the caller does, and says where.
 
         Raises:
-            UserError: the data set has another number of tokens there.
+            UserError: the data set has another number of tokens there, or no probabilities.
         """
         parts = {name: d.sequences(index)[response] for name, d in self._files.items()}
         first = parts["_sources"] if self._fused else parts[VALUES_FILE]
@@ -235,13 +238,14 @@ class SoftTargetStore:
         if not self._fused:
             targets = self._nothing(length)
             targets.values = shaped[VALUES_FILE].view(np.float16).astype(np.float32)
+            self._require(not check or not (targets.values > 0).any(), index)
             return targets
-        # Rounded to float16, log-probs no longer sum to 1. Of damaged ones NaN comes; a check that
-        # reads what is stored names them.
         with np.errstate(over="ignore", invalid="ignore"):
             probs = np.exp(shaped["_logps"].view(np.float16).astype(np.float64))
-            probs /= probs.sum(axis=1, keepdims=True)
-        chunk_logps = shaped["_chunk_logps"]
+            mass, chunk_logps = probs.sum(axis=1, keepdims=True), shaped["_chunk_logps"]
+            fine = (np.abs(mass - 1) <= ROUNDING).all() and (chunk_logps[:, 0] <= ROUNDING).all()
+            self._require(not check or bool(fine), index)
+            probs /= mass  # rounded to float16, log-probs no longer sum to 1
         return SoftTargets(
             ids=shaped["_ids"],
             probs=probs[:, :-1].astype(np.float32),
@@ -251,6 +255,14 @@ class SoftTargetStore:
             chunk_logps=chunk_logps[:, 0].copy(),
             chunk_weights=chunk_logps[:, 1].copy(),
         )
+
+    def _require(self, holds: bool, index: int) -> None:
+        """Refuse what cannot have been written."""
+        if not holds:
+            raise UserError(
+                f"{self.prefix}: the soft targets of record {index} are no probabilities: the "
+                f"files were changed or damaged; infifpo check names the place, {self._again}"
+            )
 
     def _nothing(self, length: int) -> SoftTargets:
         """Return what a response without targets has."""

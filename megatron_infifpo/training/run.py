@@ -107,9 +107,16 @@ class Accepted(NamedTuple):
 
 def introduction(run: Run, start: Start, datasets: Datasets, accepted: Accepted) -> str:
     """Say what is trained, on how much, and what is not as it was before a resume."""
-    settings = run.config.method.describe()
+    method, targets = run.config.method, datasets.train.targets
+    settings, kind = method.describe(), "preference optimization"
+    if method.token_loss is not None:  # which has no reference, and nothing that is fused here
+        settings = {name: method.loss_option(name) for name in method.loss_declares}
+        settings, kind = {"objective": method.objective, **settings}, "supervised fine-tuning"
     said = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
-    lines = [f"preference optimization: Method({said})"]
+    lines = [f"{kind}: Method({said})"]
+    if targets is not None:
+        names = ", ".join(targets.sources)
+        lines.append(f"soft targets {targets.prefix}: --fusion {targets.fusion} of {names}")
     if changes := schedule_changes(run.arguments, start):
         lines.append(f"from step {start.step + 1} on: {', '.join(changes)}")
     if weights := describe_weights(run.config.method, datasets.train):

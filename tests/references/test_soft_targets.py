@@ -141,17 +141,19 @@ def test_the_largest_id(tmp_path, tokens):
     assert store.largest_id() == store.manifest.pop("largest_id") == store.largest_id() == -1
 
 
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 65504])
-def test_damaged_weights_are_read_without_a_warning(tmp_path, tokens, value):
-    """A check names them; see tests/checks."""
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 65504, 5.0, -1.0])
+def test_damaged_weights_are_refused(tmp_path, tokens, value):
+    """Scaled to 1 they would be taught as if nothing had happened; and NumPy warns of nothing."""
     write(tmp_path / "soft", tokens)
     stored = np.fromfile(tmp_path / "soft_logps.bin", np.float16)
     stored[: TOP + 1] = value
     stored.tofile(tmp_path / "soft_logps.bin")
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # NumPy's
-        found = SoftTargetStore(tmp_path / "soft").take(0, 0, int(tokens.scored_lengths[0, 0]))
-    assert np.isnan(found.probs[0]).any() and not np.isnan(found.probs[1:]).any()
+        store, lengths = SoftTargetStore(tmp_path / "soft"), tokens.scored_lengths[:, 0].tolist()
+        store.take(1, 0, lengths[1])
+        with pytest.raises(UserError, match="soft targets of record 0 are no probabilities"):
+            store.take(0, 0, lengths[0])
 
 
 def test_values(tmp_path, tokens):

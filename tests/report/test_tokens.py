@@ -74,7 +74,7 @@ def test_page(job):
         "distance to the sources, and tokens with a target, over steps",
     } <= images  # fmt: skip
     for row in (
-        ["objective", "soft_targets"], ["--lm-weight", "0.9000"], ["--tail", "ghost"],
+        ["objective", "fusellm"], ["--lm-weight", "0.9000"], ["--tail", "ghost"],
         ["--chunk-weight", "1.0000"],
         ["distance", "2.1250 at step 1, 2.3750 at step 3"],
         ["taught", "4.1250 at step 1, 4.3750 at step 3"],
