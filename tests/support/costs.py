@@ -41,12 +41,13 @@ SLOW = (
 
 FIRST = (
     "tests/slurm/test_jobs.py",
-    "tests/slurm/test_fusion.py",
     "tests/distributed/test_training.py",
-    "tests/slurm/test_recipes.py",
-    "tests/slurm/test_rounds.py",
+    "tests/slurm/test_fusion.py",
     "tests/integration/test_wheel.py",
     "tests/distributed/test_resume.py",
+    "tests/slurm/test_recipes.py",
+    "tests/distributed/test_soft_targets.py",
+    "tests/slurm/test_rounds.py",
     "tests/distributed/test_flags_of_training.py",
     "tests/distributed/test_training_methods.py",
     "tests/distributed/test_soak.py",
@@ -61,7 +62,10 @@ FIRST = (
     "tests/distributed/test_flags_at_work.py",
     "tests/gpu_check/test_gpu_check.py",
 )
-"""The longest files, longest first: two workers take whole files, and none must end alone."""
+"""The longest files: two workers take whole files, and none must end alone.
+
+Longest first, but those that start a SLURM are not beside each other: two at once are too much.
+"""
 
 
 def begins(name: str, starts: tuple[str, ...]) -> bool:
