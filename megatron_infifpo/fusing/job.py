@@ -29,7 +29,7 @@ from megatron_infifpo.references.soft_targets import (
 )
 from megatron_infifpo.references.sources import INITIAL, check_domains, read_sources
 from megatron_infifpo.references.top_k import text_identity
-from megatron_infifpo.storage.sharded_job import different
+from megatron_infifpo.storage.sharded_job import accept_finished
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.token_bytes import TokenBytes
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
@@ -263,14 +263,10 @@ def _fields(
 def _check_finished(job: FusingJob, tokens: TokenDataset, fields: dict[str, Any]) -> None:
     """Accept output that this very job has written, and refuse any other."""
     store = SoftTargetStore(job.output)
-    found = {name: store.manifest.get(name) for name in fields}
-    if difference := different(fields, found, MAY_DIFFER):
-        raise UserError(
-            f"{job.output}.json exists and is of another job: {difference}; delete it or choose "
-            "another --output"
-        )
-    store.take(0, 0, int(tokens.scored_lengths[0, 0]))  # opens every file
-    print(f"{job.output} is complete already")
+    length = int(tokens.scored_lengths[0, 0])
+    accept_finished(
+        job.output, fields, store.manifest, lambda: store.take(0, 0, length), MAY_DIFFER
+    )
 
 
 def _announce(job: FusingJob, tokens: TokenDataset, fields: dict[str, Any]) -> None:

@@ -42,3 +42,9 @@ class RowLayout:
 
 PLAIN = RowLayout()
 """One rank, no padding, a prompt for each response."""
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return start ... start + length - 1 for each, joined, int64."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)

@@ -12,7 +12,7 @@ import torch
 
 from megatron_infifpo.references import reference
 from megatron_infifpo.rows import Row
-from megatron_infifpo.rows.layout import PLAIN, RowLayout
+from megatron_infifpo.rows.layout import PLAIN, RowLayout, ranges
 from megatron_infifpo.rows.preference_dataset import PreferencePair
 from megatron_infifpo.rows.soft_targets import collate_targets
 from megatron_infifpo.tokens.encoding import scored_marks
@@ -53,11 +53,11 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
     targets = np.concatenate([ids for pair in pairs for ids in pair.response_ids])
     row: Row = {
         "tokens": torch.from_numpy(np.concatenate(segments.tokens).astype(np.int64))[None],
-        "position_ids": torch.from_numpy(_ranges(segments.positions))[None],
+        "position_ids": torch.from_numpy(_joined(segments.positions))[None],
         "cu_seqlens": _borders(segments.queries),
         "max_seqlen": max(segments.queries),
         "segment_lengths": segments.queries,
-        "scored_rows": torch.from_numpy(_ranges(segments.predicting)[scored]),
+        "scored_rows": torch.from_numpy(_joined(segments.predicting)[scored]),
         "target_ids": torch.from_numpy(targets[scored].astype(np.int64)),
         "segment_ids": torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
         "token_counts": torch.tensor(counts, dtype=torch.int64).view(len(pairs), -1),
@@ -138,7 +138,7 @@ class _Segments:
             "cu_seqlens_kv": _borders(self.keys),
             "max_seqlen_kv": max(self.keys),
             "key_lengths": self.keys,
-            "key_rows": torch.from_numpy(_ranges(self.key_rows)),
+            "key_rows": torch.from_numpy(_joined(self.key_rows)),
         }
 
     def _append(self, length: int, position: int) -> None:
@@ -152,6 +152,6 @@ def _borders(lengths: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
 
 
-def _ranges(pieces: Sequence[tuple[int, int]]) -> np.ndarray:
+def _joined(pieces: Sequence[tuple[int, int]]) -> np.ndarray:
     """Return start ... start + length - 1 for each piece, joined, int64."""
-    return np.concatenate([np.arange(start, start + length) for start, length in pieces])
+    return ranges(*np.array(pieces).T)

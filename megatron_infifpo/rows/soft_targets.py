@@ -7,6 +7,7 @@ import torch
 
 from megatron_infifpo.references.soft_targets import SoftTargets
 from megatron_infifpo.rows import Row
+from megatron_infifpo.rows.layout import ranges
 
 
 def collate_targets(targets: Sequence[SoftTargets], groups: list[np.ndarray] | None) -> Row:
@@ -36,7 +37,7 @@ def collate_targets(targets: Sequence[SoftTargets], groups: list[np.ndarray] | N
         "soft_probs": np.concatenate([each.probs for each in targets]),
         "soft_tail": np.concatenate([each.tail for each in targets]),
         "soft_sources": np.concatenate([each.sources for each in targets]).astype(np.int64),
-        "chunk_rows": _ranges(chunks[:, 0], sizes),
+        "chunk_rows": ranges(chunks[:, 0], sizes),
         "chunk_of": np.repeat(np.arange(len(chunks)), sizes),
         "chunk_starts": chunks[:, 0].copy(),
         "chunk_logps": np.concatenate([each.chunk_logps for each in targets]),
@@ -57,16 +58,10 @@ def _expanded(ids: np.ndarray, groups: list[np.ndarray]) -> dict[str, np.ndarray
     begins = np.cumsum(sizes) - sizes
     single = np.arange(ids.size) + sizes.sum()
     begin = np.where(ids.ravel() >= 0, single, begins[np.maximum(-ids, 0)].ravel())
-    found = pool[_ranges(begin, counts)]
+    found = pool[ranges(begin, counts)]
     entry = np.repeat(np.arange(ids.size), counts)
     width = counts.reshape(rows, k).sum(axis=1)
     column = np.arange(len(entry)) - np.repeat(np.cumsum(width) - width, width)
     expanded = np.full((2, rows, max(1, int(width.max(initial=0)))), -1, np.int64)
     expanded[:, entry // k, column] = found, entry % k
     return {"soft_ids": expanded[0], "soft_buckets": expanded[1]}
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return start ... start + length - 1 for each, joined, int64."""
-    before = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)

@@ -29,7 +29,7 @@ from megatron_infifpo.scoring.rows import Limits, ShardRows, prepare_shard
 from megatron_infifpo.scoring.shards import read_records, write_shard
 from megatron_infifpo.scoring.size import EvenSample, scored_tokens, size_line
 from megatron_infifpo.scoring.top_k import TopKeeper, check_top_k, top_k_fields
-from megatron_infifpo.storage.sharded_job import ShardedJob, different
+from megatron_infifpo.storage.sharded_job import ShardedJob, accept_finished
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_infifpo.tokens.options import open_tokenizer
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
@@ -207,14 +207,7 @@ def _plan(
 def _check_finished(job: ScoringJob, plan: dict[str, Any]) -> None:
     """Accept output that this very job has written, and refuse any other."""
     store = LogprobStore(job.output)
-    found = {name: store.manifest.get(name) for name in plan}
-    if difference := different(plan, found, MAY_MOVE):
-        raise UserError(
-            f"{job.output}.json exists and is of another job: {difference}; delete it or choose "
-            "another --output"
-        )
-    store.open_all()
-    print(f"{job.output} is complete already")
+    accept_finished(job.output, plan, store.manifest, store.open_all, MAY_MOVE)
 
 
 def _rows(

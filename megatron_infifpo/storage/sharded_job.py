@@ -8,7 +8,7 @@ all that they share is the folder.
 import contextlib
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -108,6 +108,38 @@ class ShardedJob:
     def remove(self) -> None:
         """Delete the folder once its shards are joined; another process may be doing so, too."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def accept_finished(
+    output: str | Path,
+    wanted: dict[str, Any],
+    manifest: dict[str, Any],
+    read: Callable[[], object],
+    free: Collection[str] = (),
+) -> None:
+    """Accept output that this very job has written, and say so.
+
+    Args:
+        output: prefix of its files.
+        wanted: what this job's manifest would say.
+        manifest: what it says.
+        read: opens every file.
+        free: names that may differ, at any depth.
+
+    Raises:
+        UserError: it is of another job, or not whole.
+    """
+    found = {name: manifest.get(name) for name in wanted}
+    if difference := different(wanted, found, free):
+        raise UserError(
+            f"{output}.json exists and is of another job: {difference}; delete it or choose "
+            "another --output"
+        )
+    try:
+        read()
+    except UserError as error:
+        raise UserError(f"{error}; delete {output}.json first, which calls it complete") from None
+    print(f"{output} is complete already")
 
 
 def different(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.storage.sharded_job import PLAN, ShardedJob, different
+from megatron_infifpo.storage.sharded_job import PLAN, ShardedJob, accept_finished, different
 
 COUNT = 7
 JOB = {"model": "m", "seed": 3, "tokenizer": {"path": "/a", "sha256": "x"}, "domains": ("law",)}
@@ -155,3 +155,21 @@ def test_differences_look_into_what_is_free():
     assert different({"a": {"path": 1, "b": 2}}, {"a": {"path": 5, "b": 2}}, ("path",)) is None
     assert different({"path": 1}, {"path": 2}) == "its path is 2, this one's is 1"
     assert different({"a": 1, "b": 2}, {"b": 3, "a": 4}) == "its a is 4, this one's is 1"
+
+
+def test_finished_output(tmp_path, capsys):
+    """Of this job it is accepted; of another, or with a file gone, what to do is said."""
+    manifest = {"model": "a", "path": "there", "count": 3}
+
+    def gone() -> None:
+        raise UserError("x.bin is missing")
+
+    def accept(wanted, read=lambda: None):
+        accept_finished(tmp_path / "x", wanted, manifest, read, {"path"})
+
+    accept({"model": "a", "path": "here"})
+    assert capsys.readouterr().out == f"{tmp_path}/x is complete already\n"
+    with pytest.raises(UserError, match="of another job: its model is 'a', this one's is 'b'"):
+        accept({"model": "b"})
+    with pytest.raises(UserError, match="x.bin is missing; delete .*x.json first"):
+        accept({"model": "a"}, gone)
