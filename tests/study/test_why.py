@@ -223,6 +223,7 @@ def test_lists(lists):
     method = resolve("fuserlhf", beta=0.5)
     data = PreferenceDataset.for_method(method, lists.data, read_sources(lists.sources))
     scores = data.tokens.scores
+    assert scores is not None
     truth = np.where(np.isnan(scores), 0, np.where(scores > 1, 1, -1))
     found = explain(method, data, truth, LogprobStore(lists.folder / "trained"))
     spreads, pulls, signs = [], [], []
