@@ -1,7 +1,7 @@
 """What a report is asked to say: the `report:` part of the study's settings."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
 from megatron_infifpo.errors import UserError
@@ -103,7 +103,11 @@ def ordered(found: set[str], known: Mapping[str, str], first: str) -> list[str]:
 
 
 def _known(cls: type, given: Any, where: str) -> Mapping[str, Any]:
-    """Return what was given, if it has a class's fields only, and all that have no default."""
+    """Return what was given, if it has a class's fields only, and all that have no default.
+
+    Raises:
+        UserError: it has not.
+    """
     names = [each.name for each in fields(cls)]
     if not isinstance(given, Mapping):
         raise UserError(f"{where} is {given!r}, expected names with values: {', '.join(names)}")
@@ -111,6 +115,8 @@ def _known(cls: type, given: Any, where: str) -> Mapping[str, Any]:
     if unknown:
         raise UserError(f"{where} has {unknown[0]}, expected some of {', '.join(names)}")
     for each in fields(cls):
+        if each.name not in given and each.default is each.default_factory is MISSING:
+            raise UserError(f"{where} has no {each.name}, expected one")
         if each.type is str and not isinstance(given.get(each.name, ""), str):
             raise UserError(f"{where}: {each.name} is {given[each.name]!r}, expected a text")
     return given
@@ -118,9 +124,6 @@ def _known(cls: type, given: Any, where: str) -> Mapping[str, Any]:
 
 def _contrast(given: Any, where: str) -> Contrast:
     values = _known(Contrast, given, where)
-    missing = [name for name in ("name", "a", "b", "condition") if name not in values]
-    if missing:
-        raise UserError(f"{where}: {dict(values)} has no {missing[0]}, expected one")
     contrast = Contrast(**values)
     if contrast.settings not in SETTINGS:
         raise UserError(

@@ -95,7 +95,10 @@ def by_sources(outcomes: Outcomes, asked: Asked) -> str | None:
     """Draw the reference's margin and the loss's saturation over the number of sources."""
     panels = []
     for stage in stages(outcomes, asked.main):
-        for name, words in (("margin", "reference margin, nats"), ("saturation", "saturated")):
+        for name, words in (
+            ("margin", "reference margin, nats"),
+            ("saturation", "share of pairs below 0.1"),
+        ):
             lines = {
                 f"{line}, {settings}": _by_number(outcomes, asked, methods, settings, stage + name)
                 for line, methods in asked.sources.items()
@@ -164,7 +167,7 @@ def coefficients(outcomes: Outcomes, asked: Asked) -> str | None:
 
 
 def _forest(axis: Axes, lines: Sequence[Line], names: Sequence[str], scale: float) -> None:
-    """Draw intervals over seeds, and thin ones over sets, which may run out of the frame."""
+    """Draw intervals over seeds, and below thin ones over sets, which may run out of the frame."""
     step = 0.8 / (len(names) + 1)
     ends = []
     for column, name in enumerate(names):
@@ -179,7 +182,7 @@ def _forest(axis: Axes, lines: Sequence[Line], names: Sequence[str], scale: floa
         for place, each in known:
             if each.sets:
                 low, high = scale * each.sets.low, scale * each.sets.high
-                axis.plot([low, high], [place, place], color=f"C{column}", linewidth=0.6)
+                axis.plot([low, high], [place + step / 4] * 2, color=f"C{column}", linewidth=0.6)
         ends += [end for each in seeds for end in (each.low, each.high)]
     low, high = min(0.0, *ends), max(0.0, *ends)
     room = 0.15 * (high - low) or 1.0

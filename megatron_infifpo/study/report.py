@@ -1,6 +1,6 @@
 """The study's report: a page in Markdown and its figures, from results and settings alone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,16 @@ def write_report(results: Path, settings: Mapping[str, Any], folder: Path) -> Pa
     make_folder(folder)
     for name, picture in drawn.items():
         write_text(folder / f"{name}.svg", picture)
-    parts = _page(outcomes, asked, set(drawn))
-    write_text(folder / REPORT, "\n".join(part for part in parts if part))
+    write_text(folder / REPORT, page(outcomes, asked, drawn))
     return folder / REPORT
 
 
-def _page(outcomes: Outcomes, asked: Asked, figures: set[str]) -> Iterator[str]:
+def page(outcomes: Outcomes, asked: Asked, figures: Collection[str] = ()) -> str:
+    """Return the page, with the figures of these names beside it."""
+    return "\n".join(part for part in _parts(outcomes, asked, figures) if part)
+
+
+def _parts(outcomes: Outcomes, asked: Asked, figures: Collection[str]) -> Iterator[str]:
     """Yield the page's parts, each with its last line's end."""
     yield from _head(outcomes, asked)
     yield from _questions(outcomes, asked, figures)
@@ -95,7 +99,7 @@ def _head(outcomes: Outcomes, asked: Asked) -> Iterator[str]:
     yield tables.room(outcomes, asked)
 
 
-def _questions(outcomes: Outcomes, asked: Asked, figures: set[str]) -> Iterator[str]:
+def _questions(outcomes: Outcomes, asked: Asked, figures: Collection[str]) -> Iterator[str]:
     """Contrasts, with what was known of them beforehand."""
     if asked.primary:
         yield "## Primary contrasts\n"
@@ -162,5 +166,5 @@ def _when(words: str, stage: str) -> str:
     return f"{words} ({when})" if when else words
 
 
-def _picture(figures: set[str], name: str, words: str) -> str:
+def _picture(figures: Collection[str], name: str, words: str) -> str:
     return f"![{words}]({name}.svg)\n" if name in figures else ""
