@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_infifpo.options import Option, declared, values_read
+from megatron_infifpo.source_values import prepare_sources
 
 MARGIN_SPACES = ("prob", "log-prob")
 MARGIN_ANCHORS = ("current", "initial")
@@ -31,28 +32,12 @@ class FusedReference:
         logps: `[B, R]` fused reference log-prob of each response.
         weights: `[B, R, M]` share of each source; one-hot for max-margin, all zero where every
             source is masked and the initial pivot is the reference.
-        clipped: bool `[B, R, M]`, true where clipping replaced a source's value; None without it.
+        clipped: bool `[B, R, M]`, true where clipping changed a source's value; None without it.
     """
 
     logps: Tensor
     weights: Tensor
     clipped: Tensor | None = None
-
-
-def clip_sources(source_logps: Tensor, initial_logps: Tensor, preferred: Tensor) -> Tensor:
-    """Probability clipping: a source may only help a preferred and only hurt a rejected response.
-
-    Args:
-        source_logps: `[B, R, M]`.
-        initial_logps: `[B, R]` of the pivot before preference training.
-        preferred: bool `[R]` or `[B, R]`, true for responses that the loss pushes up.
-
-    Returns:
-        `[B, R, M]`: `max(s, init)` where preferred, `min(s, init)` where rejected.
-    """
-    initial = initial_logps.unsqueeze(-1)
-    raised, lowered = torch.maximum(source_logps, initial), torch.minimum(source_logps, initial)
-    return torch.where(preferred.unsqueeze(-1), raised, lowered)
 
 
 def log_probability_margin(a: Tensor, b: Tensor) -> Tensor:
@@ -116,7 +101,7 @@ def _margins(clipped: Tensor, anchor: Tensor, space: str, selection: str) -> Ten
     return margins
 
 
-def _idle_in_max_margin(clip: bool, initial_as_source: bool, **chosen: str) -> dict[str, str]:
+def _idle_in_max_margin(clip: str | None, initial_as_source: bool, **chosen: str) -> dict[str, str]:
     """Options that change nothing beside the others, and why."""
     idle: dict[str, str] = {}
     if chosen["margin_anchor"] != "initial":
@@ -125,7 +110,8 @@ def _idle_in_max_margin(clip: bool, initial_as_source: bool, **chosen: str) -> d
         idle["initial_as_source"] = (
             "with --margin-anchor initial: the initial pivot's own margin is 0, it never wins"
         )
-    if clip and chosen["margin_space"] == "log-prob" and chosen["selection"] == "response":
+    by_response = clip == "response" and chosen["selection"] == "response"
+    if by_response and chosen["margin_space"] == "log-prob":
         idle["margin_space"] = (
             "with --margin-anchor initial and clipped sources: they lie on one side of the anchor, "
             "where log-probs rank as probabilities do"
@@ -140,7 +126,8 @@ def average(clipped: Tensor, mask: Tensor, current: Tensor, initial: Tensor) -> 
 
 def confidence(clipped: Tensor, mask: Tensor, current: Tensor, initial: Tensor) -> Tensor:
     """Weights proportional to 1 / -log-prob, that is to 1 / log-perplexity for means."""
-    cost = (-clipped).masked_fill(~mask, math.inf)
+    # Centred values may be above 0, as no log-prob is: they count as certain.
+    cost = (-clipped).clamp_min(0).masked_fill(~mask, math.inf)
     lowest = cost.amin(dim=-1, keepdim=True)
     # Scaled by the lowest cost, so that a log-prob of exactly 0 takes the limit and not 0 / 0.
     return torch.where(cost == lowest, torch.ones_like(cost), lowest / cost)
@@ -167,7 +154,7 @@ class Fusion:
     Attributes:
         function: see above.
         idle: `(clip, initial_as_source, **its options)` to options that then have no effect, and
-            why.
+            why; `clip` says by what sources are clipped, None: they are not.
     """
 
     function: Callable[..., Tensor]
@@ -242,6 +229,9 @@ def fuse_reference(
     source_mask: Tensor | None = None,
     source_weights: Tensor | None = None,
     valid: Tensor | None = None,
+    clip_by: str = "response",
+    source_values: str = "raw",
+    source_scales: Tensor | None = None,
     **options: Any,
 ) -> FusedReference:
     """Fuse the sources' log-probs of every response into one reference.
@@ -252,11 +242,12 @@ def fuse_reference(
         policy_logps: `[B, R]` under the pivot as it is now; detached here.
         preferred: bool `[R]` or `[B, R]`, true for responses that the loss pushes up.
         fusion: "max-margin" (the source that differs most), "average", "confidence" or "weighted".
-        clip: apply `clip_sources` first.
+        clip: clip sources against the initial pivot before they are fused.
         source_mask: bool `[B, M]`, false where a source takes no part (its domain, its context).
         source_weights: `[M]` or `[B, M]`, at least 0, which "weighted" alone takes, and needs.
         valid: bool `[B, R]`, the responses that are there; None: all of them. The others may have
             any log-probs; their reference and their weights are 0.
+        clip_by, source_values, source_scales: see `source_values.prepare_sources`.
         options: of a fusion, those of others have no effect. Of max-margin: `margin_space`,
             margins between probabilities ("prob", the default) or "log-prob"s; `margin_anchor`,
             margins to the "current" (the default) or to the "initial" pivot; `selection`, a source
@@ -282,10 +273,16 @@ def fuse_reference(
         policy_logps = torch.where(valid, policy_logps, 0.0)
     # A masked source's value is arbitrary (it may be NaN): replace it before any arithmetic.
     values = torch.where(mask, source_logps, initial_logps.unsqueeze(-1))
-    changed = None
-    if clip:
-        unclipped, values = values, clip_sources(values, initial_logps, preferred)
-        changed = values != unclipped
+    values, changed = prepare_sources(
+        values,
+        initial_logps,
+        preferred,
+        valid,
+        clip=clip,
+        clip_by=clip_by,
+        source_values=source_values,
+        source_scales=source_scales,
+    )
     chosen = FUSIONS[fusion]
     own = {n: value for n, value in options.items() if n in chosen.options or n in chosen.reads}
     weights = chosen.function(values, mask, policy_logps, initial_logps, **own)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_infifpo.losses import preference_loss
-from megatron_infifpo.reference import FUSIONS, clip_sources, fuse_reference, log_probability_margin
+from megatron_infifpo.reference import FUSIONS, fuse_reference, log_probability_margin
+from megatron_infifpo.source_values import clip_sources
 
 PREFERRED = torch.tensor([True, False])
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_infifpo.reference import FUSIONS, FusedReference, clip_sources, fuse_reference
+from megatron_infifpo.reference import FUSIONS, FusedReference, fuse_reference
+from megatron_infifpo.source_values import clip_sources
 
 NAN = math.nan
 R, M = 4, 3

@@ -32,6 +32,8 @@ WINGS = (
     Wing("options", "what a loss or a fusion takes: ranges, defaults"),
     Wing("distillation", "distances of distributions over tokens"),
     Wing("losses", "the losses, unreduced, each with its paper"),
+    Wing("pair_weights", "what the sources say of a pair's label"),
+    Wing("source_values", "sources' values before fusion: spread, clip"),
     Wing("reference", "clip and fuse sources into one reference"),
     Wing("alignment", "tokens of two tokenizers, aligned by bytes"),
     Wing("logprobs", "the log-prob head: chunked, vocabulary-parallel"),

@@ -16,11 +16,13 @@ from megatron_infifpo.training.objective import loss_arguments, pair_losses
 def reference_table(
     dataset: PreferenceDataset, pair: PreferencePair, method: Method
 ) -> Iterator[str]:
-    """Each source's clipped value and share, the reference, and the first loss."""
+    """The pair's weight, each source's clipped value and share, the reference, the first loss."""
     assert dataset.initial is not None
     if dataset.initial.masked(pair.index):
         yield "\nno reference: the initial pivot has no log-probs; training leaves this record out"
         return
+    if pair.weight is not None:
+        yield f"\nweight by {method.pair_weights}: {pair.weight:.4f}"
     if method.reference is None:
         learns = "SFT, which learns from --soft-targets too" if method.soft_targets else "SFT"
         yield f"\nno reference: {learns}"

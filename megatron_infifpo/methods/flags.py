@@ -46,6 +46,8 @@ def _usual(name: str) -> str:
             if loss.beta != usual
         )
         return f"{usual:g} for sums and {usual * MEANS_FACTOR:g} for means; {rest}"
+    if name == "verdict_scale":
+        return f"1 for sums and {MEANS_FACTOR} for means"
     value, *others = {getattr(method, name) for method in METHODS.values()}
     return "the method's" if others else {False: "no", None: "none"}.get(value, value)
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from megatron_infifpo.losses import BETA, LOSSES, TOKEN_LOSSES, Loss, TokenLoss
 from megatron_infifpo.options import Option
+from megatron_infifpo.pair_weights import CUT, PAIR_WEIGHTS, SCALE
 from megatron_infifpo.reference import DEFAULT_FUSION, FUSIONS
+from megatron_infifpo.source_values import VALUE_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,10 @@ class Method:
         fusion, clip: see `reference.fuse_reference`.
         initial_as_source: the initial pivot competes as one more source.
         sft_weight: weight of an SFT term on the chosen response, a mean over its tokens.
-        options: of the loss and the fusion, by name; what is not here has its default.
+        pair_weights, verdict_scale, verdict_cut: see `pair_weights.pair_weights`; None without.
+            `resolve` fills in the scale.
+        options: of the loss, the fusion and what comes before it, by name; what is not here has its
+            default.
     """
 
     objective: str
@@ -33,12 +38,25 @@ class Method:
     clip: bool = True
     initial_as_source: bool = False
     sft_weight: float | None = None
+    pair_weights: str | None = None
+    verdict_scale: float | None = None
+    verdict_cut: float | None = None
     options: Mapping[str, Any] = field(default=MappingProxyType({}), hash=False)
 
     @property
     def fused(self) -> bool:
         """Whether the reference is the fused source model."""
         return self.reference == "fused"
+
+    @property
+    def reads_sources(self) -> bool:
+        """Whether sources' log-probs are read: for a fused reference, or for weights of pairs."""
+        return self.fused or self.pair_weights is not None
+
+    @property
+    def reads_logprobs(self) -> bool:
+        """Whether any stored log-probs are read, the sources' or the initial pivot's."""
+        return self.reference is not None or self.reads_sources
 
     @property
     def loss(self) -> Loss | None:
@@ -111,13 +129,24 @@ class Method:
         known = FUSIONS[self.fusion].options
         return {name: self.options.get(name, option.default) for name, option in known.items()}
 
+    @property
+    def value_options(self) -> dict[str, Any]:
+        """Arguments of what comes before the fusion, where they are given."""
+        return {name: self.options[name] for name in VALUE_OPTIONS if name in self.options}
+
+    @property
+    def standardised(self) -> bool:
+        """Whether sources' values are scaled by what all training records say of them."""
+        return self.options.get("source_values") == "standardised"
+
     def describe(self) -> dict[str, Any]:
         """Return fields and options as one flat mapping, as run.json keeps them.
 
-        Options that are not given have their default if they are a fusion's, None if a loss's.
+        Options that are not given have their default if they are a fusion's, else None.
         """
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "options"}
         rest = {n: option.default for f in FUSIONS.values() for n, option in f.options.items()}
+        rest |= dict.fromkeys(VALUE_OPTIONS)
         rest |= dict.fromkeys(name for loss in LOSSES.values() for name in loss.options)
         rest |= dict.fromkeys(name for loss in TOKEN_LOSSES.values() for name in loss.options)
         return own | rest | dict(self.options)
@@ -159,7 +188,7 @@ METHODS: dict[str, Method] = {
     "infifusion": Method("infifusion", None, length_normalization=True),
 }
 
-# The fields of `Method` that have a flag; loss and fusion declare the others.
+# The fields of `Method` that have a flag; losses, fusions and what comes before declare the others.
 OWN = {
     "objective": Option("preference loss", choices=LOSSES),
     "reference": Option(
@@ -174,12 +203,20 @@ OWN = {
         "add this times the cross-entropy of the chosen response, a mean over its tokens",
         range="(0, inf)",
     ),
+    "pair_weights": Option(
+        "multiply each pair's loss by what the sources say of its label: the mean of their "
+        "verdicts, or the verdict of the most accurate one in the domain, by sources.yaml",
+        choices=PAIR_WEIGHTS,
+    ),
+    "verdict_scale": SCALE,
+    "verdict_cut": CUT,
 }
 
 
 def shared_options() -> dict[str, dict[str, Option]]:
-    """Options of fusions and losses: by name, then by who takes them."""
-    takes = [(user, fusion.options) for user, fusion in FUSIONS.items()]
+    """Options of fusions, what comes before, and losses: by name, then by who takes them."""
+    takes = [("a fused reference", VALUE_OPTIONS)]
+    takes += [(user, fusion.options) for user, fusion in FUSIONS.items()]
     takes += [(user, loss.options) for user, loss in LOSSES.items()]
     takes += [(user, loss.options) for user, loss in TOKEN_LOSSES.items()]
     found: dict[str, dict[str, Option]] = {}

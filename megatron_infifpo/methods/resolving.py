@@ -10,6 +10,9 @@ from megatron_infifpo.losses import MEANS_FACTOR, Loss
 from megatron_infifpo.methods.method import METHODS, OWN, Method, shared_options
 from megatron_infifpo.options import Option
 from megatron_infifpo.reference import FUSIONS
+from megatron_infifpo.source_values import VALUE_OPTIONS
+
+_OF_WEIGHTS = ("pair_weights", "verdict_scale", "verdict_cut")
 
 
 def resolve(name: str, **options: Any) -> Method:
@@ -38,6 +41,9 @@ def resolve(name: str, **options: Any) -> Method:
     for option in options:
         if reason := _why_useless(name, method, option):
             raise UserError(f"{flag(option)} has no effect {reason}")
+    scale = MEANS_FACTOR if method.length_normalization else 1
+    if method.pair_weights is not None and method.verdict_scale is None:
+        method = replace(method, verdict_scale=float(scale))
     loss = method.loss
     if loss is None:
         return replace(method, options=MappingProxyType(_completed(method)))
@@ -45,7 +51,6 @@ def resolve(name: str, **options: Any) -> Method:
         user = f"--objective {method.objective}" if "objective" in options else f"--method {name}"
         raise UserError(f"{user} {reason}")
     if "beta" not in options:
-        scale = MEANS_FACTOR if method.length_normalization else 1
         method = replace(method, beta=loss.beta * scale)
     return replace(method, options=MappingProxyType(_completed(method)))
 
@@ -76,6 +81,8 @@ def _check(name: str, option: Option, value: Any) -> None:
 
 def _why_useless(name: str, method: Method, option: str) -> str | None:
     """Say why an option has no effect, or None."""
+    if option in _OF_WEIGHTS:
+        return _why_no_weights(name, method, option)
     if method.loss is None or METHODS[name].loss is None:
         if method.token_loss is not None and option in method.loss_declares:
             values = {name: method.loss_option(name) for name in method.loss_declares}
@@ -84,14 +91,18 @@ def _why_useless(name: str, method: Method, option: str) -> str | None:
             return f"with --method {name}: it belongs to {_users(option)}"
         return f"with --method {name}, which trains on the chosen responses alone: leave it out"
     of_fusions = {each for fusion in FUSIONS.values() for each in fusion.options}
-    if option in {"fusion", "clip", "initial_as_source"} | of_fusions and not method.fused:
+    of_references = {"fusion", "clip", "initial_as_source", *VALUE_OPTIONS} | of_fusions
+    if option in of_references and not method.fused:
         by = "--reference initial" if METHODS[name].fused else f"--method {name}"
         return f"with {by}: the reference is the initial pivot, nothing is fused; leave it out"
     if method.fused:
         fusion = FUSIONS[method.fusion]
         if option in of_fusions and option not in fusion.options:
             return f"with --fusion {method.fusion}: it belongs to {_users(option)}"
-        given = (method.clip, method.initial_as_source)
+        if option == "clip_by" and not method.clip:
+            return "with sources that are not clipped: give --clip, too"
+        clipped = method.options.get("clip_by", "response") if method.clip else None
+        given = (clipped, method.initial_as_source)
         if reason := fusion.idle(*given, **method.fusion_options).get(option):
             return reason
     if option == "sft_weight" and method.loss.responses is None:
@@ -99,8 +110,26 @@ def _why_useless(name: str, method: Method, option: str) -> str | None:
             f"with the objective {method.objective}: it compares a list, of which no response is "
             "the chosen one; leave it out"
         )
-    if option not in OWN and option not in of_fusions and option not in method.loss_declares:
+    if option not in OWN and option not in of_references | set(method.loss_declares):
         return f"with the objective {method.objective}: it belongs to {_users(option)}"
+    return None
+
+
+def _why_no_weights(name: str, method: Method, option: str) -> str | None:
+    """Say why an option of the pairs' weights has no effect, or None."""
+    if method.pair_weights is None:
+        return "without --pair-weights, agreement or best-source: give it, or leave this out"
+    if method.token_loss is not None and method.objective != "sft":
+        return (
+            f"with --method {name}, whose sources teach each token: weights are of pairs, and of "
+            "SFT; leave it out"
+        )
+    if method.loss is not None and (method.responses is None or method.several_pairs):
+        looks = "lists" if method.responses is None else "the pairs of a row together"
+        return (
+            f"with the objective {method.objective}: it compares {looks}, and weights are of "
+            "single pairs; leave it out"
+        )
     return None
 
 

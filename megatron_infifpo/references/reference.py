@@ -31,6 +31,7 @@ class PairValues:
         source_token_counts: int64 `[R, M]`, then 1, so that a mean is always defined.
         source_mask: bool `[M]`, true where the source takes part.
         source_weights: float32 `[M + 1]`, of the sources and at last of the initial pivot.
+        source_scales: float32 `[M + 1]`, the same of what standardises their values.
     """
 
     initial_sum_logps: np.ndarray
@@ -38,6 +39,7 @@ class PairValues:
     source_token_counts: np.ndarray
     source_mask: np.ndarray
     source_weights: np.ndarray
+    source_scales: np.ndarray
 
 
 class Values(NamedTuple):
@@ -112,6 +114,10 @@ class References:
         initial: the initial pivot's.
         sources: the M sources', in the order of sources.yaml.
         weights: `[M + 1]`, of the sources and at last of the initial pivot.
+        scales: `[M + 1]`, the same, what their values are standardised with; 1 until
+            `standardise` is called, and always of the initial pivot.
+        domains: D names, the records'.
+        accuracies: `[D, M]`, of the sources in these domains, NaN where unknown.
     """
 
     def __init__(self, config: SourcesConfig, tokens: TokenDataset) -> None:
@@ -127,11 +133,22 @@ class References:
             for source in config.sources
         )
         self.weights = np.array(config.weights, np.float64)
+        self.scales = np.ones_like(self.weights)
+        self.domains = tokens.domains
+        known = [[source.accuracy_in(d) for source in config.sources] for d in tokens.domains]
+        self.accuracies = np.array(known, np.float64).reshape(len(known), len(self.sources))
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the sources."""
         return tuple(source.name for source in self.sources)
+
+    def known_accuracies(self) -> dict[str, dict[str, float]]:
+        """Return the accuracies that are known, by source and by domain of the records."""
+        return {
+            name: {d: a for d, a in zip(self.domains, column, strict=True) if a == a}
+            for name, column in zip(self.names, self.accuracies.T.tolist(), strict=True)
+        }
 
     def take(self, index: int, columns: np.ndarray) -> PairValues:
         """Return a record's values of R responses, in arrays of their own.
@@ -152,7 +169,8 @@ class References:
         absent = columns < 0
         if absent.any():  # the last response's values stand there
             initial[absent], sums[absent], counts[absent] = 0, 0, 1
-        return PairValues(initial, sums, counts, mask, self.weights.astype(np.float32))
+        fixed = (each.astype(np.float32) for each in (self.weights, self.scales))
+        return PairValues(initial, sums, counts, mask, *fixed)
 
     def table(self, indices: np.ndarray, columns: np.ndarray) -> dict[str, Tensor]:
         """Return the values of K records as a row has them of its pairs, but in float64.
@@ -170,7 +188,7 @@ class References:
             np.zeros(shape),
             np.ones(shape, np.int64),
             np.zeros((len(indices), len(self.sources)), bool),
-            np.broadcast_to(self.weights, (len(indices), len(self.weights))).copy(),
+            *(np.tile(each, (len(indices), 1)) for each in (self.weights, self.scales)),
         )
         for column, source in enumerate(self.sources):
             here = source.takes_part[indices]

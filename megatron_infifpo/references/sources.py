@@ -11,7 +11,8 @@ sources:
 
 `score` has flags: `true` is a flag alone, a list several values, a mapping one value in JSON, as in
 `chat-template-options: {enable_thinking: false}`. For a weighted fusion every model may have a
-`weight`, the initial pivot as `initial: {logprobs: logprobs/pivot, weight: 0.3}`.
+`weight`, the initial pivot as `initial: {logprobs: logprobs/pivot, weight: 0.3}`. For weights of
+pairs a source may have an `accuracy`, `0.83` or by domain `{math: 0.93, code: 0.7}`.
 """
 
 import difflib
@@ -51,6 +52,8 @@ class Source:
         score: flags of infifpo score that recipes score it with, without their dashes:
             a text, a number, a bool, a list or a mapping each; training ignores them.
         weight: its share in a weighted fusion, which normalises them.
+        accuracy: verified share of its answers that are right, in [0, 1], by domain; one number for
+            all domains, None where unknown.
     """
 
     name: str
@@ -58,6 +61,15 @@ class Source:
     domains: tuple[str, ...] | None = None
     score: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
+    accuracy: float | dict[str, float] | None = None
+
+    def accuracy_in(self, domain: str) -> float:
+        """Return its accuracy in a domain that it takes part in; NaN where unknown or outside."""
+        if self.domains is not None and domain not in self.domains:
+            return math.nan
+        known = self.accuracy
+        found = known.get(domain) if isinstance(known, dict) else known
+        return math.nan if found is None else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +144,14 @@ def read_sources(path: str | Path) -> SourcesConfig:
 
 
 def check_domains(config: SourcesConfig, known: Sequence[str]) -> None:
-    """Check that every source's domains exist.
+    """Check that every domain that a source names exists.
 
     Raises:
         UserError: names the unknown domain, the known ones and the likely intention.
     """
     for source in config.sources:
-        for domain in source.domains or ():
+        by_domain = source.accuracy if isinstance(source.accuracy, dict) else ()
+        for domain in (*(source.domains or ()), *by_domain):
             if domain not in known:
                 close = difflib.get_close_matches(domain, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -149,7 +162,8 @@ def check_domains(config: SourcesConfig, known: Sequence[str]) -> None:
 
 
 def _source(item: Any, where: str, path: Path) -> Source:
-    _check_keys(item, where, required=("name", "logprobs"), optional=("domains", "score", "weight"))
+    optional = ("domains", "score", "weight", "accuracy")
+    _check_keys(item, where, required=("name", "logprobs"), optional=optional)
     name, domains, score = item["name"], item.get("domains"), item.get("score") or {}
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{where}: name is {name!r}, expected a word")
@@ -162,7 +176,8 @@ def _source(item: Any, where: str, path: Path) -> Source:
         domains = tuple(domains)
     flags = _flags(score, f"{where}: score")
     prefix = _prefix(item["logprobs"], f"{where}: logprobs", path)
-    return Source(name, prefix, domains, flags, _weight(item, where))
+    accuracy = _accuracy(item.get("accuracy"), f"{where}: accuracy")
+    return Source(name, prefix, domains, flags, _weight(item, where), accuracy)
 
 
 def _weight(item: dict[str, Any], where: str) -> float:
@@ -170,10 +185,27 @@ def _weight(item: dict[str, Any], where: str) -> float:
     value = item.get("weight")
     if value is None:
         return 1.0
-    fine = isinstance(value, int | float) and not isinstance(value, bool)
-    if not fine or not 0 <= value < math.inf:
+    if not _is_number(value) or not 0 <= value < math.inf:
         raise UserError(f"{where}: weight is {value!r}, expected a number of at least 0")
     return float(value)
+
+
+def _accuracy(value: Any, where: str) -> float | dict[str, float] | None:
+    """Return a source's accuracy, one or by domain, or None."""
+    if value is None:
+        return None
+    for domain, one in value.items() if isinstance(value, dict) else [(None, value)]:
+        if not _is_number(one) or not 0 <= one <= 1:
+            of = "" if domain is None else f" of {domain}"
+            raise UserError(
+                f"{where}{of} is {one!r}, expected a number from 0 to 1, or one for each domain as "
+                "in {math: 0.93, code: 0.7}"
+            )
+    return dict(value) if isinstance(value, dict) else float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _flags(score: Any, where: str) -> dict[str, Any]:

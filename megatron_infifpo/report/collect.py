@@ -135,6 +135,8 @@ def read_pairs(
     row = dataset.references.table(indices, columns)
     if dataset.rewards is not None:
         row["rewards"] = torch.from_numpy(dataset.rewards[indices])
+    if dataset.pair_weights is not None:
+        row["pair_weights"] = torch.from_numpy(dataset.pair_weights[indices])
     losses, _, fused = pair_losses(method, row, row["initial_sum_logps"], progress=0.0)
     values = value(row, means=True)
     source_means = np.where(values.mask[:, None], values.sources, np.nan)

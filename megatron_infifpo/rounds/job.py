@@ -95,10 +95,11 @@ class RoundsJob:
                 f"--method {self.method} learns from sources' distributions over recorded tokens, "
                 "and rounds sample new ones: choose a method of pairs or of lists"
             )
-        if self.kind.fused != (self.sources is not None):
+        if self.kind.reads_sources != (self.sources is not None):
+            reads = "reads sources" if self.kind.reads_sources else "reads no sources"
             raise UserError(
-                f"--method {self.method} has the {self.kind.reference or 'no'} reference: "
-                + ("give --sources FILE" if self.kind.fused else "--sources has no effect")
+                f"--method {self.method} {reads}: "
+                + ("give --sources FILE" if self.kind.reads_sources else "--sources has no effect")
             )
         self._check_options()
         self._check_sources()
@@ -109,7 +110,7 @@ class RoundsJob:
             check_choice("options", name, STAGES)
             self.words(name)
         useless = [name for name in ("score", INITIAL) if self.words(name)]
-        if self.kind.reference is None and useless:
+        if not self.kind.reads_logprobs and useless:
             raise UserError(
                 f"--{useless[0]}-options has no effect: --method {self.method} has no reference"
             )

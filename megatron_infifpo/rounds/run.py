@@ -90,7 +90,7 @@ def run_round(
     make_folder(here.logprobs)
     if not here.prompts.exists():
         write_prompts(here.prompts, prompts_of(job, pool, here.number))
-    if job.kind.reference is not None:
+    if job.kind.reads_logprobs:
         write_text(here.sources, sources_yaml(job, here))
     seconds: dict[str, float | None] = {}
     for stage in stages_of(job, here.number):

@@ -109,7 +109,7 @@ def stages_of(job: RoundsJob, number: int) -> list[Stage]:
     if job.judged:
         stages.append(label(job, here))
     stages.append(prepare(job, here))
-    if job.kind.reference is not None:
+    if job.kind.reads_logprobs:
         own = {"model": str(pivot(job)), **read_flags(job.words("initial"))}
         stages.append(score(job, here, own))
     for source in job.source_list:
@@ -172,7 +172,7 @@ def train(job: RoundsJob, here: RoundFolder) -> Stage:
     """Train on the round's records, so many steps more."""
     number, save = here.number, here.checkpoint
     words: list[Any] = ["--method", job.method, "--preference-data", here.tokens]
-    if job.kind.reference is not None:
+    if job.kind.reads_logprobs:
         words += ["--preference-sources", here.sources]
     if job.carried:
         start, total, step = pivot(job), job.rounds * job.steps, (number + 1) * job.steps

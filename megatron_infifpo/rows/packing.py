@@ -37,10 +37,10 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
         token; target_ids int64 `[K]`, those tokens; segment_ids int64 `[K]`, b * R + r;
         token_counts int64 `[B, R]`, scored ones; valid bool `[B, R]`, which responses are there;
         ended bool `[B, R]`, whether their last token, the end of the turn, is scored; rewards
-        float64 `[B, R]`, where there are some; indices and domain_codes int64 `[B]`; stored values
-        of models, where there are some, as `references.reference.collate` makes them; soft targets,
-        where there are some, as `soft_targets.collate_targets` does, of rows with R = 1; and with
-        shared prompts the segments of the keys, cu_seqlens_kv int32 `[S + 1]`, key_lengths,
+        float64 `[B, R]`, and pair_weights float32 `[B]`, where there are some; indices and
+        domain_codes int64 `[B]`; stored values of models, where there are some, as
+        `references.reference.collate` makes them; soft targets, where there are some, as
+        `soft_targets.collate_targets` does, of rows with R = 1; and with shared prompts the segments of the keys, cu_seqlens_kv int32 `[S + 1]`, key_lengths,
         max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in the row.
     """
     marks = [mark for pair in pairs for mark in scored_marks(pair.response_ids, pair.scored)]
@@ -70,6 +70,8 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
         row |= segments.of_keys()
     if rewards := [pair.rewards for pair in pairs if pair.rewards is not None]:
         row["rewards"] = torch.from_numpy(np.stack(rewards))
+    if weights := [pair.weight for pair in pairs if pair.weight is not None]:
+        row["pair_weights"] = torch.tensor(weights, dtype=torch.float32)
     if pairs[0].values is not None:
         row |= reference.collate([pair.values for pair in pairs if pair.values is not None])
     if soft := [pair.targets for pair in pairs if pair.targets is not None]:

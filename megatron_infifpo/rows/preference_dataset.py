@@ -15,6 +15,7 @@ from megatron_infifpo.references.sources import SourcesConfig
 from megatron_infifpo.rows.choice import choose
 from megatron_infifpo.rows.layout import PLAIN, RowLayout
 from megatron_infifpo.rows.learnt import open_targets
+from megatron_infifpo.rows.weighing import standardise, weigh_pairs
 from megatron_infifpo.storage.notes import counted
 from megatron_infifpo.tokens.dataset import TokenDataset
 
@@ -34,6 +35,7 @@ class PreferencePair:
         rewards: float64 `[R]`, the responses' scores, 0 where there is none; None without any.
         targets: soft targets of the first response; None without any.
         groups: groups of ids that the targets name; None without any.
+        weight: of its loss; None: all are 1.
     """
 
     index: int
@@ -45,6 +47,7 @@ class PreferencePair:
     rewards: np.ndarray | None = None
     targets: SoftTargets | None = None
     groups: list[np.ndarray] | None = None
+    weight: float | None = None
 
 
 _NONE, _NO_MARK = np.empty(0, np.int32), np.empty(0, bool)
@@ -63,6 +66,7 @@ class PreferenceDataset:
         rewards: float64 `[N, R]`, scores of the used responses, 0 where there is none; None
             without any.
         targets: soft targets of the records' tokens; None without any.
+        pair_weights: float64 `[N]`, of the records' losses; None: all are 1.
         hands_out_targets: pairs have theirs; only the last pipeline stage needs them.
         responses: R, at most so many are.
         segment_lengths: int64 `[N]`, tokens of the longest response with its prompt; 0 where the
@@ -102,10 +106,11 @@ class PreferenceDataset:
             where = "sources.yaml" if sources is None else sources.path
             raise UserError(
                 f"{where} lists no source, expected at least one under the key sources for a fused "
-                "reference"
+                "reference or weights of pairs"
             )
         self.references = None if sources is None else References(sources, self.tokens)
         self.targets: SoftTargetStore | None = None
+        self.pair_weights: np.ndarray | None = None
         self.hands_out_targets = True
         prompts = self.tokens.prompt_lengths.astype(np.int64)
         lengths = np.take_along_axis(self.tokens.response_lengths, self.columns, axis=1)
@@ -132,12 +137,13 @@ class PreferenceDataset:
 
         Raises:
             UserError: as there, lists are longer than the method's loss takes, or soft targets are
-                of other tokens or not what the method learns from.
+                of other tokens or not what the method learns from, or the method weighs pairs by
+                accuracies that sources.yaml does not have.
         """
         found = cls(
             token_prefix,
             sources,
-            require_sources=sources is not None and method.fused,
+            require_sources=sources is not None and method.reads_sources,
             responses=method.responses,
             rewards="rewards" in method.reads,
         )
@@ -149,7 +155,19 @@ class PreferenceDataset:
             )
         if soft_targets is not None:
             found.targets = open_targets(method, soft_targets, found.tokens)
+        if found.references is not None:
+            found._take_constants(method, found.references)
         return found
+
+    def _take_constants(self, method: Method, references: References) -> None:
+        """Compute what the method takes from all records at once."""
+        if method.pair_weights is not None:
+            pairs = choose(self.tokens, 2)  # SFT has no rejected response of its own
+            self.pair_weights = weigh_pairs(method, references, self.tokens, pairs)
+        if method.standardised:
+            obstacles = [self.tokens.masked_records, *self.lacking.values()]
+            usable = ~np.logical_or.reduce([*obstacles, references.initial.store.masked_records])
+            standardise(method, references, self.columns, usable)
 
     @property
     def initial(self) -> LogprobStore | None:
@@ -186,6 +204,7 @@ class PreferenceDataset:
             None if self.rewards is None else self.rewards[index].copy(),
             None if targets is None else targets.take(index, first, length),
             None if targets is None else targets.groups,
+            None if self.pair_weights is None else float(self.pair_weights[index]),
         )
 
     def names(self, index: int) -> tuple[str, ...]:

@@ -29,10 +29,8 @@ def _flag(help: str, default: Any = None, **how: Any) -> Any:
 
 _CHECK = {"choices": ["error", "warn", "off"]}
 # Flags that only some runs have a use for.
-_OF_REFERENCES = (
-    *("preference_sources", "preference_valid_sources"),
-    *("reference_check", "reference_probes", "reference_tolerance"),
-)
+_OF_SOURCES = ("preference_sources", "preference_valid_sources")
+_OF_REFERENCES = ("reference_check", "reference_probes", "reference_tolerance")
 _OF_TARGETS = ("soft_targets", "valid_soft_targets")
 _OF_VALIDATION = ("preference_valid_sources", "valid_soft_targets")
 _COUNTS = ("micro_batch_size", "global_batch_size", "train_iters", "train_samples")
@@ -46,8 +44,7 @@ class RunConfig:
     Attributes:
         method: what is trained.
         flags: all other flags by name, read only: Megatron's, and the method's as they were given.
-
-    Every other field is the flag of its name, with its help.
+            Every other field is the flag of its name, with its help.
 
     Raises:
         UserError: a flag is missing, has no effect, or contradicts another.
@@ -177,7 +174,7 @@ class RunConfig:
         return cls(method=method, flags=MappingProxyType(flags), **own)
 
     def __post_init__(self) -> None:
-        """Check what can be checked without data and checkpoint."""
+        """Check what needs neither data nor checkpoint."""
         if self.preference_data is None:
             raise UserError("--preference-data is missing: the prefix of the pivot's token dataset")
         self._check_data()
@@ -195,25 +192,23 @@ class RunConfig:
             )
 
     def _check_data(self) -> None:
-        name = f"--method {self.flags['method']}"
+        name, method = f"--method {self.flags['method']}", self.method
+        alone = f"with {name}, which has no reference"
         for fields_, useless, why in (
-            (_OF_REFERENCES, self.method.reference is None, f"with {name}, which has no reference"),
-            (_OF_TARGETS, not self.method.soft_targets, f"with {name}, which reads none"),
+            (_OF_SOURCES, not method.reads_logprobs, alone),
+            (_OF_REFERENCES, method.reference is None, alone),
+            (_OF_TARGETS, not method.soft_targets, f"with {name}, which reads none"),
             (_OF_VALIDATION, self.preference_valid_data is None, "without --preference-valid-data"),
         ):
             for each in fields_ if useless else ():
                 if getattr(self, each) is not None:
                     raise UserError(f"{flag(each)} has no effect {why}: leave it out")
-        if self.method.soft_targets and self.soft_targets is None:
-            raise UserError(
-                f"--soft-targets is missing: {name} learns from what infifpo fuse-targets "
-                f"writes of {self.preference_data} and its sources"
-            )
-        for data, sources in (
-            (self.preference_data, "preference_sources"),
-            (self.preference_valid_data, "preference_valid_sources"),
-        ):
-            if data and self.method.reference is not None and getattr(self, sources) is None:
+        if method.soft_targets and self.soft_targets is None:
+            made = f"infifpo fuse-targets writes of {self.preference_data} and its sources"
+            raise UserError(f"--soft-targets is missing: {name} learns from what {made}")
+        both = (self.preference_data, self.preference_valid_data)
+        for data, sources in zip(both, _OF_SOURCES, strict=True):
+            if data and method.reads_logprobs and getattr(self, sources) is None:
                 raise UserError(
                     f"{flag(sources)} is missing: sources.yaml names the log-probs of {data}"
                 )
@@ -236,6 +231,11 @@ class RunConfig:
                 raise UserError(
                     f"--preference-epochs has no effect with {flag(name)}: give one of them"
                 )
+
+    @property
+    def checks_reference(self) -> bool:
+        """Whether the run's first pivot must be the initial pivot of its references."""
+        return self.method.reference is not None and self.reference_check != "off"
 
     def named(self) -> dict[str, Any]:
         """All flags by name, but `config`."""

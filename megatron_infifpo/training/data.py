@@ -1,12 +1,15 @@
 """Data of a training run: open it, and derive from it how long the run is."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import Method
 from megatron_infifpo.reference import FUSIONS
+from megatron_infifpo.references.reference import References
 from megatron_infifpo.references.sources import read_sources
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.plan import evaluation_steps, fitting_micro_batch_size
@@ -62,6 +65,8 @@ def open_datasets(config: RunConfig) -> Datasets:
             f"{config.valid_soft_targets} is of the sources {', '.join(names[0])}; expected those "
             f"of {config.soft_targets}, in the same order: {', '.join(names[1])}"
         )
+    if train.references is not None and valid.references is not None:
+        valid.references.scales = train.references.scales  # held-out margins change no scale
     # One list of names for the metrics of both.
     train.align_domains(valid.domains)
     valid.align_domains(train.domains)
@@ -153,12 +158,36 @@ def _data_parallel_size(given: Mapping[str, Any]) -> int:
     return ranks // (tensor * pipeline)
 
 
-def describe_weights(method: Method, train: PreferenceDataset) -> str | None:
-    """Say with what weights sources are fused, or that those of sources.yaml have no effect."""
+def describe_sources(method: Method, train: PreferenceDataset) -> Iterator[str]:
+    """Say what the sources' stored values are used for, beside their log-probs."""
     if train.references is None:
-        return None
+        return
+    if weights := _describe_weights(method, train, train.references):
+        yield weights
+    if method.standardised:
+        scales = zip(train.source_names, train.references.scales.tolist(), strict=False)
+        yield "sources' values are scaled: " + ", ".join(f"{name} {k:.4g}" for name, k in scales)
+    if train.pair_weights is not None:
+        yield _describe_pair_weights(method, train, train.pair_weights)
+
+
+def _describe_pair_weights(method: Method, train: PreferenceDataset, weights: np.ndarray) -> str:
+    """Say what pairs weigh, in all and by domain."""
+    cut = "" if method.verdict_cut is None else f", cut at {method.verdict_cut:g}"
+    groups = [(name, weights[train.domain_codes == c]) for c, name in enumerate(train.domains)]
+    said = [f"{name} {part.mean():.3f}" for name, part in groups if len(part)]
+    return (
+        f"pairs are weighted by {method.pair_weights}, verdicts with a scale of "
+        f"{method.verdict_scale:g}{cut}: mean {weights.mean():.3f} ({', '.join(said)})"
+    )
+
+
+def _describe_weights(
+    method: Method, train: PreferenceDataset, references: References
+) -> str | None:
+    """Say with what weights sources are fused, or that those of sources.yaml have no effect."""
     names = (*train.source_names, "initial")
-    weights = dict(zip(names, train.references.weights.tolist(), strict=True))
+    weights = dict(zip(names, references.weights.tolist(), strict=True))
     said = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
     if method.fused and "source_weights" in FUSIONS[method.fusion].reads:
         equal = "; all are equal" if len(set(weights.values())) == 1 else ""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron_infifpo import pair_weights
 from megatron_infifpo.reference import FUSIONS
 from megatron_infifpo.references.reference import logprobs_identity
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
@@ -31,6 +32,9 @@ def identity(run: Run, train: PreferenceDataset) -> dict[str, Any]:
         names = (*train.source_names, "initial")
         weights = train.references.weights.tolist()
         found["source_weights"] = dict(zip(names, weights, strict=True))
+    if train.references is not None and method.pair_weights is not None:
+        if "accuracy" in pair_weights.reads(method.pair_weights):
+            found["source_accuracies"] = train.references.known_accuracies()
     if method.several_pairs:
         found["micro_batch_size"] = run.batch.micro
     return found

@@ -20,7 +20,7 @@ from megatron_infifpo.training.objective import loss_arguments
 # What is also reported for each domain; every source's share is, too.
 _BY_DOMAIN = (
     "loss", "rewards/accuracy", "logps/accuracy", "logps/margin", "reward", "residual/std",
-    "ce", "distance", "taught",
+    "ce", "distance", "taught", "pair-weight",
 )  # fmt: skip
 
 
@@ -49,8 +49,8 @@ def preference_metrics(
         loss; rewards/accuracy, rewards/margin, rewards/<response> with the reward
         `beta (policy - reference)`; logps/*: the same of the policy alone; and for a fused
         reference share/<source> (its weight in the reference), clip-rate and clip-rate/<source>
-        (share of source values that clipping changed). domain/<domain>/*: some of these for each
-        domain, where there are several.
+        (share of source values that clipping changed); pair-weight, where pairs have one.
+        domain/<domain>/*: some of these for each domain, where there are several.
     """
     if method.responses is None:
         return _list_metrics(method, row, policy, reference, losses, source_names, domains)
@@ -61,6 +61,8 @@ def preference_metrics(
             pairs[f"{name}/margin"] = scores[:, CHOSEN] - scores[:, REJECTED]
         for response, column in zip(RESPONSES, scores.unbind(dim=1), strict=False):
             pairs[f"{name}/{response}"] = column
+    if "pair_weights" in row:
+        pairs["pair-weight"] = row["pair_weights"]
     if method.fused:
         for index, name in enumerate(source_names):
             pairs[f"share/{name}"] = reference.weights[..., index].mean(dim=1)
@@ -163,10 +165,10 @@ def token_metrics(
 
     Returns:
         float32 `[sum, count]` by name: loss and domain/<domain>/loss, means over tokens, and
-        logps/chosen, the mean over responses of their mean log-prob. Where sources teach, means
-        over the tokens that have it of each part of the loss, ce, distance and chunk, as they are
-        before they are weighted; taught, the share of tokens with a target; and share/<source>,
-        which source the targets are of.
+        logps/chosen, the mean over responses of their mean log-prob, and pair-weight, where pairs
+        have one. Where sources teach, means over the tokens that have it of each part of the loss,
+        ce, distance and chunk, as they are before they are weighted; taught, the share of tokens
+        with a target; and share/<source>, which source the targets are of.
     """
     counts = row["token_counts"][:, CHOSEN].float()
 
@@ -177,6 +179,8 @@ def token_metrics(
     everywhere = torch.ones_like(found.losses)
     records = {"loss": by_record(found.losses, everywhere)}
     records["logps/chosen"] = _of_records(sum_logps / counts)
+    if "pair_weights" in row:
+        records["pair-weight"] = _of_records(row["pair_weights"])
     records |= {name: by_record(*part) for name, part in found.parts.items()}
     if found.parts:
         taught = found.parts["distance"].counts

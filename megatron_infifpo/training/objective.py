@@ -38,8 +38,10 @@ def references(method: Method, row: Row, policy_logps: Tensor) -> FusedReference
         sources = torch.cat([sources, initial.unsqueeze(-1)], dim=-1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
     read = {name: row[name] for name in FUSIONS[method.fusion].reads if name in row}
-    if "source_weights" in read:  # the initial pivot's is the last
-        read["source_weights"] = read["source_weights"][:, : sources.shape[-1]]
+    if method.standardised:
+        read["source_scales"] = row["source_scales"]
+    for name in {"source_weights", "source_scales"} & read.keys():  # the initial pivot's is last
+        read[name] = read[name][:, : sources.shape[-1]]
     return fuse_reference(
         sources,
         initial,
@@ -50,6 +52,7 @@ def references(method: Method, row: Row, policy_logps: Tensor) -> FusedReference
         source_mask=mask,
         valid=row.get("valid"),
         **read,
+        **method.value_options,
         **method.fusion_options,
     )
 
@@ -92,6 +95,8 @@ def pair_losses(
     if method.sft_weight is not None:
         mean = sum_logps[:, CHOSEN] / row["token_counts"][:, CHOSEN]
         losses = losses - method.sft_weight * mean
+    if method.pair_weights is not None:
+        losses = losses * row["pair_weights"]
     return losses, policy, reference
 
 
@@ -110,4 +115,7 @@ def token_losses(method: Method, row: Row, logprobs: Tensor) -> TokenLosses:
     read = {name: row[name] for name in method.reads if name in row}
     if method.reads and not read:
         return TOKEN_LOSSES["sft"].function(columns)
-    return method.token_loss.function(columns, **read, **method.loss_options(1.0))
+    found = method.token_loss.function(columns, **read, **method.loss_options(1.0))
+    if method.pair_weights is not None:
+        found = found._replace(losses=found.losses * row["pair_weights"][row["segment_ids"]])
+    return found

@@ -40,7 +40,7 @@ def check_initial_logprobs(
         UserError: they differ, unless `--reference-check` is warn or off.
     """
     initial = dataset.initial
-    if run.config.reference_check == "off" or initial is None:
+    if initial is None or not run.config.checks_reference:
         return
     found = compare(run, models, dataset)
     records = len({difference.index for difference in found})

@@ -25,7 +25,7 @@ from megatron_infifpo.training.data import (
     NOT_SAVED,
     Datasets,
     describe,
-    describe_weights,
+    describe_sources,
     open_datasets,
 )
 from megatron_infifpo.training.failures import explained
@@ -119,8 +119,7 @@ def introduction(run: Run, start: Start, datasets: Datasets, accepted: Accepted)
         lines.append(f"soft targets {targets.prefix}: --fusion {targets.fusion} of {names}")
     if changes := schedule_changes(run.arguments, start):
         lines.append(f"from step {start.step + 1} on: {', '.join(changes)}")
-    if weights := describe_weights(run.config.method, datasets.train):
-        lines.append(weights)
+    lines += describe_sources(run.config.method, datasets.train)
     lines.append(describe(run, datasets, start.step))
     if accepted.rounds > 1:
         lines.append(f"round {accepted.rounds} on these pairs began after step {datasets.since}")

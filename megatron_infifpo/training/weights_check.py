@@ -73,7 +73,7 @@ def _knows_pivot(run: Run, start: Start, dataset: PreferenceDataset) -> bool:
     itself must tell, on the probe records.
     """
     initial = dataset.initial
-    if run.config.reference_check == "off" or start.resumed or initial is None:
+    if initial is None or start.resumed or not run.config.checks_reference:
         return False
     return initial.manifest["weights_sha256"] is not None
 

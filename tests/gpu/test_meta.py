@@ -182,6 +182,7 @@ def row_of(
                 np.ones((responses, sources), np.int64),
                 np.ones(sources, bool),
                 np.ones(sources + 1, np.float32),
+                np.ones(sources + 1, np.float32),
             ),
             rewards=rng.random(responses, np.float32) if lists else None,
             targets=soft_targets(3, "top_values" in reads) if soft else None,

@@ -137,8 +137,8 @@ def test_what_starts_a_stage(make_job):
         ({"method": "wrpo", "sources": None}, "wrpo compares the pivot's own best"),
         ({"method": "fusellm", "sources": None}, "fusellm learns from sources' distributions"),
         ({"method": "best"}, "--method is 'best', expected one of"),
-        ({"sources": None}, "fuserlhf has the fused reference: give --sources FILE"),
-        ({"method": "dpo"}, "dpo has the initial reference: --sources has no effect"),
+        ({"sources": None}, "fuserlhf reads sources: give --sources FILE"),
+        ({"method": "dpo"}, "dpo reads no sources: --sources has no effect"),
         ({"method": "pad"}, "--label-options has no effect: --method pad has no judge"),
         ({"options": {}}, "fuserlhf needs scores: give --label-options '--program"),
         (

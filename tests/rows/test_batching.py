@@ -118,6 +118,7 @@ def pairs(draw, sources=2):
                     source_token_counts=rng.integers(1, 9, (responses, sources)),
                     source_mask=rng.random(sources) < 0.5,
                     source_weights=rng.random(sources + 1, dtype=np.float32),
+                    source_scales=rng.random(sources + 1, dtype=np.float32),
                 ),
             )
         )
@@ -214,6 +215,7 @@ def test_types_and_shapes(batch):
         "source_token_counts": (torch.int64, (b, r, m)),
         "source_mask": (torch.bool, (b, m)),
         "source_weights": (torch.float32, (b, m + 1)),
+        "source_scales": (torch.float32, (b, m + 1)),
     }
     found = {k: (v.dtype, tuple(v.shape)) for k, v in row.items() if torch.is_tensor(v)}
     assert found == expected and isinstance(row["max_seqlen"], int)
@@ -225,6 +227,7 @@ def test_types_and_shapes(batch):
         "source_token_counts",
         "source_mask",
         "source_weights",
+        "source_scales",
     }
 
 

@@ -41,6 +41,7 @@ def marked_pairs(draw):
                     source_token_counts=rng.integers(1, 9, (responses, sources)),
                     source_mask=np.array([True, draw(st.booleans())]),
                     source_weights=np.ones(sources + 1, np.float32),
+                    source_scales=np.ones(sources + 1, np.float32),
                 ),
                 scored=marks if draw(st.booleans()) else None,
             )

@@ -16,7 +16,7 @@ from megatron_infifpo.rows.layout import PLAIN
 from megatron_infifpo.rows.plan import plan_step
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.training import provider
-from megatron_infifpo.training.data import Datasets, describe, describe_weights, lengths
+from megatron_infifpo.training.data import Datasets, describe, describe_sources, lengths
 from support.datasets import record, write_scores, write_tokens
 
 PAIRS = 4  # of a step
@@ -161,7 +161,7 @@ def test_a_budget_holds_in_the_rounds_own_steps(tmp_path):
     ],
 )
 def test_weights_are_said(tmp_path, method, options, weights, expected):
-    said = describe_weights(resolve(method, **options), opened(tmp_path, 4, weights))
+    said = next(describe_sources(resolve(method, **options), opened(tmp_path, 4, weights)), None)
     assert said == expected if expected is None else re.search(expected, said or "")
 
 
