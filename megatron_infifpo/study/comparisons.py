@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_infifpo.study.asked import SETTINGS, Asked, Contrast
-from megatron_infifpo.study.outcomes import FINAL, Outcomes, Row, numbers
+from megatron_infifpo.study.outcomes import Outcomes, numbers
 from megatron_infifpo.study.statistics import (
     Interval,
     Pair,
@@ -90,9 +90,10 @@ class Planned:
 def plan(outcomes: Outcomes, asked: Asked, question: Contrast, points: bool) -> Planned:
     """Say how many seeds a contrast needs, and what the planned ones can find.
 
-    The standard deviation is that of pilots with the variants that the final runs have. With two
-    seeds a condition it says little, so that all conditions in which both methods have pilots are
-    pooled, each around its own mean.
+    The standard deviation is that of pilots with the variants that the final runs have; where there
+    are none yet, with all variants that both methods have. With two seeds a condition it says
+    little, so that all conditions in which both methods have pilots are pooled, each around its own
+    mean.
 
     Args:
         outcomes: all runs.
@@ -100,21 +101,8 @@ def plan(outcomes: Outcomes, asked: Asked, question: Contrast, points: bool) -> 
         question: the contrast.
         points: its outcome is a share, for which "a point" has a meaning.
     """
-    groups: list[list[float]] = []
-    for condition in sorted(outcomes.conditions()):
-        sides = []
-        for method in (question.a, question.b):
-            final = outcomes.runs(condition, method, question.settings)
-            sides.append(
-                {
-                    pair: value
-                    for variant in sorted({row.variant for row in final})
-                    for pair, value in outcomes.pilots(
-                        condition, method, question.outcome, variant
-                    ).items()
-                }
-            )
-        groups.append(list(paired(*sides).values()))
+    conditions = sorted(outcomes.conditions())
+    groups = [each for name in conditions for each in _pilot_differences(outcomes, name, question)]
     n = asked.seeds or contrast(outcomes, question).n
     found = pooled_sd(groups)
     if found is None or n < 2:
@@ -130,6 +118,28 @@ def plan(outcomes: Outcomes, asked: Asked, question: Contrast, points: bool) -> 
         (detectable(sd, n, alpha=first), detectable(sd, n, alpha=strict)),
         n,
     )
+
+
+def _pilot_differences(outcomes: Outcomes, condition: str, question: Contrast) -> list[list[float]]:
+    """Paired differences of pilots in one condition: groups that may have different means."""
+    methods = (question.a, question.b)
+    pilots = [outcomes.pilots(condition, method) for method in methods]
+    chosen = [
+        {row.variant for row in outcomes.runs(condition, method, question.settings)}
+        for method in methods
+    ]
+    if all(chosen):
+        groups = [
+            [
+                [row for variant in sorted(variants) for row in rows.get(variant, [])]
+                for rows, variants in zip(pilots, chosen, strict=True)
+            ]
+        ]
+    else:
+        common = sorted(pilots[0].keys() & pilots[1].keys())
+        groups = [[rows[variant] for rows in pilots] for variant in common]
+    sides = [[numbers(rows, question.outcome) for rows in group] for group in groups]
+    return [list(paired(a, b).values()) for a, b in sides]
 
 
 @dataclass(frozen=True)
@@ -165,13 +175,10 @@ def _over_variants(
     outcomes: Outcomes, condition: str, methods: tuple[str, str]
 ) -> list[dict[Pair, float]]:
     """Mean accuracy of pilots by (set, seed) over the variants that all methods have there."""
-    found: list[dict[str, dict[Pair, float]]] = []
-    for method in methods:
-        rows: dict[str, list[Row]] = {}
-        for row in outcomes.rows:
-            if row.role != FINAL and (row.condition, row.method) == (condition, method):
-                rows.setdefault(row.variant, []).append(row)
-        found.append({variant: numbers(each, "accuracy") for variant, each in rows.items()})
+    found = [
+        {variant: numbers(rows, "accuracy") for variant, rows in pilots.items()}
+        for pilots in (outcomes.pilots(condition, method) for method in methods)
+    ]
     common: dict[Pair, list[str]] = {}
     for variant in sorted(set.intersection(*(set(each) for each in found))):
         for pair in set.intersection(*(set(each[variant]) for each in found)):

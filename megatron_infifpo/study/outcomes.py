@@ -48,28 +48,27 @@ class Outcomes:
             key=lambda r: (r.role, r.condition, r.method, r.settings or "", r.variant, r.pair),
         )
         self.final = [row for row in self.rows if row.role == FINAL]
+        self._runs: dict[tuple[bool, str, str], list[Row]] = {}
+        for row in self.rows:
+            key = (row.role == FINAL, row.condition, row.method)
+            self._runs.setdefault(key, []).append(row)
 
     def runs(self, condition: str, method: str, settings: str) -> list[Row]:
         """Final runs of a method in a condition; without settings of their own, of any."""
-        found = [r for r in self.final if (r.condition, r.method) == (condition, method)]
+        found = self._runs.get((True, condition, method), [])
         own = [row for row in found if row.settings == settings]
         return own or [row for row in found if row.settings is None]
+
+    def pilots(self, condition: str, method: str) -> dict[str, list[Row]]:
+        """Runs on seeds that are not reported, by variant."""
+        found: dict[str, list[Row]] = {}
+        for row in self._runs.get((False, condition, method), []):
+            found.setdefault(row.variant, []).append(row)
+        return found
 
     def values(self, condition: str, method: str, settings: str, outcome: str) -> dict[Pair, float]:
         """A number of final runs by (set, seed), of those that have it."""
         return numbers(self.runs(condition, method, settings), outcome)
-
-    def pilots(self, condition: str, method: str, outcome: str, variant: str) -> dict[Pair, float]:
-        """A number of a variant's runs on seeds that are not reported, by (set, seed)."""
-        return numbers(
-            (
-                row
-                for row in self.rows
-                if row.role != FINAL
-                and (row.condition, row.method, row.variant) == (condition, method, variant)
-            ),
-            outcome,
-        )
 
     def conditions(self) -> set[str]:
         """Conditions that have a run."""

@@ -37,14 +37,12 @@ class Interval(NamedTuple):
         half: half the width of its 95 % interval.
         n: how many values.
         sd: their standard deviation, n - 1 in the denominator.
-        p: two-sided p-value of a mean of zero.
     """
 
     mean: float
     half: float
     n: int
     sd: float
-    p: float
 
     @property
     def low(self) -> float:
@@ -56,6 +54,13 @@ class Interval(NamedTuple):
         """The interval's upper end."""
         return self.mean + self.half
 
+    @property
+    def p(self) -> float:
+        """Two-sided p-value of a mean of zero; of equal values 1 if they are zero, else 0."""
+        if self.sd == 0:
+            return float(self.mean == 0)
+        return two_sided_p(self.mean / self.sd * math.sqrt(self.n), self.n - 1)
+
 
 def mean(values: Iterable[float]) -> float:
     """Return the mean, rounded once: the same in whatever order values come."""
@@ -66,7 +71,7 @@ def mean(values: Iterable[float]) -> float:
 def t_interval(values: Iterable[float]) -> Interval | None:
     """Return the mean with its t interval; None for fewer than two values, which have none.
 
-    Values that are all equal have an interval of width zero: p is 1 where they are zero, else 0.
+    Values that are all equal have an interval of width zero.
     """
     found = list(values)
     n = len(found)
@@ -74,11 +79,7 @@ def t_interval(values: Iterable[float]) -> Interval | None:
         return None
     middle = mean(found)
     sd = math.sqrt(math.fsum((value - middle) ** 2 for value in found) / (n - 1))
-    error = sd / math.sqrt(n)
-    if error == 0:
-        return Interval(middle, 0.0, n, 0.0, float(middle == 0))
-    half = t_quantile(0.5 + LEVEL / 2, n - 1) * error
-    return Interval(middle, half, n, sd, two_sided_p(middle / error, n - 1))
+    return Interval(middle, t_quantile(0.5 + LEVEL / 2, n - 1) * sd / math.sqrt(n), n, sd)
 
 
 def paired(a: Mapping[Pair, float], b: Mapping[Pair, float]) -> dict[Pair, float]:

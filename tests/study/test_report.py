@@ -23,7 +23,7 @@ from megatron_infifpo.study.report import page, write_report
 from megatron_infifpo.study.statistics import detectable, seeds_needed
 
 Row = dict[str, Any]
-T = {2: 4.30265, 4: 2.77645, 5: 2.57058}  # 97.5 % points of Student's t
+T = {1: 12.7062, 2: 4.30265, 4: 2.77645, 5: 2.57058}  # 97.5 % points of Student's t
 GAINS = {"dpo": 0.0, "dpo-truth": 0.03, "infifpo": -0.004, "sft": -0.02, "one": 0.01, "two": 0.02}
 SETTINGS: dict[str, Any] = {
     "main": "noise",
@@ -228,7 +228,32 @@ def test_headroom(report):
     pilots = [row for row in rows() if row["condition"] == "noise" or row["role"] == "tuning"]
     row = cells(report(pilots, headroom=0.5), "Headroom", "clean")
     assert (row["matched"], row["headroom"]) == ("- (0)", "**none**")
-    assert row["other seeds"].endswith("(2)")
+
+
+def test_headroom_of_other_seeds(report):
+    """Means over the variants that both methods have; final seeds have the last word."""
+    found = [row for row in rows() if row.get("settings") != "tuned"]
+    for row in list(found):
+        if row["role"] == "tuning":
+            found.append(row | {"variant": {"beta": 9}, "accuracy": row["accuracy"] / 2})
+            if row["method"] == "dpo":
+                found.append(row | {"variant": {"beta": 7}, "accuracy": 0.9})
+    own, base = (
+        sum(
+            values(found, name, "accuracy", role="tuning", variant={"beta": beta}) / 2
+            for beta in (1, 9)
+        )
+        for name in ("dpo-truth", "dpo")
+    )
+    text = report(found)
+    assert cells(text, "Headroom", "noise: a quarter is wrong")["other seeds"] == (
+        f"{said(own - base)} (2)"
+    )
+    for row in found:
+        if row["role"] == "tuning" and row["method"] == "dpo":
+            row["accuracy"] = 0.1
+    row = cells(report(found), "Headroom", "clean")
+    assert row["other seeds"][0] == "+" and row["headroom"] == "**none**"
 
 
 def test_power_is_said_from_other_seeds(report, written):
@@ -239,16 +264,19 @@ def test_power_is_said_from_other_seeds(report, written):
             found.append(row | {"variant": {"beta": 9}, "accuracy": row["accuracy"] * 7})
     squares = 0.0
     for condition in ("noise", "clean"):
-        at = {"role": "tuning", "variant": {"beta": 1}, "condition": condition}
+        at: Row = {"role": "tuning", "variant": {"beta": 1}, "condition": condition}
         own, base = (values(found, name, "accuracy", **at) for name in ("dpo-truth", "dpo"))
         squares += 2 * (own - base).var()
     asked, outcomes = Asked.read(SETTINGS), read_outcomes(written(found))
     planned = plan(outcomes, asked, asked.primary[1], points=True)
     assert planned.sd == pytest.approx(math.sqrt(squares / 2)) and planned.freedom == 2
-    assert planned.n == 6 and planned.seeds is not None and planned.effect is not None
+    assert planned.n == 6 and planned.sd and planned.seeds and planned.effect
     assert planned.seeds[0] == seeds_needed(0.01, planned.sd)
     assert planned.seeds[1] == seeds_needed(0.01, planned.sd, alpha=0.05 / 3)
     assert planned.effect[1] == detectable(planned.sd, 6, alpha=0.05 / 3)
+    before = [row for row in found if row["role"] != "final" and row["variant"] == {"beta": 1}]
+    early = plan(read_outcomes(written(before)), asked, asked.primary[1], points=True)
+    assert early == planned, "said before any final run, too"
     section = report(found).split("What was known beforehand")[1]
     assert f"| truth | {100 * planned.sd:.2f} | 2 | {planned.seeds[0]} |" in section
     assert "| 2 | - | - | 6 |" in section, "of a slope no point can be asked"
@@ -288,8 +316,8 @@ def test_same_bytes_from_the_same_runs(report, written, tmp_path):
 
 
 def test_intervals_are_drawn_where_they_are(written, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(figures, "svg", lambda figure: drawn.append(figure) or "")
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "svg", drawn.append)
     found = rows()
     asked, outcomes = Asked.read(SETTINGS), read_outcomes(written(found))
     figures.contrasts(outcomes, asked)
