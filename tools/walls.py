@@ -59,6 +59,7 @@ WINGS = (
     Wing("report", "a page about a run"),
     Wing("recipes", "stages and command lines for clusters"),
     Wing("rounds", "rounds on samples of the policy, stage by stage"),
+    Wing("study", "does fusing help? methods in a small world"),
     Wing("commands", "one file a subcommand of `infifpo`"),
     Wing("__main__", "`python -m megatron_infifpo`"),
     Wing("train", "`python -m megatron_infifpo.train`, for torchrun"),

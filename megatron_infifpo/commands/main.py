@@ -35,6 +35,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "Training, and what came of it": ("train", "rounds", "report", "evaluate"),
     "Clusters and machines": ("plan", "launch", "environment", "gpu-check", "completion"),
+    "Evidence": ("study",),
 }
 # Name -> module.
 COMMANDS = {

@@ -1,0 +1,128 @@
+"""Commands of `infifpo` in forks of one process that has imported everything.
+
+The study runs thousands of short commands, and each would take longer to import than to work. A
+fork has all the state of a fresh process, since the parent runs none itself.
+"""
+
+import argparse
+import functools
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from megatron_infifpo.errors import UserError
+
+HEAVY = (
+    "megatron_infifpo.training.run",
+    "megatron_infifpo.scoring.megatron_backend",
+    "megatron_infifpo.scoring.transformers_backend",
+    "megatron_infifpo.responses.engines",
+)
+
+
+_queues: list[Any] = []
+
+
+def warm_up() -> None:
+    """Import what commands import, and let Megatron read its sources for the help of flags."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # as every command does
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for name in HEAVY:
+        importlib.import_module(name)
+    transformers = importlib.import_module("transformers")
+    for name in ("AutoModelForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast"):
+        getattr(transformers, name)  # imports it
+    from megatron.training.argument_utils import ArgumentGroupFactory as Factory
+    from megatron.training.arguments import add_megatron_arguments
+
+    factory: Any = Factory
+    read = factory._get_field_docstrings
+    known = functools.cache(lambda source: read(factory.__new__(factory), source))
+    factory._get_field_docstrings = lambda self, source: known(source)
+    add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    _start_queues()
+
+
+def _start_queues() -> None:
+    """Start the one process that keeps the queue of a save.
+
+    Megatron starts one in every process that saves, which takes seconds to import PyTorch.
+    """
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    manager = multiprocessing.get_context("spawn").Manager()
+    _queues.append(manager)
+    manager.Queue().put(MetadataIndex("any"))  # imports PyTorch there
+
+
+def infifpo(words: Sequence[object], log: Path) -> float:
+    """Run `infifpo WORDS` in a fork; any thread may call this, once `warm_up` has.
+
+    Args:
+        words: the command.
+        log: receives what it prints.
+
+    Returns:
+        Seconds of the processor that it took.
+
+    Raises:
+        UserError: it failed; names the log.
+    """
+    from megatron_infifpo.commands.main import main
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    argv, port = [str(word) for word in words], _free_port()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.setsid()
+            _alone(log, port)
+            main(argv)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException as error:  # what `main` does not report
+            print(repr(error), file=sys.stderr)
+        finally:
+            with suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+    try:
+        _, status, used = os.wait4(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # helpers of a save, which outlive it
+    if code:
+        raise UserError(f"infifpo {argv[0]} failed with exit code {code}: see {log}")
+    return used.ru_utime + used.ru_stime
+
+
+def _alone(log: Path, port: int) -> None:
+    """Make this fork a job of one rank, its output in a file."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(number, 1)
+    os.dup2(number, 2)
+    saving: Any = importlib.import_module(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    )
+    saving._results_queue = _queues[0].Queue()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port

@@ -1,0 +1,150 @@
+"""The settings of a study: one YAML file says what is compared, where, and how often."""
+
+import itertools
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.storage.yaml_files import read_yaml
+from megatron_infifpo.study.models import KINDS
+
+MATCHED, TUNED = "matched", "tuned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """Where methods are compared.
+
+    Attributes:
+        name: of the condition.
+        words: what it is, for the report.
+        noise: percent of the responses that the judge is wrong about.
+        pivot: which of the models is trained.
+        sources: which ones may be its reference.
+        on_policy: responses are the policy's own, else those of models before SFT.
+        methods: names of the methods that are compared there; first those of all conditions,
+        also: then these.
+        seeds: how many seeds that are reported.
+        tuned: methods that are tuned there, too.
+    """
+
+    name: str
+    words: str
+    noise: int = 25
+    pivot: str = "pivot"
+    sources: tuple[str, ...]
+    on_policy: bool = False
+    methods: tuple[str, ...]
+    also: tuple[str, ...] = ()
+    seeds: int
+    tuned: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyMethod:
+    """What is compared.
+
+    Attributes:
+        name: of the method in results.
+        words: its name in the report.
+        flags: of `infifpo train`, with the matched settings.
+        grid: flags to values that are tried where it is tuned, all with all.
+        sources: which of the condition's sources its reference has; None: all. A control's name
+            makes them something else, see `controls`.
+        control: shuffled, uniform or truth; None: the sources as they are.
+        data: pairs, or lists.
+        targets: flags of `infifpo fuse-targets`, for methods of tokens; None: others.
+        merged: its runs, one a source, are merged.
+    """
+
+    name: str
+    words: str
+    flags: tuple[str, ...] = ()
+    grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    sources: tuple[str, ...] | None = None
+    control: str | None = None
+    data: str = "preference"
+    targets: tuple[str, ...] | None = None
+    merged: bool = False
+
+    def variants(self) -> list[dict[str, float]]:
+        """The settings that are tried."""
+        values = itertools.product(*self.grid.values())
+        return [dict(zip(self.grid, each, strict=True)) for each in values]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A study.
+
+    Attributes:
+        sets: how many times the models are drawn anew; seed s has the models of set s % sets.
+        tuning_seeds: seeds on which settings are chosen, and which are not reported.
+        prompts: how many of each part; of the held-out ones log_odds are scored, too.
+        pretraining, sft, training: steps, epochs, batch and lr of each.
+        conditions, methods: by name.
+        explained: seeds below this have a policy's log-probs of its training pairs explained.
+        report: of `study.report`.
+    """
+
+    sets: int
+    tuning_seeds: tuple[int, ...]
+    prompts: Mapping[str, int]
+    pretraining: Mapping[str, Any]
+    sft: Mapping[str, Any]
+    training: Mapping[str, Any]
+    conditions: Mapping[str, Condition]
+    methods: Mapping[str, StudyMethod]
+    explained: int
+    report: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file.
+
+        Raises:
+            UserError: it cannot be read, or names what is not there.
+        """
+        try:
+            found = read_yaml(path)
+            given = {n: v for n, v in found.items() if n not in ("conditions", "methods")}
+            methods = {n: _method(n, v) for n, v in found["methods"].items()}
+            conditions = {n: _condition(n, v) for n, v in found["conditions"].items()}
+            given["tuning_seeds"] = tuple(given["tuning_seeds"])
+            made = cls(**given, conditions=conditions, methods=methods)
+        except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{path} is not the settings of a study: {error!r}; see examples/study/study.yaml"
+            ) from None
+        made._check(path)
+        return made
+
+    def _check(self, path: Path) -> None:
+        for condition in self.conditions.values():
+            for name in (*condition.methods, *condition.also, *condition.tuned):
+                if name not in self.methods:
+                    known = ", ".join(self.methods)
+                    raise UserError(f"{path}: method {name!r}, expected one of {known}")
+            for name in (condition.pivot, *condition.sources):
+                if name not in KINDS:
+                    raise UserError(f"{path}: model {name!r}, expected one of {', '.join(KINDS)}")
+
+
+def _condition(name: str, given: Mapping[str, Any]) -> Condition:
+    lists = {n: tuple(given.get(n, ())) for n in ("sources", "methods", "also", "tuned")}
+    return Condition(name=name, **{**given, **lists})
+
+
+def _method(name: str, given: Mapping[str, Any]) -> StudyMethod:
+    read = {**given, "flags": tuple(shlex.split(given.get("flags", "")))}
+    read["grid"] = {n: tuple(values) for n, values in given.get("grid", {}).items()}
+    if given.get("sources") is not None:
+        read["sources"] = tuple(given["sources"])
+    if given.get("targets") is not None:
+        read["targets"] = tuple(shlex.split(given["targets"]))
+    return StudyMethod(name=name, **read)

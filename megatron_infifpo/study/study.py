@@ -1,0 +1,191 @@
+"""A whole study: which runs there are, workers that share them, and the settings that are chosen.
+
+Results are lines of a file, so that a study goes on where it stopped, and what is finished is not
+computed again.
+"""
+
+import fcntl
+import json
+import multiprocessing
+import traceback
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.study.forks import warm_up
+from megatron_infifpo.study.runs import Run, Runner
+from megatron_infifpo.study.settings import MATCHED, TUNED, Condition, Settings
+from megatron_infifpo.study.stages import Stages, read_lines
+
+FINAL, TUNING = "final", "tuning"
+RESULTS = "results.jsonl"
+
+
+class Study:
+    """The runs of a study and their results.
+
+    Attributes:
+        settings: of the study.
+        results: the file of finished runs.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, only: Sequence[str] = ()) -> None:
+        """Take a folder, which may hold what is done, and conditions, if not all."""
+        self.settings, self.results = settings, folder / RESULTS
+        self.only = only or list(settings.conditions)
+        self.stages = Stages(folder, settings)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Results so far."""
+        return read_lines(self.results) if self.results.exists() else []
+
+    def finished(self) -> set[tuple[Any, ...]]:
+        """Keys of the runs that are finished."""
+        return {row_key(row) for row in self.rows()}
+
+    def conditions(self) -> list[Condition]:
+        """The conditions that are asked for."""
+        return [self.settings.conditions[name] for name in self.only]
+
+    def first(self) -> list[Run]:
+        """Runs with matched settings, and those that choose others: seed by seed."""
+        tuning = [
+            self.run(condition, name, TUNED, TUNING, variant, seed)
+            for condition in self.conditions()
+            for seed in self.settings.tuning_seeds
+            for name in condition.tuned
+            for variant in self.settings.methods[name].variants()
+        ]
+        core, rest = (
+            [
+                self.run(condition, name, MATCHED, FINAL, {}, seed)
+                for condition in self.conditions()
+                for seed in range(condition.seeds)
+                for name in getattr(condition, which)
+            ]
+            for which in ("methods", "also")
+        )
+        return tuning + core + rest
+
+    def second(self) -> list[Run]:
+        """Runs with the settings that the tuning seeds have chosen, once these are finished."""
+        found = []
+        for condition in self.conditions():
+            chosen = choose(self.rows(), self.settings, condition)
+            found += [
+                self.run(condition, name, TUNED, FINAL, chosen[name], seed)
+                for seed in range(condition.seeds)
+                for name in condition.tuned
+                if name in chosen
+            ]
+        return found
+
+    def run(
+        self,
+        condition: Condition,
+        name: str,
+        settings: str,
+        role: str,
+        variant: dict[str, float],
+        seed: int,
+    ) -> Run:
+        """Name a run; a seed has the models of one set."""
+        method = self.settings.methods[name]
+        return Run(condition, method, settings, role, variant, seed % self.settings.sets, seed)
+
+    def work(self, workers: int) -> list[str]:
+        """Do all runs; return what went wrong.
+
+        Raises:
+            UserError: there is no run.
+        """
+        warm_up()
+        failed: list[str] = []
+        for phase, runs in (("matched, tuning", self.first), ("tuned", self.second)):
+            todo = [run for run in runs() if run.key not in self.finished()]
+            if todo:
+                failed += self.share(phase, todo, workers)
+        return failed
+
+    def share(self, phase: str, runs: list[Run], workers: int) -> list[str]:
+        """Let workers take runs until none is left."""
+        fork = multiprocessing.get_context("fork")
+        queue, place = fork.SimpleQueue(), fork.Value("i", 0)
+        many = [
+            fork.Process(target=self.worker, args=(runs, place, queue))
+            for _ in range(max(1, workers))
+        ]
+        for process in many:
+            process.start()
+        failed = []
+        with tqdm(desc=phase, total=len(runs), unit="run", smoothing=0.02) as bar:
+            for _ in runs:
+                error = queue.get()
+                if error:
+                    failed.append(error)
+                    bar.write(error)
+                bar.update()
+        for process in many:
+            process.join()
+        return failed
+
+    def worker(self, runs: list[Run], place: Any, queue: Any) -> None:
+        """Take the next run, until there is none; say what became of each."""
+        make = Runner(self.stages)
+        while True:
+            with place.get_lock():
+                index, place.value = place.value, place.value + 1
+            if index >= len(runs):
+                return
+            queue.put(self.attempt(make, runs[index]))
+
+    def attempt(self, make: Runner, run: Run) -> str | None:
+        """Do a run and keep its row; or say what went wrong."""
+        explained = run.role == FINAL and run.seed < self.settings.explained
+        try:
+            row = make(run, explained=explained)
+        except UserError as error:
+            return f"{run.name}: {error}"
+        except Exception:
+            return f"{run.name}: {traceback.format_exc()}"
+        with open(self.results, "a") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            file.write(json.dumps(row) + "\n")
+        return None
+
+
+def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The key of the run that a row is of."""
+    variant = json.dumps(row["variant"], sort_keys=True)
+    names = ("condition", "method", "settings", "role")
+    return (*(row[name] for name in names), variant, row["set"], row["seed"])
+
+
+def choose(
+    rows: Sequence[dict[str, Any]], settings: Settings, condition: Condition
+) -> dict[str, dict[str, float]]:
+    """The variant of each tuned method with the best mean accuracy on the tuning seeds.
+
+    The first of equals; methods of which a run is missing are left out.
+    """
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["role"] == TUNING and row["condition"] == condition.name:
+            found[row["method"]][json.dumps(row["variant"], sort_keys=True)].append(row["accuracy"])
+    chosen = {}
+    for name in condition.tuned:
+        variants = settings.methods[name].variants()
+        tried = {json.dumps(v, sort_keys=True): v for v in variants}
+        means = {
+            text: sum(found[name][text]) / len(found[name][text])
+            for text in tried
+            if len(found[name][text]) == len(settings.tuning_seeds)
+        }
+        if len(means) == len(tried):
+            chosen[name] = tried[max(means, key=means.__getitem__)]
+    return chosen
