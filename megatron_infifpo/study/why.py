@@ -85,7 +85,8 @@ def explain(
 
     Returns:
         Numbers by name; what a method has none of is left out. `_pairs`, `_lists`, `_reference` and
-        `_distances` say which.
+        `_distances` say which. Where the method weighs pairs also weight_right and weight_wrong,
+        the mean weights, which alone make the auc of SFT.
 
     Raises:
         UserError: data or log-probs do not belong together, or there are none.
@@ -95,6 +96,8 @@ def explain(
         data = PreferenceDataset.for_method(method, prefix, read_sources(sources))
     case = _gather(method, data, truth, policy)
     found = {"records": float(len(case.sums))} | dict(_distances(case))
+    if method.pair_weights is not None:
+        found |= dict(_told_apart("weight", case.row["pair_weights"], case.truth))
     if method.loss is not None:
         bare = replace(method, sft_weight=None)
         leaf = case.sums.clone().requires_grad_()
@@ -129,6 +132,8 @@ def _gather(
     row["domain_codes"] = torch.from_numpy(data.domain_codes[indices])
     if data.rewards is not None:
         row["rewards"] = torch.from_numpy(data.rewards[indices])
+    if data.pair_weights is not None:
+        row["pair_weights"] = torch.from_numpy(data.pair_weights[indices])
     sums = row["initial_sum_logps"]
     if policy is not None:
         of_policy = Reference("policy", policy, ~policy.masked_records)
@@ -194,6 +199,7 @@ def _lists(case: Case, gradient: Tensor, policy: Tensor, fused: FusedReference) 
 
 
 def _told_apart(name: str, values: Tensor, truth: Tensor) -> Found:
+    """Means of right and wrong ones; and auc, how well the values tell them apart."""
     yield f"{name}_right", _mean(values, truth > 0)
     yield f"{name}_wrong", _mean(values, truth < 0)
     known = truth != 0

@@ -256,3 +256,18 @@ def test_refusals(pairs):
         explain(method, (pairs.prefix, pairs.file), np.ones(3))
     with pytest.raises(UserError, match=r"log-probs of a sources\.yaml"):
         explain(method, PreferenceDataset(pairs.prefix), pairs.truth)
+
+
+@pytest.mark.parametrize(("name", "values"), [("dpo", "sums"), ("sft", "means")])
+def test_weights_of_pairs_are_in_the_coefficient(pairs, name, values):
+    weights = []
+    for i in range(COUNT):
+        own = [getattr(pairs, values)(n, i) for n in pairs.taking_part(i)]
+        weights.append(np.mean([sigmoid(0.4 * (x[0] - x[1])) for x in own]) if own else 1.0)
+    right, wrong, auc = told_apart(weights, pairs.truth)
+    found = pairs.explain(name, pair_weights="agreement", verdict_scale=0.4)
+    close([found[key] for key in ("weight_right", "weight_wrong", "auc")], (right, wrong, auc))
+    if name == "dpo":
+        close([found[f"coefficient_{key}"] for key in ("right", "wrong")], (right / 2, wrong / 2))
+    else:
+        assert "coefficient" not in found
