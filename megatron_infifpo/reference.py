@@ -217,6 +217,17 @@ def _mix(weights: Tensor, values: Tensor, initial: Tensor) -> tuple[Tensor, Tens
     return torch.where(total.squeeze(-1) == 0, initial, mixed), weights
 
 
+def _there(logps: Tensor, valid: Tensor | None) -> Tensor:
+    """Log-probs `[B, R]`, 0 where a response is absent."""
+    return logps if valid is None else torch.where(valid, logps, 0.0)
+
+
+def _mask(sources: Tensor, mask: Tensor | None, valid: Tensor | None) -> Tensor:
+    """Which of the values `[B, R, M]` take part."""
+    there = torch.ones_like(sources, dtype=torch.bool) if valid is None else valid.unsqueeze(-1)
+    return there.expand_as(sources) if mask is None else there & mask[:, None, :]
+
+
 @torch.no_grad()
 def fuse_reference(
     source_logps: Tensor,
@@ -248,10 +259,9 @@ def fuse_reference(
         valid: bool `[B, R]`, the responses that are there; None: all of them. The others may have
             any log-probs; their reference and their weights are 0.
         clip_by, source_values, source_scales: see `source_values.prepare_sources`.
-        options: of a fusion, those of others have no effect. Of max-margin: `margin_space`,
-            margins between probabilities ("prob", the default) or "log-prob"s; `margin_anchor`,
-            margins to the "current" (the default) or to the "initial" pivot; `selection`, a source
-            for each "response" (the default) or one for all of a record ("pair").
+        options: of a fusion, those of others have no effect. Of max-margin: `margin_space`, "prob"
+            (the default) or "log-prob"; `margin_anchor`, margins to the "current" (the default) or
+            "initial" pivot; `selection`, a source for each "response" (the default) or "pair".
 
     Returns:
         A `FusedReference`; the initial pivot where no source takes part with a weight above 0.
@@ -260,31 +270,17 @@ def fuse_reference(
         ValueError: an unknown fusion, option or choice of one, weights that are missing or have no
             effect, or shapes that do not fit.
     """
-    if source_weights is not None:
-        options["source_weights"] = source_weights
-    _check_arguments(fusion, options)
+    given = options if source_weights is None else options | {"source_weights": source_weights}
+    _check_arguments(fusion, given)
     _check_shapes(source_logps, initial_logps, policy_logps)
-    if source_mask is None:
-        source_mask = source_logps.new_ones(source_logps[:, 0].shape, dtype=torch.bool)
-    mask = source_mask[:, None, :].expand_as(source_logps)
-    if valid is not None:
-        mask = mask & valid.unsqueeze(-1)
-        initial_logps = torch.where(valid, initial_logps, 0.0)
-        policy_logps = torch.where(valid, policy_logps, 0.0)
+    initial, policy = (_there(logps, valid) for logps in (initial_logps, policy_logps))
+    mask = _mask(source_logps, source_mask, valid)
     # A masked source's value is arbitrary (it may be NaN): replace it before any arithmetic.
-    values = torch.where(mask, source_logps, initial_logps.unsqueeze(-1))
-    values, changed = prepare_sources(
-        values,
-        initial_logps,
-        preferred,
-        valid,
-        clip=clip,
-        clip_by=clip_by,
-        source_values=source_values,
-        source_scales=source_scales,
-    )
+    values = torch.where(mask, source_logps, initial.unsqueeze(-1))
+    before: dict[str, Any] = {"clip": clip, "clip_by": clip_by, "source_values": source_values}
+    before["source_scales"] = source_scales
+    values, changed = prepare_sources(values, initial, preferred, valid, **before)
     chosen = FUSIONS[fusion]
-    own = {n: value for n, value in options.items() if n in chosen.options or n in chosen.reads}
-    weights = chosen.function(values, mask, policy_logps, initial_logps, **own)
-    mixed = _mix(weights.masked_fill(~mask, 0.0), values, initial_logps)
-    return FusedReference(*mixed, changed)
+    own = {n: value for n, value in given.items() if n in chosen.options or n in chosen.reads}
+    weights = chosen.function(values, mask, policy, initial, **own).masked_fill(~mask, 0.0)
+    return FusedReference(*_mix(weights, values, initial), changed)

@@ -35,7 +35,7 @@ def clip_sources(source_logps: Tensor, initial_logps: Tensor, preferred: Tensor)
 def clip_margins(
     source_logps: Tensor, initial_logps: Tensor, preferred: Tensor, valid: Tensor | None = None
 ) -> Tensor:
-    """Clipping by pair: a source takes part only with a margin of at least the initial pivot's.
+    """Clipping by pair: a source counts as it is with a margin of at least the initial pivot's.
 
     A margin is the mean over the preferred responses minus the mean over the others; a list without
     one side has none, and every source counts as it is.
@@ -128,8 +128,8 @@ def prepare_sources(
     clip_by: Annotated[
         str,
         Option(
-            "clip each response's value, or leave out of a record each source whose margin is "
-            "below the initial pivot's",
+            "clip the value of each response; or take the initial pivot's values in place of those "
+            "of each source with a smaller margin in the record",
             choices=CLIP_BY,
         ),
     ] = "response",

@@ -116,6 +116,19 @@ def test_beta_follows_the_length_normalization_unless_given():
         ("--method fuserlhf --divergence jsd", "--divergence has no effect .* to plackett_luce"),
         ("--method fuserlhf --reward-scale 0", r"expected a number in \(0, inf\)"),
         ("--method fuserlhf --reference initial --fusion average", "--fusion has no effect"),
+        ("--verdict-scale 1", "--verdict-scale has no effect without --pair-weights, agreement"),
+        ("--method sft --verdict-cut 0.5", "--verdict-cut has no effect without --pair-weights"),
+        ("--method dpo --pair-weights agreement --verdict-scale 0", r"a number in \(0, inf\)"),
+        ("--method sft --pair-weights agreement --verdict-cut 1", r"a number in \(0, 1\)"),
+        ("--method pad --pair-weights agreement", "it compares lists, and weights are of single"),
+        ("--method fuserlhf --pair-weights best-source", "it compares lists"),
+        ("--objective aot --pair-weights agreement", "it compares the pairs of a row together"),
+        ("--method fusellm --pair-weights agreement", "whose sources teach each token"),
+        ("--method infifusion --pair-weights agreement", "whose sources teach each token"),
+        ("--method dpo --clip-by pair", "--clip-by has no effect with --method dpo"),
+        ("--method fpo --clip-by pair", "sources that are not clipped: give --clip, too"),
+        ("--method sft --clip-by pair", "--clip-by has no effect with --method sft"),
+        ("--method ipo --source-values centred", "the reference is the initial pivot, nothing is"),
     ],
 )
 def test_bad_options(argv, expected):
@@ -126,6 +139,30 @@ def test_bad_options(argv, expected):
 def test_unknown_method_lists_the_choices():
     with pytest.raises(UserError, match="expected one of sft, dpo, ipo"):
         resolve("infidpo")
+
+
+def test_the_scale_of_verdicts_follows_the_length_normalization():
+    """By the rule of beta; and SFT's is of means."""
+    for argv, scale in (("dpo", 1), ("infifpo", 25), ("sft", 25), ("ipo", 25), ("wrpo", 1)):
+        method = parse("--method", argv, "--pair-weights", "agreement")
+        assert (method.verdict_scale, method.verdict_cut) == (scale, None)
+        assert method.reads_sources and method.reads_logprobs
+    assert parse("--pair-weights", "agreement", "--no-length-normalization").verdict_scale == 1
+    assert parse("--pair-weights", "agreement", "--verdict-scale", "3").verdict_scale == 3
+    reads = {name: (m.reads_sources, m.reads_logprobs) for name, m in METHODS.items()}
+    assert (reads["sft"], reads["dpo"], reads["infifpo"]) == (
+        (False,) * 2,
+        (False, True),
+        (True,) * 2,
+    )
+
+
+def test_a_margin_space_matters_where_sources_are_clipped_by_pair():
+    """A response's value may then lie on either side of the anchor."""
+    options = ("--margin-space", "log-prob", "--margin-anchor", "initial")
+    assert parse("--clip-by", "pair", *options).value_options == {"clip_by": "pair"}
+    with pytest.raises(UserError, match="lie on one side of the anchor"):
+        parse("--clip-by", "response", *options)
 
 
 def test_unknown_choices_are_refused():

@@ -12,7 +12,8 @@ import draw_architecture  # noqa: E402
 from walls import PACKAGE, PLACE, WINGS, arrows, imports  # noqa: E402
 
 # Formulas: torch, and each other.
-PURE = ("options", "distillation", "losses", "reference", "logprobs", "methods")
+PURE = ("options", "distillation", "losses", "pair_weights", "source_values", "reference")
+PURE += ("logprobs", "methods")
 # What users give is read without Megatron, and formulas are computed without it. The head alone
 # asks it, inside one function, for tensor-parallel communication.
 WITHOUT_MEGATRON = {wing.name for wing in WINGS[: PLACE["storage"]]} | {"records"}

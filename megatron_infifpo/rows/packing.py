@@ -40,8 +40,9 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
         float64 `[B, R]`, and pair_weights float32 `[B]`, where there are some; indices and
         domain_codes int64 `[B]`; stored values of models, where there are some, as
         `references.reference.collate` makes them; soft targets, where there are some, as
-        `soft_targets.collate_targets` does, of rows with R = 1; and with shared prompts the segments of the keys, cu_seqlens_kv int32 `[S + 1]`, key_lengths,
-        max_seqlen_kv int, and key_rows int64 `[T_kv]`, where they lie in the row.
+        `soft_targets.collate_targets` does, of rows with R = 1; and with shared prompts the
+        segments of the keys, cu_seqlens_kv int32 `[S + 1]`, key_lengths, max_seqlen_kv int, and
+        key_rows int64 `[T_kv]`, where they lie in the row.
     """
     marks = [mark for pair in pairs for mark in scored_marks(pair.response_ids, pair.scored)]
     counts, scored = [int(mark.sum()) for mark in marks], np.concatenate(marks)

@@ -1,5 +1,7 @@
 import json
+import math
 
+import numpy as np
 import pytest
 
 from megatron_infifpo.errors import UserError
@@ -48,6 +50,19 @@ def test_weights_are_of_all_models_or_of_none(tmp_path):
     assert config.weights == (0.0, 2.0, 0.25) and config.initial == str(tmp_path / "p")
 
 
+def test_accuracies(tmp_path):
+    line = (
+        "initial: p\nsources:\n- {name: a, logprobs: b, accuracy: 1}\n"
+        "- {name: c, logprobs: d, domains: [code], accuracy: 0.5}\n"
+        "- {name: e, logprobs: f, accuracy: {math: 0, code: 0.7}}\n- {name: g, logprobs: h}"
+    )
+    sources = read_sources(write(tmp_path, line)).sources
+    found = [[source.accuracy_in(d) for d in ("code", "math", "law")] for source in sources]
+    nan = math.nan
+    expected = [[1.0, 1.0, 1.0], [0.5, nan, nan], [0.7, 0.0, nan], [nan, nan, nan]]
+    assert np.array_equal(found, expected, equal_nan=True)
+
+
 BAD = {
     "[1": "not valid YAML",
     "initial: p\ninitial: q": "not valid YAML .initial is given twice, in lines 1 and 2",
@@ -71,6 +86,11 @@ BAD = {
     "initial: {logprobs: p, weight: -1}": "initial: weight is -1, expected a number of at least 0",
     "initial: {logprobs: p, weight: yes}": "weight is True, expected a number",
     "initial: {logprobs: p, weight: 0}": "all weights are 0, expected one above",
+    "initial: p\nsources: [{name: a, logprobs: b, accuracy: 83}]": "accuracy is 83, expected a num",
+    "initial: p\nsources: [{name: a, logprobs: b, accuracy: {code: yes}}]": "of code is True, expe",
+    "initial: p\nsources: [{name: a, logprobs: b, accuracy: [1]}]": r"accuracy is \[1\], expected",
+    "initial: p\nsources: [{name: a, logprobs: b, accuracy: {mat: 1}}]": "did you mean 'math'",
+    "initial: {logprobs: p, accuracy: 1}": "initial has the unknown key 'accuracy'",
     "initial: {weight: 1}": "initial lacks the key 'logprobs'",
     "initial: p\nsources: [{name: a, logprobs: b, score: {--model: x}}]": "without its dashes",
     "initial: p\nsources: [{name: a, logprobs: b, score: {output: x}}]": "the source's logprobs",

@@ -112,6 +112,14 @@ def test_no_file(file):
         ("--preference-valid-sources x", "-sources has no effect without --preference-valid-data"),
         ("--preference-valid-data x", "--preference-valid-sources is missing: .* log-probs of x"),
         ("--method sft", "--preference-sources has no effect with --method sft"),
+        (
+            "--method sft --pair-weights agreement --reference-check off",
+            "--reference-check has no effect with --method sft, which has no reference",
+        ),
+        (
+            "--method sft --pair-weights agreement --preference-valid-data x",
+            "--preference-valid-sources is missing: .* log-probs of x",
+        ),
         ("--train-iters 0", "--train-iters is 0, expected at least 1"),
         ("--train-samples -8", "--train-samples is -8, expected at least 1"),
         ("--global-batch-size 0", "--global-batch-size is 0, expected at least 1"),
@@ -175,6 +183,8 @@ def test_what_is_missing():
         RunConfig.from_arguments(sft)
     with pytest.raises(UserError, match="give --global-batch-size, in pairs"):
         RunConfig.from_arguments([*sft, "--micro-batch-size", "2"])
+    with pytest.raises(UserError, match="--preference-sources is missing: .* log-probs of pairs"):
+        RunConfig.from_arguments([*sft, "--pair-weights", "agreement"])
     with pytest.raises(UserError, match="--share-prompt has no effect"):
         RunConfig.from_arguments([*sft, "--share-prompt", *WORDS[-4:]])
 
