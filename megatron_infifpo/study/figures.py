@@ -135,35 +135,46 @@ def by_sources(outcomes: Outcomes, asked: Asked) -> str | None:
 
 def coefficients(outcomes: Outcomes, asked: Asked) -> str | None:
     """Draw how hard each method pushes right and wrong pairs in the main condition."""
-    kinds = {"right pairs": "coefficient_right", "wrong pairs": "coefficient_wrong"}
     panels = []
     for stage in stages(outcomes, asked.main):
-        lines = []
+        lines = {}
         for method in ordered(outcomes.methods(asked.main), asked.methods, asked.baseline):
-            for settings in SETTINGS:
-                sides = (
-                    outcomes.values(asked.main, method, settings, stage + name).values()
-                    for name in kinds.values()
-                )
-                found = [each for values in sides if (each := t_interval(values)) is not None]
-                if len(found) == len(kinds):
-                    lines.append((f"{asked.method(method)}, {settings}", found))
+            sides = [_sides(outcomes, asked.main, method, each, stage) for each in SETTINGS]
+            if any(sides):
+                lines[asked.method(method)] = sides
         panels += [(_title("coefficient of a pair", stage), lines)] if lines else []
     if not panels:
         return None
     height = max(_height(len(lines)) for _, lines in panels)
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, height), squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels, strict=True):
-        places = range(len(lines))
-        for column, name in enumerate(kinds):
-            found = [each[column] for _, each in lines]
-            _bars(axis, found, list(places), name, f"C{column}")
-        for place, (_, (right, wrong)) in zip(places, lines, strict=True):
-            axis.plot([right.mean, wrong.mean], [place, place], color="0.8", zorder=0)
-        _names(axis, [label for label, _ in lines])
+        for column, settings in enumerate(SETTINGS):
+            known = [
+                (place + 0.3 * column - 0.15, sides[column])
+                for place, sides in enumerate(lines.values())
+                if sides[column]
+            ]
+            places = [place for place, _ in known]
+            for kind, name in enumerate(("right pairs", "wrong pairs")):
+                found = [sides[kind] for _, sides in known]
+                colour = f"C{2 * column + kind}"
+                _bars(axis, found, places, f"{name}, {settings}", colour)
+            for place, (right, wrong) in known:
+                axis.plot([right.mean, wrong.mean], [place, place], color="0.8", zorder=0)
+        _names(axis, [*lines])
         axis.set_title(title, fontsize=10)
         axis.legend(fontsize=7)
     return svg(figure)
+
+
+def _sides(
+    outcomes: Outcomes, condition: str, method: str, settings: str, stage: str
+) -> list[Interval]:
+    """The coefficients on right and on wrong pairs; empty where one of them is missing."""
+    paths = (f"{stage}coefficient_right", f"{stage}coefficient_wrong")
+    found = [t_interval(outcomes.values(condition, method, settings, p).values()) for p in paths]
+    known = [each for each in found if each is not None]
+    return known if len(known) == len(paths) else []
 
 
 def _forest(axis: Axes, lines: Sequence[Line], names: Sequence[str], scale: float) -> None:
@@ -238,4 +249,4 @@ def _title(words: str, stage: str) -> str:
 
 
 def _height(lines: int) -> float:
-    return 0.9 + 0.32 * lines
+    return 0.9 + 0.28 * lines

@@ -1,5 +1,6 @@
 """The study's report: a page in Markdown and its figures, from results and settings alone."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ REPORT = "report.md"
 
 
 def write_report(results: Path, settings: Mapping[str, Any], folder: Path) -> Path:
-    """Write report.md and its figures; the same bytes from the same runs, in whatever order.
+    """Write report.md, its figures, and a page for each other condition.
+
+    They are the same bytes from the same runs, in whatever order these come.
 
     Args:
         results: results.jsonl or results.jsonl.gz.
@@ -23,7 +26,7 @@ def write_report(results: Path, settings: Mapping[str, Any], folder: Path) -> Pa
         folder: to write into; made if it is not there.
 
     Returns:
-        The page.
+        report.md.
 
     Raises:
         UserError: results or settings are not what they should be, or matplotlib is missing.
@@ -39,17 +42,27 @@ def write_report(results: Path, settings: Mapping[str, Any], folder: Path) -> Pa
     make_folder(folder)
     for name, picture in drawn.items():
         write_text(folder / f"{name}.svg", picture)
-    write_text(folder / REPORT, page(outcomes, asked, drawn))
+    for name, text in pages(outcomes, asked, drawn).items():
+        write_text(folder / name, text)
     return folder / REPORT
 
 
-def page(outcomes: Outcomes, asked: Asked, figures: Collection[str] = ()) -> str:
-    """Return the page, with the figures of these names beside it."""
-    return "\n".join(part for part in _parts(outcomes, asked, figures) if part)
+def pages(outcomes: Outcomes, asked: Asked, figures: Collection[str] = ()) -> dict[str, str]:
+    """Return all pages by file name.
+
+    Args:
+        outcomes: all runs.
+        asked: what to say.
+        figures: names of those that lie beside the pages.
+    """
+    found = {REPORT: _report(outcomes, asked, figures)}
+    for name in _others(outcomes, asked):
+        found[_file(name)] = _condition(outcomes, asked, name, "#")
+    return {name: "\n".join(part for part in parts if part) for name, parts in found.items()}
 
 
-def _parts(outcomes: Outcomes, asked: Asked, figures: Collection[str]) -> Iterator[str]:
-    """Yield the page's parts, each with its last line's end."""
+def _report(outcomes: Outcomes, asked: Asked, figures: Collection[str]) -> Iterator[str]:
+    """Yield the report's parts, each with its last line's end."""
     yield from _head(outcomes, asked)
     yield from _questions(outcomes, asked, figures)
     base = asked.method(asked.baseline)
@@ -60,14 +73,24 @@ def _parts(outcomes: Outcomes, asked: Asked, figures: Collection[str]) -> Iterat
     )
     yield tables.overview(outcomes, asked)
     yield _picture(figures, "differences", f"accuracy above {base} by method in {asked.main}")
-    for condition in ordered(outcomes.conditions(), asked.conditions, asked.main):
-        if outcomes.methods(condition):
-            yield from _condition(outcomes, asked, condition)
-            if condition == asked.main:
-                yield _picture(figures, "coefficients", "coefficients of right and wrong pairs")
-                yield _picture(
-                    figures, "sources", "reference margin and saturation by number of sources"
-                )
+    links = [f"[{asked.condition(name)}]({_file(name)})" for name in _others(outcomes, asked)]
+    if links:
+        yield f"More of each condition: {', '.join(links)}; the main one is next.\n"
+    if outcomes.methods(asked.main):
+        yield from _condition(outcomes, asked, asked.main, "##")
+    yield _picture(figures, "coefficients", "coefficients of right and wrong pairs")
+    yield _picture(figures, "sources", "reference margin and saturation by number of sources")
+
+
+def _others(outcomes: Outcomes, asked: Asked) -> list[str]:
+    """Conditions with final runs, but the main one."""
+    known = ordered(outcomes.conditions(), asked.conditions, asked.main)
+    return [name for name in known if name != asked.main and outcomes.methods(name)]
+
+
+def _file(condition: str) -> str:
+    """The page about a condition."""
+    return f"condition-{re.sub(r'[^a-zA-Z0-9._-]', '-', condition)}.md"
 
 
 def _head(outcomes: Outcomes, asked: Asked) -> Iterator[str]:
@@ -125,11 +148,11 @@ def _questions(outcomes: Outcomes, asked: Asked, figures: Collection[str]) -> It
         yield tables.secondary(outcomes, asked)
 
 
-def _condition(outcomes: Outcomes, asked: Asked, condition: str) -> Iterator[str]:
-    """Everything about one condition."""
+def _condition(outcomes: Outcomes, asked: Asked, condition: str, level: str) -> Iterator[str]:
+    """Everything about one condition; its heading is of a level, such as "##"."""
     enough = headroom(outcomes, asked, condition).enough
     mark = " (without headroom)" if enough is False else ""
-    yield f"## {asked.condition(condition)}{mark}\n"
+    yield f"{level} {asked.condition(condition)}{mark}\n"
     yield tables.accuracy(outcomes, asked, condition)
     domains = {
         path: path.removeprefix("domains/") for path in outcomes.paths(condition, "domains/")
@@ -142,13 +165,20 @@ def _condition(outcomes: Outcomes, asked: Asked, condition: str) -> Iterator[str
     other = {path: words for path, words in other.items() if path in known}
     for words, columns in (("By domain", domains), ("Transfer, and AUC", other)):
         if columns:
-            yield f"### {words}, {condition}\n"
+            yield f"{level}# {words}, {condition}\n"
             yield tables.differences(outcomes, asked, condition, columns)
     if known & set(tables.OTHERS):
-        yield f"### Other numbers, {condition}\n"
+        yield f"{level}# Other numbers, {condition}\n"
         yield tables.levels(outcomes, asked, condition, tables.OTHERS)
     for stage in stages:
-        yield f"### {_when('Why', stage)}, {condition}\n"
+        yield f"{level}# {_when('Why', stage)}, {condition}\n"
+        yield (
+            "Coefficient: how hard a pair is pushed, 1/2 where the policy is at its reference. "
+            "Right pairs: their chosen response is truly the better one. Clip rate: the share of "
+            "values of sources that the initial pivot's replaced. Right source: how often the "
+            "source in the reference prefers the right response. Distance: mean absolute "
+            "difference of a response's log-prob.\n"
+        )
         columns = {stage + name: words for name, words in tables.WHY.items()}
         yield tables.levels(outcomes, asked, condition, columns)
         sources = {

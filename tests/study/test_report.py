@@ -19,7 +19,7 @@ from megatron_infifpo.study import figures
 from megatron_infifpo.study.asked import Asked
 from megatron_infifpo.study.comparisons import contrast, plan
 from megatron_infifpo.study.outcomes import read_outcomes
-from megatron_infifpo.study.report import page, write_report
+from megatron_infifpo.study.report import pages, write_report
 from megatron_infifpo.study.statistics import detectable, seeds_needed
 
 Row = dict[str, Any]
@@ -89,10 +89,13 @@ def written(tmp_path):
 
 @pytest.fixture
 def report(written):
-    """Make a page without figures."""
-    return lambda found, **settings: page(
-        read_outcomes(written(found)), Asked.read(SETTINGS | settings)
-    )
+    """Make all pages, one after the other, without figures."""
+
+    def make(found: list[Row], **settings: Any) -> str:
+        made = pages(read_outcomes(written(found)), Asked.read(SETTINGS | settings))
+        return "\n".join(made.values())
+
+    return make
 
 
 def cells(text: str, heading: str, first: str) -> dict[str, str]:
@@ -223,7 +226,7 @@ def test_headroom(report):
     text = report(rows())
     assert cells(text, "Headroom", "noise: a quarter is wrong")["headroom"] == "yes"
     assert cells(text, "Headroom", "clean")["headroom"] == "**none**"
-    assert "## clean (without headroom)\n" in text
+    assert "\n# clean (without headroom)\n" in text
     assert "## noise: a quarter is wrong\n" in text
     pilots = [row for row in rows() if row["condition"] == "noise" or row["role"] == "tuning"]
     row = cells(report(pilots, headroom=0.5), "Headroom", "clean")
@@ -288,18 +291,19 @@ def test_same_bytes_from_the_same_runs(report, written, tmp_path):
     write_report(written(found), SETTINGS, tmp_path / "report")
     first = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
     names = ("contrasts", "coefficients", "differences", "sources")
-    assert first.keys() == {"report.md", *(f"{name}.svg" for name in names)}
+    assert first.keys() == {"report.md", "condition-clean.md", *(f"{name}.svg" for name in names)}
     for name in names:
         text = first[f"{name}.svg"].decode()
         assert ElementTree.fromstring(text).tag.endswith("svg") and "<dc:date>" not in text
         assert f"]({name}.svg)" in first["report.md"].decode()
+    assert b"[clean](condition-clean.md)" in first["report.md"]
     assert b"<!-- points of accuracy above dpo -->" in first["differences.svg"]
     random.Random(0).shuffle(found)
     packed = written(found, "results.jsonl.gz")
     (tmp_path / "matplotlibrc").write_text("font.size: 20\naxes.grid: True\nsvg.fonttype: none\n")
     program = (
         "import json, sys; from pathlib import Path; "
-        "from megatron_infifpo.study.report import page, write_report; "
+        "from megatron_infifpo.study.report import pages, write_report; "
         "settings = json.loads(sys.argv[2]); "
         "settings['sources'] = {'clipped': {1: 'one', 2: 'two'}}; "
         "write_report(Path(sys.argv[1]), settings, Path(sys.argv[3]))"
