@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
         if args.results is None:
             raise UserError("--results is missing: the file of finished runs")
-        print(write_report(args.results, settings.report, args.output))
+        print(write_report(args.results, settings.told, args.output))
         return 0
     if unknown := set(args.conditions) - set(settings.conditions):
         known = ", ".join(settings.conditions)

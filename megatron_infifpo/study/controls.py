@@ -15,7 +15,7 @@ from megatron_infifpo.references.logprob_writer import LogprobWriter
 
 UNIFORM = -float(np.log(256))  # a byte as likely as any other
 CERTAIN = -1e-6, -20.0
-Row = tuple[Sequence[float], Sequence[int]]
+Row = tuple[np.ndarray, np.ndarray]
 
 
 def shuffled(store: Path, output: Path, domains: Sequence[str], seed: int) -> Path:
@@ -48,7 +48,7 @@ def truth(store: Path, output: Path, verdicts: np.ndarray) -> Path:
 
     def row(index: int) -> Row:
         others = [CERTAIN[1]] * (len(read.counts(index)) - 2)
-        return [*both[int(verdicts[index] == 1)], *others], read.counts(index)
+        return np.array([*both[int(verdicts[index] == 1)], *others]), read.counts(index)
 
     return _write(store, output, row)
 

@@ -124,6 +124,21 @@ class Settings:
         made._check(path)
         return made
 
+    @property
+    def of_stages(self) -> dict[str, Any]:
+        """What all runs of a folder must share."""
+        names = ("sets", "prompts", "pretraining", "sft", "training")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a report is told, see `report`: names in words, and the planned seeds."""
+        words = {
+            "conditions": {name: each.words for name, each in self.conditions.items()},
+            "methods": {name: each.words for name, each in self.methods.items()},
+        }
+        return {**self.report, **words}
+
     def _check(self, path: Path) -> None:
         for condition in self.conditions.values():
             for name in (*condition.methods, *condition.also, *condition.tuned):

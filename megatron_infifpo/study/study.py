@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.study.forks import warm_up
-from megatron_infifpo.study.runs import Run, Runner
+from megatron_infifpo.study.inputs import Run
+from megatron_infifpo.study.runs import Runner
 from megatron_infifpo.study.settings import MATCHED, TUNED, Condition, Settings
 from megatron_infifpo.study.stages import Stages, read_lines
 
 FINAL, TUNING = "final", "tuning"
-RESULTS = "results.jsonl"
+RESULTS, KEPT = "results.jsonl", "settings.json"
 
 
 class Study:
@@ -34,11 +35,22 @@ class Study:
     """
 
     def __init__(self, folder: Path, settings: Settings, only: Sequence[str] = ()) -> None:
-        """Take a folder, which may hold what is done, and conditions, if not all."""
+        """Take a folder, which may hold what is done, and conditions, if not all.
+
+        Raises:
+            UserError: what is done there was done with other settings.
+        """
         self.settings, self.results = settings, folder / RESULTS
         self.only = only or list(settings.conditions)
         self.stages = Stages(folder, settings)
         folder.mkdir(parents=True, exist_ok=True)
+        kept, now = folder / KEPT, json.dumps(settings.of_stages)
+        if kept.exists() and kept.read_text(encoding="utf-8") != now:
+            raise UserError(
+                f"{folder} was made with {kept.read_text(encoding='utf-8')}, and the settings say "
+                f"{now}: choose another --output"
+            )
+        kept.write_text(now, encoding="utf-8")
 
     def rows(self) -> list[dict[str, Any]]:
         """Results so far."""

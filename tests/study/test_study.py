@@ -80,9 +80,17 @@ def test_best_mean_of_the_tuning_seeds_is_chosen(settings: Settings, tmp_path: P
     assert [run.role for run in todo] == [FINAL] * 10
 
 
+def test_folder_of_other_settings(settings: Settings, tmp_path: Path):
+    Study(tmp_path / "out", settings)
+    Study(tmp_path / "out", settings)
+    (tmp_path / "study.yaml").write_text(SMALL.replace("epochs: 1", "epochs: 2"))
+    with pytest.raises(UserError, match="choose another --output"):
+        Study(tmp_path / "out", Settings.read(tmp_path / "study.yaml"))
+
+
 def test_published_settings():
     """Every method's flags are a method; what is compared is there."""
-    from megatron_infifpo.study.runs import method_of
+    from megatron_infifpo.study.inputs import method_of
 
     settings = Settings.read(PUBLISHED)
     for method in settings.methods.values():

@@ -1,0 +1,84 @@
+"""A study of a few steps, from untrained models to a report, and again from where it is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from support.launcher import ROOT
+
+SETTINGS = """
+sets: 1
+tuning_seeds: [100]
+prompts: {sft: 40, preference: 40, heldout: 30, log_odds: 12}
+pretraining: {texts: 120, steps: 3, batch: 16, lr: 1.0e-3}
+sft: {epochs: 1, batch: 8, lr: 1.0e-3}
+training: {epochs: 1, batch: 8, lr: 1.0e-3}
+explained: 1
+conditions:
+  noisy:
+    words: noisy
+    noise: 25
+    sources: [generalist, sums-expert]
+    seeds: 1
+    methods: [sft, more-sft, shuffled, truth, infifusion, pad]
+    tuned: [more-sft]
+methods:
+  sft: {words: SFT}
+  more-sft: {words: more SFT, flags: --method sft, grid: {lr: [1.0e-3]}}
+  shuffled: {words: shuffled, flags: --method infifpo, control: shuffled}
+  truth:
+    words: truth
+    flags: --method dpo --pair-weights best-source --verdict-cut 0.5
+    control: truth
+    sources: [generalist]
+  infifusion:
+    words: InfiFusion
+    flags: --method infifusion
+    targets: --fusion none
+    sources: [generalist]
+  pad: {words: PAD, flags: --method pad, data: lists}
+report: {main: noisy, baseline: more-sft}
+"""
+
+
+def study(*words: object) -> str:
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_infifpo", "study"]
+    ran = subprocess.run(
+        [*command, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    return ran.stdout
+
+
+def test_from_untrained_models_to_a_report(tmp_path: Path):
+    settings, output = tmp_path / "study.yaml", tmp_path / "out"
+    settings.write_text(SETTINGS)
+    flags = ("--settings", settings, "--output", output)
+    assert "8 runs" in study("run", *flags)
+    rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    found = {(row["method"], row["settings"], row["role"]): row for row in rows}
+    assert len(found) == 8
+    for row in rows:
+        assert 0 <= row["accuracy"] <= 1 and 0 <= row["neither"] <= 1
+    start, end = (found["shuffled", "matched", "final"]["why"][when] for when in ("start", "end"))
+    assert start["drift"] == 0 < end["drift"]
+    assert start["coefficient"] >= 0.5  # clipped, a reference can only ask for more
+    again = found["more-sft", "matched", "final"], found["more-sft", "tuned", "final"]
+    same = [
+        {k: v for k, v in row.items() if k not in ("settings", "variant", "seconds")}
+        for row in again
+    ]
+    assert same[0] == same[1]  # one learning rate, the same seed: the same numbers
+    study("run", *flags)
+    assert len((output / "results.jsonl").read_text().splitlines()) == 8
+    study(
+        "report",
+        "--settings",
+        settings,
+        "--results",
+        output / "results.jsonl",
+        "--output",
+        tmp_path / "page",
+    )
+    assert "PAD" in (tmp_path / "page" / "report.md").read_text()
