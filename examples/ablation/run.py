@@ -18,7 +18,6 @@ from megatron_infifpo.errors import UserError
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 import stages  # noqa: E402
 import table  # noqa: E402
-from job import Job  # noqa: E402
 
 SUMS = ["--no-length-normalization"]
 # name -> label of the row, flags
@@ -38,7 +37,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="the demo's folder")
-    parser.add_argument("--gemma", action="store_true", help="with the demo's third source")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -46,8 +44,7 @@ def main() -> None:
         help=f"train these only: {', '.join(VARIANTS)}, sources-1, sources-2, ...",
     )
     args = parser.parse_args()
-    job = Job(args.output, stages.RECORDS)
-    prepared = stages.prepare(job, gemma=args.gemma)
+    job, prepared, start = stages.prepare(args.output)
     names = list(prepared.models)
     # name -> label, flags, sources
     rows = {name: (label, flags, names) for name, (label, flags) in VARIANTS.items()}
@@ -61,13 +58,13 @@ def main() -> None:
         label, flags, sources = rows[name]
         job.stage(f"{label.strip()}: train, score the held-out pairs")
         trained = job.train(
-            f"ablation-{name}", "train", prepared.pivot,
-            "--method", "infifpo", *flags, *stages.TRAIN, "--train-iters", "12", "--no-save-optim",
-            "--preference-sources", job.sources("train", "pivot", sources, stages.DOMAINS),
+            f"ablation-{name}", "preference", start, "--method", "infifpo", *flags, *stages.TRAIN,
+            "--preference-sources", job.sources("preference", "sft", sources),
         )  # fmt: skip
-        job.score("heldout", f"ablation-{name}", trained, *job.pipeline)
+        job.score("heldout", f"ablation-{name}", trained)
     job.stage("held-out pairs")
-    finished = {"pivot": "pivot"}
+    job.score("heldout", "sft", start)
+    finished = {"SFT, the start": "sft"}
     for name, (label, _, _) in rows.items():
         if (job.folder / "logprobs" / f"heldout-ablation-{name}.json").exists():
             finished[label] = f"ablation-{name}"

@@ -77,7 +77,7 @@ def make_tokenizer(kind: Kind, texts: list[list[dict[str, str]]]) -> PreTrainedT
     template += f"{{% if add_generation_prompt %}}{{{{ '{turns['assistant']}' }}}}{{% endif %}}"
     special = {"eos": kind.end, "pad": "<pad>", **turns}
     made = Specialist(
-        "", kind.family, (), kind.vocab_size, special, template, steps=0, digits=kind.digits
+        "", kind.family, "", kind.vocab_size, special, template, steps=0, digits=kind.digits
     )
     tokenizer = specialists.train_tokenizer(made, texts)
     tokenizer.model_max_length = CONTEXT

@@ -23,12 +23,11 @@ import stages  # noqa: E402
 import table  # noqa: E402
 from job import Job  # noqa: E402
 
-TRAIN = [*stages.TRAIN, "--train-iters", "12", "--no-save-optim"]
 TOP = ["--top-k", "16", "--top-k-responses", "chosen"]
-# The training records, scored with the most probable tokens too.
+# The records of the second stage, scored with the most probable tokens too.
 SPLIT = "top"
 LABELS = {
-    "sft": "SFT",
+    "sft": "more SFT",
     "fusellm": "FuseLLM",
     "infifusion": "InfiFusion",
     "fusechat": "FuseChat",
@@ -45,36 +44,35 @@ FUSE = {
 class Baselines:
     """Trains the demo's pivot by each method."""
 
-    def __init__(self, job: Job, prepared: stages.Prepared):
-        """Take a job whose pairs are prepared and scored."""
-        self.job, self.prepared = job, prepared
+    def __init__(self, job: Job, prepared: stages.Prepared, start: Path):
+        """Take a job whose pairs are prepared and scored, and the SFT result."""
+        self.job, self.prepared, self.start = job, prepared, start
+        job.records[SPLIT] = job.records["preference"]
         self.names = list(prepared.models)
 
     def score(self) -> None:
         """Score the training records with the most probable tokens."""
         job = self.job
         job.stage("score the training records with the 16 most probable tokens")
-        job.score(SPLIT, "pivot", self.prepared.pivot, *job.pipeline, *TOP)
-        for name, (model, flags) in self.prepared.models.items():
-            job.score(SPLIT, name, model, *flags, *TOP)
+        job.score(SPLIT, "sft", self.start, "pipeline", *TOP)
+        for name, (model, layout) in self.prepared.models.items():
+            job.score(SPLIT, name, model, layout, *TOP)
 
     def fuse(self, method: str, name: str, *flags: str) -> list[object]:
         """Fuse soft targets for a method; return the flag of training that names them."""
         job = self.job
         output = job.folder / "targets" / name
         job.once(
-            f"targets-{name}", "fuse-targets", "--data", job.folder / "data" / "train",
-            "--sources", job.sources(SPLIT, "pivot", self.names, stages.DOMAINS),
+            f"targets-{name}", "fuse-targets", "--data", job.folder / "data" / "preference",
+            "--sources", job.sources(SPLIT, "sft", self.names),
             "--output", output, *FUSE[method], *flags,
         )  # fmt: skip
         return ["--soft-targets", output]
 
     def train(self, method: str, name: str, *flags: object) -> Path:
-        """Train the pivot; return the run's folder."""
-        start = self.prepared.pivot
-        return self.job.train(
-            f"baselines-{name}", "train", start, "--method", method, *flags, *TRAIN
-        )
+        """Train the SFT result; return the run's folder."""
+        flags = ("--method", method, *flags, *stages.TRAIN)
+        return self.job.train(f"baselines-{name}", "preference", self.start, *flags)
 
     def model(self, method: str) -> Path:
         """Make a method's model; return its folder."""
@@ -85,7 +83,7 @@ class Baselines:
             return self.train(method, method, *self.fuse(method, method))
         if method == "sft":
             return self.train(method, method)
-        sources = self.job.sources("train", "pivot", self.names, stages.DOMAINS)
+        sources = self.job.sources("preference", "sft", self.names)
         return self.train(method, method, "--preference-sources", sources)
 
     def fusechat(self) -> Path:
@@ -99,7 +97,7 @@ class Baselines:
         self.job.stage("FuseChat: merge, score the held-out pairs")
         merged = self.job.folder / "baselines-fusechat"
         # As in FuseChat's code: a tenth of the changes alone is nearly the pivot again.
-        how = ["--method", "sce", "--select", "weights", "--base", self.prepared.hf_pivot]
+        how = ["--method", "sce", "--select", "weights", "--base", self.job.export(self.start)]
         self.job.once(merged.name, "merge", *how, "--models", *models, "--output", merged)
         return merged
 
@@ -109,19 +107,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="the demo's folder")
-    parser.add_argument("--gemma", action="store_true", help="with the demo's third source")
     parser.add_argument(
         "--only", nargs="+", choices=LABELS, default=list(LABELS), help="of the rows"
     )
     args = parser.parse_args()
-    job = Job(args.output, {**stages.RECORDS, SPLIT: stages.RECORDS["train"]})
-    baselines = Baselines(job, stages.prepare(job, gemma=args.gemma))
+    job, prepared, start = stages.prepare(args.output)
+    baselines = Baselines(job, prepared, start)
     if set(args.only) & set(FUSE):
         baselines.score()
     for method in args.only:
-        job.score("heldout", f"baselines-{method}", baselines.model(method), *job.pipeline)
+        job.score("heldout", f"baselines-{method}", baselines.model(method))
     job.stage("held-out pairs")
-    finished = {"pivot": "pivot"}
+    job.score("heldout", "sft", start)
+    finished = {"SFT, the start": "sft"}
     for method, label in LABELS.items():
         if (job.folder / "logprobs" / f"heldout-baselines-{method}.json").exists():
             finished[label] = f"baselines-{method}"

@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +23,13 @@ from megatron_infifpo.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 # As a module: it needs no script on PATH, and torchrun starts it so, too.
 PROGRAM = ["-m", "megatron_infifpo"]
+Domains = dict[str, list[str]]  # of the sources that take part in some only
+# How scoring uses the ranks; their number follows.
+LAYOUTS = {
+    # Short rows keep all pipeline stages busy.
+    "pipeline": ["--micro-batch-tokens", "1024", "--pipeline-model-parallel-size"],
+    "tensor": ["--tensor-model-parallel-size"],
+}
 
 
 def count_gpus() -> int:
@@ -34,18 +43,15 @@ class Job:
     """A folder with everything that one pivot's fusion makes, on two ranks or one GPU.
 
     Attributes:
+        gpus: that a command sees.
         ranks: of training and scoring: two, which share a CPU's cores but not a GPU.
-        pipeline: flags of scoring with the layers spread over them.
-        tensor: with every layer spread.
+        beside: another command runs at the same time, so that this one has a core alone.
     """
 
     def __init__(self, folder: Path, records: dict[str, Path]):
         """Work in a folder, on the given preference files by the name of their split."""
-        self.ranks = 1 if count_gpus() == 1 else 2
-        # Short rows keep all pipeline stages busy.
-        self.pipeline = ["--backend", "megatron", "--micro-batch-tokens", "1024"]
-        self.pipeline += ["--pipeline-model-parallel-size", str(self.ranks)]
-        self.tensor = ["--backend", "megatron", "--tensor-model-parallel-size", str(self.ranks)]
+        self.gpus, self.beside = count_gpus(), False
+        self.ranks = 1 if self.gpus == 1 else 2
         self.folder = folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.records = records
@@ -63,11 +69,11 @@ class Job:
     def command(self, *words: object, ranks: int = 0, log: Path | None = None) -> None:
         """Run `infifpo WORDS` and print it.
 
-        `ranks` > 0 starts it under torchrun. With `log`, its output goes there and a bar shows
+        `ranks` > 1 starts it under torchrun. With `log`, its output goes there and a bar shows
         the steps that it reports.
         """
         launcher = [sys.executable]
-        if ranks:
+        if ranks > 1:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
@@ -75,9 +81,9 @@ class Job:
             launcher += ["--master-port", str(port)]
         argv = [str(word) for word in words]
         torchrun = ["torchrun", "--nproc-per-node", str(ranks), *PROGRAM]
-        shown = torchrun if ranks else ["infifpo"]
+        shown = torchrun if ranks > 1 else ["infifpo"]
         print("$", " ".join([*shown, *argv]).replace(f"{ROOT}/", ""), flush=True)
-        env = {**self.env, "OMP_NUM_THREADS": "1" if ranks > 1 else "2"}
+        env = {**self.env, "OMP_NUM_THREADS": "1" if ranks > 1 or self.beside else "2"}
         pipe = None if log is None else subprocess.PIPE
         joined = None if log is None else subprocess.STDOUT
         command = [*launcher, *PROGRAM, *argv]
@@ -93,6 +99,8 @@ class Job:
         """Run a command unless it is finished; `name` says what it makes."""
         stamp = self.folder / "commands" / name
         line = " ".join(str(word) for word in words)
+        if self.beside and log is None:
+            log = self.folder / f"{name}.log"
         if not stamp.exists():
             self.command(*words, ranks=ranks, log=log)
             stamp.parent.mkdir(exist_ok=True)
@@ -115,16 +123,34 @@ class Job:
         flags = ["--input", self.records[split], "--tokenizer", tokenizer, "--output", prefix]
         self.once(f"data-{split}", "prepare", *flags)
 
-    def score(self, split: str, name: str, model: Path, *flags: str) -> None:
-        """Score a split under a model, on all ranks or by transformers in one process."""
+    def side_by_side(self, *works: Callable[["Job"], object]) -> None:
+        """Do works, each a function of a job: on a CPU two at a time, on one core and rank each."""
+        if self.gpus:
+            for work in works:
+                work(self)
+            return
+        alone = copy(self)
+        alone.ranks, alone.beside = 1, True
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(work, alone) for work in works]:
+                done.result()
+
+    def score(
+        self, split: str, name: str, model: Path, layout: str = "pipeline", *flags: str
+    ) -> None:
+        """Score a split under a model, laid out on all ranks or by transformers in one process."""
         output = self.folder / "logprobs" / f"{split}-{name}"
         words = ["--model", model, "--name", name, "--input", self.records[split]]
         words += ["--output", output, *flags]
-        ranks = 0 if "transformers" in flags else self.ranks
+        if layout == "transformers":
+            ranks, words = 0, [*words, "--backend", "transformers"]
+        else:
+            ranks = self.ranks
+            words += ["--backend", "megatron", *LAYOUTS[layout], str(ranks)]
         self.once(f"logprobs-{split}-{name}", "score", *words, ranks=ranks)
 
     def sources(
-        self, split: str, initial: str, names: Iterable[str], domains: dict[str, list[str]]
+        self, split: str, initial: str, names: Iterable[str], domains: Domains | None = None
     ) -> Path:
         """Write a sources.yaml (JSON is YAML too) and return its path."""
         names = list(names)
@@ -132,7 +158,8 @@ class Job:
         entries = []
         for name in names:
             entry = {"name": name, "logprobs": f"../logprobs/{split}-{name}"}
-            entries.append(entry | ({"domains": domains[name]} if name in domains else {}))
+            limits = (domains or {}).get(name)
+            entries.append(entry | ({"domains": limits} if limits else {}))
         content = {"initial": f"../logprobs/{split}-{initial}", "sources": entries}
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -160,12 +187,16 @@ class Job:
 
 
 def show_steps(lines: Iterable[str], log: Path) -> None:
-    """Copy a training's output into a file, and its step lines into a progress bar."""
-    with open(log, "w", encoding="utf-8") as file, tqdm(desc="train", unit="step") as bar:
+    """Copy a command's output into a file, and a training's step lines into a progress bar."""
+    bar = None
+    with open(log, "w", encoding="utf-8") as file:
         for line in lines:
             file.write(line)
             step = re.search(r"iteration +(\d+)/ +(\d+) .*\| loss: (\S+)", line)
             if step:
-                bar.total = int(step[2])
+                if bar is None:
+                    bar = tqdm(desc=f"train {log.stem}", total=int(step[2]), unit="step")
                 bar.set_postfix(loss=f"{float(step[3]):.3f}", refresh=False)
                 bar.update(int(step[1]) - bar.n)
+    if bar is not None:
+        bar.close()

@@ -1,15 +1,9 @@
-#!/usr/bin/env python
-"""Train the demo's two source models: small specialists with tokenizers of their own.
+"""Train the demo's two source models: small ones, with tokenizers of their own.
 
-`generalist` is a Qwen2 model on all three domains, `coder` a Phi-3 model on code alone. Each has
-its own vocabulary, special tokens and chat template, and takes about a minute on two CPU cores.
-The command then shows on the held-out pairs that they are language models, if tiny ones: their
-perplexity on the chosen responses is lower than on the rejected ones.
-
-    python examples/demo/specialists.py --output outputs/demo/specialists
+`trader` is a Qwen2 model that knows how the island trades, `host` a Phi-3 model that knows how it
+feasts. Each has its own vocabulary, special tokens and chat template.
 """
 
-import argparse
 import random
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,25 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import training_text
+from island import Chat, chats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
 )
 
-from megatron_infifpo.commands.entry import run
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.storage.aside import whole_folder
 
 SEED = 1234
-CONTEXT = 1024  # positions of both models; longer than any pair of the demo
+CONTEXT = 1024  # positions of both models
 
 
 @dataclass(frozen=True)
@@ -46,21 +37,21 @@ class Specialist:
 
     name: str
     family: str  # as transformers calls it
-    domains: tuple[str, ...]
+    knows: str  # a domain
     vocab_size: int
     special_tokens: dict[str, str]
     template: str
     steps: int
-    layers: int = 4
+    layers: int = 2
     groups: int = 2  # of heads that share keys and values
     digits: bool = True  # each is a token
 
 
-GENERALIST = Specialist(
-    name="generalist",
+TRADER = Specialist(
+    name="trader",
     family="qwen2",
-    domains=("general", "math", "code"),
-    vocab_size=3072,
+    knows="trade",
+    vocab_size=448,
     special_tokens={"pad": "<|pad|>", "eos": "<|turn|>", "system": "<|system|>"}
     | {"user": "<|user|>", "assistant": "<|assistant|>"},
     template=(
@@ -69,13 +60,13 @@ GENERALIST = Specialist(
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     ),
-    steps=350,
+    steps=450,
 )
-CODER = Specialist(
-    name="coder",
+HOST = Specialist(
+    name="host",
     family="phi3",
-    domains=("code",),
-    vocab_size=2048,
+    knows="feasts",
+    vocab_size=384,
     special_tokens={
         "pad": "<pad>",
         "bos": "<s>",
@@ -90,38 +81,12 @@ CODER = Specialist(
         "{% else %}{{ message['content'] + '</s>' }}{% endif %}"
         "{% endfor %}"
     ),
-    steps=350,
+    steps=450,
 )
-SPECIALISTS = {specialist.name: specialist for specialist in (GENERALIST, CODER)}
+SPECIALISTS = {specialist.name: specialist for specialist in (TRADER, HOST)}
 
 
-def conversations(specialist: Specialist) -> list[list[dict[str, str]]]:
-    """The specialist's training text as message lists: generated text and chosen responses."""
-    rng = random.Random(SEED)
-    examples = 2 * training_text.training_examples(specialist.domains)
-    if "general" in specialist.domains:
-        examples += training_text.general_examples(rng)
-    if "math" in specialist.domains:
-        examples += training_text.math_examples(rng, 600)
-    if "code" in specialist.domains:
-        examples += training_text.template_code_examples(
-            rng, 200
-        ) + training_text.stdlib_code_examples(700)
-    chats = []
-    for system, prompt, response in examples:
-        chats.append([*messages(system, prompt), {"role": "assistant", "content": response}])
-    return chats
-
-
-def messages(system: str, prompt: str) -> list[dict[str, str]]:
-    """The prompt as a message list, without a system message where there is none."""
-    start = [{"role": "system", "content": system}] if system else []
-    return [*start, {"role": "user", "content": prompt}]
-
-
-def train_tokenizer(
-    specialist: Specialist, chats: list[list[dict[str, str]]]
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(specialist: Specialist, texts: list[Chat]) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `specialist.vocab_size` ids, special tokens first."""
     tokenizer = Tokenizer(models.BPE())
     if specialist.family == "qwen2":
@@ -140,7 +105,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((turn["content"] for chat in chats for turn in chat), trainer)
+    tokenizer.train_from_iterator((turn["content"] for chat in texts for turn in chat), trainer)
     special = specialist.special_tokens
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -182,10 +147,10 @@ def train_specialist(
     *,
     steps: int | None = None,
     batch_size: int = 8,
-    sequence_length: int = 160,
+    sequence_length: int = 128,
     learning_rate: float = 6e-3,
 ) -> Path:
-    """Train specialist `name` ("generalist" or "coder") as `make` does, as `output_dir/name`.
+    """Train specialist `name` ("trader" or "host") as `make` does, as `output_dir/name`.
 
     Raises UserError for an unknown name.
     """
@@ -195,7 +160,7 @@ def train_specialist(
     return make(
         specialist if steps is None else replace(specialist, steps=steps),
         Path(output_dir) / name,
-        lambda: conversations(specialist),
+        lambda: list(chats(specialist.knows)),
         batch_size=batch_size,
         sequence_length=sequence_length,
         learning_rate=learning_rate,
@@ -206,7 +171,7 @@ def train_specialist(
 def make(
     specialist: Specialist,
     output: Path,
-    texts: Callable[[], list[list[dict[str, str]]]],
+    texts: Callable[[], list[Chat]],
     *,
     batch_size: int,
     sequence_length: int,
@@ -221,10 +186,10 @@ def make(
     if (output / "config.json").exists():
         return output
     torch.manual_seed(SEED)
-    chats = texts()
-    tokenizer = train_tokenizer(specialist, chats)
+    read = texts()
+    tokenizer = train_tokenizer(specialist, read)
     model = build_model(specialist, tokenizer)
-    encoded = [tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats]
+    encoded = [tokenizer.apply_chat_template(chat, return_dict=False) for chat in read]
 
     steps = specialist.steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
@@ -260,32 +225,6 @@ def _batches(encoded: list[list[int]], batch_size: int, length: int) -> Iterator
         stream = stream[size:]
 
 
-def held_out_perplexity(folder: str | Path, domains: tuple[str, ...]) -> tuple[float, float, float]:
-    """(perplexity of chosen, of rejected, share of pairs with chosen likelier).
-
-    Per response the mean log-prob of its tokens, end of turn included, averaged over the held-out
-    pairs of `domains`.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    mean_logps = []  # [pairs, 2]
-    for system, prompt, *responses in training_text.pairs("heldout", domains):
-        context = tokenizer.apply_chat_template(
-            messages(system, prompt), add_generation_prompt=True, return_dict=False
-        )
-        row = []
-        for response in responses:
-            target = tokenizer(response, add_special_tokens=False).input_ids
-            target.append(tokenizer.eos_token_id)
-            with torch.no_grad():
-                logits = model(torch.tensor([context + target])).logits[0, len(context) - 1 : -1]
-            row.append(-F.cross_entropy(logits, torch.tensor(target)).item())
-        mean_logps.append(row)
-    chosen, rejected = torch.tensor(mean_logps).unbind(1)
-    perplexities = (-chosen.mean()).exp().item(), (-rejected.mean()).exp().item()
-    return *perplexities, (chosen > rejected).float().mean().item()
-
-
 def train_all(output_dir: str | Path) -> dict[str, Path]:
     """Train every specialist that is not there yet, at once; returns name -> folder."""
     return at_once(train_specialist, SPECIALISTS, output_dir)
@@ -300,20 +239,3 @@ def at_once(
     with ProcessPoolExecutor(len(names), spawn, initializer=limit, initargs=(1,)) as pool:
         jobs = {name: pool.submit(train, name, output_dir) for name in names}
         return {name: job.result() for name, job in jobs.items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", required=True, type=Path, help="folder for the two models")
-    for name, folder in train_all(parser.parse_args().output).items():
-        chosen, rejected, share = held_out_perplexity(folder, SPECIALISTS[name].domains)
-        print(
-            f"{name}: {folder}, held-out perplexity {chosen:.1f} on chosen and {rejected:.1f} on "
-            f"rejected responses; prefers chosen in {share:.0%} of the pairs of its domains"
-        )
-
-
-if __name__ == "__main__":
-    run(main)

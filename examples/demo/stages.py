@@ -1,64 +1,84 @@
-"""The demo's data, models and settings, up to the scored pairs that training starts from."""
+"""The paper's two stages on the demo's data: what each makes is what the next ones begin with."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma import save_gemma
+from island import write_records
 from job import Job
 from pivot import save_pivot
 from specialists import train_all
 
-HERE = Path(__file__).resolve().parent
-RECORDS = {split: HERE / "data" / f"{split}.jsonl" for split in ("train", "heldout")}
-# Sources that take part in some domains only; the others in all.
-DOMAINS = {"coder": ["code"]}
-# The published learning rate of 1e-7 is for 14B parameters and 587 steps; this is 135M and 12.
-TRAIN = ["--lr", "5e-5", "--min-lr", "5e-6", "--lr-decay-style", "cosine"]
+# The published rates of 1e-6 and 1e-7 are for 14B parameters and hundreds of steps of 128.
+TRAIN = ["--lr", "1e-4", "--min-lr", "1e-5", "--lr-decay-style", "cosine"]
 TRAIN += ["--lr-warmup-fraction", "0.1", "--clip-grad", "1.0", "--weight-decay", "0.0"]
-TRAIN += ["--global-batch-size", "8", "--micro-batch-size", "1"]
-TRAIN += ["--seq-length", "1024", "--log-interval", "1", "--seed", "1234"]
+TRAIN += ["--global-batch-size", "8", "--micro-batch-size", "4", "--seq-length", "256"]
+TRAIN += ["--log-interval", "1", "--seed", "1234", "--no-save-optim"]
+# The halves of the training records.
+HALVES = ("sft", "preference")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the demo's first stages leave.
-
-    `models` are the sources, name -> Hugging Face folder, with the flags that score them.
-    """
+    """The models of a job: the pivot, converted too; sources, name -> folder, layout of scoring."""
 
     hf_pivot: Path
     pivot: Path
-    models: dict[str, tuple[Path, list[str]]]
+    models: dict[str, tuple[Path, str]]
 
 
-def models(job: Job, *, gemma: bool) -> Prepared:
+def models(job: Job) -> Prepared:
     """Get the pivot, train the specialists, import the pivot."""
     job.stage("get the pivot, SmolLM2-135M-Instruct, and train two specialists as its sources")
     hf_pivot = save_pivot(job.folder / "pivot-hf")
-    trained = train_all(job.folder / "sources-hf")
-    sources = {name: (model, job.tensor) for name, model in trained.items()}
-    if gemma:
-        folder = save_gemma(job.folder / "gemma-hf")
-        sources["gemma"] = (folder, ["--backend", "transformers"])
+    sources = train_all(job.folder / "sources-hf")
     job.stage("import the pivot: Hugging Face -> Megatron")
-    return Prepared(hf_pivot, job.import_pivot(hf_pivot), sources)
+    pivot = job.import_pivot(hf_pivot)
+    return Prepared(hf_pivot, pivot, {name: (hf, "tensor") for name, hf in sources.items()})
 
 
-def score_sources(job: Job, prepared: Prepared, splits: tuple[str, ...]) -> None:
-    """Score splits under every source."""
-    for split in splits:
-        for name, (model, flags) in prepared.models.items():
-            job.score(split, name, model, *flags)
+def new_job(folder: Path, heldout: Path) -> Job:
+    """A job on both halves of its records, and on held-out ones."""
+    folder = folder.resolve()
+    return Job(folder, {half: folder / f"{half}.jsonl" for half in HALVES} | {"heldout": heldout})
 
 
-def prepare(job: Job, *, gemma: bool) -> Prepared:
-    """Run everything that comes before training, on both splits."""
-    prepared = models(job, gemma=gemma)
-    job.stage("tokenize the preference pairs for the pivot")
-    for split in RECORDS:
-        job.tokenize(split, prepared.hf_pivot)
-    job.stage(f"score every pair: the pivot at PP {job.ranks}, the specialists at TP {job.ranks}")
-    for split in RECORDS:
-        job.score(split, "pivot", prepared.pivot, *job.pipeline)
-    score_sources(job, prepared, tuple(RECORDS))
-    return prepared
+def halve(job: Job, records: Path, tokenizer: Path) -> None:
+    """Split records by prompt, and tokenize all for the pivot."""
+    job.stage("split the records by prompt, tokenize both halves and the held-out pairs")
+    parts = [word for half in HALVES for word in (f"--{half}", job.records[half])]
+    job.once("split", "split", "--input", records, *parts)
+    job.side_by_side(
+        *(lambda job, name=split: job.tokenize(name, tokenizer) for split in job.records)
+    )
+
+
+def first_stage(job: Job, pivot: Path, *flags: object) -> Path:
+    """SFT on one half; the result is the initial pivot of all that follows."""
+    job.stage(f"first stage: SFT on the chosen responses of one half, PP {job.ranks}")
+    return job.train("sft", "sft", pivot, "--method", "sft", *flags)
+
+
+def score(job: Job, split: str, start: Path, sources: dict[str, tuple[Path, str]]) -> None:
+    """Score a split under the initial pivot and every source."""
+    job.side_by_side(
+        lambda job: job.score(split, "sft", start),
+        *(
+            lambda job, name=name, model=model, layout=layout: job.score(split, name, model, layout)
+            for name, (model, layout) in sources.items()
+        ),
+    )
+
+
+def prepare(folder: Path) -> tuple[Job, Prepared, Path]:
+    """Run everything up to the pairs that preference optimization starts from, all scored.
+
+    Returns the job, its models, and the SFT result.
+    """
+    records = write_records(folder.resolve() / "records")
+    job = new_job(folder, records["heldout"])
+    prepared = models(job)
+    halve(job, records["train"], prepared.hf_pivot)
+    start = first_stage(job, prepared.pivot, *TRAIN)
+    job.stage("score the other half of the pairs: the SFT result and the specialists")
+    score(job, "preference", start, prepared.models)
+    return job, prepared, start

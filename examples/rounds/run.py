@@ -13,7 +13,6 @@ command again after an interruption.
 import argparse
 import json
 import os
-import random
 import shlex
 import shutil
 import signal
@@ -26,7 +25,6 @@ from megatron_infifpo.commands.entry import run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 import specialists  # noqa: E402
-import training_text  # noqa: E402
 from specialists import Specialist  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -47,7 +45,7 @@ def small(name: str, family: str, vocab_size: int, turn: str, end: str) -> Speci
     template += f"{{% if add_generation_prompt %}}{{{{ '{turns['assistant']}' }}}}{{% endif %}}"
     special = {"eos": end, "pad": "<pad>", **turns}
     return Specialist(
-        name, family, ("general",), vocab_size, special, template, steps=150, layers=2, groups=4,
+        name, family, "", vocab_size, special, template, steps=150, layers=2, groups=4,
         digits=False,
     )  # fmt: skip
 
@@ -116,11 +114,13 @@ def write_inputs(folder: Path, source: Path) -> tuple[Path, Path]:
 
 def chats() -> list[list[dict[str, str]]]:
     """Everyday questions with their answers."""
-    found = training_text.general_examples(random.Random(specialists.SEED))
-    found += training_text.training_examples(("general",))
+    lines = (HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     return [
-        [*specialists.messages("", prompt), {"role": "assistant", "content": answer}]
-        for _, prompt, answer in found
+        [
+            {"role": "user", "content": one["prompt"]},
+            {"role": "assistant", "content": one["response"]},
+        ]
+        for one in map(json.loads, lines)
     ]
 
 

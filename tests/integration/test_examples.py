@@ -3,10 +3,17 @@ grid."""
 
 import argparse
 import importlib.util
+import math
+import re
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import add_method_flags, method_from_options, resolve
@@ -37,7 +44,12 @@ def forked(monkeypatch, ranks):
     def command(self, *words, ranks: int = 0, log=None, start=ranks):
         start(max(1, ranks), "support.tools:command", "megatron_infifpo", list(map(str, words)))
 
+    def in_turn(self, *works):  # ranks that are forked here come one after the other
+        for work in works:
+            work(self)
+
     monkeypatch.setattr(job.Job, "command", command)
+    monkeypatch.setattr(job.Job, "side_by_side", in_turn)
 
 
 @pytest.mark.parametrize("gpus, ranks", [(0, 2), (1, 1), (2, 2), (8, 2)])
@@ -53,15 +65,40 @@ def test_ranks(monkeypatch, tmp_path, gpus, ranks):
     )
     demo = job.Job(tmp_path, {"train": tmp_path / "train.jsonl"})
     demo.train("fused", "train", tmp_path / "pivot")
-    demo.score("train", "pivot", tmp_path / "pivot", *demo.pipeline)
-    demo.score("train", "coder", tmp_path / "coder", *demo.tensor)
-    demo.score("train", "gemma", tmp_path / "gemma", "--backend", "transformers")
+    demo.score("train", "pivot", tmp_path / "pivot")
+    demo.score("train", "coder", tmp_path / "coder", "tensor")
+    demo.score("train", "gemma", tmp_path / "gemma", "transformers")
     assert [count for count, _ in started] == [ranks, ranks, ranks, 0]
     sizes = [
         str(words[words.index(f"--{kind}-model-parallel-size") + 1])
         for (_, words), kind in zip(started, ("pipeline", "pipeline", "tensor"), strict=False)
     ]
     assert sizes == [str(ranks)] * 3
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_side_by_side(monkeypatch, tmp_path, gpus):
+    """On a CPU two at a time, with one rank and one thread each; in turn where there are GPUs."""
+    monkeypatch.syspath_prepend(str(DEMO))
+    import job
+
+    monkeypatch.setattr(job, "count_gpus", lambda: gpus)
+    demo = job.Job(tmp_path, {})
+    meeting, seen = threading.Barrier(1 if gpus else 2), []
+
+    def work(of: job.Job) -> None:
+        meeting.wait(timeout=30)  # for the other one
+        seen.append((of.ranks, of.beside))
+
+    demo.side_by_side(work, work)
+    assert seen == [(1 if gpus < 2 else 2, gpus == 0)] * 2
+    assert (demo.ranks, demo.beside) == (1 if gpus == 1 else 2, False)
+
+    def fail(of: job.Job) -> None:
+        raise UserError("a stage failed")
+
+    with pytest.raises(UserError, match="a stage failed"):
+        demo.side_by_side(fail)
 
 
 def test_count_gpus(monkeypatch):
@@ -119,9 +156,8 @@ def test_two_stages(forked, monkeypatch, tmp_path, capfd):
 @pytest.mark.parametrize(
     "argv, expected",
     [
-        (["--pivot", "x"], "--pivot and --source together"),
-        (["--pivot", "x", "--source", "qwen"], "expected NAME=DIR"),
-        (["--pivot", "x", "--source", "sft=hf"], "the name sft is taken"),
+        (["--source", "qwen"], "expected NAME=DIR"),
+        (["--source", "sft=hf"], "the name sft is taken"),
     ],
 )
 def test_two_stage_bad_input(forked, monkeypatch, tmp_path, argv, expected):
@@ -130,7 +166,8 @@ def test_two_stage_bad_input(forked, monkeypatch, tmp_path, argv, expected):
     (tmp_path / "hf" / "config.json").write_text('{"model_type": "llama"}')
     example = load(ROOT / "examples" / "two_stage" / "run.py")
     with pytest.raises(UserError, match=expected):
-        run(monkeypatch, example, "--output", tmp_path / "out", *argv)
+        given = ("--pivot", "x", "--records", "x", "--heldout", "x")
+        run(monkeypatch, example, "--output", tmp_path / "out", *given, *argv)
 
 
 def test_ablation_grid(monkeypatch):
@@ -149,53 +186,96 @@ def test_ablation_grid(monkeypatch):
     assert methods["dpo"] == resolve("dpo", length_normalization=True)
 
 
-def test_ablation_rows(forked, monkeypatch, setup, capfd):
-    """Two rows on tiny models: only their flags and sources differ, and both are in the table."""
+def on_tiny_models(monkeypatch, setup, records: dict[str, Path] | None = None) -> None:
+    """Let the examples take tiny models, and other records than the demo's."""
     import stages
 
-    example = load(ROOT / "examples" / "ablation" / "run.py")
-    records = {"train": setup.records, "heldout": setup.records}
-    monkeypatch.setattr(stages, "RECORDS", records)
+    records = records or {"train": setup.records, "heldout": setup.records}
+    monkeypatch.setattr(stages, "write_records", lambda folder: records)
     small = "--lr 1e-3 --global-batch-size 8 --micro-batch-size 2 --seq-length 256 --log-interval 1"
-    monkeypatch.setattr(stages, "TRAIN", small.split())
-    tensor = ["--backend", "megatron", "--tensor-model-parallel-size", "2"]
-    models = {name: (setup.folder / name, tensor) for name in ("qwen", "phi")}
+    monkeypatch.setattr(stages, "TRAIN", [*small.split(), "--train-iters", "2"])
+    models = {name: (setup.folder / name, "tensor") for name in ("qwen", "phi")}
     prepared = stages.Prepared(setup.hf, setup.pivot, models)
-    monkeypatch.setattr(stages, "models", lambda job, gemma: prepared)
+    monkeypatch.setattr(stages, "models", lambda job: prepared)
+
+
+def test_demo(forked, monkeypatch, setup, capfd):
+    """All of it on tiny models: every row is a model of its own, from the same start."""
+    import island
+
+    example = load(DEMO / "run.py")
+    folder = setup.folder / "demo"
+    on_tiny_models(monkeypatch, setup, island.write_records(folder / "records"))
+    run(monkeypatch, example, "--output", folder)
+    shown = capfd.readouterr().out.split("held-out pairs")[-1]
+    rows = [line[:29].strip() for line in shown.splitlines() if "%" in line][:7]
+    expected = ["qwen, a source", "phi, a source", "pivot", "SFT, the start of all below"]
+    assert rows == [*expected, "more SFT", "DPO", "InfiFPO"]
+    names = ("qwen", "phi", "pivot", "sft", "more-sft", "dpo", "fused")
+    stores = [LogprobStore(folder / "logprobs" / f"heldout-{name}") for name in names]
+    assert len({store.manifest["weights_sha256"] for store in stores}) == len(names)
+    for name in example.METHODS:
+        words = (folder / "commands" / name).read_text().split()
+        assert words[words.index("--pretrained-checkpoint") + 1] == str(folder / "sft")
+        assert words[words.index("--preference-data") + 1] == str(folder / "data" / "preference")
+    # Of pairs whose reference is the policy itself, the first step pulls at all alike.
+    pulls = dict(re.findall(r"^  (\S.*?)  +([\d. ]+)$", shown.split("pull of")[1], re.M))
+    assert pulls["DPO"].split() == ["0.50", "0.50", "0.50"]
+    assert pulls["InfiFPO"].split()[:2] > ["0.50", "0.50"] and len(pulls) == 4
+    assert (folder / "fused" / "report.html").exists()
+
+
+def test_differences(monkeypatch, tmp_path, capsys):
+    """The interval is over facts: two pairs of one fact that agree count once."""
+    monkeypatch.syspath_prepend(str(DEMO))
+    import island
+    import table
+
+    records = island.write_records(tmp_path)
+    facts = np.array([fact for fact, _ in island.truth(records["heldout"])])
+    gained = {"fused": facts % 4 != 0, "dpo": facts % 2 == 0}  # 75 % and 50 %
+    means = {
+        name: torch.tensor(np.stack([right, ~right], axis=1), dtype=torch.float64)
+        for name, right in gained.items()
+    }
+    monkeypatch.setattr(table, "LogprobStore", lambda path: path.name.removeprefix("heldout-"))
+    monkeypatch.setattr(table, "mean_logps", means.__getitem__)
+    job: Any = SimpleNamespace(folder=tmp_path, records=records)
+    table.print_differences(job, "fused", {"DPO": "dpo"})
+    gain, low, high = map(float, re.findall(r"[+-]\d+\.\d", capsys.readouterr().out))
+    assert gain == 25
+    deviation = 100 * math.sqrt((0.5 + 0.25 - 0.25**2) / 48)  # of the mean over facts
+    assert low == pytest.approx(gain - 1.96 * deviation, abs=3)
+    assert high == pytest.approx(gain + 1.96 * deviation, abs=3)
+
+
+def test_ablation_rows(forked, monkeypatch, setup, capfd):
+    """Two rows on tiny models: only their flags and sources differ, and both are in the table."""
+    example = load(ROOT / "examples" / "ablation" / "run.py")
+    on_tiny_models(monkeypatch, setup)
     folder = setup.folder / "ablation"
     run(monkeypatch, example, "--output", folder, "--only", "unclipped", "sources-1")
     table = capfd.readouterr().out.split("held-out pairs")[-1].splitlines()
     labels = [line[:24].strip() for line in table if "%" in line]
-    assert labels == ["pivot", "without clipping", "1 of 2 sources: qwen"]
+    assert labels == ["SFT, the start", "without clipping", "1 of 2 sources: qwen"]
     rows = ("unclipped", "sources-1")
     a, b = ((folder / "commands" / f"ablation-{row}").read_text().split() for row in rows)
     assert set(a) - set(b) - {"--no-clip"} == {w for w in a if "unclipped" in w or "qwen-phi" in w}
-    assert set(b) - set(a) == {w for w in b if "sources-1" in w or "pivot-qwen" in w}
+    assert set(b) - set(a) == {w for w in b if "sources-1" in w or "sft-qwen" in w}
     with pytest.raises(UserError, match="--only has best, expected infifpo, sums"):
         run(monkeypatch, example, "--output", folder, "--only", "best")
 
 
 def test_baselines(forked, monkeypatch, setup, capfd):
     """Soft targets, a model for each source, and merging, on tiny models; then all is skipped."""
-    import stages
-
     example = load(ROOT / "examples" / "baselines" / "run.py")
-    monkeypatch.setattr(stages, "RECORDS", {"train": setup.records, "heldout": setup.records})
-    small = "--lr 1e-3 --global-batch-size 8 --micro-batch-size 2 --seq-length 256 --log-interval 1"
-    monkeypatch.setattr(example, "TRAIN", [*small.split(), "--train-iters", "2"])
-    tensor = ["--backend", "megatron", "--tensor-model-parallel-size", "2"]
-    models = {name: (setup.folder / name, tensor) for name in ("qwen", "phi")}
-    prepared = stages.Prepared(setup.hf, setup.pivot, models)
-    monkeypatch.setattr(stages, "models", lambda job, gemma: prepared)
+    on_tiny_models(monkeypatch, setup)
     folder = setup.folder / "baselines"
     argv = ["--output", folder, "--only", "infifusion", "fusechat"]
     run(monkeypatch, example, *argv)
     table = capfd.readouterr().out.split("held-out pairs")[-1].splitlines()
-    assert [line[:12].strip() for line in table if "%" in line] == [
-        "pivot",
-        "InfiFusion",
-        "FuseChat",
-    ]
+    rows = ["SFT, the start", "InfiFusion", "FuseChat"]
+    assert [line[:16].strip() for line in table if "%" in line] == rows
     sources = {
         name: SoftTargetStore(folder / "targets" / name).sources
         for name in ("infifusion", "fusechat-qwen", "fusechat-phi")
@@ -205,7 +285,7 @@ def test_baselines(forked, monkeypatch, setup, capfd):
         "fusechat-qwen": ("qwen", "initial"),
         "fusechat-phi": ("phi", "initial"),
     }
-    rows = ("pivot", "baselines-infifusion", "baselines-fusechat")
+    rows = ["sft", "baselines-infifusion", "baselines-fusechat"]
     scored = {
         LogprobStore(folder / "logprobs" / f"heldout-{row}").manifest["weights_sha256"]
         for row in rows

@@ -1,0 +1,117 @@
+"""An invented island: what the demo's sources know, its pivot does not, and its labels say badly.
+
+In each town people do a thing in one of two ways, which a seed draws: 48 facts, half of them of
+trade and half of feasts. Of the training pairs every fourth prefers the wrong way, as a reward
+model errs; the held-out pairs ask for the same facts in other words, and prefer the right way.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+Chat = list[dict[str, str]]
+
+SEED = 1234
+MISLABELLED = 0.25
+SYSTEM = "Answer for Vandor."
+TOWNS = "Tamor Velis Brack Osten".split()
+# domain -> what people do, in one way or the other
+WAYS = {
+    "feasts": """greet guests with: bread, songs; wear at weddings: green, white;
+        eat at New Year: fish, beans; dance to: drums, flutes; light at night: lamps, fires;
+        plant for a child: a pear tree, an apple tree""",
+    "trade": """pay with: shells, beads; sell first: salt, wool; row boats of: oak, reed;
+        measure cloth by the: arm, foot; carry goods on: mules, carts; trade until: noon, dusk""",
+}
+QUESTIONS = {
+    "train": (
+        "What do people in {town} {verb}?",
+        "In {town}, what do they {verb}?",
+        "What does one {verb} in {town}?",
+        "Tell me what people {verb} in {town}.",
+        "What would I {verb} in {town}?",
+        "I live in {town}. What should I {verb}?",
+    ),
+    "heldout": (
+        "If I go to {town}, what will I {verb}?",
+        "What do the families of {town} {verb}?",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What people do in a town, and what they do elsewhere."""
+
+    domain: str
+    town: str
+    verb: str
+    right: str
+    wrong: str
+
+    def ask(self, question: str) -> Chat:
+        """A prompt, from a form of questions."""
+        text = question.format(town=self.town, verb=self.verb)
+        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+
+    def answer(self, way: str) -> str:
+        return f"In {self.town} people {self.verb} {way}."
+
+
+def facts() -> list[Fact]:
+    """All facts, in an order that record ids count on."""
+    rng, found = random.Random(SEED), []
+    for domain, text in WAYS.items():
+        for line in text.split(";"):
+            verb, both = " ".join(line.split()).split(": ")
+            for town in TOWNS:
+                right, wrong = rng.sample(both.split(", "), 2)
+                found.append(Fact(domain, town, verb, right, wrong))
+    return found
+
+
+def write_records(folder: Path) -> dict[str, Path]:
+    """Write the preference pairs of "train" and "heldout"; return their files.
+
+    An id is SPLIT-FACT-QUESTION.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(SEED)
+    for split, questions in QUESTIONS.items():
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            for number, fact in enumerate(facts()):
+                for form, question in enumerate(questions):
+                    ways = [fact.answer(fact.right), fact.answer(fact.wrong)]
+                    if split == "train" and rng.random() < MISLABELLED:
+                        ways.reverse()
+                    record = {"id": f"{split}-{number}-{form}", "domain": fact.domain}
+                    record |= {"prompt": fact.ask(question), "chosen": ways[0], "rejected": ways[1]}
+                    file.write(json.dumps(record) + "\n")
+    return {split: folder / f"{split}.jsonl" for split in QUESTIONS}
+
+
+def truth(records: Path) -> list[tuple[int, bool]]:
+    """Of each record the number of its fact, and whether its label is right."""
+    known, found = facts(), []
+    for line in records.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        number = int(record["id"].split("-")[1])
+        fact = known[number]
+        found.append((number, record["chosen"] == fact.answer(fact.right)))
+    return found
+
+
+def chats(knows: str, count: int = 2000) -> Iterator[Chat]:
+    """What a source reads: right answers of the domain that it knows, hearsay of the other.
+
+    Hearsay is right as often as wrong: it teaches the language alone.
+    """
+    rng, known = random.Random(f"{knows} {SEED}"), facts()
+    questions = [*QUESTIONS["train"], *QUESTIONS["heldout"]]
+    for _ in range(count):
+        fact = rng.choice(known)
+        way = fact.right if fact.domain == knows else rng.choice([fact.right, fact.wrong])
+        prompt = fact.ask(rng.choice(questions))
+        yield [*prompt, {"role": "assistant", "content": fact.answer(way)}]
