@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 Chat = list[dict[str, str]]
 
@@ -86,7 +87,7 @@ def write_records(folder: Path) -> dict[str, Path]:
                     ways = [fact.answer(fact.right), fact.answer(fact.wrong)]
                     if split == "train" and rng.random() < MISLABELLED:
                         ways.reverse()
-                    record = {"id": f"{split}-{number}-{form}", "domain": fact.domain}
+                    record: dict[str, Any] = {"id": f"{split}-{number}-{form}", "domain": fact.domain}
                     record |= {"prompt": fact.ask(question), "chosen": ways[0], "rejected": ways[1]}
                     file.write(json.dumps(record) + "\n")
     return {split: folder / f"{split}.jsonl" for split in QUESTIONS}

@@ -11,6 +11,7 @@ Every stage is a command that works the same at scale; finished stages are skipp
 
 import argparse
 import shutil
+from functools import partial
 from pathlib import Path
 
 import stages
@@ -51,9 +52,9 @@ def main() -> None:
 
     job.stage("second stage: InfiFPO, and beside it DPO and more SFT from the same start")
     job.side_by_side(
-        *(lambda job, name=name: second_stage(job, name) for name in METHODS),
-        lambda job: job.score("heldout", "pivot", prepared.pivot),
-        lambda job: stages.score(job, "heldout", start, prepared.models),
+        *(partial(second_stage, name=name) for name in METHODS),
+        partial(Job.score, split="heldout", name="pivot", model=prepared.pivot),
+        *stages.scorings("heldout", start, prepared.models),
     )
 
     job.stage("held-out pairs")

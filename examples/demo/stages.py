@@ -1,6 +1,8 @@
 """The paper's two stages on the demo's data: what each makes is what the next ones begin with."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from island import write_records
@@ -48,7 +50,7 @@ def halve(job: Job, records: Path, tokenizer: Path) -> None:
     parts = [word for half in HALVES for word in (f"--{half}", job.records[half])]
     job.once("split", "split", "--input", records, *parts)
     job.side_by_side(
-        *(lambda job, name=split: job.tokenize(name, tokenizer) for split in job.records)
+        *(partial(Job.tokenize, split=split, tokenizer=tokenizer) for split in job.records)
     )
 
 
@@ -58,15 +60,15 @@ def first_stage(job: Job, pivot: Path, *flags: object) -> Path:
     return job.train("sft", "sft", pivot, "--method", "sft", *flags)
 
 
-def score(job: Job, split: str, start: Path, sources: dict[str, tuple[Path, str]]) -> None:
-    """Score a split under the initial pivot and every source."""
-    job.side_by_side(
-        lambda job: job.score(split, "sft", start),
-        *(
-            lambda job, name=name, model=model, layout=layout: job.score(split, name, model, layout)
-            for name, (model, layout) in sources.items()
-        ),
-    )
+def scorings(
+    split: str, start: Path, sources: dict[str, tuple[Path, str]]
+) -> list[Callable[[Job], None]]:
+    """Works for `Job.side_by_side`: score a split under the initial pivot and every source."""
+    models = {"sft": (start, "pipeline"), **sources}
+    return [
+        partial(Job.score, split=split, name=name, model=model, layout=layout)
+        for name, (model, layout) in models.items()
+    ]
 
 
 def prepare(folder: Path) -> tuple[Job, Prepared, Path]:
@@ -80,5 +82,5 @@ def prepare(folder: Path) -> tuple[Job, Prepared, Path]:
     halve(job, records["train"], prepared.hf_pivot)
     start = first_stage(job, prepared.pivot, *TRAIN)
     job.stage("score the other half of the pairs: the SFT result and the specialists")
-    score(job, "preference", start, prepared.models)
+    job.side_by_side(*scorings("preference", start, prepared.models))
     return job, prepared, start

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from megatron_infifpo.study.why import explain
 # float32 on both sides: what is left is the order of additions.
 EXPORT_TOLERANCE = 1e-4
 
-PULLS = {
+PULLS: dict[str, dict[str, Any]] = {
     "DPO": {"reference": "initial"},
     "InfiFPO": {},
     "InfiFPO without clipping": {"clip": False},

@@ -56,7 +56,7 @@ def main() -> None:
     sft = stages.first_stage(job, prepared.pivot, *flags)
 
     job.stage("score the other half: the SFT result is the initial pivot now")
-    stages.score(job, "preference", sft, prepared.models)
+    job.side_by_side(*stages.scorings("preference", sft, prepared.models))
 
     job.stage("second stage: InfiFPO from the SFT result, 1 epoch")
     sources = job.sources("preference", "sft", prepared.models, domains)

@@ -65,7 +65,7 @@ def test_a_quarter_of_the_training_labels_is_wrong(island, files):
     wrong = sum(not right for _, right in train) / len(train)
     assert 0.2 < wrong < 0.3
     assert all(right for _, right in heldout)
-    right = {}
+    right: dict[str, set[str]] = {}
     for fact in island.facts():
         right.setdefault(fact.verb, set()).add(fact.right)
     assert sum(len(ways) == 2 for ways in right.values()) >= 9, right
