@@ -10,7 +10,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 Chat = list[dict[str, str]]
 
@@ -73,24 +72,28 @@ def facts() -> list[Fact]:
     return found
 
 
-def write_records(folder: Path) -> dict[str, Path]:
-    """Write the preference pairs of "train" and "heldout"; return their files.
+def pairs(split: str) -> Iterator[dict[str, object]]:
+    """The preference records of "train" or "heldout"; an id is SPLIT-FACT-QUESTION."""
+    rng = random.Random(f"{split} {SEED}")
+    for number, fact in enumerate(facts()):
+        for form, question in enumerate(QUESTIONS[split]):
+            chosen, rejected = fact.answer(fact.right), fact.answer(fact.wrong)
+            if split == "train" and rng.random() < MISLABELLED:
+                chosen, rejected = rejected, chosen
+            yield {
+                "id": f"{split}-{number}-{form}", "domain": fact.domain,
+                "prompt": fact.ask(question), "chosen": chosen, "rejected": rejected,
+            }  # fmt: skip
 
-    An id is SPLIT-FACT-QUESTION.
-    """
+
+def write_records(folder: Path) -> dict[str, Path]:
+    """Write the records of both splits; return their files."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(SEED)
-    for split, questions in QUESTIONS.items():
-        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
-            for number, fact in enumerate(facts()):
-                for form, question in enumerate(questions):
-                    ways = [fact.answer(fact.right), fact.answer(fact.wrong)]
-                    if split == "train" and rng.random() < MISLABELLED:
-                        ways.reverse()
-                    record: dict[str, Any] = {"id": f"{split}-{number}-{form}", "domain": fact.domain}
-                    record |= {"prompt": fact.ask(question), "chosen": ways[0], "rejected": ways[1]}
-                    file.write(json.dumps(record) + "\n")
-    return {split: folder / f"{split}.jsonl" for split in QUESTIONS}
+    files = {split: folder / f"{split}.jsonl" for split in QUESTIONS}
+    for split, path in files.items():
+        lines = [json.dumps(pair) + "\n" for pair in pairs(split)]
+        path.write_text("".join(lines), encoding="utf-8")
+    return files
 
 
 def truth(records: Path) -> list[tuple[int, bool]]:
