@@ -1,6 +1,7 @@
 """Weights of pairs: closed forms, what they do to a gradient, bad arguments."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_cutting():
 
 @pytest.mark.parametrize("kind", PAIR_WEIGHTS)
 def test_a_masked_source_may_hold_anything(kind):
-    read = {"accuracy": KNOWN} if kind == "best-source" else {}
+    read: Any = {"accuracy": KNOWN} if kind == "best-source" else {}
     expected = pair_weights(kind, LOGPS, scale=2.0, source_mask=MASK, **read)
     garbage = torch.where(MASK[:, None], LOGPS, math.nan)
     found = pair_weights(kind, garbage, scale=2.0, source_mask=MASK, **read)

@@ -1,6 +1,7 @@
 """What sources' values become before fusion: level, spread and clipping by pair."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,10 +34,11 @@ def test_clipping_by_pair_has_the_margin_of_clipping_centred_values(seed, fusion
     torch.testing.assert_close(gap(by_pair), gap(by_response), atol=1e-12, rtol=0)
     expected = torch.maximum(gap(sources), gap(initial)[:, None])
     torch.testing.assert_close(gap(by_pair), expected, atol=1e-12, rtol=0)
+    each: Any = ({"clip_by": "pair"}, {"source_values": "centred"})
     some = sources if fusion == "average" else sources[..., :1]
     fused = [
         fuse_reference(some, initial, initial, PREFERRED, fusion=fusion, **options).logps
-        for options in ({"clip_by": "pair"}, {"source_values": "centred"})
+        for options in each
     ]
     torch.testing.assert_close(gap(fused[0]), gap(fused[1]), atol=1e-12, rtol=0)
 
@@ -47,8 +49,7 @@ def test_clipping_by_pair_takes_a_source_as_it_is_or_not_at_all():
     sources = torch.tensor([[[-1.0, -2.0, -4.0], [-1.5, -3.0, -6.0]]])
     clipped = clip_margins(sources, initial, PREFERRED)
     assert clipped.tolist() == [[[-2.0, -2.0, -4.0], [-3.0, -3.0, -6.0]]]
-    options = {"fusion": "average", "clip_by": "pair"}
-    fused = fuse_reference(sources, initial, initial, PREFERRED, **options)
+    fused = fuse_reference(sources, initial, initial, PREFERRED, fusion="average", clip_by="pair")
     assert fused.clipped is not None
     assert fused.clipped.tolist() == [[[True, False, False]] * 2]
 
@@ -123,7 +124,7 @@ def test_scales_of_lists_and_of_what_has_none():
 @pytest.mark.parametrize("kind", ["centred", "standardised"])
 def test_fusion_of_values_of_any_level(fusion, kind):
     """Absent and masked ones may hold anything; the initial pivot is unchanged by its own level."""
-    options: dict = {"fusion": fusion, "source_values": kind}
+    options: Any = {"fusion": fusion, "source_values": kind}
     if fusion == "weighted":
         options["source_weights"] = torch.tensor([1.0, 2.0])
     if kind == "standardised":
