@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.files import iter_raw
+from megatron_infifpo.study.asked import SETTINGS
 from megatron_infifpo.study.statistics import Pair
 
 FINAL = "final"
@@ -77,6 +78,11 @@ class Outcomes:
     def methods(self, condition: str) -> set[str]:
         """Methods with final runs in a condition."""
         return {row.method for row in self.final if row.condition == condition}
+
+    def settings(self, condition: str) -> list[str]:
+        """Which of "matched" and "tuned" any method of a condition has final runs of."""
+        found = {row.settings for row in self.final if row.condition == condition}
+        return [each for each in SETTINGS if each in found]
 
     def paths(self, condition: str, prefix: str) -> list[str]:
         """Paths of numbers below a prefix that a final run of the condition has, by name."""

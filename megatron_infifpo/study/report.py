@@ -69,7 +69,7 @@ def _report(outcomes: Outcomes, asked: Asked, figures: Collection[str]) -> Itera
     yield "## All methods in all conditions\n"
     yield (
         f"Accuracy in %, the difference to {base} in points over seeds, and in brackets the common "
-        "seeds; above with matched settings, below with tuned ones.\n"
+        "seeds.\n"
     )
     yield tables.overview(outcomes, asked)
     yield _picture(figures, "differences", f"accuracy above {base} by method in {asked.main}")

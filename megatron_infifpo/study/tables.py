@@ -117,7 +117,7 @@ def room(outcomes: Outcomes, asked: Asked) -> str:
 
 
 def overview(outcomes: Outcomes, asked: Asked) -> str:
-    """Accuracy and difference to the baseline of all methods in all conditions, two lines each."""
+    """Accuracy and difference to the baseline of all methods in all conditions, a line each."""
     conditions = ordered(outcomes.conditions(), asked.conditions, asked.main)
     conditions = [name for name in conditions if outcomes.methods(name)]
     methods = {method for name in conditions for method in outcomes.methods(name)}
@@ -125,28 +125,29 @@ def overview(outcomes: Outcomes, asked: Asked) -> str:
     for method in ordered(methods, asked.methods, asked.baseline):
         rows.append([asked.method(method)])
         for name in conditions:
-            lines = [
-                f"{level}; {difference} ({n})"
-                for level, difference, _, n in (
-                    _against(outcomes, asked, name, method, settings, "accuracy")
-                    for settings in SETTINGS
-                )
-            ]
-            rows[-1].append("<br>".join(lines))
+            lines = []
+            for settings in outcomes.settings(name):
+                if outcomes.runs(name, method, settings):
+                    level, difference, _, n = _against(
+                        outcomes, asked, name, method, settings, "accuracy"
+                    )
+                    mark = "tuned " if settings == "tuned" else ""
+                    lines.append(f"{mark}{level}; {difference} ({n})")
+            rows[-1].append("<br>".join(lines) or NONE)
     return markdown(["method", *conditions], rows)
 
 
 def accuracy(outcomes: Outcomes, asked: Asked, condition: str) -> str:
     """Accuracy of all methods in a condition, matched and tuned side by side."""
     heads = ["method"]
-    for settings in SETTINGS:
+    for settings in outcomes.settings(condition):
         to = f"to {asked.method(asked.baseline)}"
         heads += [f"{settings}, %", f"{to}, over seeds", "over sets", "n"]
     rows = []
     for method in _methods(outcomes, asked, condition):
         cells = [
             _against(outcomes, asked, condition, method, settings, "accuracy")
-            for settings in SETTINGS
+            for settings in outcomes.settings(condition)
         ]
         rows.append([asked.method(method), *(cell for each in cells for cell in each)])
     return markdown(heads, rows)
@@ -181,13 +182,11 @@ def levels(outcomes: Outcomes, asked: Asked, condition: str, columns: dict[str, 
     rows, known = [], set(outcomes.paths(condition, ""))
     used = {path: words for path, words in columns.items() if path in known}
     for method, settings in _with_settings(outcomes, asked, condition):
-        cells = [
-            _level(list(outcomes.values(condition, method, settings, path).values()), path)
-            for path in used
-        ]
-        if any(cell != NONE for cell in cells):
-            rows.append([asked.method(method), settings, *cells])
-    return markdown(["method", "settings", *used.values()], rows)
+        found = [[*outcomes.values(condition, method, settings, path).values()] for path in used]
+        if n := max(map(len, found), default=0):
+            cells = [_level(values, path) for values, path in zip(found, used, strict=True)]
+            rows.append([asked.method(method), settings, *cells, str(n)])
+    return markdown(["method", "settings", *used.values(), "n"], rows)
 
 
 def stages(outcomes: Outcomes, condition: str) -> list[str]:
@@ -204,7 +203,7 @@ def _methods(outcomes: Outcomes, asked: Asked, condition: str) -> list[str]:
 def _with_settings(outcomes: Outcomes, asked: Asked, condition: str) -> Iterable[tuple[str, str]]:
     """Methods of a condition with the settings that they have runs of."""
     for method in _methods(outcomes, asked, condition):
-        for settings in SETTINGS:
+        for settings in outcomes.settings(condition):
             if outcomes.runs(condition, method, settings):
                 yield method, settings
 

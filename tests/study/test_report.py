@@ -149,7 +149,8 @@ def test_accuracy_and_differences(report, method, settings):
     assert row[f"n{second}"] == "6"
     place = 0 if settings == "matched" else 1
     overview = cells(text, "All methods in all conditions", SETTINGS["methods"][method])
-    expected = f"{100 * own.mean():.2f}; {said(own - base)} (6)"
+    mark = "tuned " if place else ""
+    expected = f"{mark}{100 * own.mean():.2f}; {said(own - base)} (6)"
     assert overview["noise"].split("<br>")[place] == expected
 
 
@@ -171,7 +172,11 @@ def test_domains_slope_and_reasons(report):
     margin = np.array([each["end"]["margin"] for each in own])
     assert f"+{row['reference margin']}" == said(margin, 1, 3)
     section = text.split("### Why (end), noise")[1].split("\n#")[0]
-    assert "| share: qwen | right: qwen |" in section and "| 0.250 ± 0.000 |" in section
+    assert (
+        "| share: qwen | right: qwen |" in section
+        and "| 0.250 ± 0.000 |" in section
+        and "| n |" in section
+    )
     assert "| SFT |" not in section
 
 
@@ -346,6 +351,14 @@ def test_no_figures_of_nothing(written, report):
     assert figures.draw(read_outcomes(written(found)), asked) == {}
     text = report(found, primary=[], secondary=[])
     assert "svg" not in text and "contrasts" not in text and "Why" not in text
+
+
+def test_matched_alone(report):
+    """Where nothing was tuned there is nothing to say of it."""
+    text = report([row for row in rows() if row.get("settings") != "tuned"])
+    head = text.split("## noise: a quarter is wrong\n")[1].splitlines()[1]
+    assert head == "| method | matched, % | to dpo, over seeds | over sets | n |"
+    assert "<br>" not in text and "| tuned |" not in text.split("## All methods")[1]
 
 
 def test_bars_in_names(report):
