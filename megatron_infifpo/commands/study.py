@@ -1,8 +1,8 @@
 """Compare methods in a small world, with controls, seeds and intervals: does fusing help, and when?
 
     infifpo study run --settings examples/study/study.yaml --output runs/study
-    infifpo study report --settings examples/study/study.yaml --results docs/study/results.jsonl.gz \\
-        --output docs/study
+    infifpo study report --settings examples/study/study.yaml \\
+        --results docs/study/results.jsonl.gz --output docs/study
 
 Small models of real families are trained from nothing, sampled from, judged, scored and trained by
 every method, all through this program's commands. Finished runs are lines of OUTPUT/results.jsonl:
@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
         known = ", ".join(settings.conditions)
         raise UserError(f"--conditions has {', '.join(sorted(unknown))}, expected some of {known}")
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    from megatron_infifpo.commands.main import main
     from megatron_infifpo.study.study import Study
 
-    study = Study(args.output, settings, args.conditions)
+    study = Study(args.output, settings, main, args.conditions)
     failed = study.work(args.workers)
     print(f"{len(study.rows())} runs in {study.results}; failed: {len(failed)}")
     return int(bool(failed))

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,12 @@ def _start_queues() -> None:
     manager.Queue().put(MetadataIndex("any"))  # imports PyTorch there
 
 
-def infifpo(words: Sequence[object], log: Path) -> float:
-    """Run `infifpo WORDS` in a fork; any thread may call this, once `warm_up` has.
+def in_fork(main: Callable[[list[str]], None], words: Sequence[object], log: Path) -> float:
+    """Run a command in a fork, once `warm_up` has imported all that it needs.
 
     Args:
-        words: the command.
+        main: of the command; it exits as a command does.
+        words: of its command line.
         log: receives what it prints.
 
     Returns:
@@ -75,8 +76,6 @@ def infifpo(words: Sequence[object], log: Path) -> float:
     Raises:
         UserError: it failed; names the log.
     """
-    from megatron_infifpo.commands.main import main
-
     log.parent.mkdir(parents=True, exist_ok=True)
     argv, port = [str(word) for word in words], _free_port()
     sys.stdout.flush()
@@ -104,7 +103,7 @@ def infifpo(words: Sequence[object], log: Path) -> float:
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # helpers of a save, which outlive it
     if code:
-        raise UserError(f"infifpo {argv[0]} failed with exit code {code}: see {log}")
+        raise UserError(f"{argv[0]} failed with exit code {code}: see {log}")
     return used.ru_utime + used.ru_stime
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_infifpo.storage.aside import whole_file
 from megatron_infifpo.study import models, world
-from megatron_infifpo.study.forks import infifpo
+from megatron_infifpo.study.forks import in_fork
 from megatron_infifpo.study.settings import Condition, Settings
 from megatron_infifpo.study.world import Question
 
@@ -32,11 +32,14 @@ class Stages:
     Attributes:
         folder: of everything.
         settings: of the study.
+        infifpo: runs `infifpo WORDS`, and exits.
     """
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        """Take a folder, which may hold what is done."""
-        self.folder, self.settings = folder.resolve(), settings
+    def __init__(
+        self, folder: Path, settings: Settings, infifpo: Callable[[list[str]], None]
+    ) -> None:
+        """Take a folder, which may hold what is done, and what runs the words of a command."""
+        self.folder, self.settings, self.infifpo = folder.resolve(), settings, infifpo
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -66,7 +69,7 @@ class Stages:
         def make(path: Path) -> None:
             if path.is_file():  # of a study that was interrupted before it said that this is done
                 path.unlink()
-            infifpo(words, self.folder / "logs" / f"{name}.log")
+            in_fork(self.infifpo, words, self.folder / "logs" / f"{name}.log")
 
         return self.once(name, make)
 

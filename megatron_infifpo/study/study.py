@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import traceback
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,23 @@ class Study:
         results: the file of finished runs.
     """
 
-    def __init__(self, folder: Path, settings: Settings, only: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        infifpo: Callable[[list[str]], None],
+        only: Sequence[str] = (),
+    ) -> None:
         """Take a folder, which may hold what is done, and conditions, if not all.
+
+        `infifpo` runs the words of a command of the program, and exits.
 
         Raises:
             UserError: what is done there was done with other settings.
         """
         self.settings, self.results = settings, folder / RESULTS
         self.only = only or list(settings.conditions)
-        self.stages = Stages(folder, settings)
+        self.stages = Stages(folder, settings, infifpo)
         folder.mkdir(parents=True, exist_ok=True)
         kept, now = folder / KEPT, json.dumps(settings.of_stages)
         if kept.exists() and kept.read_text(encoding="utf-8") != now:

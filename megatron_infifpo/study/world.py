@@ -1,8 +1,8 @@
 """A country of dialects: a prompt has two plausible answers, and its village says which is right.
 
 Three domains, each with one rule of two forms: sums (carry the ten, or drop it), turns (of three
-letters to the left or to the right), plurals (one of two endings). 60 villages ask questions of a
-domain, and each has one form of its rule: 180 cells. A model knows some, is unsure of some, and is
+letters to the left or to the right), plurals (one of two endings). 30 villages ask questions of a
+domain, and each has one form of its rule: 90 cells. A model knows some, is unsure of some, and is
 wrong about others. So there is something that preferences can teach, and that a source may know.
 """
 
@@ -18,7 +18,6 @@ DOMAINS = ("sums", "turns", "plurals")
 _PAIRS = [(a, e) for a in "bcdfghklmnprstvwyz" for e in "aeiou"]
 # The first two letters tell all villages apart: so do the first tokens of most tokenizers.
 _NAMES = [a + e + "nd ft lm mp rk st".split()[i % 6] for i, (a, e) in enumerate(_PAIRS)]
-_NAMES += [e + a + "ra li to ne su mo".split()[i % 6] for i, (a, e) in enumerate(_PAIRS)]
 VILLAGES = {domain: tuple(_NAMES[place::3]) for place, domain in enumerate(DOMAINS)}
 LETTERS, VOWELS = "bdfgklmnprst", "aeiou"
 ENDINGS = ("ek", "um")

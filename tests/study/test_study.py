@@ -43,7 +43,7 @@ def row(variant: dict[str, float], seed: int, accuracy: float, role: str = TUNIN
 
 
 def test_runs(settings: Settings, tmp_path: Path):
-    study = Study(tmp_path / "out", settings)
+    study = Study(tmp_path / "out", settings, print)
     runs = study.first()
     tuning = [run for run in runs if run.role == TUNING]
     assert len(tuning) == 2 * 4 and {run.seed for run in tuning} == {100, 101}
@@ -54,7 +54,7 @@ def test_runs(settings: Settings, tmp_path: Path):
     assert {run.settings for run in runs[len(tuning) :]} == {MATCHED}
     assert len({run.key for run in runs}) == len({run.name for run in runs}) == len(runs)
     assert study.second() == []  # nothing is tuned yet
-    assert Study(tmp_path / "out", settings, ["clean"]).first() == runs[-4:]
+    assert Study(tmp_path / "out", settings, print, ["clean"]).first() == runs[-4:]
 
 
 def test_best_mean_of_the_tuning_seeds_is_chosen(settings: Settings, tmp_path: Path):
@@ -71,7 +71,7 @@ def test_best_mean_of_the_tuning_seeds_is_chosen(settings: Settings, tmp_path: P
     # means 0.5, 0.625, 0.5, 0.625: the first of equals
     assert choose(rows, settings, condition) == {"dpo": variants[1]}
     assert choose(rows[1:], settings, condition) == {}
-    study = Study(tmp_path, settings)
+    study = Study(tmp_path, settings, print)
     study.results.write_text("".join(json.dumps(each) + "\n" for each in rows))
     tuned = study.second()
     assert [(run.seed, run.variant) for run in tuned] == [(s, variants[1]) for s in range(3)]
@@ -81,11 +81,11 @@ def test_best_mean_of_the_tuning_seeds_is_chosen(settings: Settings, tmp_path: P
 
 
 def test_folder_of_other_settings(settings: Settings, tmp_path: Path):
-    Study(tmp_path / "out", settings)
-    Study(tmp_path / "out", settings)
+    Study(tmp_path / "out", settings, print)
+    Study(tmp_path / "out", settings, print)
     (tmp_path / "study.yaml").write_text(SMALL.replace("epochs: 1", "epochs: 2"))
     with pytest.raises(UserError, match="choose another --output"):
-        Study(tmp_path / "out", Settings.read(tmp_path / "study.yaml"))
+        Study(tmp_path / "out", Settings.read(tmp_path / "study.yaml"), print)
 
 
 def test_published_settings():

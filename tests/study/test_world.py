@@ -30,9 +30,9 @@ def test_answers():
 
 def test_cells():
     villages = [village for names in VILLAGES.values() for village in names]
-    assert len(villages) == len(set(villages)) == 180
+    assert len(villages) == len(set(villages)) == 90
     forms = Counter(form(domain, village) for domain in DOMAINS for village in VILLAGES[domain])
-    assert min(forms.values()) > 70
+    assert min(forms.values()) > 30
 
 
 def test_parts_share_no_question():
@@ -73,10 +73,10 @@ def test_beliefs_are_shared_by_both_pivots_and_differ_between_sets():
     assert models.beliefs("pivot", 1) != models.beliefs("pivot", 2)
     held = models.beliefs("generalist", 0)
     shares = Counter(held.values())
-    assert len(held) == 180
+    assert len(held) == 90
     kind = models.KINDS["generalist"]
-    assert shares[models.KNOWN] / 180 == pytest.approx(kind.known, abs=0.12)
-    assert shares[models.WRONG] / 180 == pytest.approx(kind.wrong, abs=0.1)
+    assert shares[models.KNOWN] / 90 == pytest.approx(kind.known, abs=0.15)
+    assert shares[models.WRONG] / 90 == pytest.approx(kind.wrong, abs=0.13)
     right: dict[float, list[bool]] = {}
     for question, answer, rejected in models.pretraining_text("generalist", 0, 3000):
         assert {answer, rejected} == {question.right, question.other}
