@@ -133,10 +133,10 @@ def build_model(specialist: Specialist, tokenizer: PreTrainedTokenizerFast) -> P
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
     }
     if specialist.family == "phi3":
         shape["original_max_position_embeddings"] = CONTEXT
-    shape["tie_word_embeddings"] = specialist.family == "qwen2"
     config = AutoConfig.for_model(specialist.family, **shape)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
