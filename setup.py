@@ -28,6 +28,7 @@ setup(
         "transformers>=5.0",
         "huggingface-hub",
         "jinja2",
+        "mpmath",
         "safetensors",
         "tokenizers",
         "numpy",

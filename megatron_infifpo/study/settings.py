@@ -27,9 +27,9 @@ class Condition:
         pivot: which of the models is trained.
         sources: which ones may be its reference.
         on_policy: responses are the policy's own, else those of models before SFT.
-        methods: names of the methods that are compared there; first those of all conditions,
-        also: then these.
-        seeds: how many seeds that are reported.
+        methods: names of the methods that are compared there.
+        seeds: how many seeds are reported.
+        also, also_seeds: the same of methods that are compared after all others.
         tuned: methods that are tuned there, too.
     """
 
@@ -41,6 +41,7 @@ class Condition:
     on_policy: bool = False
     methods: tuple[str, ...]
     also: tuple[str, ...] = ()
+    also_seeds: int = 0
     seeds: int
     tuned: tuple[str, ...] = ()
 

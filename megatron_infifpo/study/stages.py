@@ -85,7 +85,8 @@ class Stages:
     def pretrained(self, model: str, of_set: int) -> Path:
         """A model after pretraining, for Megatron."""
         here, how = f"models/{of_set}/{model}", self.settings.pretraining
-        hf = self.untrained(model, of_set)
+        hf, pivot = self.untrained(model, of_set), model.endswith("pivot")
+        steps = how["pivot_steps" if pivot else "steps"]  # its tokens are shorter
 
         def text(path: Path) -> None:
             rows = models.pretraining_text(model, of_set, how["texts"])
@@ -95,7 +96,7 @@ class Stages:
         self.command(f"{here}/start", "import", "--hf", hf, "--save", start)
         data = self.prepared(f"{here}/text", self.once(f"{here}/text.jsonl", text), hf)
         return self.train(
-            f"{here}/pretrained", start, data, "--method", "sft", "--train-iters", how["steps"],
+            f"{here}/pretrained", start, data, "--method", "sft", "--train-iters", steps,
             "--global-batch-size", how["batch"], "--micro-batch-size", how["batch"],
             "--lr", how["lr"], "--seed", of_set + 1,
         )  # fmt: skip

@@ -72,27 +72,26 @@ class Study:
         """The conditions that are asked for."""
         return [self.settings.conditions[name] for name in self.only]
 
-    def first(self) -> list[Run]:
-        """Runs with matched settings, and those that choose others: seed by seed."""
-        tuning = [
+    def tuning(self) -> list[Run]:
+        """Runs that choose settings."""
+        return [
             self.run(condition, name, TUNED, TUNING, variant, seed)
             for condition in self.conditions()
             for seed in self.settings.tuning_seeds
             for name in condition.tuned
             for variant in self.settings.methods[name].variants()
         ]
-        core, rest = (
-            [
-                self.run(condition, name, MATCHED, FINAL, {}, seed)
-                for condition in self.conditions()
-                for seed in range(condition.seeds)
-                for name in getattr(condition, which)
-            ]
-            for which in ("methods", "also")
-        )
-        return tuning + core + rest
 
-    def second(self) -> list[Run]:
+    def matched(self) -> list[Run]:
+        """Runs with the settings that methods share, of those that are compared everywhere."""
+        return [
+            self.run(condition, name, MATCHED, FINAL, {}, seed)
+            for condition in self.conditions()
+            for seed in range(condition.seeds)
+            for name in condition.methods
+        ]
+
+    def tuned(self) -> list[Run]:
         """Runs with the settings that the tuning seeds have chosen, once these are finished."""
         found = []
         for condition in self.conditions():
@@ -104,6 +103,15 @@ class Study:
                 if name in chosen
             ]
         return found
+
+    def further(self) -> list[Run]:
+        """Matched runs of the methods that are compared in one condition only."""
+        return [
+            self.run(condition, name, MATCHED, FINAL, {}, seed)
+            for condition in self.conditions()
+            for seed in range(condition.also_seeds)
+            for name in condition.also
+        ]
 
     def run(
         self,
@@ -126,10 +134,10 @@ class Study:
         """
         warm_up()
         failed: list[str] = []
-        for phase, runs in (("matched, tuning", self.first), ("tuned", self.second)):
+        for runs in (self.tuning, self.matched, self.tuned, self.further):
             todo = [run for run in runs() if run.key not in self.finished()]
             if todo:
-                failed += self.share(phase, todo, workers)
+                failed += self.share(runs.__name__, todo, workers)
         return failed
 
     def share(self, phase: str, runs: list[Run], workers: int) -> list[str]:

@@ -15,13 +15,13 @@ SMALL = """
 sets: 2
 tuning_seeds: [100, 101]
 prompts: {sft: 30, preference: 30, heldout: 12, log_odds: 6}
-pretraining: {texts: 60, steps: 2, batch: 8, lr: 1.0e-3}
+pretraining: {texts: 60, steps: 2, pivot_steps: 2, batch: 8, lr: 1.0e-3}
 sft: {epochs: 1, batch: 8, lr: 1.0e-3}
 training: {epochs: 1, batch: 8, lr: 1.0e-3}
 explained: 0
 conditions:
   noisy: &all {words: noisy, sources: [generalist], seeds: 3, methods: [sft, dpo], tuned: [dpo]}
-  clean: {<<: *all, noise: 0, seeds: 2, methods: [dpo], also: [sft], tuned: []}
+  clean: {<<: *all, noise: 0, seeds: 2, methods: [dpo], also: [sft], also_seeds: 1, tuned: []}
 methods:
   sft: {words: SFT}
   dpo: {words: DPO, flags: --method dpo, grid: {beta: [0.1, 1], lr: [1.0e-3, 3.0e-3]}}
@@ -44,17 +44,17 @@ def row(variant: dict[str, float], seed: int, accuracy: float, role: str = TUNIN
 
 def test_runs(settings: Settings, tmp_path: Path):
     study = Study(tmp_path / "out", settings, print)
-    runs = study.first()
-    tuning = [run for run in runs if run.role == TUNING]
+    tuning, matched, further = study.tuning(), study.matched(), study.further()
     assert len(tuning) == 2 * 4 and {run.seed for run in tuning} == {100, 101}
-    final = [(r.condition.name, r.method.name, r.seed, r.of_set) for r in runs[len(tuning) :]]
+    found = [(r.condition.name, r.method.name, r.seed, r.of_set) for r in matched]
     expected = [("noisy", name, seed, seed % 2) for seed in range(3) for name in ("sft", "dpo")]
-    expected += [("clean", "dpo", seed, seed) for seed in range(2)]
-    assert final == expected + [("clean", "sft", seed, seed) for seed in range(2)]
-    assert {run.settings for run in runs[len(tuning) :]} == {MATCHED}
+    assert found == expected + [("clean", "dpo", seed, seed) for seed in range(2)]
+    assert [(r.method.name, r.seed) for r in further] == [("sft", 0)]
+    assert {run.settings for run in matched + further} == {MATCHED}
+    runs = tuning + matched + further
     assert len({run.key for run in runs}) == len({run.name for run in runs}) == len(runs)
-    assert study.second() == []  # nothing is tuned yet
-    assert Study(tmp_path / "out", settings, print, ["clean"]).first() == runs[-4:]
+    assert study.tuned() == []  # nothing is tuned yet
+    assert Study(tmp_path / "out", settings, print, ["clean"]).matched() == matched[-2:]
 
 
 def test_best_mean_of_the_tuning_seeds_is_chosen(settings: Settings, tmp_path: Path):
@@ -73,11 +73,11 @@ def test_best_mean_of_the_tuning_seeds_is_chosen(settings: Settings, tmp_path: P
     assert choose(rows[1:], settings, condition) == {}
     study = Study(tmp_path, settings, print)
     study.results.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    tuned = study.second()
-    assert [(run.seed, run.variant) for run in tuned] == [(s, variants[1]) for s in range(3)]
+    assert [(run.seed, run.variant) for run in study.tuned()] == [
+        (s, variants[1]) for s in range(3)
+    ]
     assert {row_key(each) for each in rows} == study.finished()
-    todo = [run for run in study.first() if run.key not in study.finished()]
-    assert [run.role for run in todo] == [FINAL] * 10
+    assert {run.key for run in study.tuning()} <= study.finished()
 
 
 def test_folder_of_other_settings(settings: Settings, tmp_path: Path):

@@ -11,7 +11,7 @@ SETTINGS = """
 sets: 1
 tuning_seeds: [100]
 prompts: {sft: 40, preference: 40, heldout: 30, log_odds: 12}
-pretraining: {texts: 120, steps: 3, batch: 16, lr: 1.0e-3}
+pretraining: {texts: 120, steps: 3, pivot_steps: 3, batch: 16, lr: 1.0e-3}
 sft: {epochs: 1, batch: 8, lr: 1.0e-3}
 training: {epochs: 1, batch: 8, lr: 1.0e-3}
 explained: 1
