@@ -53,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
     if unknown := set(args.conditions) - set(settings.conditions):
         known = ", ".join(settings.conditions)
         raise UserError(f"--conditions has {', '.join(sorted(unknown))}, expected some of {known}")
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
     from megatron_infifpo.commands.main import main
     from megatron_infifpo.study.study import Study
 

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.logprob_writer import LogprobWriter
 
-UNIFORM = -float(np.log(256))  # a byte as likely as any other
+UNIFORM = -float(np.log(256))  # a token as likely as any other of so many
 CERTAIN = -1e-6, -20.0
 Row = tuple[np.ndarray, np.ndarray]
 
@@ -30,7 +30,7 @@ def shuffled(store: Path, output: Path, domains: Sequence[str], seed: int) -> Pa
 
 
 def uniform(store: Path, output: Path) -> Path:
-    """A source without content: every byte of an answer is as likely as any other."""
+    """A source without content: the mean log-prob of every answer is the same."""
     read = LogprobStore(store)
     return _write(store, output, lambda i: (read.counts(i) * UNIFORM, read.counts(i)))
 

@@ -5,6 +5,7 @@ fork has all the state of a fresh process, since the parent runs none itself.
 """
 
 import argparse
+import ctypes
 import functools
 import importlib
 import multiprocessing
@@ -27,6 +28,7 @@ HEAVY = (
 )
 
 
+PR_SET_PDEATHSIG = 1  # of Linux
 _queues: list[Any] = []
 
 
@@ -36,6 +38,7 @@ def warm_up() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for name in HEAVY:
         importlib.import_module(name)
+    importlib.import_module("torch").set_num_threads(1)  # a core each; numbers depend on it
     transformers = importlib.import_module("transformers")
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast"):
         getattr(transformers, name)  # imports it
@@ -108,7 +111,8 @@ def in_fork(main: Callable[[list[str]], None], words: Sequence[object], log: Pat
 
 
 def _alone(log: Path, port: int) -> None:
-    """Make this fork a job of one rank, its output in a file."""
+    """Make this fork a job of one rank, its output in a file; it ends with its parent."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -1,6 +1,7 @@
 """What a run is given: its start, its sources' log-probs or a control's, and the truth."""
 
 import argparse
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ import numpy as np
 from megatron_infifpo.methods import Method, add_method_flags, method_from_options
 from megatron_infifpo.study import controls
 from megatron_infifpo.study.models import KINDS
-from megatron_infifpo.study.settings import Condition, StudyMethod
-from megatron_infifpo.study.stages import Stages, read_lines, write_lines
+from megatron_infifpo.study.settings import BEST, TUNING, Condition, StudyMethod
+from megatron_infifpo.study.stages import Stages, read_lines
 from megatron_infifpo.study.world import DOMAINS, noisy
 
+CONDITION = ("noise", "pivot", "sources", "on_policy")  # what matters of one
 TOP_K = ("--top-k", 8, "--top-k-responses", "chosen")
 
 
@@ -32,20 +34,39 @@ class Run:
     seed: int
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        """What tells it from others; the matched settings of a role are no variant of the tuned."""
-        variant = json.dumps(dict(self.variant), sort_keys=True)
-        return (
-            self.condition.name, self.method.name, self.settings, self.role, variant, self.of_set,
-            self.seed,
-        )  # fmt: skip
+    def exam(self) -> str:
+        """The part of the prompts that tells how good the model is."""
+        return "tuning" if self.role == TUNING else "heldout"
+
+    @property
+    def digest(self) -> str:
+        """Of all that the settings say of it: a run of other settings is another one."""
+        where = [vars(self.condition)[name] for name in CONDITION]
+        what = {n: v for n, v in vars(self.method).items() if n not in ("words", "grid")}
+        text = json.dumps([where, what, dict(self.variant)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """How its row of results begins."""
+        return {
+            "condition": self.condition.name, "method": self.method.name,
+            "settings": self.settings, "role": self.role, "variant": dict(self.variant),
+            "set": self.of_set, "seed": self.seed, "digest": self.digest,
+        }  # fmt: skip
 
     @property
     def name(self) -> str:
-        """Of its folder."""
-        said = "".join(f"-{name}{value:g}" for name, value in self.variant.items())
+        """Of its folder, which is its own."""
+        said = "".join(f",{name}={value:g}" for name, value in self.variant.items())
         place = Stages.place(self.of_set, self.seed)
-        return f"{place}/runs/{self.condition.name}-{self.method.name}{said}"
+        return f"{place}/runs/{self.condition.name}/{self.method.name},{self.settings}{said}"
+
+
+def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a run from others, of what its row begins with."""
+    names = ("condition", "method", "settings", "role", "set", "seed", "digest")
+    return tuple(row[name] for name in names)
 
 
 class Inputs:
@@ -72,7 +93,12 @@ class Inputs:
 
     def sources(self, run: Run) -> tuple[str, ...]:
         """Names of the method's sources."""
-        return run.condition.sources if run.method.sources is None else run.method.sources
+        if run.method.sources is None:
+            return run.condition.sources
+        if run.method.sources != (BEST,):
+            return run.method.sources
+        accuracy = self.accuracies(run, run.condition.sources)
+        return (max(accuracy, key=lambda name: sum(accuracy[name].values())),)
 
     def home(self, run: Run) -> str:
         """Of the records."""
@@ -113,7 +139,7 @@ class Inputs:
 
     def sources_file(self, run: Run) -> Path:
         """The run's sources.yaml."""
-        accuracy = self.accuracies(run)
+        accuracy = self.accuracies(run, self.sources(run))
         entries: list[dict[str, Any]] = [
             {
                 "name": name,
@@ -125,37 +151,27 @@ class Inputs:
         ]
         if run.method.control == "truth":
             entries = [{"name": "truth", "logprobs": entries[0]["logprobs"], "accuracy": 1.0}]
-        path = self.stages.folder / f"{run.name}.yaml"
+        path = self.stages.folder / f"{run.name}/sources.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"initial": str(self.scored(run, "initial")), "sources": entries}
         path.write_text(json.dumps(content, indent=1))  # which is YAML, too
         return path
 
-    def accuracies(self, run: Run) -> dict[str, dict[str, float]]:
-        """Each source's accuracy by domain, as the condition's judge sees it on prompts apart."""
-        found = {}
-        for name in self.sources(run):
-            rows = self.verified(name, run.of_set)
-            domains = KINDS[name].domains
-            found[name] = {
-                domain: float(
-                    np.mean([noisy(r, run.condition.noise) for r in rows if r["domain"] == domain])
-                )
-                for domain in domains
-            }
+    def accuracies(self, run: Run, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Sources' accuracies by domain, as the condition's judge sees them on prompts apart."""
+        found: dict[str, dict[str, float]] = {}
+        for name in names:
+            judged: dict[str, list[float]] = {domain: [] for domain in KINDS[name].domains}
+            for row in self.verified(name, run.of_set):
+                judged[row["domain"]].append(noisy(row, run.condition.noise))
+            found[name] = {domain: float(np.mean(each)) for domain, each in judged.items()}
         return found
 
     def verified(self, model: str, of_set: int) -> list[dict[str, Any]]:
-        """A source's greedy answers to prompts of no run."""
-
-        def write(path: Path) -> None:
-            write_lines(path, (q.record() for q in self.stages.questions("sft", -1)))
-
-        prompts = self.stages.once("verification-prompts.jsonl", write)
-        hf, name = (
-            self.stages.pretrained_hf(model, of_set),
-            f"models/{of_set}/{model}/answers.jsonl",
-        )
+        """A source's greedy answers to prompts that are for this alone."""
+        prompts = self.stages.prompts("parts", "verification")
+        hf = self.stages.pretrained_hf(model, of_set)
+        name = f"models/{of_set}/{model}/answers.jsonl"
         greedy = ("--temperature", 0, "--count", 1, "--domains", *KINDS[model].domains)
         return read_lines(self.stages.samples(name, hf, prompts, *greedy, seed=0))
 

@@ -4,6 +4,7 @@ What a model knows is drawn anew for every set of models: of each cell (domain a
 the right form, is unsure, or believes the wrong one, and its pretraining text says so.
 """
 
+import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ def pretraining_text(name: str, of_set: int, count: int) -> Iterator[tuple[Quest
 def save_untrained(name: str, of_set: int, folder: Path) -> Path:
     """Save a random model with its tokenizer."""
     kind = KINDS[name]
-    torch.manual_seed(int.from_bytes(f"{name} {of_set}".encode()[:7]) % 2**31)
+    digest = hashlib.sha256(f"{name} {of_set}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:4]))
     tokenizer = make_tokenizer(kind)
     with whole_folder(folder) as aside:
         AutoModelForCausalLM.from_config(_config(kind, tokenizer)).save_pretrained(aside)

@@ -1,6 +1,5 @@
 """One run of a method: its training, and what came of it."""
 
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,7 @@ from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.sources import read_sources
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.study.inputs import Inputs, Run, method_of
-from megatron_infifpo.study.settings import StudyMethod
 from megatron_infifpo.study.stages import Stages, read_lines
-from megatron_infifpo.study.statistics import slope
 from megatron_infifpo.study.why import explain
 from megatron_infifpo.study.world import DOMAINS
 
@@ -30,16 +27,9 @@ class Runner:
         """Train and evaluate; return the row of results."""
         started = time.monotonic()
         model = self.train(run)
-        row = {
-            "condition": run.condition.name, "method": run.method.name, "settings": run.settings,
-            "role": run.role, "variant": dict(run.variant), "set": run.of_set, "seed": run.seed,
-        }  # fmt: skip
-        row |= self.outcome(run, model)
+        row = run.named | self.outcome(run, model)
         if why := self.why(run, model if explained else None):
             row["why"] = why
-        for path in self.stages.folder.glob(f"{run.name}*"):
-            if path.is_dir():
-                shutil.rmtree(path)
         return row | {"seconds": round(time.monotonic() - started, 1)}
 
     # Training.
@@ -52,7 +42,7 @@ class Runner:
             return self.inputs.start(run)
         if method.merged:
             return self.merged(run)
-        return self.train_on(run, start, run.name, self.inputs.flags(run))
+        return self.train_on(run, start, f"{run.name}/run", self.inputs.flags(run))
 
     def train_on(self, run: Run, start: Path, name: str, inputs: Sequence[object]) -> Path:
         """Train and export."""
@@ -74,8 +64,8 @@ class Runner:
         parts = []
         for name in self.inputs.sources(run):
             targets = ["--soft-targets", self.inputs.soft_targets(run, [name])]
-            parts.append(self.train_on(run, start, f"{run.name}-{name}", targets))
-        output = f"{run.name}-merged"
+            parts.append(self.train_on(run, start, f"{run.name}/{name}", targets))
+        output = f"{run.name}/merged"
         words = ("merge", "--method", "sce", "--base", self.inputs.start(run), "--models", *parts)
         return self.stages.command(output, *words, "--output", self.stages.folder / output)
 
@@ -83,18 +73,16 @@ class Runner:
 
     def outcome(self, run: Run, model: Path) -> dict[str, Any]:
         """What the model answers to held-out prompts, and how it has moved between two answers."""
-        stages, questions = self.stages, self.stages.questions("heldout", 0)
-        answers = self.stages.samples(
-            f"{run.name}-greedy.jsonl", model, stages.prompts(0, 0, "heldout"),
+        stages, questions = self.stages, self.stages.questions(run.exam, 0)
+        answers = stages.samples(
+            f"{run.name}/greedy.jsonl", model, stages.prompts("parts", run.exam),
             "--temperature", 0, "--count", 1, seed=0,
         )  # fmt: skip
         said = {row["id"]: row["responses"][0] for row in read_lines(answers) if row["responses"]}
-        answers.unlink()
         right = np.array([said.get(q.id, "").strip() == q.right for q in questions])
         other = np.array([said.get(q.id, "").strip() == q.other for q in questions])
         domains = np.array([q.domain for q in questions])
-        now, before = self.log_odds(run, f"{run.name}-odds", model), self.before(run)
-        some = domains[: len(now)]
+        now, before = self.log_odds(run, f"{run.name}/odds", model), self.before(run)
         row = {
             "accuracy": float(right.mean()),
             "domains": {domain: float(right[domains == domain].mean()) for domain in DOMAINS},
@@ -103,15 +91,16 @@ class Runner:
             "preference": float((now > 0).mean()),
             "log_odds": float(now.mean()),
         }
-        surplus = self.surplus(run, before, some)
-        known = ~np.isnan(surplus)
-        if run.method.flags and known.any():
-            row["slope"] = slope(surplus[known], (now - before)[known])
+        if run.method.flags:
+            best = self.best_odds(run, domains[: len(now)])
+            known = ~np.isnan(best)
+            row["slope"] = transfer(now[known], before[known], best[known])
         return row
 
     def log_odds(self, run: Run, name: str, model: Path) -> np.ndarray:
-        """Log-odds of the right against the other answer, of the first held-out questions."""
-        return _log_odds(self.stages.scored(name, model, self.stages.heldout()))
+        """Log-odds of the right against the other answer, of the first questions of the exam."""
+        sums = LogprobStore(self.stages.scored(name, model, self.stages.answers(run.exam))).all_sums
+        return np.asarray(sums[:, 0] - sums[:, 1])
 
     def before(self, run: Run) -> np.ndarray:
         """The same of the model that training starts from."""
@@ -119,24 +108,22 @@ class Runner:
         place = f"{Stages.place(run.of_set, run.seed)}/{run.condition.pivot}"
         return self.log_odds(run, f"{place}-noise{run.condition.noise}/start-odds", start)
 
-    def surplus(self, run: Run, before: np.ndarray, domains: np.ndarray) -> np.ndarray:
-        """What the best source of each domain knows beyond the start, in log-odds."""
-        names = run.condition.sources
-        whole = Run(**{**vars(run), "method": StudyMethod(name="all", words="")})
-        accuracy = self.inputs.accuracies(whole)
-        found = np.full(len(before), np.nan)
+    def best_odds(self, run: Run, domains: np.ndarray) -> np.ndarray:
+        """The same of the condition's best source in each question's domain; NaN without one."""
+        accuracy = self.inputs.accuracies(run, run.condition.sources)
+        found = np.full(len(domains), np.nan)
         for domain in DOMAINS:
-            able = [name for name in names if domain in accuracy[name]]
+            able = [name for name in accuracy if domain in accuracy[name]]
             if able:
                 best = max(able, key=lambda name: accuracy[name][domain])
                 model = self.stages.pretrained(best, run.of_set)
-                odds = self.log_odds(run, f"models/{run.of_set}/{best}/odds", model)
-                found[domains == domain] = (odds - before)[domains == domain]
+                odds = self.log_odds(run, f"models/{run.of_set}/{best}/{run.exam}-odds", model)
+                found[domains == domain] = odds[domains == domain]
         return found
 
     def why(self, run: Run, model: Path | None) -> dict[str, Any]:
         """What the method pushes at the start, and with a model also at the end."""
-        file = self.stages.folder / f"{run.name}.yaml"
+        file = self.stages.folder / f"{run.name}/sources.yaml"
         if not run.method.flags or run.method.targets is not None or not file.exists():
             return {}
         method = method_of(run.method, run.variant)
@@ -147,11 +134,17 @@ class Runner:
         if model is not None:
             c = run.condition
             records = self.stages.records(c, run.of_set, run.seed, run.method.data)
-            policy = LogprobStore(self.stages.scored(f"{run.name}-own", model, records))
+            policy = LogprobStore(self.stages.scored(f"{run.name}/own", model, records))
             found["end"] = explain(method, data, truth, policy)
         return found
 
 
-def _log_odds(prefix: Path) -> np.ndarray:
-    sums = LogprobStore(prefix).all_sums
-    return np.asarray(sums[:, 0] - sums[:, 1])
+def transfer(now: np.ndarray, before: np.ndarray, source: np.ndarray) -> float:
+    """How much of what a source knows a model has taken over.
+
+    The coefficient of the source's log-odds in a least-squares fit of the change, `now - before`,
+    to these and to `before`: without the latter, all that moves towards a common value would seem
+    to have learnt from a source that it never saw.
+    """
+    columns = np.stack([source, before, np.ones_like(before)], axis=1)
+    return float(np.linalg.lstsq(columns, now - before, rcond=None)[0][0])

@@ -2,8 +2,8 @@
 
 import itertools
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,9 @@ from megatron_infifpo.storage.yaml_files import read_yaml
 from megatron_infifpo.study.models import KINDS
 
 MATCHED, TUNED = "matched", "tuned"
+FINAL, TUNING = "final", "tuning"
+BEST = "best"
+CONTROLS, DATA = ("shuffled", "uniform", "truth"), ("preference", "own", "lists")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +58,10 @@ class StudyMethod:
         words: its name in the report.
         flags: of `infifpo train`, with the matched settings.
         grid: flags to values that are tried where it is tuned, all with all.
-        sources: which of the condition's sources its reference has; None: all. A control's name
-            makes them something else, see `controls`.
-        control: shuffled, uniform or truth; None: the sources as they are.
-        data: pairs, or lists.
+        sources: what its reference has; None: all of the condition's; "best": of these the one
+            that the judge finds right most often.
+        control: what is put in the place of the sources, of `CONTROLS`; None: nothing.
+        data: of `DATA`: pairs, pairs with the pivot's own best response, or lists.
         targets: flags of `infifpo fuse-targets`, for methods of tokens; None: others.
         merged: its runs, one a source, are merged.
     """
@@ -85,7 +88,8 @@ class Settings:
 
     Attributes:
         sets: how many times the models are drawn anew; seed s has the models of set s % sets.
-        tuning_seeds: seeds on which settings are chosen, and which are not reported.
+        tuning_seeds: seeds on which settings are chosen, and which are not reported; they have
+            models of their own, and prompts of their own for the choice.
         prompts: how many of each part; of the held-out ones log_odds are scored, too.
         pretraining, sft, training: steps, epochs, batch and lr of each.
         conditions, methods: by name.
@@ -128,8 +132,9 @@ class Settings:
     @property
     def of_stages(self) -> dict[str, Any]:
         """What all runs of a folder must share."""
-        names = ("sets", "prompts", "pretraining", "sft", "training")
-        return {name: getattr(self, name) for name in names}
+        names = ("sets", "tuning_seeds", "prompts", "pretraining", "sft", "training")
+        found = {name: getattr(self, name) for name in names}
+        return found | {"models": {name: asdict(kind) for name, kind in KINDS.items()}}
 
     @property
     def told(self) -> dict[str, Any]:
@@ -141,14 +146,26 @@ class Settings:
         return {**self.report, **words}
 
     def _check(self, path: Path) -> None:
+        reported = {seed for each in self.conditions.values() for seed in range(each.seeds)}
+        if both := reported & set(self.tuning_seeds):
+            raise UserError(f"{path}: tuning_seeds has {min(both)}, which is reported")
         for condition in self.conditions.values():
-            for name in (*condition.methods, *condition.also, *condition.tuned):
-                if name not in self.methods:
-                    known = ", ".join(self.methods)
-                    raise UserError(f"{path}: method {name!r}, expected one of {known}")
-            for name in (condition.pivot, *condition.sources):
-                if name not in KINDS:
-                    raise UserError(f"{path}: model {name!r}, expected one of {', '.join(KINDS)}")
+            names = (*condition.methods, *condition.also, *condition.tuned)
+            _known(path, "method", names, self.methods)
+            _known(path, "model", (condition.pivot, *condition.sources), KINDS)
+        for method in self.methods.values():
+            _known(path, "model", method.sources or (), (*KINDS, BEST))
+            _known(path, "control", [method.control] if method.control else (), CONTROLS)
+            _known(path, "data", [method.data], DATA)
+        for contrast in (*self.report.get("primary", ()), *self.report.get("secondary", ())):
+            _known(path, "method", (contrast["a"], contrast["b"]), self.methods)
+            _known(path, "condition", [contrast["condition"]], self.conditions)
+
+
+def _known(path: Path, what: str, names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"{path}: {what} {name!r}, expected one of {', '.join(known)}")
 
 
 def _condition(name: str, given: Mapping[str, Any]) -> Condition:
@@ -160,7 +177,8 @@ def _method(name: str, given: Mapping[str, Any]) -> StudyMethod:
     read = {**given, "flags": tuple(shlex.split(given.get("flags", "")))}
     read["grid"] = {n: tuple(values) for n, values in given.get("grid", {}).items()}
     if given.get("sources") is not None:
-        read["sources"] = tuple(given["sources"])
+        named = given["sources"]
+        read["sources"] = (named,) if isinstance(named, str) else tuple(named)
     if given.get("targets") is not None:
         read["targets"] = tuple(shlex.split(given["targets"]))
     return StudyMethod(name=name, **read)

@@ -7,6 +7,7 @@ that need them.
 
 import fcntl
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ TRAIN = """--lr-decay-style cosine --lr-warmup-fraction 0.1 --min-lr 0 --clip-gr
 --weight-decay 0.0 --seq-length 64 --log-interval 10 --save-interval 1000000
 --no-save-optim""".split()
 JUDGE = Path(world.__file__).resolve()
+DONE = ".done"
 
 
 class Stages:
@@ -53,25 +55,26 @@ class Stages:
 
     def once(self, name: str, make: Callable[[Path], object]) -> Path:
         """Make `folder/name` unless it is done; return it."""
-        done, path = self.folder / "done" / name, self.folder / name
+        done, path = self.folder / "done" / name / DONE, self.folder / name
         if not done.exists():
             with self.lock(name):
                 if not done.exists():
+                    remove(path)  # of a study that was stopped before it said that this is done
                     path.parent.mkdir(parents=True, exist_ok=True)
                     make(path)
                     done.parent.mkdir(parents=True, exist_ok=True)
                     done.touch()
         return path
 
+    def forget(self, name: str) -> None:
+        """Remove a folder of stages that nothing needs any more."""
+        for path in (self.folder / "done" / name, self.folder / name):
+            remove(path)
+
     def command(self, name: str, *words: object) -> Path:
         """Make `folder/name` by a command of `infifpo`, with a log beside it."""
-
-        def make(path: Path) -> None:
-            if path.is_file():  # of a study that was interrupted before it said that this is done
-                path.unlink()
-            in_fork(self.infifpo, words, self.folder / "logs" / f"{name}.log")
-
-        return self.once(name, make)
+        log = self.folder / "logs" / f"{name}.log"
+        return self.once(name, lambda path: in_fork(self.infifpo, words, log))
 
     # Models.
 
@@ -137,17 +140,16 @@ class Stages:
         return f"seeds/{of_set}-{seed}"
 
     def questions(self, part: str, seed: int) -> list[Question]:
-        """The questions of a part; the held-out ones are the same for all seeds."""
-        count = self.settings.prompts[part]
-        return world.draw(part, count, "all" if part == "heldout" else seed)
+        """The questions of a part: a seed has its own ones to train on, others are for all."""
+        count = self.settings.prompts["heldout" if part == "tuning" else part]
+        return world.draw(part, count, seed if part in ("sft", "preference") else "all")
 
-    def prompts(self, of_set: int, seed: int, part: str) -> Path:
+    def prompts(self, folder: str, part: str, seed: int = 0) -> Path:
         """The questions as a file of prompts."""
 
         def write(path: Path) -> None:
             write_lines(path, (question.record() for question in self.questions(part, seed)))
 
-        folder = "heldout" if part == "heldout" else self.place(of_set, seed)
         return self.once(f"{folder}/{part}-prompts.jsonl", write)
 
     def samples(self, name: str, model: Path, prompts: Path, *flags: object, seed: int) -> Path:
@@ -161,7 +163,7 @@ class Stages:
     def pool(self, condition: Condition, of_set: int, seed: int, part: str) -> list[Path]:
         """Files of the responses that are paired: the pivot's and the pool's, or the policy's."""
         place, pivot = self.place(of_set, seed), condition.pivot
-        prompts = self.prompts(of_set, seed, part)
+        prompts = self.prompts(place, part, seed)
         many = ("--as", "pivot", "--count", PIVOT_SAMPLES)
         if condition.on_policy and part == "preference":
             here = f"{place}/{pivot}-noise{condition.noise}"
@@ -222,15 +224,14 @@ class Stages:
         words = ("prepare", "--input", records, "--tokenizer", tokenizer, "--output", prefix)
         return self.command(f"{name}-data", *words)
 
-    def heldout(self) -> Path:
-        """Right and other answers of the first held-out questions, as pairs."""
-        count = self.settings.prompts["log_odds"]
+    def answers(self, part: str) -> Path:
+        """Right and other answers of the first questions of a part, as pairs."""
 
         def write(path: Path) -> None:
-            some = self.questions("heldout", 0)[:count]
+            some = self.questions(part, 0)[: self.settings.prompts["log_odds"]]
             write_pairs(path, ((q, q.right, q.other) for q in some))
 
-        return self.once("heldout/pairs.jsonl", write)
+        return self.once(f"parts/{part}-pairs.jsonl", write)
 
     def scored(self, name: str, model: Path, records: Path, *flags: object) -> Path:
         """A model's log-probs of records; the prefix."""
@@ -239,6 +240,14 @@ class Stages:
             "--output", self.folder / name, "--name", Path(name).name,
             "--micro-batch-tokens", 8192, *flags,
         )  # fmt: skip
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

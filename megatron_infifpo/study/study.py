@@ -6,7 +6,9 @@ computed again.
 
 import fcntl
 import json
+import math
 import multiprocessing
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -17,12 +19,11 @@ from tqdm import tqdm
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.study.forks import warm_up
-from megatron_infifpo.study.inputs import Run
+from megatron_infifpo.study.inputs import Run, key
 from megatron_infifpo.study.runs import Runner
-from megatron_infifpo.study.settings import MATCHED, TUNED, Condition, Settings
+from megatron_infifpo.study.settings import FINAL, MATCHED, TUNED, TUNING, Condition, Settings
 from megatron_infifpo.study.stages import Stages, read_lines
 
-FINAL, TUNING = "final", "tuning"
 RESULTS, KEPT = "results.jsonl", "settings.json"
 
 
@@ -66,20 +67,22 @@ class Study:
 
     def finished(self) -> set[tuple[Any, ...]]:
         """Keys of the runs that are finished."""
-        return {row_key(row) for row in self.rows()}
+        return {key(row) for row in self.rows()}
 
     def conditions(self) -> list[Condition]:
         """The conditions that are asked for."""
         return [self.settings.conditions[name] for name in self.only]
 
     def tuning(self) -> list[Run]:
-        """Runs that choose settings."""
+        """Runs that choose settings, and pilots with the matched ones, which tell the power."""
         return [
-            self.run(condition, name, TUNED, TUNING, variant, seed)
+            self.run(condition, name, settings, TUNING, variant, seed)
             for condition in self.conditions()
+            if condition.tuned
             for seed in self.settings.tuning_seeds
-            for name in condition.tuned
-            for variant in self.settings.methods[name].variants()
+            for settings, names in ((TUNED, condition.tuned), (MATCHED, condition.methods))
+            for name in names
+            for variant in (self.settings.methods[name].variants() if settings == TUNED else [{}])
         ]
 
     def matched(self) -> list[Run]:
@@ -95,7 +98,7 @@ class Study:
         """Runs with the settings that the tuning seeds have chosen, once these are finished."""
         found = []
         for condition in self.conditions():
-            chosen = choose(self.rows(), self.settings, condition)
+            chosen = choose(self.rows(), self.tuning(), condition)
             found += [
                 self.run(condition, name, TUNED, FINAL, chosen[name], seed)
                 for seed in range(condition.seeds)
@@ -122,9 +125,10 @@ class Study:
         variant: dict[str, float],
         seed: int,
     ) -> Run:
-        """Name a run; a seed has the models of one set."""
-        method = self.settings.methods[name]
-        return Run(condition, method, settings, role, variant, seed % self.settings.sets, seed)
+        """Name a run; a seed has the models of one set, and tuning seeds those of one apart."""
+        method, sets = self.settings.methods[name], self.settings.sets
+        of_set = sets if role == TUNING else seed % sets
+        return Run(condition, method, settings, role, variant, of_set, seed)
 
     def work(self, workers: int) -> list[str]:
         """Do all runs; return what went wrong.
@@ -135,7 +139,8 @@ class Study:
         warm_up()
         failed: list[str] = []
         for runs in (self.tuning, self.matched, self.tuned, self.further):
-            todo = [run for run in runs() if run.key not in self.finished()]
+            finished = self.finished()
+            todo = [run for run in runs() if key(run.named) not in finished]
             if todo:
                 failed += self.share(runs.__name__, todo, workers)
         return failed
@@ -153,6 +158,10 @@ class Study:
         failed = []
         with tqdm(desc=phase, total=len(runs), unit="run", smoothing=0.02) as bar:
             for _ in runs:
+                while queue.empty():
+                    if not any(process.is_alive() for process in many):
+                        raise UserError(f"all workers have died: see {self.stages.folder}/logs")
+                    time.sleep(0.1)
                 error = queue.get()
                 if error:
                     failed.append(error)
@@ -184,36 +193,35 @@ class Study:
         with open(self.results, "a") as file:
             fcntl.lockf(file, fcntl.LOCK_EX)
             file.write(json.dumps(row) + "\n")
+        self.stages.forget(run.name)
         return None
 
 
-def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """The key of the run that a row is of."""
-    variant = json.dumps(row["variant"], sort_keys=True)
-    names = ("condition", "method", "settings", "role")
-    return (*(row[name] for name in names), variant, row["set"], row["seed"])
-
-
 def choose(
-    rows: Sequence[dict[str, Any]], settings: Settings, condition: Condition
+    rows: Sequence[dict[str, Any]], runs: Sequence[Run], condition: Condition
 ) -> dict[str, dict[str, float]]:
-    """The variant of each tuned method with the best mean accuracy on the tuning seeds.
+    """The variant of each tuned method of a condition with the best mean accuracy.
 
-    The first of equals; methods of which a run is missing are left out.
+    Args:
+        rows: results.
+        runs: those of tuning seeds.
+        condition: whose methods are tuned.
+
+    Returns:
+        By method; the first of equals. Methods of which a run is not finished are left out.
     """
+    accuracy = {key(row): row["accuracy"] for row in rows}
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["role"] == TUNING and row["condition"] == condition.name:
-            found[row["method"]][json.dumps(row["variant"], sort_keys=True)].append(row["accuracy"])
-    chosen = {}
-    for name in condition.tuned:
-        variants = settings.methods[name].variants()
-        tried = {json.dumps(v, sort_keys=True): v for v in variants}
-        means = {
-            text: sum(found[name][text]) / len(found[name][text])
-            for text in tried
-            if len(found[name][text]) == len(settings.tuning_seeds)
-        }
-        if len(means) == len(tried):
-            chosen[name] = tried[max(means, key=means.__getitem__)]
-    return chosen
+    for run in runs:
+        if run.condition == condition and run.settings == TUNED:
+            variant = json.dumps(dict(run.variant))
+            found[run.method.name][variant].append(accuracy.get(key(run.named), math.nan))
+    means = {
+        name: {variant: sum(each) / len(each) for variant, each in variants.items()}
+        for name, variants in found.items()
+    }
+    return {
+        name: json.loads(max(each, key=each.__getitem__))
+        for name, each in means.items()
+        if not any(map(math.isnan, each.values()))
+    }

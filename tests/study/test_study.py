@@ -1,20 +1,22 @@
 """Which runs a study has, what it chooses, and what goes on after an interruption."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.study.settings import MATCHED, TUNED, Settings
-from megatron_infifpo.study.study import FINAL, TUNING, Study, choose, row_key
+from megatron_infifpo.study.inputs import Run, key
+from megatron_infifpo.study.settings import FINAL, MATCHED, TUNED, TUNING, Settings
+from megatron_infifpo.study.study import Study, choose
 from support.launcher import ROOT
 
 PUBLISHED = ROOT / "examples" / "study" / "study.yaml"
 SMALL = """
 sets: 2
 tuning_seeds: [100, 101]
-prompts: {sft: 30, preference: 30, heldout: 12, log_odds: 6}
+prompts: {sft: 30, preference: 30, verification: 12, heldout: 12, log_odds: 6}
 pretraining: {texts: 60, steps: 2, pivot_steps: 2, batch: 8, lr: 1.0e-3}
 sft: {epochs: 1, batch: 8, lr: 1.0e-3}
 training: {epochs: 1, batch: 8, lr: 1.0e-3}
@@ -35,49 +37,64 @@ def settings(tmp_path: Path) -> Settings:
     return Settings.read(tmp_path / "study.yaml")
 
 
-def row(variant: dict[str, float], seed: int, accuracy: float, role: str = TUNING) -> dict:
-    return {
-        "condition": "noisy", "method": "dpo", "settings": TUNED, "role": role,
-        "variant": variant, "set": seed % 2, "seed": seed, "accuracy": accuracy,
-    }  # fmt: skip
-
-
 def test_runs(settings: Settings, tmp_path: Path):
     study = Study(tmp_path / "out", settings, print)
     tuning, matched, further = study.tuning(), study.matched(), study.further()
-    assert len(tuning) == 2 * 4 and {run.seed for run in tuning} == {100, 101}
+    assert len(tuning) == 2 * (4 + 2) and {run.seed for run in tuning} == {100, 101}
+    # Models and prompts of their own: what is chosen is not measured on the same.
+    assert {(run.of_set, run.exam) for run in tuning} == {(2, "tuning")}
+    assert {(run.of_set, run.exam) for run in matched} == {(0, "heldout"), (1, "heldout")}
     found = [(r.condition.name, r.method.name, r.seed, r.of_set) for r in matched]
     expected = [("noisy", name, seed, seed % 2) for seed in range(3) for name in ("sft", "dpo")]
     assert found == expected + [("clean", "dpo", seed, seed) for seed in range(2)]
     assert [(r.method.name, r.seed) for r in further] == [("sft", 0)]
     assert {run.settings for run in matched + further} == {MATCHED}
     runs = tuning + matched + further
-    assert len({run.key for run in runs}) == len({run.name for run in runs}) == len(runs)
+    assert len({key(run.named) for run in runs}) == len({run.name for run in runs}) == len(runs)
     assert study.tuned() == []  # nothing is tuned yet
     assert Study(tmp_path / "out", settings, print, ["clean"]).matched() == matched[-2:]
+
+
+def row(run: Run, accuracy: float) -> dict:
+    return run.named | {"accuracy": accuracy}
 
 
 def test_best_mean_of_the_tuning_seeds_is_chosen(settings: Settings, tmp_path: Path):
     variants = settings.methods["dpo"].variants()
     assert variants[0] == {"beta": 0.1, "lr": 1e-3} and len(variants) == 4
+    study = Study(tmp_path, settings, print)
     accuracies = {100: [0.5, 0.5, 0.75, 0.5], 101: [0.5, 0.75, 0.25, 0.75]}
-    rows = [
-        row(variant, seed, found[place])
-        for seed, found in accuracies.items()
-        for place, variant in enumerate(variants)
-    ]
-    rows += [row(variants[0], 0, 1.0, FINAL)]  # no seed that is reported may choose
+    tried = [run for run in study.tuning() if run.settings == TUNED]
+    rows = [row(run, accuracies[run.seed][variants.index(run.variant)]) for run in tried]
+    # No seed that is reported may choose.
+    rows += [row(replace(tried[0], role=FINAL, of_set=0, seed=0), 1.0)]
+    rows += [row(replace(tried[0], seed=7), 1.0)]
     condition = settings.conditions["noisy"]
     # means 0.5, 0.625, 0.5, 0.625: the first of equals
-    assert choose(rows, settings, condition) == {"dpo": variants[1]}
-    assert choose(rows[1:], settings, condition) == {}
-    study = Study(tmp_path, settings, print)
+    assert choose(rows, study.tuning(), condition) == {"dpo": variants[1]}
+    assert choose(rows[1:], study.tuning(), condition) == {}
     study.results.write_text("".join(json.dumps(each) + "\n" for each in rows))
     assert [(run.seed, run.variant) for run in study.tuned()] == [
         (s, variants[1]) for s in range(3)
     ]
-    assert {row_key(each) for each in rows} == study.finished()
-    assert {run.key for run in study.tuning()} <= study.finished()
+    assert {key(run.named) for run in tried} <= study.finished()
+    assert {run.role for run in tried} == {TUNING}
+
+
+def test_run_of_other_settings_is_another_run(settings: Settings, tmp_path: Path):
+    """Whatever the file says of its method or its condition, but not their words."""
+    run = Study(tmp_path, settings, print).matched()[1]
+    method, condition = run.method, run.condition
+    others = [replace(run, method=replace(method, **{name: value})) for name, value in (
+        ("flags", ("--method", "ipo")), ("control", "uniform"), ("sources", ("bad",)),
+        ("data", "lists"), ("targets", ("--fusion", "none")),
+    )]  # fmt: skip
+    others += [
+        replace(run, condition=replace(condition, **{name: value}))
+        for name, value in (("noise", 1), ("pivot", "bad"), ("sources", ()), ("on_policy", True))
+    ]
+    assert len({run.digest, *(other.digest for other in others)}) == 10
+    assert replace(run, method=replace(method, words="other", grid={})).digest == run.digest
 
 
 def test_folder_of_other_settings(settings: Settings, tmp_path: Path):
@@ -112,6 +129,11 @@ def test_published_settings():
         ("methods: [sft, dpo]", "methods: [sft, nothing]", "method 'nothing'"),
         ("sources: [generalist], seeds: 3", "sources: [nobody], seeds: 3", "model 'nobody'"),
         ("tuning_seeds: [100, 101]", "seeds: [100]", "settings of a study"),
+        ("tuning_seeds: [100, 101]", "tuning_seeds: [100, 2]", "2, which is reported"),
+        ("{words: SFT}", "{words: SFT, control: shufled}", "control 'shufled'"),
+        ("{words: SFT}", "{words: SFT, data: prefs}", "data 'prefs'"),
+        ("{words: SFT}", "{words: SFT, sources: [nobody]}", "model 'nobody'"),
+        ("report: {}", "report: {primary: [{a: sft, b: ipo, condition: noisy}]}", "method 'ipo'"),
         ("sets: 2", "sets: [", "settings of a study"),
     ],
 )

@@ -10,7 +10,7 @@ from support.launcher import ROOT
 SETTINGS = """
 sets: 1
 tuning_seeds: [100]
-prompts: {sft: 40, preference: 40, heldout: 30, log_odds: 12}
+prompts: {sft: 40, preference: 40, verification: 15, heldout: 30, log_odds: 12}
 pretraining: {texts: 120, steps: 3, pivot_steps: 3, batch: 16, lr: 1.0e-3}
 sft: {epochs: 1, batch: 8, lr: 1.0e-3}
 training: {epochs: 1, batch: 8, lr: 1.0e-3}
@@ -55,10 +55,10 @@ def test_from_untrained_models_to_a_report(tmp_path: Path):
     settings, output = tmp_path / "study.yaml", tmp_path / "out"
     settings.write_text(SETTINGS)
     flags = ("--settings", settings, "--output", output)
-    assert "8 runs" in study("run", *flags)
+    assert "14 runs" in study("run", *flags)
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     found = {(row["method"], row["settings"], row["role"]): row for row in rows}
-    assert len(found) == 8
+    assert len(found) == 14
     for row in rows:
         assert 0 <= row["accuracy"] <= 1 and 0 <= row["neither"] <= 1
     start, end = (found["shuffled", "matched", "final"]["why"][when] for when in ("start", "end"))
@@ -66,19 +66,11 @@ def test_from_untrained_models_to_a_report(tmp_path: Path):
     assert start["coefficient"] >= 0.5  # clipped, a reference can only ask for more
     again = found["more-sft", "matched", "final"], found["more-sft", "tuned", "final"]
     same = [
-        {k: v for k, v in row.items() if k not in ("settings", "variant", "seconds")}
+        {k: v for k, v in row.items() if k not in ("settings", "variant", "digest", "seconds")}
         for row in again
     ]
     assert same[0] == same[1]  # one learning rate, the same seed: the same numbers
     study("run", *flags)
-    assert len((output / "results.jsonl").read_text().splitlines()) == 8
-    study(
-        "report",
-        "--settings",
-        settings,
-        "--results",
-        output / "results.jsonl",
-        "--output",
-        tmp_path / "page",
-    )
-    assert "PAD" in (tmp_path / "page" / "report.md").read_text()
+    assert len((output / "results.jsonl").read_text().splitlines()) == 14
+    study("report", *flags[:2], "--results", output / "results.jsonl", "--output", tmp_path)
+    assert "PAD" in (tmp_path / "report.md").read_text()
