@@ -22,7 +22,7 @@ from megatron_infifpo.study.forks import warm_up
 from megatron_infifpo.study.inputs import Run, key
 from megatron_infifpo.study.runs import Runner
 from megatron_infifpo.study.settings import FINAL, MATCHED, TUNED, TUNING, Condition, Settings
-from megatron_infifpo.study.stages import Stages, read_lines
+from megatron_infifpo.study.stages import Stages
 
 RESULTS, KEPT = "results.jsonl", "settings.json"
 
@@ -63,7 +63,11 @@ class Study:
 
     def rows(self) -> list[dict[str, Any]]:
         """Results so far."""
-        return read_lines(self.results) if self.results.exists() else []
+        if not self.results.exists():
+            return []
+        lines = self.results.read_text(encoding="utf-8").splitlines()
+        # What does not end was being written when the study was stopped.
+        return [json.loads(line) for line in lines if line.endswith("}")]
 
     def finished(self) -> set[tuple[Any, ...]]:
         """Keys of the runs that are finished."""
@@ -192,7 +196,8 @@ class Study:
             return f"{run.name}: {traceback.format_exc()}"
         with open(self.results, "a") as file:
             fcntl.lockf(file, fcntl.LOCK_EX)
-            file.write(json.dumps(row) + "\n")
+            before = self.results.read_bytes()[-1:]
+            file.write(("" if before in (b"", b"\n") else "\n") + json.dumps(row) + "\n")
         self.stages.forget(run.name)
         return None
 

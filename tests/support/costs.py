@@ -36,6 +36,7 @@ SLOW = (
     "tests/responses/test_evaluate.py::test_tasks_exist_in_the_harness",
     "tests/responses/test_evaluate.py::test_two_models_side_by_side",
     "tests/rounds/test_ends.py::test_ranks_of_torchrun",
+    "tests/study/test_whole_study.py",
 )
 """Slow tests without ranks."""
 
@@ -55,6 +56,7 @@ FIRST = (
     "tests/distributed/test_rounds.py",
     "tests/distributed/test_enumerable.py",
     "tests/responses/test_evaluate.py",
+    "tests/study/test_whole_study.py",
     "tests/scoring/test_scoring_jobs.py",
     "tests/integration/test_examples.py",
     "tests/integration/test_baselines.py",
