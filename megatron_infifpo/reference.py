@@ -101,7 +101,9 @@ def _margins(clipped: Tensor, anchor: Tensor, space: str, selection: str) -> Ten
     return margins
 
 
-def _idle_in_max_margin(clip: str | None, initial_as_source: bool, **chosen: str) -> dict[str, str]:
+def _idle_in_max_margin(
+    clip: str | None, initial_as_source: bool, mirrored: bool, **chosen: str
+) -> dict[str, str]:
     """Options that change nothing beside the others, and why."""
     idle: dict[str, str] = {}
     if chosen["margin_anchor"] != "initial":
@@ -110,7 +112,12 @@ def _idle_in_max_margin(clip: str | None, initial_as_source: bool, **chosen: str
         idle["initial_as_source"] = (
             "with --margin-anchor initial: the initial pivot's own margin is 0, it never wins"
         )
-    by_response = clip == "response" and chosen["selection"] == "response"
+    if mirrored and (clip is not None or chosen["margin_space"] == "log-prob"):
+        idle["selection"] = (
+            "with --margin-anchor initial and these --source-values: both responses of a pair are "
+            "of the source whose margin differs most from the initial pivot's"
+        )
+    by_response = clip == "response" and (chosen["selection"] == "response" or mirrored)
     if by_response and chosen["margin_space"] == "log-prob":
         idle["margin_space"] = (
             "with --margin-anchor initial and clipped sources: they lie on one side of the anchor, "
@@ -153,12 +160,15 @@ class Fusion:
 
     Attributes:
         function: see above.
-        idle: `(clip, initial_as_source, **its options)` to options that then have no effect, and
-            why; `clip` says by what sources are clipped, None: they are not.
+        idle: `(clip, initial_as_source, mirrored, **its options)` to options that then have no
+            effect, and why; `clip` says by what sources are clipped, None: they are not; `mirrored`
+            that both values of a pair are equally far from the initial pivot's mean.
+        fixed: its weights do not depend on the values that it fuses.
     """
 
     function: Callable[..., Tensor]
-    idle: Callable[..., dict[str, str]] = lambda clip, initial_as_source, **options: {}
+    idle: Callable[..., dict[str, str]] = lambda clip, initial_as_source, mirrored, **options: {}
+    fixed: bool = False
 
     @property
     def options(self) -> Mapping[str, Option]:
@@ -173,9 +183,9 @@ class Fusion:
 
 FUSIONS: dict[str, Fusion] = {
     "max-margin": Fusion(max_margin, _idle_in_max_margin),
-    "average": Fusion(average),
+    "average": Fusion(average, fixed=True),
     "confidence": Fusion(confidence),
-    "weighted": Fusion(weighted),
+    "weighted": Fusion(weighted, fixed=True),
 }
 
 

@@ -129,8 +129,15 @@ def test_beta_follows_the_length_normalization_unless_given():
         ("--method fpo --clip-by pair", "sources that are not clipped: give --clip, too"),
         ("--method sft --clip-by pair", "--clip-by has no effect with --method sft"),
         ("--method ipo --source-values centred", "the reference is the initial pivot, nothing is"),
+        ("--method pad --source-values centred", "with --fusion average and .* plackett_luce, wh"),
+        ("--method fuserlhf --source-values centred", "only their differences count; leave it out"),
+        ("--clip-by pair --source-values centred", "--clip-by has no effect with --source-values"),
+        ("--method infifpo-ipo --clip-by pair --source-values standardised", "both responses of a"),
+        ("--method dpo --pair-weights best-source --verdict-cut 0.5 --verdict-scale 2",
+         "--verdict-scale has no effect with --pair-weights best-source --verdict-cut 0.5: the ve"),
+        ("--method sft --pair-weights best-source --verdict-cut 0.5 --verdict-scale 2", "whatever"),
     ],
-)
+)  # fmt: skip
 def test_bad_options(argv, expected):
     with pytest.raises(UserError, match=expected):
         parse(*argv.split())
@@ -163,6 +170,53 @@ def test_a_margin_space_matters_where_sources_are_clipped_by_pair():
     assert parse("--clip-by", "pair", *options).value_options == {"clip_by": "pair"}
     with pytest.raises(UserError, match="lie on one side of the anchor"):
         parse("--clip-by", "response", *options)
+
+
+@pytest.mark.parametrize("clip", [{"clip": False}, {"clip": True, "clip_by": "pair"}], ids=str)
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("objective", LOSSES)
+def test_centring_is_refused_where_only_differences_count(objective, fusion, clip):
+    """That nothing changes there, and something does elsewhere, is tested with the values."""
+    if objective == "plackett_luce" and clip["clip"]:
+        return  # it cannot be clipped
+    loss = LOSSES[objective]
+    options: dict[str, Any] = {"objective": objective, "fusion": fusion, **clip}
+    options |= {name: 0.1 for name, option in loss.options.items() if option.required}
+    refused = {}
+    if clip["clip"] and loss.responses == 2:
+        refused = dict.fromkeys(("centred", "standardised"), "--clip-by has no effect with")
+    if loss.differences and FUSIONS[fusion].fixed:
+        refused["centred"] = "--source-values has no effect with --fusion"
+    for kind in ("centred", "standardised"):
+        given = {"source_values": kind, **options}
+        if kind in refused:
+            with pytest.raises(UserError, match=refused[kind]):
+                resolve("infifpo", **given)
+        else:
+            assert resolve("infifpo", **given).source_values == kind
+
+
+def test_choices_between_centred_pairs_are_refused():
+    """So are those that leave nothing to choose there; see the tests of values."""
+    base = ("--margin-anchor", "initial", "--source-values", "standardised")
+    selection, space = ("--selection", "pair"), ("--margin-space", "log-prob")
+    for more, flag_name in (
+        (selection, "--selection"),
+        (space, "--margin-space"),
+        (("--no-clip", *space, *selection), "--selection"),
+    ):
+        with pytest.raises(UserError, match=f"{flag_name} has no effect with --margin-anchor"):
+            parse(*base, *more)
+    for more in (("--no-clip", *selection), ("--no-clip", *space)):
+        assert parse(*base, *more).standardised
+    for more in (selection, (*space, *selection), (*space, "--clip-by", "pair")):
+        assert parse("--method", "infifpo-wrpo", *base, *more).standardised, "of three responses"
+
+
+def test_a_scale_of_verdicts_matters_unless_their_sign_alone_counts():
+    weights = ("--method", "dpo", "--verdict-scale", "2", "--pair-weights")
+    for more in ("best-source", "best-source --verdict-cut 0.4", "agreement --verdict-cut 0.5"):
+        assert parse(*weights, *more.split()).verdict_scale == 2
 
 
 def test_unknown_choices_are_refused():

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_infifpo.losses import LOSSES, preference_loss
 from megatron_infifpo.reference import FUSIONS, fuse_reference
 from megatron_infifpo.source_values import centred, clip_margins, clip_sources, standard_scales
 
@@ -164,3 +165,53 @@ def test_bad_arguments(options, message):
     zeros = torch.zeros(1, 2)
     with pytest.raises(ValueError, match=message):
         fuse_reference(zeros[..., None], zeros, zeros, PREFERRED, **options)
+
+
+@pytest.mark.parametrize("clip", [{"clip": False}, {"clip_by": "pair"}, {}], ids=str)
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("objective", LOSSES)
+def test_what_centring_changes(objective, fusion, clip):
+    """No loss of differences, of a fusion with fixed weights, unless responses are clipped each."""
+    initial, policy, sources = values(6, 3), values(6, 3, seed=1), values(6, 3, 2, seed=2)
+    read = {name: torch.tensor([0.3, 0.7]) for name in FUSIONS[fusion].reads}
+    loss, preferred = LOSSES[objective], torch.tensor([True, False, True])
+    options: dict[str, Any] = {n: 0.3 for n, option in loss.options.items() if option.required}
+    if "rewards" in loss.reads:
+        options["rewards"] = values(6, 3, seed=3)
+
+    def found(kind: str) -> torch.Tensor:
+        reference = fuse_reference(
+            sources, initial, policy, preferred, fusion=fusion, source_values=kind, **read, **clip
+        )
+        return preference_loss(objective, policy, reference.logps, beta=0.4, **options)
+
+    same = torch.allclose(found("raw"), found("centred"), atol=1e-9, rtol=0)
+    assert same == (loss.differences and FUSIONS[fusion].fixed and bool(clip))
+
+
+@pytest.mark.parametrize("kind", ["centred", "standardised"])
+def test_choices_between_which_centred_pairs_leave_nothing_to_choose(kind):
+    """Both deviations of a pair from the initial pivot's are of one size."""
+    initial, policy, sources = values(9, 3), values(9, 3, seed=1), values(9, 3, 4, seed=2)
+    scales = {"source_scales": torch.tensor([0.5, 1.0, 2.0, 3.0])} if kind != "centred" else {}
+
+    def found(responses: int, **options: Any) -> torch.Tensor:
+        shown = (each[:, :responses] for each in (sources, initial, policy))
+        preferred = torch.tensor([True, False, True])[:responses]
+        options |= {"source_values": kind, **scales}
+        return fuse_reference(*shown, preferred, **options).logps
+
+    def all_same(responses: int, choices: list[dict[str, Any]], **options: Any) -> bool:
+        first, *others = (found(responses, **choice, **options) for choice in choices)
+        return all(torch.allclose(first, other, atol=1e-9, rtol=0) for other in others)
+
+    clips: list[dict[str, Any]] = [{"clip_by": "response"}, {"clip_by": "pair"}]
+    for fusion in ("max-margin", "average", "confidence"):
+        assert all_same(2, clips, fusion=fusion) and not all_same(3, clips, fusion=fusion)
+    selections = [{"selection": each} for each in ("response", "pair")]
+    both = [{**s, "margin_space": m} for s in selections for m in ("prob", "log-prob")]
+    assert all_same(2, both, margin_anchor="initial")
+    assert not all_same(3, both, margin_anchor="initial") and not all_same(2, both)
+    unclipped: dict[str, Any] = {"clip": False, "margin_anchor": "initial"}
+    assert all_same(2, selections, margin_space="log-prob", **unclipped)
+    assert not all_same(2, selections, margin_space="prob", **unclipped)

@@ -20,7 +20,13 @@ from megatron_infifpo.records.records import (
 )
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.soft_targets import SoftTargetStore
-from megatron_infifpo.references.sources import INITIAL, SourcesConfig, check_domains, read_sources
+from megatron_infifpo.references.sources import (
+    INITIAL,
+    SourcesConfig,
+    check_accuracy,
+    check_domains,
+    read_sources,
+)
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.encoding import encode_or_refuse, scored_marks
@@ -213,6 +219,8 @@ def check_responses(tokens: TokenDataset, records: Sequence[PreferenceRecord]) -
 def _check_domains(config: SourcesConfig, tokens: TokenDataset) -> str:
     """Check the sources' domains; say what they weigh where somebody weighs them."""
     check_domains(config, tokens.domains)
+    for source in config.sources:
+        check_accuracy(source, source.domains or tokens.domains, config.path)
     found = f"{len(config.sources)} sources, domains {', '.join(tokens.domains)}"
     if set(config.weights) == {1.0}:
         return found

@@ -24,6 +24,8 @@ class Loss:
             None: all there are, a list.
         several_pairs: it looks at the pairs of a row together, so `--micro-batch-size` changes it.
         beta: the published one for sums of log-probs.
+        differences: a number added to all reference log-probs of a record changes nothing: only how
+            they differ counts.
         teacher: its reference is what the policy learns from, and not what it is held to.
         most: its options to the most responses of a record that it takes; None: any number.
         residuals: of a list, with the same arguments: `[B, n]`, what is the same number for all
@@ -34,6 +36,7 @@ class Loss:
     responses: int | None = 2
     several_pairs: bool = False
     beta: float = 0.1
+    differences: bool = False
     teacher: bool = False
     most: Callable[..., int | None] = lambda **options: None
     residuals: Callable[..., Tensor] | None = None
@@ -58,27 +61,31 @@ def _most_ranked(divergence: str = "kl") -> int:
 
 
 LOSSES: dict[str, Loss] = {
-    "dpo": Loss(pairs.dpo),
-    "ipo": Loss(pairs.ipo, beta=0.004),  # its 0.1 is for means
-    "wrpo": Loss(pairs.wrpo, responses=3, beta=0.01),
-    "hinge": Loss(pairs.hinge),
-    "robust": Loss(pairs.robust),
-    "exo_pair": Loss(pairs.exo_pair),
+    "dpo": Loss(pairs.dpo, differences=True),
+    "ipo": Loss(pairs.ipo, beta=0.004, differences=True),  # its 0.1 is for means
+    "wrpo": Loss(pairs.wrpo, responses=3, beta=0.01, differences=True),
+    "hinge": Loss(pairs.hinge, differences=True),
+    "robust": Loss(pairs.robust, differences=True),
+    "exo_pair": Loss(pairs.exo_pair, differences=True),
     "nca_pair": Loss(pairs.nca_pair),
     "bco_pair": Loss(pairs.bco_pair),
     "sppo_hard": Loss(pairs.sppo_hard),
-    "aot": Loss(pairs.aot, several_pairs=True),
+    "aot": Loss(pairs.aot, several_pairs=True, differences=True),
     "aot_unpaired": Loss(pairs.aot_unpaired, several_pairs=True),
     "apo_zero": Loss(pairs.apo_zero),
     "apo_down": Loss(pairs.apo_down),
-    "discopop": Loss(pairs.discopop),
+    "discopop": Loss(pairs.discopop, differences=True),
     "group_regression": Loss(
-        lists.group_regression, responses=None, residuals=lists.regression_residuals
+        lists.group_regression,
+        responses=None,
+        differences=True,
+        residuals=lists.regression_residuals,
     ),
     "plackett_luce": Loss(
         lists.rankings,
         responses=None,
         beta=0.4,  # its 10 is for means
+        differences=True,
         teacher=True,
         most=_most_ranked,
         residuals=lists.ranking_residuals,

@@ -135,9 +135,15 @@ class Method:
         return {name: self.options[name] for name in VALUE_OPTIONS if name in self.options}
 
     @property
+    def source_values(self) -> str:
+        """What the sources' values are before they are clipped."""
+        default: str = VALUE_OPTIONS["source_values"].default
+        return self.options.get("source_values", default)
+
+    @property
     def standardised(self) -> bool:
         """Whether sources' values are scaled by what all training records say of them."""
-        return self.options.get("source_values") == "standardised"
+        return self.source_values == "standardised"
 
     def describe(self) -> dict[str, Any]:
         """Return fields and options as one flat mapping, as run.json keeps them.

@@ -102,7 +102,10 @@ def _why_useless(name: str, method: Method, option: str) -> str | None:
         if option == "clip_by" and not method.clip:
             return "with sources that are not clipped: give --clip, too"
         clipped = method.options.get("clip_by", "response") if method.clip else None
-        given = (clipped, method.initial_as_source)
+        if reason := _why_no_values(method, method.loss, clipped, option):
+            return reason
+        mirrored = method.responses == 2 and method.source_values != "raw"
+        given = (clipped, method.initial_as_source, mirrored)
         if reason := fusion.idle(*given, **method.fusion_options).get(option):
             return reason
     if option == "sft_weight" and method.loss.responses is None:
@@ -115,10 +118,40 @@ def _why_useless(name: str, method: Method, option: str) -> str | None:
     return None
 
 
+def _why_no_values(method: Method, loss: Loss, clipped: str | None, option: str) -> str | None:
+    """Say why an option of the sources' values has no effect, or None.
+
+    Args:
+        method: with a fused reference.
+        loss: its loss.
+        clipped: by what sources are clipped, None: they are not.
+        option: any.
+    """
+    values, moved = method.source_values, clipped != "response" and FUSIONS[method.fusion].fixed
+    if option == "source_values" and values == "centred" and moved and loss.differences:
+        return (
+            f"with --fusion {method.fusion} and the objective {method.objective}, where responses "
+            "are not clipped each: centring moves a record's reference values all alike, and only "
+            "their differences count; leave it out"
+        )
+    if option == "clip_by" and clipped == "pair" and values != "raw" and method.responses == 2:
+        return (
+            f"with --source-values {values}: both responses of a pair are clipped or none is, by "
+            "response too; leave it out"
+        )
+    return None
+
+
 def _why_no_weights(name: str, method: Method, option: str) -> str | None:
     """Say why an option of the pairs' weights has no effect, or None."""
     if method.pair_weights is None:
         return "without --pair-weights, agreement or best-source: give it, or leave this out"
+    by_sign = method.pair_weights == "best-source" and method.verdict_cut == 0.5
+    if option == "verdict_scale" and by_sign:
+        return (
+            "with --pair-weights best-source --verdict-cut 0.5: the verdict of one source is above "
+            "0.5 where its margin is above 0, whatever the scale; leave it out"
+        )
     if method.token_loss is not None and method.objective != "sft":
         return (
             f"with --method {name}, whose sources teach each token: weights are of pairs, and of "

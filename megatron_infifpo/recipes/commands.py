@@ -8,7 +8,7 @@ Everything of a run lies in one folder, and each stage finds there what others l
     RUN/logprobs/NAME.*                      log-prob datasets
     RUN/pivot, RUN/sft, RUN/METHOD           checkpoints; RUN/METHOD-hf is exported
 
-Token-level fusion reads the SFT half, with log-probs of its own:
+Token-level fusion, and SFT that weighs pairs, read the SFT half with log-probs of its own:
 
     RUN/fusion/sources.yaml                  a link to ../sources.yaml: the same sources, whose
     RUN/fusion/logprobs/NAME.*               log-prob data sets lie beside it
@@ -19,7 +19,7 @@ Defaults are the paper's run: Phi-4, on two nodes of eight GPUs.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_infifpo.errors import UserError
@@ -149,7 +149,8 @@ def infifpo(
         bf16: train in bfloat16, else float32.
         flags: further ones of `infifpo train`, Megatron's included.
     """
-    name, data = _data(run, method, index)
+    given = split_words(flags, "flags")
+    name, data = _data(run, method, index, given)
     arguments = ["train", "--method", method, *data]
     if beta is not None:
         arguments += ["--beta", str(beta)]
@@ -167,12 +168,17 @@ def infifpo(
     arguments += ["--save-interval", str(save_interval), "--log-interval", "1"]
     arguments += ["--tensorboard-dir", f"{save}/tensorboard"]
     # Megatron saves and exits at SIGTERM, which is how clusters preempt.
-    arguments += ["--exit-signal-handler", *split_words(flags, "flags")]
+    arguments += ["--exit-signal-handler", *given]
     return Job(name, tuple(arguments), every_rank=True)
 
 
-def _data(run: str, method: str, index: int) -> tuple[str, list[str]]:
-    """What a method is called in the folder of the run, and the flags of what it reads there."""
+def _data(run: str, method: str, index: int, given: Sequence[str]) -> tuple[str, list[str]]:
+    """What a method is called in the folder of the run, and the flags of what it reads there.
+
+    Args:
+        run, method, index: see `infifpo`.
+        given: further words of training.
+    """
     from megatron_infifpo.methods import METHODS  # here: it imports torch
 
     preset = METHODS.get(method)
@@ -184,7 +190,9 @@ def _data(run: str, method: str, index: int) -> tuple[str, list[str]]:
         more = ["--soft-targets", f"{run}/fusion/{name}"]
         return name, ["--preference-data", f"{run}/data/sft", *more]
     if preset is not None and preset.reference is None:
-        return name, ["--preference-data", f"{run}/data/sft"]
+        weighs = any(word.partition("=")[0] == "--pair-weights" for word in given)
+        more = ["--preference-sources", f"{run}/fusion/sources.yaml"] if weighs else []
+        return name, ["--preference-data", f"{run}/data/sft", *more]
     more = ["--preference-sources", f"{run}/sources.yaml"]
     return name, ["--preference-data", f"{run}/data/preference", *more]
 
@@ -193,6 +201,7 @@ sft = functools.partial(infifpo, method="sft", initial="pivot", epochs=3, lr=1e-
 sft.__doc__ = """Train RUN/pivot on the chosen responses of RUN/data/sft, to RUN/sft.
 
 With `method=fusellm`, fusechat or infifusion also on the soft targets of RUN/fusion, to RUN/METHOD.
+With `--pair-weights` among its flags, weighted by the log-probs that RUN/fusion/sources.yaml names.
 Options as of `infifpo`, with other defaults.
 """
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_infifpo.references.logprob_store import LogprobStore
-from megatron_infifpo.references.sources import SourcesConfig, check_domains
+from megatron_infifpo.references.sources import SourcesConfig, check_accuracy, check_domains
 from megatron_infifpo.tokens.dataset import TokenDataset
 
 
@@ -116,15 +116,16 @@ class References:
         weights: `[M + 1]`, of the sources and at last of the initial pivot.
         scales: `[M + 1]`, the same, what their values are standardised with; 1 until
             `standardise` is called, and always of the initial pivot.
-        domains: D names, the records'.
-        accuracies: `[D, M]`, of the sources in these domains, NaN where unknown.
+        accuracies: `[D, M]`, of the sources in the records' domains, NaN where unknown.
+        given_accuracies: by source, as sources.yaml has them; of those that have one.
     """
 
     def __init__(self, config: SourcesConfig, tokens: TokenDataset) -> None:
         """Open all of them.
 
         Raises:
-            UserError: a data set is missing, broken or of other records, or a domain is unknown.
+            UserError: a data set is missing, broken or of other records, a domain is unknown, or
+                misspelt where a source has an accuracy.
         """
         check_domains(config, tokens.domains)
         self.initial = Reference.open("initial", config.initial, tokens, pivot=True)
@@ -134,21 +135,19 @@ class References:
         )
         self.weights = np.array(config.weights, np.float64)
         self.scales = np.ones_like(self.weights)
-        self.domains = tokens.domains
+        for source, opened in zip(config.sources, self.sources, strict=True):
+            codes = np.unique(tokens.domain_codes[opened.takes_part]).tolist()
+            check_accuracy(source, [tokens.domains[code] for code in codes], config.path)
         known = [[source.accuracy_in(d) for source in config.sources] for d in tokens.domains]
         self.accuracies = np.array(known, np.float64).reshape(len(known), len(self.sources))
+        self.given_accuracies = {
+            source.name: source.accuracy for source in config.sources if source.accuracy is not None
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the sources."""
         return tuple(source.name for source in self.sources)
-
-    def known_accuracies(self) -> dict[str, dict[str, float]]:
-        """Return the accuracies that are known, by source and by domain of the records."""
-        return {
-            name: {d: a for d, a in zip(self.domains, column, strict=True) if a == a}
-            for name, column in zip(self.names, self.accuracies.T.tolist(), strict=True)
-        }
 
     def take(self, index: int, columns: np.ndarray) -> PairValues:
         """Return a record's values of R responses, in arrays of their own.

@@ -19,7 +19,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,8 +150,7 @@ def check_domains(config: SourcesConfig, known: Sequence[str]) -> None:
         UserError: names the unknown domain, the known ones and the likely intention.
     """
     for source in config.sources:
-        by_domain = source.accuracy if isinstance(source.accuracy, dict) else ()
-        for domain in (*(source.domains or ()), *by_domain):
+        for domain in source.domains or ():
             if domain not in known:
                 close = difflib.get_close_matches(domain, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -159,6 +158,32 @@ def check_domains(config: SourcesConfig, known: Sequence[str]) -> None:
                     f"{config.path}: source {source.name!r} names the domain {domain!r}, expected "
                     f"one of {', '.join(sorted(known))}{hint}"
                 )
+
+
+def check_accuracy(source: Source, domains: Collection[str], path: str) -> None:
+    """Check that no accuracy of a source has a misspelt domain.
+
+    An accuracy in a domain that no record has is no error: data may be a part of all there is. But
+    it is, where its name is nearly that of a domain that the source has records and no accuracy of.
+
+    Args:
+        source: the source.
+        domains: of the records that it takes part in.
+        path: the sources.yaml, for the error.
+
+    Raises:
+        UserError: names the domain that is probably meant.
+    """
+    if not isinstance(source.accuracy, dict):
+        return
+    lacking = [domain for domain in domains if domain not in source.accuracy]
+    for domain in source.accuracy:
+        if domain not in domains and (close := difflib.get_close_matches(domain, lacking, n=1)):
+            raise UserError(
+                f"{path}: source {source.name!r} has an accuracy in {domain!r}, which no record "
+                f"has, and none in {close[0]!r}; did you mean {close[0]!r}? Expected accuracies in "
+                "both otherwise"
+            )
 
 
 def _source(item: Any, where: str, path: Path) -> Source:
@@ -194,9 +219,11 @@ def _accuracy(value: Any, where: str) -> float | dict[str, float] | None:
     """Return a source's accuracy, one or by domain, or None."""
     if value is None:
         return None
-    for domain, one in value.items() if isinstance(value, dict) else [(None, value)]:
+    for domain, one in value.items() if isinstance(value, dict) else [("", value)]:
+        if not isinstance(domain, str):
+            raise UserError(f"{where} has the domain {domain!r}, expected a text: put it in quotes")
         if not _is_number(one) or not 0 <= one <= 1:
-            of = "" if domain is None else f" of {domain}"
+            of = f" of {domain}" if domain else ""
             raise UserError(
                 f"{where}{of} is {one!r}, expected a number from 0 to 1, or one for each domain as "
                 "in {math: 0.93, code: 0.7}"

@@ -201,9 +201,10 @@ def export(job: RoundsJob, here: RoundFolder) -> Stage:
 
 
 def sources_yaml(job: RoundsJob, here: RoundFolder) -> str:
-    """Return the round's sources.yaml (JSON is YAML, too), with the weights of the user's.
+    """Return the round's sources.yaml (JSON is YAML, too), with the user's weights and accuracies.
 
     What is outside a source's domains is masked in its log-probs, and a round need not have them.
+    Nor those that accuracies are of.
     """
     given_file = {"initial": INITIAL} if job.sources is None else read_yaml(Path(job.sources))
     content: dict[str, Any] = copy.deepcopy(given_file)

@@ -34,7 +34,8 @@ def identity(run: Run, train: PreferenceDataset) -> dict[str, Any]:
         found["source_weights"] = dict(zip(names, weights, strict=True))
     if train.references is not None and method.pair_weights is not None:
         if "accuracy" in pair_weights.reads(method.pair_weights):
-            found["source_accuracies"] = train.references.known_accuracies()
+            # As they are given, not by the records' domains: rounds need not have the same ones.
+            found["source_accuracies"] = train.references.given_accuracies
     if method.several_pairs:
         found["micro_batch_size"] = run.batch.micro
     return found

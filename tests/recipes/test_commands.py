@@ -146,6 +146,19 @@ def test_flags_of_a_source(run_folder):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("flag", ["--pair-weights agreement", "--pair-weights=best-source"])
+def test_weights_of_pairs(run_folder, flag):
+    """SFT reads sources for them alone, of its own half; other methods have theirs anyway."""
+    data = ["--preference-data", "run/data/sft"]
+    plain = STAGES["sft"](run="run", flags="--seed 3").arguments
+    assert list(plain[3:5]) == data and "--preference-sources" not in plain
+    weighed = STAGES["sft"](run="run", flags=flag).arguments
+    assert list(weighed[3:7]) == [*data, "--preference-sources", "run/fusion/sources.yaml"]
+    assert weighed[-len(flag.split()) :] == tuple(flag.split())
+    pairs = STAGES["infifpo"](run="run", method="dpo", flags=flag).arguments
+    assert pairs.count("--preference-sources") == 1 and "run/sources.yaml" in pairs
+
+
 @pytest.mark.parametrize("words", [["slurm.time=1"], ["--nodes", "2"], ["--detach"]])
 def test_options_without_effect(run_folder, words):
     with pytest.raises(UserError, match="has no effect here: choose an --executor"):

@@ -1,8 +1,13 @@
 """Stored values go one way: files, records, rows, and what a loss reads."""
 
+import dataclasses
+import math
+
 import numpy as np
+import pytest
 import torch
 
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.references.reference import References, collate, value
 from megatron_infifpo.references.sources import Source, SourcesConfig
 from support.datasets import record, write_scores, write_tokens
@@ -25,7 +30,11 @@ def test_a_table_is_the_row_of_all_its_records(tmp_path):
     code = [tokens.domain(i) == "code" for i in range(9)]
     assert references.sources[1].takes_part.tolist() == code and 0 < sum(code) < 9
 
-    assert references.known_accuracies() == {"all": {"math": 0.9}, "code": {"code": 0.8}}
+    assert references.given_accuracies == {"all": {"math": 0.9}, "code": 0.8}
+    nan = math.nan
+    by_domain = {"math": [0.9, nan], "code": [nan, 0.8]}
+    expected = [by_domain[domain] for domain in tokens.domains]
+    assert np.array_equal(references.accuracies, expected, equal_nan=True)
 
     references.scales[:-1] = 0.5, 3.0
     indices = np.array([7, 2, 5, 0])
@@ -46,3 +55,30 @@ def test_a_table_is_the_row_of_all_its_records(tmp_path):
     assert torch.equal(means.sources, sums.sources / table["source_token_counts"])
     assert torch.isfinite(means.sources).all()  # of a masked source it is 0
     assert torch.equal(means.mask, table["source_mask"])
+
+
+def test_rounds_need_not_have_the_domains_that_accuracies_are_of(tmp_path):
+    """The same sources in all rounds; a specialist's other domains are masked in its log-probs."""
+    accuracies = {
+        "all": {"math-1": 0.9, "math-2": 0.8, "code": 0.7},
+        "special": {"math-2": 0.9},
+        "one": 0.5,
+    }
+    first: dict | None = None
+    for number, domains in enumerate((("math-1", "code"), ("math-2",), ("code",))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        records = [record(i, domain=domains[i % len(domains)]) for i in range(4)]
+        tokens = write_tokens(folder, records)
+        for name in ("pivot", *accuracies):
+            outside = [i for i in range(4) if tokens.domain(i) != "math-2"]
+            masked = outside if name == "special" else []
+            write_scores(folder / name, records, tokens.scored_lengths, masked=masked)
+        sources = [Source(n, str(folder / n), accuracy=a) for n, a in accuracies.items()]
+        config = SourcesConfig(str(folder / "pivot"), tuple(sources))
+        given = References(config, tokens).given_accuracies
+        first = first or given
+        assert given == first == accuracies
+    misspelt = dataclasses.replace(sources[0], accuracy={"cod": 0.7})
+    with pytest.raises(UserError, match="did you mean 'code'"):
+        References(SourcesConfig(config.initial, (misspelt,)), tokens)

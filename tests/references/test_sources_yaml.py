@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.references.sources import Source, check_domains, read_sources
+from megatron_infifpo.references.sources import (
+    Source,
+    check_accuracy,
+    check_domains,
+    read_sources,
+)
 
 GOOD = """
 initial: logprobs/pivot
@@ -63,6 +68,27 @@ def test_accuracies(tmp_path):
     assert np.array_equal(found, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("domains", "meant"),
+    [
+        (["code", "math-2"], None),
+        (["law", "math-1", "math-2"], None),
+        ([], None),
+        (["math-3"], "math-3"),  # which it has no accuracy in, while others have no record
+        (["math-1", "codes"], "codes"),
+    ],
+)
+def test_an_accuracy_that_no_record_has(domains, meant):
+    """It is no error: a round need not have all domains. A misspelt one is."""
+    source = Source("a", "b", accuracy={"code": 0.5, "math-1": 0.2, "math-2": 0.9})
+    check_accuracy(Source("a", "b", accuracy=0.5), domains, "s.yaml")
+    if meant is None:
+        check_accuracy(source, domains, "s.yaml")
+    else:
+        with pytest.raises(UserError, match=f"no record has, and none in {meant!r}; did you mean"):
+            check_accuracy(source, domains, "s.yaml")
+
+
 BAD = {
     "[1": "not valid YAML",
     "initial: p\ninitial: q": "not valid YAML .initial is given twice, in lines 1 and 2",
@@ -90,6 +116,7 @@ BAD = {
     "initial: p\nsources: [{name: a, logprobs: b, accuracy: {code: yes}}]": "of code is True, expe",
     "initial: p\nsources: [{name: a, logprobs: b, accuracy: [1]}]": r"accuracy is \[1\], expected",
     "initial: p\nsources: [{name: a, logprobs: b, accuracy: {mat: 1}}]": "did you mean 'math'",
+    "initial: p\nsources: [{name: a, logprobs: b, accuracy: {3: 1}}]": "has the domain 3, expect",
     "initial: {logprobs: p, accuracy: 1}": "initial has the unknown key 'accuracy'",
     "initial: {weight: 1}": "initial lacks the key 'logprobs'",
     "initial: p\nsources: [{name: a, logprobs: b, score: {--model: x}}]": "without its dashes",
@@ -104,6 +131,8 @@ BAD = {
 @pytest.mark.parametrize("text", BAD)
 def test_bad_files(tmp_path, text):
     with pytest.raises(UserError, match=BAD[text]):
-        check_domains(read_sources(write(tmp_path, text)), ["code", "math"])
+        config = read_sources(write(tmp_path, text))
+        check_domains(config, ["code", "math"])
+        check_accuracy(config.sources[0], ["code", "math"], config.path)
     with pytest.raises(UserError, match="cannot read"):
         read_sources(tmp_path / "absent.yaml")

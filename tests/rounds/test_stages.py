@@ -114,6 +114,12 @@ def test_sources_of_a_round(make_job):
     assert [(source.name, source.logprobs, source.domains) for source in found.sources] == [
         (name, f"out/round-001/logprobs/{name}", None) for name in ("one", "two")
     ]
+    given = Path("sources.yaml").read_text()
+    accurate = given.replace("{name: one,", "{name: one, accuracy: {math: 0.4, code: 0.6},")
+    Path("sources.yaml").write_text(accurate.replace("{name: two,", "{name: two, accuracy: 0.5,"))
+    here.sources.write_text(sources_yaml(make_job(), here))
+    known = [source.accuracy for source in read_sources(here.sources).sources]
+    assert known == [{"math": 0.4, "code": 0.6}, 0.5], "whichever domains the round has"
     job = make_job(method="dpo", sources=None)
     assert json.loads(sources_yaml(job, here)) == {"initial": "logprobs/initial", "sources": []}
 
