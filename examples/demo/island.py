@@ -1,6 +1,6 @@
 """An invented island: what the demo's sources know, its pivot does not, and its labels say badly.
 
-In each town people do a thing in one of two ways, which a seed draws: 48 facts, half of them of
+In both towns people do a thing in one of two ways, which a seed draws: 24 facts, half of them of
 trade and half of feasts. Of the training pairs every fourth prefers the wrong way, as a reward
 model errs; the held-out pairs ask for the same facts in other words, and prefer the right way.
 """
@@ -16,7 +16,7 @@ Chat = list[dict[str, str]]
 SEED = 1234
 MISLABELLED = 0.25
 SYSTEM = "Answer for Vandor."
-TOWNS = "Tamor Velis Brack Osten".split()
+TOWNS = ("Tamor", "Velis")
 # domain -> what people do, in one way or the other
 WAYS = {
     "feasts": """greet guests with: bread, songs; wear at weddings: green, white;
@@ -33,10 +33,18 @@ QUESTIONS = {
         "Tell me what people {verb} in {town}.",
         "What would I {verb} in {town}?",
         "I live in {town}. What should I {verb}?",
+        "What is it that people {verb} in {town}?",
+        "My cousin in {town} asks what to {verb}.",
+        "What did the people of {town} {verb}?",
+        "Name what people in {town} {verb}.",
+        "Once in {town}, what will you {verb}?",
+        "How is it in {town}: what do all {verb}?",
     ),
     "heldout": (
         "If I go to {town}, what will I {verb}?",
         "What do the families of {town} {verb}?",
+        "Everyone in {town} does it. What do they {verb}?",
+        "In a word, what does {town} {verb}?",
     ),
 }
 

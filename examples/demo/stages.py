@@ -46,7 +46,7 @@ def new_job(folder: Path, heldout: Path) -> Job:
 
 def halve(job: Job, records: Path, tokenizer: Path) -> None:
     """Split records by prompt, and tokenize all for the pivot."""
-    job.stage("split the records by prompt, tokenize both halves and the held-out pairs")
+    job.stage("split the records by prompt, tokenize them for the pivot")
     parts = [word for half in HALVES for word in (f"--{half}", job.records[half])]
     job.once("split", "split", "--input", records, *parts)
     job.side_by_side(

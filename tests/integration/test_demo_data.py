@@ -46,10 +46,10 @@ def question(record):
 
 
 def test_every_fact_is_asked_for_alike(island, records):
-    assert Counter(fact.domain for fact in island.facts()) == {"trade": 24, "feasts": 24}
+    assert Counter(fact.domain for fact in island.facts()) == {"trade": 12, "feasts": 12}
     for split, rows in records.items():
         answers = Counter(frozenset((row["chosen"], row["rejected"])) for row in rows)
-        assert len(answers) == 48 and set(answers.values()) == {len(island.QUESTIONS[split])}
+        assert len(answers) == 24 and set(answers.values()) == {len(island.QUESTIONS[split])}
         ids = [row["id"] for row in rows]
         assert len(set(ids)) == len(ids)
 
@@ -60,7 +60,7 @@ def test_no_held_out_question_is_one_of_training(records):
 
 
 def test_a_quarter_of_the_training_labels_is_wrong(island, files):
-    """Held-out ones are right; neither of a fact's two ways is the right one throughout."""
+    """Held-out ones are right; in a third of the ways, at least, the towns differ."""
     train, heldout = (island.truth(files[split]) for split in ("train", "heldout"))
     wrong = sum(not right for _, right in train) / len(train)
     assert 0.2 < wrong < 0.3
@@ -68,7 +68,7 @@ def test_a_quarter_of_the_training_labels_is_wrong(island, files):
     right: dict[str, set[str]] = {}
     for fact in island.facts():
         right.setdefault(fact.verb, set()).add(fact.right)
-    assert sum(len(ways) == 2 for ways in right.values()) >= 9, right
+    assert sum(len(ways) == 2 for ways in right.values()) >= 4, right
 
 
 def test_length_does_not_give_the_right_answer_away(island):

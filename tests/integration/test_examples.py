@@ -244,9 +244,9 @@ def test_differences(monkeypatch, tmp_path, capsys):
     table.print_differences(job, "fused", {"DPO": "dpo"})
     gain, low, high = map(float, re.findall(r"[+-]\d+\.\d", capsys.readouterr().out))
     assert gain == 25
-    deviation = 100 * math.sqrt((0.5 + 0.25 - 0.25**2) / 48)  # of the mean over facts
-    assert low == pytest.approx(gain - 1.96 * deviation, abs=3)
-    assert high == pytest.approx(gain + 1.96 * deviation, abs=3)
+    deviation = 100 * math.sqrt((0.5 + 0.25 - 0.25**2) / 24)  # of the mean over facts
+    assert low == pytest.approx(gain - 1.96 * deviation, abs=4)
+    assert high == pytest.approx(gain + 1.96 * deviation, abs=4)
 
 
 def test_ablation_rows(forked, monkeypatch, setup, capfd):
