@@ -110,8 +110,8 @@ def _head(outcomes: Outcomes, asked: Asked) -> Iterator[str]:
         "of other sources, too; each set's mean is one value, and there are as many degrees of "
         "freedom as sets less one, so it is wide. Accuracy and other shares are in %, their "
         "differences in points. "
-        "Matched: all methods with the same settings; tuned: each with its own, chosen with the "
-        "same budget.\n"
+        "Matched: the same settings for all methods that can have them; tuned: each with its own, "
+        "of as many trials.\n"
     )
     yield "## Headroom\n"
     yield (
