@@ -152,10 +152,14 @@ class Study:
     def share(self, phase: str, runs: list[Run], workers: int) -> list[str]:
         """Let workers take runs until none is left."""
         fork = multiprocessing.get_context("fork")
-        queue, place = fork.SimpleQueue(), fork.Value("i", 0)
+        queue, taken = fork.SimpleQueue(), fork.Array("b", len(runs))
+        # Each begins with seeds of its own: those of one seed would wait for the same data.
+        orders = [
+            sorted(range(len(runs)), key=lambda i: runs[i].seed % workers != worker)
+            for worker in range(workers)
+        ]
         many = [
-            fork.Process(target=self.worker, args=(runs, place, queue))
-            for _ in range(max(1, workers))
+            fork.Process(target=self.worker, args=(runs, order, taken, queue)) for order in orders
         ]
         for process in many:
             process.start()
@@ -175,15 +179,14 @@ class Study:
             process.join()
         return failed
 
-    def worker(self, runs: list[Run], place: Any, queue: Any) -> None:
-        """Take the next run, until there is none; say what became of each."""
+    def worker(self, runs: list[Run], order: Sequence[int], taken: Any, queue: Any) -> None:
+        """Take the next run that no other has, until there is none; say what became of each."""
         make = Runner(self.stages)
-        while True:
-            with place.get_lock():
-                index, place.value = place.value, place.value + 1
-            if index >= len(runs):
-                return
-            queue.put(self.attempt(make, runs[index]))
+        for index in order:
+            with taken.get_lock():
+                others, taken[index] = taken[index], 1
+            if not others:
+                queue.put(self.attempt(make, runs[index]))
 
     def attempt(self, make: Runner, run: Run) -> str | None:
         """Do a run and keep its row; or say what went wrong."""
