@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support.launcher import ROOT
 
 SETTINGS = """
@@ -21,24 +23,17 @@ conditions:
     noise: 25
     sources: [generalist, sums-expert]
     seeds: 1
-    methods: [sft, more-sft, shuffled, truth, infifusion, pad]
-    tuned: [more-sft]
+    methods: [sft, shuffled, infifusion, pad]
 methods:
   sft: {words: SFT}
-  more-sft: {words: more SFT, flags: --method sft, grid: {lr: [1.0e-3]}}
   shuffled: {words: shuffled, flags: --method infifpo, control: shuffled}
-  truth:
-    words: truth
-    flags: --method dpo --pair-weights best-source --verdict-cut 0.5
-    control: truth
-    sources: [generalist]
   infifusion:
     words: InfiFusion
     flags: --method infifusion
     targets: --fusion none
     sources: [generalist]
   pad: {words: PAD, flags: --method pad, data: lists}
-report: {main: noisy, baseline: more-sft}
+report: {main: noisy, baseline: sft}
 """
 
 
@@ -51,26 +46,27 @@ def study(*words: object) -> str:
     return ran.stdout
 
 
+@pytest.mark.timeout(900)
 def test_from_untrained_models_to_a_report(tmp_path: Path):
     settings, output = tmp_path / "study.yaml", tmp_path / "out"
     settings.write_text(SETTINGS)
     flags = ("--settings", settings, "--output", output)
-    assert "14 runs" in study("run", *flags)
-    rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
-    found = {(row["method"], row["settings"], row["role"]): row for row in rows}
-    assert len(found) == 14
+    assert "4 runs" in study("run", *flags)
+    results = output / "results.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    found = {row["method"]: row for row in rows}
+    assert len(found) == len(rows) == 4
     for row in rows:
         assert 0 <= row["accuracy"] <= 1 and 0 <= row["neither"] <= 1
-    start, end = (found["shuffled", "matched", "final"]["why"][when] for when in ("start", "end"))
+    start, end = (found["shuffled"]["why"][when] for when in ("start", "end"))
     assert start["drift"] == 0 < end["drift"]
     assert start["coefficient"] >= 0.5  # clipped, a reference can only ask for more
-    again = found["more-sft", "matched", "final"], found["more-sft", "tuned", "final"]
-    same = [
-        {k: v for k, v in row.items() if k not in ("settings", "variant", "digest", "seconds")}
-        for row in again
-    ]
-    assert same[0] == same[1]  # one learning rate, the same seed: the same numbers
+    # What is lost is made again, from the same seeds to the same numbers; the rest is not.
+    kept = [row for row in rows if row["method"] != "infifusion"]
+    results.write_text("".join(json.dumps(row) + "\n" for row in kept))
     study("run", *flags)
-    assert len((output / "results.jsonl").read_text().splitlines()) == 14
-    study("report", *flags[:2], "--results", output / "results.jsonl", "--output", tmp_path)
+    *others, again = (json.loads(line) for line in results.read_text().splitlines())
+    assert others == kept
+    assert again | {"seconds": 0} == found["infifusion"] | {"seconds": 0}
+    study("report", *flags[:2], "--results", results, "--output", tmp_path)
     assert "PAD" in (tmp_path / "report.md").read_text()
