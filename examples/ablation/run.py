@@ -4,7 +4,7 @@
 Length normalisation and clipping, on and off; the three fusions; 1 to M sources; and DPO, which has
 no source at all. Works in the demo's folder, and skips what is finished: after `make demo`
 
-    python examples/ablation/run.py                      # about 30 minutes on two cores
+    python examples/ablation/run.py                      # about ten minutes on two cores
     python examples/ablation/run.py --only average       # some rows; the table shows all finished
 """
 
