@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """FuseLLM, InfiFusion and FuseChat beside InfiFPO, on the demo's data and models.
 
-The specialists and the SFT result are scored with the 16 most probable tokens at each token; these are
-aligned and fused into soft targets, by domain as the table of `infifpo fuse-targets` says. Every
-method then trains on as many records, with the same flags: the three on the chosen responses and
-their targets, SFT on the chosen responses alone, InfiFPO on the pairs. FuseChat trains one model
-with each source and merges them. Works in the demo's folder, and skips what is finished: after
-`make demo`
+The specialists and the SFT result are scored with the 16 most probable tokens at every token; these
+are aligned and fused into soft targets, by domain as the table of `infifpo fuse-targets` says.
+Every method then trains on as many records, with the same flags: the three on the chosen responses
+and their targets, SFT on the chosen responses alone, InfiFPO on the pairs. FuseChat trains one
+model with each source and merges them. Works in the demo's folder, and skips what is finished:
+after `make demo`
 
     python examples/baselines/run.py                     # about 15 minutes on two cores
     python examples/baselines/run.py --only fusechat     # some rows; the table shows all finished
