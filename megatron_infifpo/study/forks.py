@@ -11,7 +11,6 @@ import importlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.gpu_check.processes import free_port
 
 HEAVY = (
     "megatron_infifpo.training.run",
@@ -80,7 +80,7 @@ def in_fork(main: Callable[[list[str]], None], words: Sequence[object], log: Pat
         UserError: it failed; names the log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    argv, port = [str(word) for word in words], _free_port()
+    argv, port = [str(word) for word in words], free_port()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -122,10 +122,3 @@ def _alone(log: Path, port: int) -> None:
         "megatron.core.dist_checkpointing.strategies.filesystem_async"
     )
     saving._results_queue = _queues[0].Queue()
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
