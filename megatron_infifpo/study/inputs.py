@@ -15,9 +15,9 @@ from megatron_infifpo.study import controls
 from megatron_infifpo.study.models import KINDS
 from megatron_infifpo.study.settings import BEST, TUNING, Condition, StudyMethod
 from megatron_infifpo.study.stages import Stages, read_lines
-from megatron_infifpo.study.world import DOMAINS, noisy
+from megatron_infifpo.study.world import DOMAINS, verdict
 
-CONDITION = ("noise", "pivot", "sources", "on_policy")  # what matters of one
+CONDITION = ("judge", "pivot", "sources", "on_policy")  # what matters of one
 TOP_K = ("--top-k", 8, "--top-k-responses", "chosen")
 
 
@@ -79,7 +79,7 @@ class Inputs:
     def start(self, run: Run) -> Path:
         """The model that training starts from, as a Hugging Face folder."""
         place = f"{Stages.place(run.of_set, run.seed)}/{run.condition.pivot}"
-        name = f"{place}-noise{run.condition.noise}/sft-hf"
+        name = f"{place}-{run.condition.judge}/sft-hf"
         return self.stages.exported(name, self.stages.tuned(run.condition, run.of_set, run.seed))
 
     def flags(self, run: Run) -> list[object]:
@@ -163,7 +163,7 @@ class Inputs:
         for name in names:
             judged: dict[str, list[float]] = {domain: [] for domain in KINDS[name].domains}
             for row in self.verified(name, run.of_set):
-                judged[row["domain"]].append(noisy(row, run.condition.noise))
+                judged[row["domain"]].append(verdict(row, run.condition.judge))
             found[name] = {domain: float(np.mean(each)) for domain, each in judged.items()}
         return found
 

@@ -106,7 +106,7 @@ class Runner:
         """The same of the model that training starts from."""
         start = self.stages.tuned(run.condition, run.of_set, run.seed)
         place = f"{Stages.place(run.of_set, run.seed)}/{run.condition.pivot}"
-        return self.log_odds(run, f"{place}-noise{run.condition.noise}/start-odds", start)
+        return self.log_odds(run, f"{place}-{run.condition.judge}/start-odds", start)
 
     def best_odds(self, run: Run, domains: np.ndarray) -> np.ndarray:
         """The same of the condition's best source in each question's domain; NaN without one."""

@@ -12,6 +12,7 @@ import yaml
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.storage.yaml_files import read_yaml
 from megatron_infifpo.study.models import KINDS
+from megatron_infifpo.study.world import JUDGES
 
 MATCHED, TUNED = "matched", "tuned"
 FINAL, TUNING = "final", "tuning"
@@ -26,7 +27,7 @@ class Condition:
     Attributes:
         name: of the condition.
         words: what it is, for the report.
-        noise: percent of the responses that the judge is wrong about.
+        judge: who makes the pairs, of `world.JUDGES`.
         pivot: which of the models is trained.
         sources: which ones may be its reference.
         on_policy: responses are the policy's own, else those of models before SFT.
@@ -38,7 +39,7 @@ class Condition:
 
     name: str
     words: str
-    noise: int = 25
+    judge: str = "noise25"
     pivot: str = "pivot"
     sources: tuple[str, ...]
     on_policy: bool = False
@@ -153,6 +154,7 @@ class Settings:
             names = (*condition.methods, *condition.also, *condition.tuned)
             _known(path, "method", names, self.methods)
             _known(path, "model", (condition.pivot, *condition.sources), KINDS)
+            _known(path, "judge", [condition.judge], JUDGES)
         for method in self.methods.values():
             _known(path, "model", method.sources or (), (*KINDS, BEST))
             _known(path, "control", [method.control] if method.control else (), CONTROLS)

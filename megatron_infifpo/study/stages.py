@@ -124,7 +124,7 @@ class Stages:
     def tuned(self, condition: Condition, of_set: int, seed: int) -> Path:
         """The pivot after SFT on the first half of the pairs: where preference training starts."""
         how, pivot = self.settings.sft, condition.pivot
-        name = f"{self.place(of_set, seed)}/{pivot}-noise{condition.noise}/sft"
+        name = f"{self.place(of_set, seed)}/{pivot}-{condition.judge}/sft"
         data = self.pairs(condition, of_set, seed, "sft")
         return self.train(
             name, self.pretrained(pivot, of_set), data, "--method", "sft",
@@ -166,7 +166,7 @@ class Stages:
         prompts = self.prompts(place, part, seed)
         many = ("--as", "pivot", "--count", PIVOT_SAMPLES)
         if condition.on_policy and part == "preference":
-            here = f"{place}/{pivot}-noise{condition.noise}"
+            here = f"{place}/{pivot}-{condition.judge}"
             policy = self.exported(f"{here}/sft-hf", self.tuned(condition, of_set, seed))
             name = f"{here}/{part}-samples/policy.jsonl"
             return [self.samples(name, policy, prompts, *many, seed=seed)]
@@ -203,12 +203,12 @@ class Stages:
         elif part == "lists":
             files, more = files[:1], ["--list", 4]
         name = f"{self.home(condition, of_set, seed, part)}.jsonl"
-        words = ("label", "--input", *files, "--program", f"{JUDGE}:noise{condition.noise}")
+        words = ("label", "--input", *files, "--program", f"{JUDGE}:{condition.judge}")
         return self.command(name, *words, *more, "--output", self.folder / name)
 
     def home(self, condition: Condition, of_set: int, seed: int, part: str) -> str:
         """Where the records of a part, and what belongs to them, lie."""
-        kind = f"{condition.pivot}-noise{condition.noise}"
+        kind = f"{condition.pivot}-{condition.judge}"
         policy = "-policy" if condition.on_policy and part != "sft" else ""
         return f"{self.place(of_set, seed)}/{kind}/{part}{policy}"
 

@@ -8,7 +8,7 @@ wrong about others. So there is something that preferences can teach, and that a
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,8 @@ class Question:
 
     def record(self) -> dict[str, Any]:
         """As a prompt of a file; programs that judge read the answer."""
-        return {"id": self.id, "domain": self.domain, "prompt": self.text, "answer": self.right}
+        extra = {"answer": self.right, "forms": self.forms}
+        return {"id": self.id, "domain": self.domain, "prompt": self.text, "extra": extra}
 
 
 def _share(*words: object) -> float:
@@ -113,22 +114,13 @@ def draw(which: str, count: int, seed: object, domains: Sequence[str] = DOMAINS)
     return list(found.values())
 
 
-# Judges for `infifpo label --program`: they know the answer, and err on a share of the responses.
+# Judges for `infifpo label --program`. They know the answer, and all but the exact one err: on a
+# share of the responses, or about whole villages.
 
 
 def exact(prompt: Prompt, response: str) -> float:
     """1 for the right answer, else 0."""
     return float(response.strip() == prompt.extra["answer"])
-
-
-def _erring(prompt: Prompt, response: str, rate: float) -> float:
-    wrong = _share("error", prompt.id, response.strip()) < rate
-    return 1 - exact(prompt, response) if wrong else exact(prompt, response)
-
-
-def noise0(prompt: Prompt, response: str) -> float:
-    """Judge without error."""
-    return exact(prompt, response)
 
 
 def noise10(prompt: Prompt, response: str) -> float:
@@ -141,7 +133,25 @@ def noise25(prompt: Prompt, response: str) -> float:
     return _erring(prompt, response, 0.25)
 
 
-def noisy(row: Mapping[str, Any], percent: int) -> float:
-    """Judge a row of samples with one response, with an error in so many of a hundred."""
+def biased(prompt: Prompt, response: str) -> float:
+    """Hold the other answer for the right one in a fifth of the villages; err on a tenth, too."""
+    village = prompt.id.partition("-")[0]
+    if _share("bias", village) < 0.2 and response.strip() in prompt.extra["forms"]:
+        return 1 - _erring(prompt, response, 0.1)
+    return _erring(prompt, response, 0.1)
+
+
+def _erring(prompt: Prompt, response: str, rate: float) -> float:
+    wrong = _share("error", prompt.id, response.strip()) < rate
+    return 1 - exact(prompt, response) if wrong else exact(prompt, response)
+
+
+JUDGES: dict[str, Callable[[Prompt, str], float]] = {
+    "exact": exact, "noise10": noise10, "noise25": noise25, "biased": biased,
+}  # fmt: skip
+
+
+def verdict(row: Mapping[str, Any], judge: str) -> float:
+    """Judge a row of samples with one response."""
     prompt = Prompt(row["id"], row["domain"], (), row["extra"])
-    return _erring(prompt, row["responses"][0] if row["responses"] else "", percent / 100)
+    return JUDGES[judge](prompt, row["responses"][0] if row["responses"] else "")

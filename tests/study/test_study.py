@@ -23,7 +23,7 @@ training: {epochs: 1, batch: 8, lr: 1.0e-3}
 explained: 0
 conditions:
   noisy: &all {words: noisy, sources: [generalist], seeds: 3, methods: [sft, dpo], tuned: [dpo]}
-  clean: {<<: *all, noise: 0, seeds: 2, methods: [dpo], also: [sft], also_seeds: 1, tuned: []}
+  clean: {<<: *all, judge: exact, seeds: 2, methods: [dpo], also: [sft], also_seeds: 1, tuned: []}
 methods:
   sft: {words: SFT}
   dpo: {words: DPO, flags: --method dpo, grid: {beta: [0.1, 1], lr: [1.0e-3, 3.0e-3]}}
@@ -92,7 +92,12 @@ def test_run_of_other_settings_is_another_run(settings: Settings, tmp_path: Path
     )]  # fmt: skip
     others += [
         replace(run, condition=replace(condition, **{name: value}))
-        for name, value in (("noise", 1), ("pivot", "bad"), ("sources", ()), ("on_policy", True))
+        for name, value in (
+            ("judge", "exact"),
+            ("pivot", "bad"),
+            ("sources", ()),
+            ("on_policy", True),
+        )
     ]
     assert len({run.digest, *(other.digest for other in others)}) == 10
     assert replace(run, method=replace(method, words="other", grid={})).digest == run.digest

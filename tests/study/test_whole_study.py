@@ -20,7 +20,7 @@ explained: 1
 conditions:
   noisy:
     words: noisy
-    noise: 25
+    judge: noise25
     sources: [generalist, sums-expert]
     seeds: 1
     methods: [sft, shuffled, infifusion, pad]

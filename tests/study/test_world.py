@@ -50,12 +50,12 @@ def test_parts_share_no_question():
 
 def prompt_of(question: Question) -> Prompt:
     record = question.record()
-    return Prompt(record["id"], record["domain"], (), {"answer": record["answer"]})
+    return Prompt(record["id"], record["domain"], (), record["extra"])
 
 
-@pytest.mark.parametrize(("judge", "rate"), [("noise0", 0), ("noise10", 0.1), ("noise25", 0.25)])
+@pytest.mark.parametrize(("judge", "rate"), [("exact", 0), ("noise10", 0.1), ("noise25", 0.25)])
 def test_judges_err_on_their_share_of_responses(judge: str, rate: float):
-    judged = getattr(world, judge)
+    judged = world.JUDGES[judge]
     wrong = []
     for question in draw("preference", 1500, 7):
         prompt = prompt_of(question)
@@ -64,7 +64,22 @@ def test_judges_err_on_their_share_of_responses(judge: str, rate: float):
         wrong += [both[0] == 0, both[1] == 1]
     assert np.mean(wrong) == pytest.approx(rate, abs=3 * (rate * (1 - rate) / 3000) ** 0.5)
     row = {"id": prompt.id, "domain": "sums", "extra": prompt.extra, "responses": [question.right]}
-    assert world.noisy(row, round(100 * rate)) == judged(prompt, question.right)
+    assert world.verdict(row, judge) == judged(prompt, question.right)
+
+
+def test_biased_judge():
+    """He takes the other answer for right in whole villages, and errs as often everywhere."""
+    right: dict[str, list[float]] = {}
+    for question in draw("preference", 3000, 7):
+        prompt = prompt_of(question)
+        right.setdefault(question.village, []).append(world.biased(prompt, question.right))
+        if world.biased(prompt, "neither"):
+            assert world.noise10(prompt, "neither")
+    means = {village: np.mean(found) for village, found in right.items()}
+    inverted = [mean for mean in means.values() if mean < 0.5]
+    assert len(inverted) / len(means) == pytest.approx(0.2, abs=0.1)
+    assert np.mean(inverted) == pytest.approx(0.1, abs=0.04)
+    assert np.mean([mean for mean in means.values() if mean > 0.5]) == pytest.approx(0.9, abs=0.03)
 
 
 def test_beliefs_are_shared_by_both_pivots_and_differ_between_sets():
