@@ -2,7 +2,7 @@
 
     infifpo study run --settings examples/study/study.yaml --output runs/study
     infifpo study report --settings examples/study/study.yaml \\
-        --results docs/study/results.jsonl.gz --output docs/study
+        --results runs/study/results.jsonl --output runs/study/report
 
 Small models of real families are trained from nothing, sampled from, judged, scored and trained by
 every method, all through this program's commands. Finished runs are lines of OUTPUT/results.jsonl:
