@@ -199,17 +199,17 @@ def test_centring_is_refused_where_only_differences_count(objective, fusion, cli
 def test_choices_between_centred_pairs_are_refused():
     """So are those that leave nothing to choose there; see the tests of values."""
     base = ("--margin-anchor", "initial", "--source-values", "standardised")
-    selection, space = ("--selection", "pair"), ("--margin-space", "log-prob")
+    selection, space = ["--selection", "pair"], ["--margin-space", "log-prob"]
     for more, flag_name in (
         (selection, "--selection"),
         (space, "--margin-space"),
-        (("--no-clip", *space, *selection), "--selection"),
+        (["--no-clip", *space, *selection], "--selection"),
     ):
         with pytest.raises(UserError, match=f"{flag_name} has no effect with --margin-anchor"):
             parse(*base, *more)
-    for more in (("--no-clip", *selection), ("--no-clip", *space)):
+    for more in (["--no-clip", *selection], ["--no-clip", *space]):
         assert parse(*base, *more).standardised
-    for more in (selection, (*space, *selection), (*space, "--clip-by", "pair")):
+    for more in (selection, [*space, *selection], [*space, "--clip-by", "pair"]):
         assert parse("--method", "infifpo-wrpo", *base, *more).standardised, "of three responses"
 
 

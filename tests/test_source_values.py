@@ -170,10 +170,10 @@ def test_bad_arguments(options, message):
 @pytest.mark.parametrize("clip", [{"clip": False}, {"clip_by": "pair"}, {}], ids=str)
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("objective", LOSSES)
-def test_what_centring_changes(objective, fusion, clip):
+def test_what_centring_changes(objective: str, fusion: str, clip: dict[str, Any]):
     """No loss of differences, of a fusion with fixed weights, unless responses are clipped each."""
     initial, policy, sources = values(6, 3), values(6, 3, seed=1), values(6, 3, 2, seed=2)
-    read = {name: torch.tensor([0.3, 0.7]) for name in FUSIONS[fusion].reads}
+    read: dict[str, Any] = {name: torch.tensor([0.3, 0.7]) for name in FUSIONS[fusion].reads}
     loss, preferred = LOSSES[objective], torch.tensor([True, False, True])
     options: dict[str, Any] = {n: 0.3 for n, option in loss.options.items() if option.required}
     if "rewards" in loss.reads:
@@ -196,10 +196,10 @@ def test_choices_between_which_centred_pairs_leave_nothing_to_choose(kind):
     scales = {"source_scales": torch.tensor([0.5, 1.0, 2.0, 3.0])} if kind != "centred" else {}
 
     def found(responses: int, **options: Any) -> torch.Tensor:
-        shown = (each[:, :responses] for each in (sources, initial, policy))
+        shown, first, now = (each[:, :responses] for each in (sources, initial, policy))
         preferred = torch.tensor([True, False, True])[:responses]
         options |= {"source_values": kind, **scales}
-        return fuse_reference(*shown, preferred, **options).logps
+        return fuse_reference(shown, first, now, preferred, **options).logps
 
     def all_same(responses: int, choices: list[dict[str, Any]], **options: Any) -> bool:
         first, *others = (found(responses, **choice, **options) for choice in choices)

@@ -12,8 +12,9 @@ import draw_architecture  # noqa: E402
 from walls import PACKAGE, PLACE, WINGS, arrows, imports  # noqa: E402
 
 # Formulas: torch, and each other.
-PURE = ("options", "distillation", "losses", "pair_weights", "source_values", "reference")
-PURE += ("logprobs", "methods")
+PURE = tuple(
+    "options distillation losses pair_weights source_values reference logprobs methods".split()
+)
 # What users give is read without Megatron, and formulas are computed without it. The head alone
 # asks it, inside one function, for tensor-parallel communication.
 WITHOUT_MEGATRON = {wing.name for wing in WINGS[: PLACE["storage"]]} | {"records"}

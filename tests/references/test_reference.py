@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_a_table_is_the_row_of_all_its_records(tmp_path):
 
 def test_rounds_need_not_have_the_domains_that_accuracies_are_of(tmp_path):
     """The same sources in all rounds; a specialist's other domains are masked in its log-probs."""
-    accuracies = {
+    accuracies: dict[str, Any] = {
         "all": {"math-1": 0.9, "math-2": 0.8, "code": 0.7},
         "special": {"math-2": 0.9},
         "one": 0.5,

@@ -65,7 +65,7 @@ def test_best_mean_of_the_tuning_seeds_is_chosen(settings: Settings, tmp_path: P
     study = Study(tmp_path, settings, print)
     accuracies = {100: [0.5, 0.5, 0.75, 0.5], 101: [0.5, 0.75, 0.25, 0.75]}
     tried = [run for run in study.tuning() if run.settings == TUNED]
-    rows = [row(run, accuracies[run.seed][variants.index(run.variant)]) for run in tried]
+    rows = [row(run, accuracies[run.seed][variants.index(dict(run.variant))]) for run in tried]
     # No seed that is reported may choose.
     rows += [row(replace(tried[0], role=FINAL, of_set=0, seed=0), 1.0)]
     rows += [row(replace(tried[0], seed=7), 1.0)]
@@ -86,18 +86,16 @@ def test_run_of_other_settings_is_another_run(settings: Settings, tmp_path: Path
     """Whatever the file says of its method or its condition, but not their words."""
     run = Study(tmp_path, settings, print).matched()[1]
     method, condition = run.method, run.condition
-    others = [replace(run, method=replace(method, **{name: value})) for name, value in (
-        ("flags", ("--method", "ipo")), ("control", "uniform"), ("sources", ("bad",)),
-        ("data", "lists"), ("targets", ("--fusion", "none")),
-    )]  # fmt: skip
-    others += [
-        replace(run, condition=replace(condition, **{name: value}))
-        for name, value in (
-            ("judge", "exact"),
-            ("pivot", "bad"),
-            ("sources", ()),
-            ("on_policy", True),
-        )
+    others = [
+        replace(run, method=replace(method, flags=("--method", "ipo"))),
+        replace(run, method=replace(method, control="uniform")),
+        replace(run, method=replace(method, sources=("bad",))),
+        replace(run, method=replace(method, data="lists")),
+        replace(run, method=replace(method, targets=("--fusion", "none"))),
+        replace(run, condition=replace(condition, judge="exact")),
+        replace(run, condition=replace(condition, pivot="bad")),
+        replace(run, condition=replace(condition, sources=())),
+        replace(run, condition=replace(condition, on_policy=True)),
     ]
     assert len({run.digest, *(other.digest for other in others)}) == 10
     assert replace(run, method=replace(method, words="other", grid={})).digest == run.digest
