@@ -33,7 +33,7 @@ methods:
     targets: --fusion none
     sources: [generalist]
   pad: {words: PAD, flags: --method pad, data: lists}
-report: {main: noisy, baseline: sft}
+report: {main: noisy, baseline: sft, ceiling: shuffled}
 """
 
 
