@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ HEAVY = (
 
 
 PR_SET_PDEATHSIG = 1  # of Linux
-_queues: list[Any] = []
+_queues: list[SyncManager] = []
 
 
 def warm_up() -> None:
@@ -42,6 +43,12 @@ def warm_up() -> None:
     transformers = importlib.import_module("transformers")
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast"):
         getattr(transformers, name)  # imports it
+    remember_help_of_flags()
+    _queues.append(start_queues())
+
+
+def remember_help_of_flags() -> None:
+    """Let Megatron read its sources for the help of flags here, not in every fork."""
     from megatron.training.argument_utils import ArgumentGroupFactory as Factory
     from megatron.training.arguments import add_megatron_arguments
 
@@ -50,31 +57,35 @@ def warm_up() -> None:
     known = functools.cache(lambda source: read(factory.__new__(factory), source))
     factory._get_field_docstrings = lambda self, source: known(source)
     add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    _start_queues()
 
 
-def _start_queues() -> None:
-    """Start the one process that keeps the queue of a save.
+def start_queues() -> SyncManager:
+    """Start the one process that keeps the queues in which forks gather what a save has written.
 
     Megatron starts one in every process that saves, which takes seconds to import PyTorch.
     """
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
     manager = multiprocessing.get_context("spawn").Manager()
-    _queues.append(manager)
     manager.Queue().put(MetadataIndex("any"))  # imports PyTorch there
+    return manager
 
 
-def in_fork(main: Callable[[list[str]], None], words: Sequence[object], log: Path) -> float:
+def take_queue(manager: SyncManager) -> None:
+    """Let the saves of this fork use a queue of that process."""
+    saving: Any = importlib.import_module(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    )
+    saving._results_queue = manager.Queue()
+
+
+def in_fork(main: Callable[[list[str]], None], words: Sequence[object], log: Path) -> None:
     """Run a command in a fork, once `warm_up` has imported all that it needs.
 
     Args:
         main: of the command; it exits as a command does.
         words: of its command line.
         log: receives what it prints.
-
-    Returns:
-        Seconds of the processor that it took.
 
     Raises:
         UserError: it failed; names the log.
@@ -100,14 +111,12 @@ def in_fork(main: Callable[[list[str]], None], words: Sequence[object], log: Pat
                 sys.stderr.flush()
             os._exit(code)
     try:
-        _, status, used = os.wait4(pid, 0)
-        code = os.waitstatus_to_exitcode(status)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     finally:
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # helpers of a save, which outlive it
     if code:
         raise UserError(f"{argv[0]} failed with exit code {code}: see {log}")
-    return used.ru_utime + used.ru_stime
 
 
 def _alone(log: Path, port: int) -> None:
@@ -118,7 +127,4 @@ def _alone(log: Path, port: int) -> None:
     number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(number, 1)
     os.dup2(number, 2)
-    saving: Any = importlib.import_module(
-        "megatron.core.dist_checkpointing.strategies.filesystem_async"
-    )
-    saving._results_queue = _queues[0].Queue()
+    take_queue(_queues[0])

@@ -8,10 +8,12 @@ import fcntl
 import json
 import math
 import multiprocessing
+import signal
+import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +93,7 @@ class Study:
 
     def matched(self) -> list[Run]:
         """Runs with the settings that methods share, of those that are compared everywhere."""
-        return [
-            self.run(condition, name, MATCHED, FINAL, {}, seed)
-            for condition in self.conditions()
-            for seed in range(condition.seeds)
-            for name in condition.methods
-        ]
+        return [run for c in self.conditions() for run in self.shared(c, c.methods, range(c.seeds))]
 
     def tuned(self) -> list[Run]:
         """Runs with the settings that the tuning seeds have chosen, once these are finished."""
@@ -112,13 +109,18 @@ class Study:
         return found
 
     def further(self) -> list[Run]:
-        """Matched runs of the methods that are compared in one condition only."""
+        """The same of the methods that are compared in one condition only."""
         return [
-            self.run(condition, name, MATCHED, FINAL, {}, seed)
-            for condition in self.conditions()
-            for seed in range(condition.also_seeds)
-            for name in condition.also
+            run for c in self.conditions() for run in self.shared(c, c.also, range(c.also_seeds))
         ]
+
+    def shared(
+        self, condition: Condition, names: Sequence[str], seeds: Sequence[int]
+    ) -> Iterator[Run]:
+        """Final runs with matched settings, seed by seed."""
+        for seed in seeds:
+            for name in names:
+                yield self.run(condition, name, MATCHED, FINAL, {}, seed)
 
     def run(
         self,
@@ -140,6 +142,7 @@ class Study:
         Raises:
             UserError: there is no run.
         """
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started, too
         warm_up()
         failed: list[str] = []
         for runs in (self.tuning, self.matched, self.tuned, self.further):
@@ -159,7 +162,9 @@ class Study:
             for worker in range(workers)
         ]
         many = [
-            fork.Process(target=self.worker, args=(runs, order, taken, queue)) for order in orders
+            # They end with this process, however it ends.
+            fork.Process(target=self.worker, args=(runs, order, taken, queue), daemon=True)
+            for order in orders
         ]
         for process in many:
             process.start()

@@ -5,12 +5,9 @@ it reads from standard input: `{"world", "target": "module:function", "args", "o
 object a line. Each rank writes its pickled result (or its traceback) into `output`.
 """
 
-import argparse
 import contextlib
-import functools
 import importlib
 import json
-import multiprocessing
 import os
 import pickle
 import signal
@@ -18,11 +15,9 @@ import sys
 import traceback
 from multiprocessing.managers import SyncManager
 from pathlib import Path
-from typing import Any
 
 from megatron_infifpo.gpu_check.processes import free_port
-
-FILESYSTEM = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+from megatron_infifpo.study.forks import remember_help_of_flags, start_queues, take_queue
 
 
 def import_everything() -> None:
@@ -37,30 +32,6 @@ def import_everything() -> None:
     remember_help_of_flags()
 
 
-def remember_help_of_flags() -> None:
-    """Let Megatron read its sources for the help of flags here, not in every rank."""
-    from megatron.training.argument_utils import ArgumentGroupFactory as Factory
-    from megatron.training.arguments import add_megatron_arguments
-
-    factory: Any = Factory
-    read = factory._get_field_docstrings
-    known = functools.cache(lambda source: read(factory.__new__(factory), source))
-    factory._get_field_docstrings = lambda self, source: known(source)
-    add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-
-
-def start_queues() -> SyncManager:
-    """Start one process that keeps the queues in which ranks gather what a save has written.
-
-    Megatron starts one for every rank, and each takes seconds to import PyTorch.
-    """
-    from torch.distributed.checkpoint.metadata import MetadataIndex
-
-    manager = multiprocessing.get_context("spawn").Manager()
-    manager.Queue().put(MetadataIndex("any"))  # imports PyTorch there
-    return manager
-
-
 def run_rank(request: dict, rank: int, port: int, queues: SyncManager) -> None:
     """Call the target as one rank and leave its result in a file; never returns."""
     os.setsid()  # a group of its own, for what it starts in turn
@@ -73,8 +44,7 @@ def run_rank(request: dict, rank: int, port: int, queues: SyncManager) -> None:
     os.dup2(log.fileno(), 2)
     code = 0
     try:
-        filesystem_async: Any = importlib.import_module(FILESYSTEM)
-        filesystem_async._results_queue = queues.Queue()
+        take_queue(queues)
         module, function = request["target"].split(":")
         result = getattr(importlib.import_module(module), function)(*request["args"])
         with open(output / f"rank{rank}.pickle", "wb") as f:
