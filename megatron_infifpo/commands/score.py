@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor-model-parallel-size", type=positive, metavar="N")
     parser.add_argument("--pipeline-model-parallel-size", type=positive, metavar="N")
     parser.add_argument(
+        "--context-parallel-size",
+        type=positive,
+        metavar="N",
+        help="ranks that share the tokens of a text, with --backend megatron: for long ones",
+    )
+    parser.add_argument(
         "--bf16", action="store_true", help="weights in bfloat16 (default: float32)"
     )
     what = parser.add_argument_group("what is scored")

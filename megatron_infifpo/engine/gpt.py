@@ -93,6 +93,11 @@ def refusals() -> Iterator[None]:
         raise UserError(f"Megatron refuses these flags: {reason}") from error
 
 
+def megatron_length(tokens: int, context_parallel: int) -> int:
+    """Return the longest length that Megatron takes for such texts; our rows have any."""
+    return tokens if context_parallel == 1 else tokens - tokens % (2 * context_parallel)
+
+
 def validated(values: Mapping[str, Any]) -> argparse.Namespace:
     """Megatron's arguments from values by name, checked and completed by Megatron."""
     args = argparse.Namespace(**values)
@@ -116,8 +121,11 @@ def _forward_only(
         "tensor_model_parallel_size": layout.tensor_parallel,
         "pipeline_model_parallel_size": layout.pipeline_parallel,
         "num_virtual_stages_per_pipeline_rank": layout.virtual_pipeline,
+        "context_parallel_size": layout.context_parallel,
         "micro_batch_size": 1,
-        "seq_length": architecture["max_position_embeddings"],
+        "seq_length": megatron_length(
+            architecture["max_position_embeddings"], layout.context_parallel
+        ),
         "_is_global_batch_size_explicitly_specified": False,
     }
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument

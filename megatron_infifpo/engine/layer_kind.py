@@ -64,6 +64,7 @@ class LayerKind:
         self,
         tensor_parallel: int,
         *,
+        context_parallel: int = 1,
         fp8_recipe: str | None = None,
         share_prompt: bool | None = None,
     ) -> RowLayout:
@@ -71,6 +72,7 @@ class LayerKind:
 
         Args:
             tensor_parallel: ranks that compute a row together.
+            context_parallel: ranks that each compute a part of it.
             fp8_recipe: Megatron's name of how FP8 is scaled; None without FP8.
             share_prompt: None: where the layers can.
 
@@ -78,14 +80,18 @@ class LayerKind:
             UserError: they cannot.
         """
         able = self.traits.shares_prompts
-        if share_prompt and not able:
-            raise UserError(
-                "--share-prompt does not work with Transformer Engine's attention: leave out one "
-                "of it and --te-attention"
-            )
+        for flag, given in (
+            ("--share-prompt", share_prompt),
+            ("--context-parallel-size", context_parallel > 1),
+        ):
+            if given and not able:
+                raise UserError(
+                    f"{flag} does not work with Transformer Engine's attention: leave out one of "
+                    "it and --te-attention"
+                )
         shared = able if share_prompt is None else share_prompt
         products = 1 if fp8_recipe is None else FP8_TOKENS.get(fp8_recipe, 16)
-        return RowLayout(tensor_parallel, products, shared)
+        return RowLayout(tensor_parallel, products, shared, context_parallel)
 
     def block(
         self, family: FamilyLayers, config: TransformerConfig, vp_stage: int | None

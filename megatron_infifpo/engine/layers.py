@@ -11,6 +11,8 @@ import inspect
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -77,7 +79,8 @@ class PackedAttention(MegatronModule):
     """Causal attention inside each segment of a packed row, without a mask over the whole row.
 
     Layers with a sliding window see the last `window + 1` tokens of their segment. The keys of a
-    segment may begin with a prompt that lies elsewhere in the row.
+    segment may begin with a prompt that lies elsewhere in the row. Under context parallelism a rank
+    has queries of a part of the row, and gathers the keys and values of all of it.
 
     On CUDA one variable-length flash kernel serves all segments. On the CPU, and for what that
     kernel does not take (float32, odd or large heads), each segment is one call of PyTorch's
@@ -91,6 +94,7 @@ class PackedAttention(MegatronModule):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: object,
     ):
         """Take the arguments of Megatron's other core attentions.
@@ -106,6 +110,7 @@ class PackedAttention(MegatronModule):
             )
         assert attention_type == "self"
         self.scale = softmax_scale
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         windowed = is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, layer_number
         )
@@ -127,6 +132,7 @@ class PackedAttention(MegatronModule):
 
         Args:
             query: `[T, 1, heads, head_dim]`; `key` and `value`: `[T, 1, groups, head_dim]`.
+                Under context parallelism those of the rank's own part of the row.
             packed_seq_params: a `RowParams`. A segment's queries are the last ones of its keys.
 
         Returns:
@@ -135,6 +141,10 @@ class PackedAttention(MegatronModule):
         row = packed_seq_params
         assert isinstance(row, RowParams)
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.context_group is not None:
+            both = torch.stack([key, value], dim=1)
+            both = gather_from_sequence_parallel_region(both, group=self.context_group)
+            key, value = both.unbind(dim=1)
         if row.key_rows is not None:
             key, value = key.index_select(0, row.key_rows), value.index_select(0, row.key_rows)
         kernel = self._varlen if _flash_takes(query) else self._by_segment

@@ -6,13 +6,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_infifpo.engine.schedule import get_schedule
 from megatron_infifpo.logprobs import TopLogprobs, response_logprobs
 from megatron_infifpo.rows import Row
+from megatron_infifpo.rows.pieces import cut
 
 
 @dataclass
@@ -52,6 +55,7 @@ class RowRope(torch.nn.Module):
     def forward(self, row: RowParams, **options: Any) -> Tensor:
         """Return the angles `[..., T, 1, 1, dim]` of the row's tokens."""
         assert row.positions is not None
+        options["packed_seq"] = True  # else Megatron returns this rank's share of a text alone
         whole: Tensor = self.angles(row.max_seqlen_kv, **options)
         return whole.index_select(whole.dim() - 4, row.positions)
 
@@ -112,19 +116,40 @@ def run_packed(model: torch.nn.Module, row: Row, vocab_size: int) -> Tensor:
 
     Returns:
         On the last stage what `logprobs.response_logprobs` does: the `[K]` log-probs of the row's
-        response tokens, unless it asks for more; else hidden states.
+        response tokens, of all ranks of context parallelism, unless it asks for more; else hidden
+        states.
     """
-    wanted = ("scored_rows", "target_ids", "soft_ids", "own_top", "top_ids")
-    scored = {name: row[name] for name in wanted if name in row}
+    places = row.get("scored_places")
+    asked = {name: row[name] for name in ("scored_rows", "own_top", "top_ids") if name in row}
+    for name in ("target_ids", "soft_ids"):
+        if name in row:
+            asked[name] = row[name] if places is None else row[name][places]
     output: Tensor = model(
         row["tokens"],
         row["position_ids"],
         None,
         packed_seq_params=packed_params(model, row),
-        output_processor=response_logprobs,
-        output_processor_context={**scored, "vocab_size": vocab_size},
+        output_processor=response_logprobs if places is None else partial(_of_all, row),
+        output_processor_context={**asked, "vocab_size": vocab_size},
     )
     return output
+
+
+def _of_all(row: Row, **options: Any) -> Any:
+    """`response_logprobs` of the scored tokens that all ranks of context parallelism hold.
+
+    Each rank goes on as if it had run the whole row: the gradient of a token's log-prob is that of
+    the rank which holds it.
+    """
+    found = response_logprobs(**options)
+    group = parallel_state.get_context_parallel_group()
+
+    def joined(values: Tensor) -> Tensor:
+        whole = values.new_zeros(len(row["target_ids"]), *values.shape[1:])
+        whole = whole.index_copy(0, row["scored_places"], values)
+        return reduce_from_tensor_model_parallel_region(whole, group=group)
+
+    return joined(found) if isinstance(found, Tensor) else TopLogprobs(*map(joined, found))
 
 
 def score_rows(
@@ -137,7 +162,7 @@ def score_rows(
 
     Args:
         models: this rank's chunks of the model.
-        rows: collated rows.
+        rows: collated rows, whole.
         vocab_size: real vocabulary, without padding.
         on_row: called with each row once this rank has done its part of it.
 
@@ -153,7 +178,9 @@ def score_rows(
             on_row(row)
         return output, partial(_collect)
 
-    iterators = [iter(rows) for _ in models]
+    ranks = parallel_state.get_context_parallel_world_size()
+    mine = [cut(row, ranks, parallel_state.get_context_parallel_rank()) for row in rows]
+    iterators = [iter(mine) for _ in models]
     with torch.no_grad():
         results: list[Any] = get_schedule()(
             forward_step_func=forward_step,

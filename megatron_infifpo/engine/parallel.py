@@ -21,12 +21,14 @@ class ModelLayout:
     Attributes:
         tensor_parallel, pipeline_parallel: ranks a tensor and layers are spread over.
         virtual_pipeline: model chunks a pipeline rank, or None.
+        context_parallel: ranks that each compute a part of a row.
         bf16: weights and activations in bfloat16, else float32.
     """
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     virtual_pipeline: int | None = None
+    context_parallel: int = 1
     bf16: bool = False
 
 
@@ -53,6 +55,9 @@ def initialize_parallel(layout: ModelLayout) -> None:
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            layout.tensor_parallel, layout.pipeline_parallel, layout.virtual_pipeline
+            layout.tensor_parallel,
+            layout.pipeline_parallel,
+            layout.virtual_pipeline,
+            context_parallel_size=layout.context_parallel,
         )
         model_parallel_cuda_manual_seed(_SEED)

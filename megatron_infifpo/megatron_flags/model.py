@@ -24,6 +24,7 @@ _OFFLOADING = f"{UNPROVEN}; use --recompute-granularity"
 MODEL: dict[str, Group] = {
     "transformer configuration": Group(
         works="""tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel
+            context_parallel_size
             perform_initialization fp16 bf16 overlap_p2p_comm_warmup_flush
             microbatch_group_size_per_vp_stage account_for_embedding_in_pipeline_split
             account_for_loss_in_pipeline_split recompute_granularity recompute_method
@@ -40,8 +41,8 @@ MODEL: dict[str, Group] = {
             moe_token_dispatcher_type""",
         device={WEIGHTS: "use_cpu_initialization"},
         refused={
-            CONTEXT: """context_parallel_size hierarchical_context_parallel_sizes
-                max_seqlen_per_dp_cp_rank hybrid_context_parallel""",
+            CONTEXT: """hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank
+                hybrid_context_parallel""",
             EXPERTS: """moe_* expert_model_parallel_size expert_tensor_parallel_size
                 expert_tensor_parallel_num_weight_shards overlap_moe_expert_parallel_comm
                 delay_wgrad_compute overlap_dispatch_backward_with_experts_wgrad

@@ -14,16 +14,18 @@ class RowLayout:
             an equal share of its tokens.
         product_tokens: a rank's matrix products take a multiple of so many (FP8's).
         share_prompt: a row holds a pair's prompt once, and not once a response.
+        context_parallel: ranks that each compute a part of a row's tokens; see `pieces`.
     """
 
     tensor_parallel: int = 1
     product_tokens: int = 1
     share_prompt: bool = False
+    context_parallel: int = 1
 
     @property
     def multiple(self) -> int:
         """What the tokens of a row are padded to a multiple of."""
-        return self.tensor_parallel * self.product_tokens
+        return self.context_parallel * self.tensor_parallel * self.product_tokens
 
     def padding(self, tokens: int) -> int:
         """Return how many tokens are added to a row of so many."""

@@ -11,6 +11,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.layout import PLAIN, RowLayout
 from megatron_infifpo.rows.packing import collate, pin
+from megatron_infifpo.rows.pieces import cut
 from megatron_infifpo.rows.plan import Rows, evaluation_steps, plan_evaluation, plan_step
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.rows.prefetch import prefetch
@@ -37,6 +38,7 @@ class PreferenceLoader:
         num_microbatches: int,
         max_tokens: int,
         layout: RowLayout = PLAIN,
+        context_rank: int = 0,
         pin_memory: bool = False,
         seed: int = 0,
         start_step: int = 0,
@@ -51,6 +53,7 @@ class PreferenceLoader:
             num_microbatches: rows of a step on each rank.
             max_tokens: longest response with its prompt; longer pairs are left out.
             layout: of the rows.
+            context_rank: which rank's part of each row to hand out.
             pin_memory: rows are about to be copied to a GPU.
             seed: of the order of the pairs.
             start_step: first step on these pairs, from 0; any rank at any layout continues there
@@ -60,7 +63,7 @@ class PreferenceLoader:
             UserError: no pair is eligible, or a step has more rows than pairs.
         """
         self.dataset = dataset
-        self.layout = layout
+        self.layout, self.context_rank = layout, context_rank
         # Rows are pinned in a thread, which has a current device of its own.
         self.device = torch.cuda.current_device() if pin_memory else None
         self.rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
@@ -101,8 +104,8 @@ class PreferenceLoader:
     def __next__(self) -> Row:
         """Return the next micro-batch, collated.
 
-        Beside what `collate` makes: `ends_step`, whether it is the rank's last one of its step;
-        and waste/NAME, float32 `[2]`, shares of the step that are wasted as `[share, 1]`.
+        Beside what `collate` and `cut` make: `ends_step`, whether it is the rank's last one of its
+        step; and waste/NAME, float32 `[2]`, shares of the step that are wasted as `[share, 1]`.
         """
         return next(self._rows)
 
@@ -114,7 +117,8 @@ class PreferenceLoader:
             rows, waste = self._share(self._plan(step))
             for number, positions in enumerate(rows, 1):
                 pairs = [self.dataset[int(self.indices[position])] for position in positions]
-                row = collate(pairs, self.layout)
+                whole = collate(pairs, self.layout)
+                row = cut(whole, self.layout.context_parallel, self.context_rank)
                 row |= {f"waste/{name}": torch.tensor([x, 1.0]) for name, x in waste.items()}
                 row["ends_step"] = number == len(rows)
                 yield row if self.device is None else pin(row)

@@ -13,6 +13,7 @@ import torch
 from megatron_infifpo.references import reference
 from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.layout import PLAIN, RowLayout, ranges
+from megatron_infifpo.rows.pieces import borders
 from megatron_infifpo.rows.preference_dataset import PreferencePair
 from megatron_infifpo.rows.soft_targets import collate_targets
 from megatron_infifpo.tokens.encoding import scored_marks
@@ -55,7 +56,7 @@ def collate(pairs: Sequence[PreferencePair], layout: RowLayout = PLAIN) -> Row:
     row: Row = {
         "tokens": torch.from_numpy(np.concatenate(segments.tokens).astype(np.int64))[None],
         "position_ids": torch.from_numpy(_joined(segments.positions))[None],
-        "cu_seqlens": _borders(segments.queries),
+        "cu_seqlens": borders(segments.queries),
         "max_seqlen": max(segments.queries),
         "segment_lengths": segments.queries,
         "scored_rows": torch.from_numpy(_joined(segments.predicting)[scored]),
@@ -138,7 +139,7 @@ class _Segments:
     def of_keys(self) -> Row:
         """Return what a row says of the segments' keys."""
         return {
-            "cu_seqlens_kv": _borders(self.keys),
+            "cu_seqlens_kv": borders(self.keys),
             "max_seqlen_kv": max(self.keys),
             "key_lengths": self.keys,
             "key_rows": torch.from_numpy(_joined(self.key_rows)),
@@ -148,11 +149,6 @@ class _Segments:
         self.queries.append(length)
         self.positions.append((position, length))
         self.total += length
-
-
-def _borders(lengths: Sequence[int]) -> torch.Tensor:
-    """Return where segments of these lengths begin and end, int32 `[S + 1]`."""
-    return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
 
 
 def _joined(pieces: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -75,7 +75,9 @@ def _transformers(directory: str, **options: Any) -> ScoringModel:
 
 
 BACKENDS = {
-    "megatron": Backend(_megatron, ("tensor_parallel", "pipeline_parallel", "bf16")),
+    "megatron": Backend(
+        _megatron, ("tensor_parallel", "pipeline_parallel", "context_parallel", "bf16")
+    ),
     "transformers": Backend(_transformers, ("tensor_parallel", "bf16", "trust_remote_code")),
 }
 
@@ -92,8 +94,8 @@ class ScoringJob:
         on_bad_record: "error": stop at the first malformed record; "skip": leave such ones out.
         lists: where records rate several responses take all of them, not the best and the worst.
         name: the model's name in the manifest; None: its folder's.
-        tensor_model_parallel_size, pipeline_model_parallel_size: layout; the other ranks are data
-            parallel.
+        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: layout; the
+            other ranks are data parallel.
         bf16: weights in bfloat16, else float32.
         domains: score records of these alone and mask the others; None: all.
         absent_domains: "error" where no record is of one of `domains`, or "mask" whatever is left.
@@ -117,6 +119,7 @@ class ScoringJob:
     name: str | None = None
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
     bf16: bool = False
     domains: Sequence[str] | None = None
     absent_domains: str = "error"
@@ -149,6 +152,7 @@ class ScoringJob:
             self,
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
+            "context_parallel_size",
             "context_length",
             "micro_batch_tokens",
             "shard_records",
@@ -161,8 +165,12 @@ class ScoringJob:
                 f"--trust-remote-code has no effect with --backend {self.backend}, which runs its "
                 "own model"
             )
-        if self.pipeline_model_parallel_size != 1 and "pipeline_parallel" not in takes:
-            raise UserError(f"--backend {self.backend} has no pipeline parallelism: use megatron")
+        for kind, size in (
+            ("pipeline", self.pipeline_model_parallel_size),
+            ("context", self.context_parallel_size),
+        ):
+            if size != 1 and f"{kind}_parallel" not in takes:
+                raise UserError(f"--backend {self.backend} has no {kind} parallelism: use megatron")
 
     def load_model(self) -> ScoringModel:
         """Load this rank's part of the model.
@@ -174,6 +182,7 @@ class ScoringJob:
         options = {
             "tensor_parallel": self.tensor_model_parallel_size,
             "pipeline_parallel": self.pipeline_model_parallel_size,
+            "context_parallel": self.context_parallel_size,
             "bf16": self.bf16,
             "trust_remote_code": self.tokenizer_options.trust_remote_code,
         }

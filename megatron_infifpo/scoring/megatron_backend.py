@@ -49,13 +49,15 @@ class MegatronBackend:
         *,
         tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
+        context_parallel: int = 1,
         bf16: bool = False,
     ):
         """Build the model and load its weights.
 
         Args:
             directory: a Hugging Face folder (converted in memory) or a Megatron checkpoint.
-            tensor_parallel, pipeline_parallel: the layout; the other ranks are data parallel.
+            tensor_parallel, pipeline_parallel, context_parallel: the layout; the other ranks are
+                data parallel.
             bf16: weights and activations in bfloat16, else float32; log-softmax is float32.
 
         Raises:
@@ -64,7 +66,9 @@ class MegatronBackend:
         architecture = megatron_args(read_hf_config(directory))
         check_tensor_parallel(architecture, tensor_parallel)
         check_pipeline_parallel(architecture, pipeline_parallel)
-        layout = ModelLayout(tensor_parallel, pipeline_parallel, bf16=bf16)
+        layout = ModelLayout(
+            tensor_parallel, pipeline_parallel, context_parallel=context_parallel, bf16=bf16
+        )
         self.models = build_model(architecture, layout)
         if (Path(directory) / "config.json").is_file():
             load_into_model(self.models, directory)
@@ -72,12 +76,13 @@ class MegatronBackend:
             load_megatron_checkpoint(self.models, directory)
         self.vocab_size: int = architecture["padded_vocab_size"]
         kind: LayerKind = get_model_config(self.models[0]).layer_kind
-        self.layout = kind.row_layout(tensor_parallel)
+        self.layout = kind.row_layout(tensor_parallel, context_parallel=context_parallel)
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
         self.is_writer = (
             parallel_state.is_pipeline_last_stage()
             and parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
         )
 
     def __call__(self, rows: list[Row], on_row: Callable[[Row], None] | None = None) -> list[Any]:

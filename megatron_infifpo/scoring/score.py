@@ -238,11 +238,12 @@ def _score_shard(
     """Score one shard and write it, from the rank that holds the results."""
     masked = len(shard.records) - sum(len(row) for row in shard.plan)
     progress.add(masked, 0)
+    ranks = model.layout.context_parallel  # each counts its part of a row
     # The schedules of Megatron cannot run no row at all: every record may be masked.
     outputs: Sequence[Any] = []
     if shard.rows:
         outputs = model(
-            shard.rows, lambda row: progress.add(len(row["indices"]), row["tokens"].numel())
+            shard.rows, lambda row: progress.add(len(row["indices"]), ranks * row["tokens"].numel())
         )
     if model.is_writer:
         said = list(zip(shard.notes, shard.remarks, strict=True))

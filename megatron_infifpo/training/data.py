@@ -149,13 +149,14 @@ def _data_parallel_size(given: Mapping[str, Any]) -> int:
         UserError: what a model takes does not divide the ranks.
     """
     tensor, pipeline = (given[f"{k}_model_parallel_size"] for k in ("tensor", "pipeline"))
-    ranks: int = given["world_size"]
-    if ranks % (tensor * pipeline):
-        raise UserError(
-            f"{ranks} ranks cannot be split into tensor x pipeline parallel groups of "
-            f"{tensor} x {pipeline}"
-        )
-    return ranks // (tensor * pipeline)
+    context, ranks = given["context_parallel_size"], given["world_size"]
+    size: int = tensor * pipeline * context
+    if ranks % size:
+        split, sizes = "tensor x pipeline", f"{tensor} x {pipeline}"
+        if context > 1:
+            split, sizes = f"{split} x context", f"{sizes} x {context}"
+        raise UserError(f"{ranks} ranks cannot be split into {split} parallel groups of {sizes}")
+    return int(ranks // size)
 
 
 def describe_sources(method: Method, train: PreferenceDataset) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.training import get_args
 from megatron.training.training import should_disable_forward_pre_hook
 
-from megatron_infifpo.engine.gpt import fixed_arguments, validated
+from megatron_infifpo.engine.gpt import fixed_arguments, megatron_length, validated
 from megatron_infifpo.engine.layer_kind import LayerKind, choose_kind
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families.architecture import architecture
@@ -44,9 +44,20 @@ def rows_of(config: RunConfig, kind: LayerKind) -> RowLayout:
         share = False
     return kind.row_layout(
         flags["tensor_model_parallel_size"],
+        context_parallel=flags["context_parallel_size"],
         fp8_recipe=flags["fp8_recipe"] if flags["fp8"] else None,
         share_prompt=share,
     )
+
+
+def recomputes_attention(config: RunConfig) -> bool:
+    """Whether attention is computed again without being asked for.
+
+    Under context parallelism every layer would keep the keys and values of the whole row.
+    """
+    flags = config.flags
+    asked = flags["recompute_granularity"] or flags["recompute_activations"]
+    return flags["context_parallel_size"] > 1 and not asked
 
 
 def megatron_args(
@@ -73,9 +84,13 @@ def megatron_args(
     values["share_prompt"] = rows.share_prompt
     values |= architecture(values, usual, start.folder)
     values |= _unless_given(fixed_arguments(kind), values, usual)
+    if recomputes_attention(config):
+        values["recompute_granularity"] = "selective"
     complete = values | lengths(config, values, datasets, rows)
     values = complete | stop(config.stop_at, complete, evaluates=values["eval_interval"] is None)
-    args = validated(values)
+    limit, context = values["seq_length"], values["context_parallel_size"]
+    args = validated(values | {"seq_length": megatron_length(limit, context)})
+    args.seq_length = limit
     vars(args).update(
         settled_schedule(vars(args), start, length_matters=bool(config.method.growing))
     )

@@ -116,7 +116,8 @@ def run_rows(run: Run, models: Sequence[torch.nn.Module], rows: Sequence[Row]) -
         model.train()
     if hooks:
         enable_forward_pre_hook(models)
-    return outputs[: len(rows)] if mpu.get_tensor_model_parallel_rank() == 0 else []
+    first = mpu.get_tensor_model_parallel_rank() == mpu.get_context_parallel_rank() == 0
+    return outputs[: len(rows)] if first else []
 
 
 def from_all[T](found: list[T]) -> list[T]:

@@ -37,7 +37,12 @@ FORMAT = Format(
         "attempts": [{"iteration": str, "files": dict, "command": [str]}],
     },
 )
-_LAYOUT = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+_LAYOUT = (
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+)
 _FILES = ("preference_data", "preference_sources", "soft_targets")
 _PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "apex")
 

@@ -52,6 +52,7 @@ class DatasetsProvider:
             "global_batch_size": batch.pairs,
             "data_parallel_rank": mpu.get_data_parallel_rank(),
             "data_parallel_size": mpu.get_data_parallel_world_size(),
+            "context_rank": mpu.get_context_parallel_rank(),
             "num_microbatches": get_num_microbatches(),
             "max_tokens": batch.max_tokens,
             "pin_memory": not cpu.is_enabled(),

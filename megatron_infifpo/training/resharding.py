@@ -107,5 +107,6 @@ def bucket_size(args: Mapping[str, Any]) -> int | None:
     """Return after how many parameters Megatron begins another bucket of a buffer; None: never."""
     if not args.get("overlap_grad_reduce"):
         return None
-    smallest = max(40_000_000, 1_000_000 * args["data_parallel_size"])
+    ranks = args["data_parallel_size"] * args.get("context_parallel_size", 1)
+    smallest = max(40_000_000, 1_000_000 * ranks)
     return args.get("ddp_bucket_size") or smallest

@@ -31,7 +31,12 @@ from megatron_infifpo.training.data import (
 from megatron_infifpo.training.failures import explained
 from megatron_infifpo.training.identity import identity
 from megatron_infifpo.training.lock import RunLock
-from megatron_infifpo.training.megatron_args import layers_of, megatron_args, rows_of
+from megatron_infifpo.training.megatron_args import (
+    layers_of,
+    megatron_args,
+    recomputes_attention,
+    rows_of,
+)
 from megatron_infifpo.training.provenance import describe_run, record_run, round_began
 from megatron_infifpo.training.provider import DatasetsProvider
 from megatron_infifpo.training.rates import check_rates
@@ -121,6 +126,11 @@ def introduction(run: Run, start: Start, datasets: Datasets, accepted: Accepted)
         lines.append(f"from step {start.step + 1} on: {', '.join(changes)}")
     lines += describe_sources(run.config.method, datasets.train)
     lines.append(describe(run, datasets, start.step))
+    if recomputes_attention(run.config):
+        lines.append(
+            "--recompute-granularity selective: attention is computed again in the backward pass, "
+            "and a rank keeps its own keys and values alone"
+        )
     if accepted.rounds > 1:
         lines.append(f"round {accepted.rounds} on these pairs began after step {datasets.since}")
     if run.config.stop_at is not None:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from megatron.core import mpu
 from torch import Tensor
 
 from megatron_infifpo.engine.packed import run_packed, to_device
@@ -40,7 +41,8 @@ class TrainingStep:
     """Megatron's `forward_step`: one packed row through the model, then the loss over it.
 
     Losses are sums with a count: Megatron divides the summed gradients by the global count, so the
-    mean is exact under any packing, pipeline and data parallelism.
+    mean is exact under any packing, pipeline, data and context parallelism. Ranks that share a row
+    each compute all of its losses, and one of them counts it.
     """
 
     def __init__(self, run: Run, datasets: Datasets):
@@ -104,7 +106,7 @@ class TrainingStep:
         for name in self.method.growing:
             metrics[name] = losses.new_full((2,), float(len(losses)))
             metrics[name][0] *= options[name]
-        return losses.sum(), _count(len(losses), losses), metrics
+        return losses.sum(), self.count(len(losses), losses), metrics
 
     def check(self, row: Row, sums: Tensor) -> None:
         """Refuse log-probs that no optimizer should see: sums `[B, R]`, 0 where one is absent.
@@ -147,8 +149,9 @@ class TrainingStep:
             sums = segment_sums(observed, row["segment_ids"], records)
             metrics = token_metrics(row, found, sums, self.source_names, self.domains)
         self.check(row, sums[:, None])
-        return found.losses.sum(), _count(len(logprobs), logprobs), metrics | waste_metrics(row)
+        return found.losses.sum(), self.count(len(logprobs), logprobs), metrics | waste_metrics(row)
 
-
-def _count(number: int, like: Tensor) -> Tensor:
-    return like.new_full((), number, dtype=torch.int)
+    def count(self, number: int, like: Tensor) -> Tensor:
+        """Return the number of a row's losses, int32 on a device; 0 where another rank counts."""
+        counts = mpu.get_context_parallel_rank() == 0
+        return like.new_full((), number if counts else 0, dtype=torch.int)

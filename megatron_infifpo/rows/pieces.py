@@ -1,0 +1,110 @@
+"""Cut a row for context parallelism: which of its tokens a rank holds, and which keys they see.
+
+Every attention segment is cut into twice as many chunks as there are ranks, and a rank has one
+chunk of the segment's first half and its mirror image of the second: early tokens see few keys and
+late ones many, so all ranks have the same work. A rank gathers the keys and values of the whole
+row; a chunk is then a segment like any other, whose keys are its text up to its own end.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_infifpo.rows import Row
+
+_Piece = tuple[int, int, int]  # segment, begin in it, end
+
+
+def cut(row: Row, ranks: int, rank: int) -> Row:
+    """Return what of a row a rank of context parallelism computes; T tokens, a multiple of `ranks`.
+
+    Args:
+        row: whole, as `packing.collate` makes it with a `RowLayout` of so many ranks.
+        ranks: that share the row.
+        rank: which of them.
+
+    Returns:
+        The row, with tokens, position_ids, cu_seqlens, max_seqlen and segment_lengths of the
+        rank's `[T / ranks]` tokens; cu_seqlens_kv, max_seqlen_kv, key_lengths and key_rows, the
+        keys of its segments among the rows that all ranks hold, joined in their order; scored_rows
+        `[k]`, positions among its own of those that predict a scored token; and scored_places int64
+        `[k]`, which of the row's K these are. What is said of scored tokens and of responses
+        remains that of the whole row.
+    """
+    if ranks == 1:
+        return row
+    whole, queries = _keys(row), row["segment_lengths"]
+    pieces = _pieces(queries, ranks)
+    begins = np.cumsum([0, *queries])
+    # Where every token of the row lies once the ranks' shares are joined.
+    order = np.concatenate(
+        [np.arange(begins[s] + a, begins[s] + b) for share in pieces for s, a, b in share]
+    )
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    size = len(order) // ranks
+    mine = torch.from_numpy(order[rank * size : (rank + 1) * size])
+    # What a piece sees ends where it does: without the keys of the queries after it.
+    keys = [whole[s][: len(whole[s]) - (queries[s] - end)] for s, _, end in pieces[rank]]
+    lengths = [end - begin for _, begin, end in pieces[rank]]
+    scored = place[row["scored_rows"].numpy()]
+    held = np.flatnonzero(scored // size == rank)
+    return row | {
+        "tokens": row["tokens"][:, mine],
+        "position_ids": row["position_ids"][:, mine],
+        "cu_seqlens": borders(lengths),
+        "max_seqlen": max(lengths),
+        "segment_lengths": lengths,
+        "cu_seqlens_kv": borders([len(k) for k in keys]),
+        "max_seqlen_kv": max(map(len, keys)),
+        "key_lengths": [len(k) for k in keys],
+        "key_rows": torch.from_numpy(place[np.concatenate(keys)]),
+        "scored_rows": torch.from_numpy(scored[held] - rank * size),
+        "scored_places": torch.from_numpy(held),
+    }
+
+
+def borders(lengths: Sequence[int]) -> torch.Tensor:
+    """Return where segments of these lengths begin and end, int32 `[S + 1]`."""
+    return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+
+
+def _keys(row: Row) -> list[np.ndarray]:
+    """Where the keys of each segment of a whole row lie in it."""
+    lengths = row.get("key_lengths", row["segment_lengths"])
+    rows = row["key_rows"].numpy() if "key_rows" in row else np.arange(sum(lengths))
+    return np.split(rows, np.cumsum(lengths)[:-1])
+
+
+def _pieces(lengths: Sequence[int], ranks: int) -> list[list[_Piece]]:
+    """Return every rank's pieces of segments of these lengths.
+
+    No rank has more than one token more than another; with a sum that `ranks` divides, none.
+    """
+    shares: list[list[_Piece]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for segment, length in enumerate(lengths):
+        sizes = _chunks(length, loads)
+        ends = np.cumsum(sizes)
+        for chunk, (size, end) in enumerate(zip(sizes, ends.tolist(), strict=True)):
+            if size:
+                shares[_owner(chunk, ranks)].append((segment, end - size, end))
+    return shares
+
+
+def _chunks(length: int, loads: list[int]) -> list[int]:
+    """Return the sizes of a segment's chunks, two a rank, and add them to the ranks' loads."""
+    ranks = len(loads)
+    even, rest = divmod(length, 2 * ranks)
+    sizes = [even] * (2 * ranks)
+    for _ in range(rest):  # what is left goes to the ranks that have the least
+        rank = loads.index(min(loads))
+        sizes[rank] += 1
+        loads[rank] += 1
+    loads[:] = [load + 2 * even for load in loads]
+    return sizes
+
+
+def _owner(chunk: int, ranks: int) -> int:
+    return chunk if chunk < ranks else 2 * ranks - 1 - chunk
