@@ -118,6 +118,14 @@ def add_work_flags(parser: argparse.ArgumentParser) -> None:
     )
     hidden_alias(parser, "--row-tokens", "--micro-batch-tokens")
     work.add_argument(
+        "--max-row-tokens",
+        type=positive,
+        metavar="N",
+        help="a record whose responses have more than so many tokens together, with their prompt, "
+        "is scored response by response: less memory for long texts, and the prompt is computed "
+        "again (default: never)",
+    )
+    work.add_argument(
         "--shard-records",
         type=positive,
         metavar="N",

@@ -18,6 +18,7 @@ from megatron_infifpo.rows.learnt import open_targets
 from megatron_infifpo.rows.weighing import standardise, weigh_pairs
 from megatron_infifpo.storage.notes import counted
 from megatron_infifpo.tokens.dataset import TokenDataset
+from megatron_infifpo.tokens.lengths import by_domain
 
 
 @dataclass(slots=True)
@@ -243,6 +244,14 @@ class PreferenceDataset:
             counts[reason] = int((holds & ~before).sum())
             before |= holds
         return {reason: count for reason, count in counts.items() if count}
+
+    def too_long(self, max_tokens: int) -> str | None:
+        """Say how many records of each domain are longer, and its longest; None if none is."""
+        long = self.segment_lengths > max_tokens
+        if not long.any():
+            return None
+        found = by_domain(self.domains, self.domain_codes, long, self.segment_lengths)
+        return f"{_long(max_tokens)}: {found}"
 
     def _obstacles(self, max_tokens: int) -> dict[str, np.ndarray]:
         """Return bool `[N]` by reason: the records that it keeps from being trained on."""

@@ -104,6 +104,7 @@ class ScoringJob:
         tokenizer: folder, for a model without one; None: the model's.
         tokenizer_options: how it is used, and what of a reply is scored.
         micro_batch_tokens: tokens of a packed row.
+        max_row_tokens: responses of a record with more tokens get rows of their own; None: never.
         shard_records: records of a shard, the unit of work and of resuming.
         top_k: how many most probable tokens to keep of each scored one, with their log-probs; None:
             none, only the scored tokens' own log-probs.
@@ -128,6 +129,7 @@ class ScoringJob:
     tokenizer: str | None = None
     tokenizer_options: TokenizerOptions = TokenizerOptions()
     micro_batch_tokens: int = 8192
+    max_row_tokens: int | None = None
     shard_records: int = 256
     top_k: int | None = None
     top_k_responses: str = "all"
@@ -155,6 +157,7 @@ class ScoringJob:
             "context_parallel_size",
             "context_length",
             "micro_batch_tokens",
+            "max_row_tokens",
             "shard_records",
             "top_k",
         )

@@ -3,8 +3,9 @@
 Everything here is planned from the shard alone, never from the ranks that score it.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -73,7 +74,8 @@ class ShardRows:
         records: what it is made of, `[N]`.
         notes: why each is masked or cut, `[N]`; None where all of it is scored.
         remarks: `TokenizedRecord.notes` of each, `[N]`.
-        plan: the records of each row; masked ones are in none.
+        plan: the records of each row; masked ones are in none, and one whose responses have rows
+            of their own is in several.
         rows: the packed rows.
         keeper: of the most probable tokens; None: they are not asked for.
         texts: with `keeper`, those of the responses of each record that is scored.
@@ -91,28 +93,28 @@ class ShardRows:
     def unpack(self, outputs: Sequence[Tensor | TopLogprobs]) -> list[list[np.ndarray]]:
         """Return float32 log-probs by record and response from the rows' outputs."""
         results = [[np.zeros(0, np.float32)] * len(r.responses) for r in self.records]
-        for index, found in self._split([observed(output).float() for output in outputs]):
-            results[index] = found
+        for index, r, found in self._split([observed(output).float() for output in outputs]):
+            results[index][r] = found
         return results
 
     def unpack_top(self, outputs: Sequence[TopLogprobs]) -> list[list[Packed]]:
         """Return the most probable tokens by record and response; of masked records nothing."""
         assert self.keeper is not None
-        results: list[list[Packed]] = [[] for _ in self.records]
+        results: list[dict[int, Packed]] = [{} for _ in self.records]
         ids = self._split([output.top_ids for output in outputs])
         logps = self._split([output.logprobs[:, 1:].float() for output in outputs])
-        for (index, its_ids), (_, its_logps) in zip(ids, logps, strict=True):
-            parts = zip(its_ids, its_logps, self.texts[index], strict=True)
-            results[index] = [self.keeper.pack(r, *part) for r, part in enumerate(parts)]
-        return results
+        for (index, r, its_ids), (_, _, its_logps) in zip(ids, logps, strict=True):
+            results[index][r] = self.keeper.pack(r, its_ids, its_logps, self.texts[index][r])
+        return [[packed for _, packed in sorted(found.items())] for found in results]
 
-    def _split(self, values: Sequence[Tensor]) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Yield each record that is scored with what its responses have of the rows' `[K, ...]`."""
+    def _split(self, values: Sequence[Tensor]) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield record and number of every response with what it has of the rows' `[K, ...]`."""
         for indices, row, of_row in zip(self.plan, self.rows, values, strict=True):
-            pieces = iter(of_row.split(row["token_counts"].flatten().tolist()))
-            for index in indices:
-                found = [next(pieces).numpy() for _ in range(row["token_counts"].shape[1])]
-                yield index, found[: len(self.records[index].responses)]
+            pieces = of_row.split(row["token_counts"].flatten().tolist())
+            places = itertools.product(indices, range(row["valid"].shape[1]))
+            there = row["valid"].flatten().tolist()
+            for (index, r), piece in itertools.compress(zip(places, pieces, strict=True), there):
+                yield index, r, piece.numpy()
 
 
 def prepare_shard(
@@ -124,9 +126,10 @@ def prepare_shard(
     vocab_size: int,
     row_tokens: int,
     layout: RowLayout,
+    max_row_tokens: int | None = None,
     keeper: TopKeeper | None = None,
 ) -> ShardRows:
-    """Tokenize, mask and pack the records of a shard.
+    """Tokenize, mask and pack the records of a shard; flags as in `ScoringJob`.
 
     Raises:
         UserError: the tokenizer makes ids that the model does not have.
@@ -134,8 +137,7 @@ def prepare_shard(
     notes = [limits.other_domain(record) for record in records]
     taken = [i for i, note in enumerate(notes) if note is None]
     remarks: list[tuple[str, ...]] = [()] * len(records)
-    lengths = np.zeros(len(records), np.int64)
-    pairs: dict[int, PreferencePair] = {}
+    pairs: list[PreferencePair] = []
     texts: dict[int, list[Text]] = {}
     width = max(len(record.responses) for record in records)
     encoded = encode_or_refuse([records[i] for i in taken], tokenizer)
@@ -149,16 +151,36 @@ def prepare_shard(
             ids, remarks[i] = tokens.response_ids, whole.notes
             lacks = (np.empty(0, np.int32),) * (width - len(ids))  # a row has as many of each
             marks = tokens.scored and (*tokens.scored, *(np.empty(0, bool) for _ in lacks))
-            pairs[i] = PreferencePair(i, tokens.prompt_ids, (*ids, *lacks), scored=marks)
-            prompt = len(tokens.prompt_ids)
-            lengths[i] = layout.pair_tokens(prompt, sum(map(len, ids)), len(ids))
+            pair = PreferencePair(i, tokens.prompt_ids, (*ids, *lacks), scored=marks)
+            too_long = max_row_tokens is not None and _tokens(pair, layout) > max_row_tokens
+            pairs += _one_by_one(pair) if too_long else [pair]
             if keeper is not None:
                 texts[i] = keeper.texts(records[i], tokens)
-    plan = fill(lengths, row_tokens)
-    rows = [collate([pairs[i] for i in row], layout) for row in plan]
+    lengths = np.array([_tokens(pair, layout) for pair in pairs], np.int64)
+    plan = [[pairs[i] for i in row] for row in fill(lengths, row_tokens)]
+    rows = [collate(row, layout) for row in plan]
     if keeper is not None:
         keeper.ask(rows)
-    return ShardRows(number, records, notes, remarks, plan, rows, keeper, texts)
+    indices = [[pair.index for pair in row] for row in plan]
+    return ShardRows(number, records, notes, remarks, indices, rows, keeper, texts)
+
+
+def _tokens(pair: PreferencePair, layout: RowLayout) -> int:
+    """Tokens of a record in a row."""
+    lengths = [len(ids) for ids in pair.response_ids if len(ids)]
+    return layout.pair_tokens(len(pair.prompt_ids), sum(lengths), len(lengths))
+
+
+def _one_by_one(pair: PreferencePair) -> Iterator[PreferencePair]:
+    """Yield a record once for each of its responses, with that one alone."""
+    none, unmarked = np.empty(0, np.int32), np.empty(0, bool)
+    for r, ids in enumerate(pair.response_ids):
+        if len(ids):
+            alone = tuple(ids if k == r else none for k in range(len(pair.response_ids)))
+            marks = pair.scored and tuple(
+                mark if k == r else unmarked for k, mark in enumerate(pair.scored)
+            )
+            yield replace(pair, response_ids=alone, scored=marks)
 
 
 def _check_ids(

@@ -21,6 +21,7 @@ from megatron_infifpo.records.records import (
     iter_records,
 )
 from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.prefetch import prefetch
 from megatron_infifpo.scoring.job import ScoringJob, ScoringModel
 from megatron_infifpo.scoring.merge import merge
@@ -195,6 +196,7 @@ def _plan(
         "domains": job.domains and list(job.domains),
         "shard_records": job.shard_records,
         "row_tokens": job.micro_batch_tokens,
+        **_unless_usual(job),
         **top_k_fields(job, tokenizer),
         "versions": {
             "megatron_infifpo": __version__,
@@ -202,6 +204,12 @@ def _plan(
             "transformers": transformers.__version__,
         },
     }
+
+
+def _unless_usual(job: ScoringJob) -> dict[str, int]:
+    """What a plan says of flags that jobs had not at first, and that few have."""
+    fields = {"context_parallel": job.context_parallel_size, "max_row_tokens": job.max_row_tokens}
+    return {name: value for name, value in fields.items() if value not in (None, 1)}
 
 
 def _check_finished(job: ScoringJob, plan: dict[str, Any]) -> None:
@@ -227,6 +235,7 @@ def _rows(
             limits,
             vocab_size=model.vocab_size,
             row_tokens=job.micro_batch_tokens,
+            max_row_tokens=job.max_row_tokens,
             layout=model.layout,
             keeper=keeper,
         )
@@ -236,15 +245,16 @@ def _score_shard(
     shard: ShardRows, shards: ShardedJob, model: ScoringModel, progress: Progress
 ) -> None:
     """Score one shard and write it, from the rank that holds the results."""
-    masked = len(shard.records) - sum(len(row) for row in shard.plan)
+    masked = len(shard.records) - len({i for row in shard.plan for i in row})
     progress.add(masked, 0)
-    ranks = model.layout.context_parallel  # each counts its part of a row
+    ranks = model.layout.context_parallel
+
+    def done(row: Row) -> None:
+        # A record counts with its first response; a rank has its part of the tokens.
+        progress.add(int(row["valid"][:, 0].sum()), ranks * row["tokens"].numel())
+
     # The schedules of Megatron cannot run no row at all: every record may be masked.
-    outputs: Sequence[Any] = []
-    if shard.rows:
-        outputs = model(
-            shard.rows, lambda row: progress.add(len(row["indices"]), ranks * row["tokens"].numel())
-        )
+    outputs: Sequence[Any] = model(shard.rows, done) if shard.rows else []
     if model.is_writer:
         said = list(zip(shard.notes, shard.remarks, strict=True))
         top = shard.unpack_top(outputs) if shard.keeper else None

@@ -16,11 +16,15 @@ def configuration(number: int) -> tuple[str, int, list[str], bool]:
     """Draw a method, a number of ranks, flags of a layout, and whether it is in bfloat16."""
     dice = random.Random(f"{seed()} {number}")
     tensor, pipeline, data = dice.choice([1, 2]), dice.choice([1, 2]), dice.choice([1, 2])
+    context = dice.choice([1, 2])
     if tensor * pipeline * data == 8:
         data = 1
+    if tensor * pipeline * data * context == 8:
+        context = 1
     method, half = dice.choice([*METHODS]), dice.random() < 0.25
     flags = ["--tensor-model-parallel-size", str(tensor)]
     flags += ["--pipeline-model-parallel-size", str(pipeline)]
+    flags += ["--context-parallel-size", str(context)]
     flags += ["--micro-batch-size", dice.choice(["1", "2", "4"])]
     if tensor == 2 and dice.random() < 0.5:
         flags += ["--sequence-parallel"]
@@ -36,7 +40,7 @@ def configuration(number: int) -> tuple[str, int, list[str], bool]:
         flags += [dice.choice(["--share-prompt", "--no-share-prompt"])]
     if half:
         flags += ["--bf16"]
-    return method, tensor * pipeline * data, flags, half
+    return method, tensor * pipeline * data * context, flags, half
 
 
 @pytest.fixture(scope="module")

@@ -171,7 +171,7 @@ def test_validation_covers_every_pair_once(setup, ranks):
         assert evaluation[metric] == pytest.approx(step[metric], abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2"])
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "cp2"])
 def test_bf16_references_fit_bf16_training(setup, ranks, tmp_path, layout):
     """Scored and trained in the same precision and layout, the first loss is ln 2 as in float32."""
     world, flags = LAYOUTS[layout]

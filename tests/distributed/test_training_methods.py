@@ -39,6 +39,8 @@ METHOD_LAYOUTS += [("fuserlhf", "pp2-vpp2")]
 # Losses of tokens differ in what the head gives them, which tensor parallelism splits.
 METHOD_LAYOUTS += [("fusellm", layout) for layout in ("pp2", "dp2", "tp2-sp", "tp2-pp2")]
 METHOD_LAYOUTS += [("infifusion", layout) for layout in ("tp2", "dp2")]
+# Ranks hold parts of a response, of a chunk of tokens, of a list.
+METHOD_LAYOUTS += [(m, "cp2") for m in ("sft", "wrpo", "fuserlhf", "fusellm", "infifusion")]
 
 
 @pytest.mark.parametrize("method, layout", METHOD_LAYOUTS)

@@ -14,6 +14,8 @@ LAYOUTS = {  # name -> ranks, flags
     "dp2": (2, []),
     "tp2": (2, ["--tensor-model-parallel-size", "2"]),
     "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "cp2": (2, ["--context-parallel-size", "2"]),
+    "cp2-tp2": (4, ["--context-parallel-size", "2", "--tensor-model-parallel-size", "2"]),
     "tp2-pp2": (
         4,
         ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"],
@@ -98,6 +100,15 @@ def test_one_record_a_row_equals_packed_rows(scored, one, families):
     alone = scored("alone", 1, "megatron", "--micro-batch-tokens", "1")
     for name in families:
         assert worst(one / name, alone / name) <= 1e-5, name
+
+
+@pytest.mark.parametrize("backend", ["megatron", "transformers"])
+def test_one_response_a_row_equals_whole_records(scored, one, families, backend):
+    """Some records have fewer tokens than that, and stay whole."""
+    alone = scored(f"{backend}-split", 1, backend, "--max-row-tokens", "100")
+    for name in families:
+        assert LogprobStore(alone / name).manifest["max_row_tokens"] == 100
+        assert worst(one / name, alone / name) <= (1e-5 if backend == "megatron" else 1e-4), name
 
 
 def test_transformers_data_parallel(scored, one, families):

@@ -37,6 +37,7 @@ LAYOUTS = {  # name -> ranks, backend, flags
         "megatron",
         ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"],
     ),
+    "cp2": (2, "megatron", ["--context-parallel-size", "2", "--max-row-tokens", "100"]),
     "transformers-tp2": (2, "transformers", ["--tensor-model-parallel-size", "2"]),
 }
 

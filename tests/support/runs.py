@@ -16,6 +16,7 @@ LAYOUTS = {
         2,
         ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"],
     ),
+    "cp2": (2, ["--context-parallel-size", "2"]),
 }
 BOTH = ("{name: qwen, logprobs: qwen}", "{name: phi, logprobs: phi, domains: [code]}")
 
