@@ -30,6 +30,7 @@ from megatron_infifpo.references.sources import (
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.encoding import encode_or_refuse, scored_marks
+from megatron_infifpo.tokens.lengths import domain_lengths
 from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
 
 
@@ -169,7 +170,12 @@ def check_tokens(tokens: TokenDataset, records: Sequence[PreferenceRecord]) -> s
                     f"{tokens.prefix} than its text gives: prepare it again"
                 )
     masked = int(tokens.masked_records.sum())
-    return f"{len(records)} records, tokenized again" + (f", {masked} masked" if masked else "")
+    said = f"{len(records)} records, tokenized again" + (f", {masked} masked" if masked else "")
+    lengths = (
+        f"{name} {median:,}, {most:,}, {longest:,}"
+        for name, _, median, most, longest in domain_lengths(tokens)
+    )
+    return f"{said}; median, 95 % and longest prompt with response: {'; '.join(lengths)}"
 
 
 def _same(tokens: TokenDataset, index: int, again: TokenizedRecord | str) -> bool:

@@ -54,6 +54,7 @@ def print_summary(tokens: "TokenDataset") -> None:
     import numpy as np
 
     from megatron_infifpo.references.summary import list_sizes
+    from megatron_infifpo.tokens.lengths import domain_lengths
 
     kept = ~tokens.masked_records
     responses = tokens.response_lengths[kept]
@@ -88,3 +89,8 @@ def print_summary(tokens: "TokenDataset") -> None:
     for name, values in lengths.items():
         row = np.percentile(values, PERCENTILES, method="higher")
         print(f"{name:<18}" + "".join(f"{int(value):>8}" for value in row))
+    if len(domains := domain_lengths(tokens)) > 1:
+        heads = ("records", "median", "95 %", "longest")
+        print(f"{'prompt + longest':<18}" + "".join(f"{head:>8}" for head in heads))
+        for domain, *numbers in domains:
+            print(f"{domain:<18}" + "".join(f"{number:>8}" for number in numbers))

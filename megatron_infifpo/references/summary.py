@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_infifpo.references.logprob_store import LogprobStore
+from megatron_infifpo.storage.notes import noted
+from megatron_infifpo.tokens.lengths import by_domain
 
 
 def print_summary(
@@ -36,7 +38,9 @@ def print_summary(
         print(list_sizes(store.token_counts[~store.masked_records]))
     for kind in ("note", "remark"):
         for text, count in store.manifest[f"{kind}_counts"].items():
-            print(f"{kind} on {count} records: {text}")
+            ranges = {text: store.manifest[f"{kind}s"][text]}
+            about = noted(ranges, len(store), f"{store.prefix}.json")
+            print(f"{kind} on {count} records: {text} ({by_domain(names, codes, about)})")
 
 
 def list_sizes(lengths: np.ndarray) -> str:

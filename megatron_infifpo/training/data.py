@@ -223,7 +223,13 @@ def _kind(method: Method, train: PreferenceDataset) -> str:
 
 
 def describe(run: Run, datasets: Datasets, done: int) -> str:
-    """Say how much is about to be trained on, and what is saved; `done` steps are behind."""
+    """Say how much is about to be trained on, what of it is too long, and what is saved.
+
+    Args:
+        run: that is about to start.
+        datasets: what it trains and validates on.
+        done: steps that are behind.
+    """
     train, since = datasets.train, datasets.since
     usable = len(train.eligible(run.batch.max_tokens))
     reasons = counted(train.left_out(run.batch.max_tokens))
@@ -234,8 +240,14 @@ def describe(run: Run, datasets: Datasets, done: int) -> str:
         saved = f"saved every {run.save_interval} steps and at the end"
     kind, left = _kind(run.config.method, train), len(train) - usable
     behind = f"; {done - since} steps are done" if done > since else ""
-    return (
+    lines = [
         f"{kind}: {usable} used, {left} left out{left_out}; {steps} steps of {pairs} are "
         f"{steps * pairs / usable:.2f} epochs, in micro-batches of {run.batch.micro}{behind}; "
         f"{saved}"
-    )
+    ]
+    if too_long := train.too_long(run.batch.max_tokens):
+        lines.append(too_long)
+    valid = datasets.valid
+    if valid is not None and (too_long := valid.too_long(run.batch.max_tokens)):
+        lines.append(f"validation: {too_long}")
+    return "\n".join(lines)

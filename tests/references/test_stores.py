@@ -9,6 +9,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import records_fingerprint
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.logprob_writer import LogprobWriter
+from megatron_infifpo.references.summary import print_summary
 from megatron_infifpo.storage.notes import format_ranges, parse_ranges
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
@@ -172,6 +173,31 @@ def test_scores_read_back(tmp_path):
     ] * 4 + [
         True,
         False,
+    ]
+
+
+def test_the_summary_says_what_becomes_of_each_domain(tmp_path, capsys):
+    """Whose texts are too long for the model, say: two of three in math, one of two in code."""
+    with LogprobWriter(
+        tmp_path / "s", responses=("chosen", "rejected"), manifest=manifest_fields(RECORDS)
+    ) as writer:
+        for i, r in enumerate(RECORDS):
+            if i in (0, 3, 4):
+                writer.mask(r.id, "longer than the context of 9 tokens")
+            else:
+                row, note = [np.full(2, -1.0), np.full(3, -2.0)], "cut" if i == 6 else None
+                writer.add(r.id, row, note=note, remarks=["odd"] if i < 3 else [])
+    print_summary(LogprobStore(tmp_path / "s"), [r.domain for r in RECORDS])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[3:6]] == [
+        ["code", "2", "1", "5", "-1.600", "100.0%"],
+        ["math", "3", "2", "5", "-1.600", "100.0%"],
+        ["ça", "2", "0", "10", "-1.600", "100.0%"],
+    ]
+    assert lines[7:] == [
+        "note on 3 records: longer than the context of 9 tokens (math 2 of 3, code 1 of 2)",
+        "note on 1 records: cut (math 1 of 3)",
+        "remark on 2 records: odd (code 1 of 2, ça 1 of 2)",
     ]
 
 

@@ -22,8 +22,9 @@ from support.datasets import record, write_scores, write_tokens
 PAIRS = 4  # of a step
 ARGUMENTS = {
     "seq_length": 1000, "global_batch_size": PAIRS, "eval_interval": None, "save": None,
-    "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "world_size": 1, "seed": 3,
-    "train_samples": None, "save_interval": None, "micro_batch_size": None,
+    "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
+    "world_size": 1, "seed": 3, "train_samples": None, "save_interval": None,
+    "micro_batch_size": None,
 }  # fmt: skip
 
 
@@ -48,6 +49,7 @@ def taken(monkeypatch):
     """Indices of so many steps, as Megatron gets them once so many are done."""
     monkeypatch.setattr(provider, "mpu", space(
         get_data_parallel_rank=lambda: 0, get_data_parallel_world_size=lambda: 1,
+        get_context_parallel_rank=lambda: 0,
         is_pipeline_last_stage=lambda: True,
     ))  # fmt: skip
     monkeypatch.setattr(provider, "get_num_microbatches", lambda: 1)
@@ -114,6 +116,42 @@ def test_what_is_said(tmp_path, flags, since, expected):
     said = describe(run, datasets, since)
     assert f"; {expected}, " in said and "are done" not in said
     assert "; 1 steps are done;" in describe(run, datasets, since + 1)
+
+
+def test_domains_that_are_too_long_are_named(tmp_path):
+    """Before training, with what of each is lost, in training and in validation."""
+
+    def of(folder, domains, masked=()):
+        folder.mkdir()
+        records = [record(i, domain=domain) for i, domain in enumerate(domains)]
+        tokens = write_tokens(folder, records)
+        write_scores(folder / "pivot", records, tokens.response_lengths, masked=masked)
+        return PreferenceDataset(tokens.prefix, SourcesConfig(str(folder / "pivot")))
+
+    train = of(tmp_path / "a", [("math", "code", "law")[i % 3] for i in range(15)], masked=[0, 11])
+    valid = of(tmp_path / "b", ["code", "law"])
+    train.align_domains(valid.domains)
+
+    def said(limit):
+        run = space(
+            config=described(), schedule=space(steps=1), folders=space(save=None),
+            batch=space(max_tokens=limit, pairs=2, micro=1),
+        )  # fmt: skip
+        return describe(run, Datasets(train, valid), 0).splitlines()
+
+    # Tokens of the longest response with its prompt, counted by hand: math 30, 42, 35, 46, 39;
+    # code 39, 51, 43, 41, 48; law 48, 42, 52, 49, 57; of validation 30 and 39.
+    first, *others = said(45)
+    assert first.startswith("pairs: 7 used, 8 left out (7 longer than --seq-length 45; 1 without ")
+    assert others == [
+        "longer than --seq-length 45: "
+        "law 4 of 5 (longest 57), code 2 of 5 (longest 51), math 1 of 5 (longest 46)"
+    ]
+    assert said(50)[1:] == [
+        "longer than --seq-length 50: law 2 of 5 (longest 57), code 1 of 5 (longest 51)"
+    ]
+    assert said(38)[2:] == ["validation: longer than --seq-length 38: law 1 of 1 (longest 39)"]
+    assert len(said(57)) == 1, "all fit"
 
 
 def test_a_budget_holds_in_the_rounds_own_steps(tmp_path):
