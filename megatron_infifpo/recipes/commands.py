@@ -66,6 +66,7 @@ def score(
     top_k: int | None = None,
     tensor: int = 2,
     pipeline: int = 1,
+    context: int = 1,
     bf16: bool = True,
     flags: str = "",
 ) -> Job:
@@ -78,7 +79,7 @@ def score(
         initial: checkpoint in RUN that training on that half starts from: sft, or pivot for `sft`.
         top_k: most probable tokens that are kept of the chosen responses: none, or 16 for `sft`.
         tensor: tensor-parallel size, where the source's `score` does not say another.
-        pipeline: pipeline-parallel size, likewise.
+        pipeline, context: pipeline- and context-parallel sizes, likewise.
         bf16: weights in bfloat16, else float32.
         flags: further ones of `infifpo score`.
 
@@ -88,7 +89,9 @@ def score(
     tokens = split == "sft"
     config = token_sources(run) if tokens else read_sources(f"{run}/sources.yaml")
     usual: dict[str, Any] = {"bf16": bf16, "backend": "megatron"}
-    usual |= dict(zip(LAYOUT, (tensor, pipeline), strict=True))
+    usual |= dict(zip(LAYOUT, (tensor, pipeline, context), strict=True))
+    if context == 1:
+        del usual["context-parallel-size"]
     if top_k or tokens:
         usual |= {"top-k": top_k or TOP_K, "top-k-responses": "chosen"}
     domains: tuple[str, ...] = ()
@@ -122,6 +125,7 @@ def infifpo(
     lr: float = 1e-7,
     tensor: int = 2,
     pipeline: int = 2,
+    context: int = 1,
     global_batch_size: int = 128,
     micro_batch_tokens: int = 8192,
     seq_length: int = 4096,
@@ -142,6 +146,7 @@ def infifpo(
         lr: highest learning rate; cosine, after 10 % of warm-up.
         tensor: tensor-parallel size, with sequence parallelism above 1.
         pipeline: pipeline-parallel size; the ranks that remain are data-parallel.
+        context: context-parallel size, for long texts: ranks that share a row.
         global_batch_size: pairs of a step.
         micro_batch_tokens: at most, of a packed row.
         seq_length: at most, of a prompt with one response; longer pairs are left out.
@@ -157,6 +162,7 @@ def infifpo(
     arguments += ["--tensor-model-parallel-size", str(tensor)]
     arguments += ["--pipeline-model-parallel-size", str(pipeline), "--use-distributed-optimizer"]
     arguments += ["--overlap-grad-reduce", "--overlap-param-gather"]
+    arguments += ["--context-parallel-size", str(context)] if context > 1 else []
     arguments += ["--sequence-parallel"] if tensor > 1 else []
     arguments += ["--bf16"] if bf16 else []
     arguments += ["--preference-epochs", str(epochs), "--lr", str(lr)]

@@ -12,7 +12,7 @@ from megatron_infifpo.scoring.job import BACKENDS
 RUN = "runs/phi4"
 PIVOT = "models/phi-4"
 PROGRAM = "megatron_infifpo"
-LAYOUT = ("tensor-model-parallel-size", "pipeline-model-parallel-size")
+LAYOUT = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
 
 
 @dataclass(frozen=True)

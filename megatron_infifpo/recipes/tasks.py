@@ -129,10 +129,14 @@ def _experiment(
     return experiment
 
 
+# Of a source, where its own `score` does not say another.
+_SCORED_AS = ("tensor", "pipeline", "context", "bf16")
+
+
 def stages(hf: str, training: dict[str, Any]) -> list[tuple[Job, list[str]]]:
     """List the stages of a whole run, each with the names of those that it waits for."""
     folder = {"run": training.get("run", RUN)}
-    layout = folder | {k: training[k] for k in ("tensor", "pipeline", "bf16") if k in training}
+    layout = folder | {k: training[k] for k in _SCORED_AS if k in training}
     own = ("method", "beta", "epochs", "lr")
     dtype = "bf16" if training.get("bf16", True) else "fp32"
     convert = commands.convert(**folder, hf=hf, dtype=dtype)
@@ -160,7 +164,7 @@ def fusion_stages(hf: str, training: dict[str, Any]) -> list[tuple[Job, list[str
     FuseLLM and InfiFusion learn from all sources at once, FuseChat's models from one each.
     """
     folder = {"run": training.get("run", RUN)}
-    layout = folder | {k: training[k] for k in ("tensor", "pipeline", "bf16") if k in training}
+    layout = folder | {k: training[k] for k in _SCORED_AS if k in training}
     numbers = range(1 + len(token_sources(folder["run"]).sources))
     scores = [commands.score(**layout, split="sft", index=index) for index in numbers]
     found = [(job, list[str]()) for job in scores]

@@ -155,7 +155,7 @@ def test_log_probs_of_other_weights(setup, flags, ranks, tmp_path):
 
 @pytest.mark.parametrize(
     "option",
-    [["--context-parallel-size", "2"], ["--hidden-dropout", "0.3"], ["--use-megatron-fsdp"]],
+    [["--hybrid-context-parallel"], ["--hidden-dropout", "0.3"], ["--use-megatron-fsdp"]],
 )
 def test_megatron_features_that_do_not_fit(flags, ranks, option):
     assert option[0] in refused(ranks, "megatron_infifpo.train", flags(*option))
