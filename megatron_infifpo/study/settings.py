@@ -11,6 +11,7 @@ import yaml
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.storage.yaml_files import read_yaml
+from megatron_infifpo.study.asked import Asked
 from megatron_infifpo.study.models import KINDS
 from megatron_infifpo.study.world import JUDGES
 
@@ -159,9 +160,10 @@ class Settings:
             _known(path, "model", method.sources or (), (*KINDS, BEST))
             _known(path, "control", [method.control] if method.control else (), CONTROLS)
             _known(path, "data", [method.data], DATA)
-        for contrast in (*self.report.get("primary", ()), *self.report.get("secondary", ())):
-            _known(path, "method", (contrast["a"], contrast["b"]), self.methods)
-            _known(path, "condition", [contrast["condition"]], self.conditions)
+        asked = Asked.read(self.told)  # before hours are spent on it
+        for contrast in (*asked.primary, *asked.secondary):
+            _known(path, "method", (contrast.a, contrast.b), self.methods)
+            _known(path, "condition", [contrast.condition], self.conditions)
 
 
 def _known(path: Path, what: str, names: Iterable[str], known: Collection[str]) -> None:

@@ -27,8 +27,9 @@ conditions:
 methods:
   sft: {words: SFT}
   dpo: {words: DPO, flags: --method dpo, grid: {beta: [0.1, 1], lr: [1.0e-3, 3.0e-3]}}
-report: {}
+report: {main: noisy, baseline: sft, ceiling: dpo, primary: []}
 """
+CONTRAST = "{name: why, a: sft, b: dpo, condition: noisy, outcome: accuracy, settings: matched}"
 
 
 @pytest.fixture
@@ -137,7 +138,9 @@ def test_published_settings():
         ("{words: SFT}", "{words: SFT, control: shufled}", "control 'shufled'"),
         ("{words: SFT}", "{words: SFT, data: prefs}", "data 'prefs'"),
         ("{words: SFT}", "{words: SFT, sources: [nobody]}", "model 'nobody'"),
-        ("report: {}", "report: {primary: [{a: sft, b: ipo, condition: noisy}]}", "method 'ipo'"),
+        ("primary: []", f"primary: [{CONTRAST.replace('dpo', 'ipo')}]", "method 'ipo'"),
+        ("primary: []", f"primary: [{CONTRAST}, {CONTRAST}]", "two contrasts named why"),
+        ("main: noisy, ", "", "report has no main"),
         ("sets: 2", "sets: [", "settings of a study"),
     ],
 )
