@@ -40,7 +40,7 @@ def print_summary(
         for text, count in store.manifest[f"{kind}_counts"].items():
             ranges = {text: store.manifest[f"{kind}s"][text]}
             about = noted(ranges, len(store), f"{store.prefix}.json")
-            print(f"{kind} on {count} records: {text} ({by_domain(names, codes, about)})")
+            print(f"{kind} on {count} records: {text} ({by_domain(names.tolist(), codes, about)})")
 
 
 def list_sizes(lengths: np.ndarray) -> str:

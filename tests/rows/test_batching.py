@@ -302,10 +302,14 @@ def test_evaluation_covers_the_held_out_pairs_again_and_again(dataset):
 
 
 def test_long_pairs_are_left_out(dataset):
+    """And no token of the others is: nothing is cut."""
     limit = int(np.median(dataset.segment_lengths))
-    rows = itertools.islice(loader(dataset, max_tokens=limit), 20)
+    rows = [*itertools.islice(loader(dataset, max_tokens=limit), 20)]
     seen = {index for row in rows for index in row["indices"].tolist()}
     assert seen == set(dataset.eligible(limit).tolist())
+    for row in rows:
+        whole = int(dataset.pair_lengths()[row["indices"]].sum())
+        assert row["tokens"].shape == (1, whole + RowLayout(4).padding(whole))
     with pytest.raises(UserError, match="none of the 23 records .* --seq-length is 3"):
         loader(dataset, max_tokens=3)
 
