@@ -45,14 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="PREFIX", help="of the log-prob dataset to write"
     )
     parser.add_argument("--name", help="the model's name in the manifest (default: its folder)")
-    parser.add_argument("--tensor-model-parallel-size", type=positive, metavar="N")
-    parser.add_argument("--pipeline-model-parallel-size", type=positive, metavar="N")
+    for kind in ("tensor-model", "pipeline-model"):
+        parser.add_argument(f"--{kind}-parallel-size", type=positive, metavar="N")
     parser.add_argument(
-        "--context-parallel-size",
-        type=positive,
-        metavar="N",
+        "--context-parallel-size", type=positive, metavar="N",
         help="ranks that share the tokens of a text, with --backend megatron: for long ones",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--bf16", action="store_true", help="weights in bfloat16 (default: float32)"
     )

@@ -12,10 +12,11 @@ class Kept:
 
     Attributes:
         hidden: inputs and outputs of both norms.
-        query: queries as attention sees them, the part of the joint projection that its values
-            hold alive, the output.
-        key: keys, and the same part.
-        gathered: keys and values of shared prompts, a second time.
+        query: queries as attention sees them, and its output.
+        key: keys as attention sees them.
+        joint: queries, keys and values as one product made them, which the values hold alive.
+        gathered: keys and values that attention selects, for shared prompts and under context
+            parallelism, in place of `key` and `joint`.
         mlp: both halves of the first product, what the gate became, their product.
         rope: sines and cosines, of a head's width.
     """
@@ -23,6 +24,7 @@ class Kept:
     hidden: int
     query: int
     key: int
+    joint: int
     gathered: int
     mlp: int
     rope: int
@@ -44,9 +46,9 @@ class LayerTraits:
 # Transformer Engine's layers with this program's attention, and with their own; Megatron's local
 # layers, where the norm, attention and the gate are one kernel each.
 LAYERS = {
-    "te": LayerTraits(Kept(hidden=4, query=3, key=3, gathered=2, mlp=3, rope=0)),
+    "te": LayerTraits(Kept(hidden=4, query=2, key=1, joint=1, gathered=2, mlp=3, rope=0)),
     "te-attention": LayerTraits(
-        Kept(hidden=4, query=3, key=3, gathered=0, mlp=3, rope=0), shares_prompts=False
+        Kept(hidden=4, query=2, key=1, joint=1, gathered=0, mlp=3, rope=0), shares_prompts=False
     ),
-    "local": LayerTraits(Kept(hidden=4, query=3, key=3, gathered=2, mlp=3, rope=4)),
+    "local": LayerTraits(Kept(hidden=4, query=2, key=1, joint=1, gathered=2, mlp=3, rope=4)),
 }

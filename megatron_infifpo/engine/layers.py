@@ -110,7 +110,10 @@ class PackedAttention(MegatronModule):
             )
         assert attention_type == "self"
         self.scale = softmax_scale
-        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.context_group = None
+        if config.context_parallel_size > 1:
+            assert pg_collection is not None
+            self.context_group = pg_collection.cp
         windowed = is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, layer_number
         )

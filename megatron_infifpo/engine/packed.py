@@ -120,7 +120,8 @@ def run_packed(model: torch.nn.Module, row: Row, vocab_size: int) -> Tensor:
         states.
     """
     places = row.get("scored_places")
-    asked = {name: row[name] for name in ("scored_rows", "own_top", "top_ids") if name in row}
+    asked: dict[str, Any] = {"vocab_size": vocab_size}
+    asked |= {name: row[name] for name in ("scored_rows", "own_top", "top_ids") if name in row}
     for name in ("target_ids", "soft_ids"):
         if name in row:
             asked[name] = row[name] if places is None else row[name][places]
@@ -130,7 +131,7 @@ def run_packed(model: torch.nn.Module, row: Row, vocab_size: int) -> Tensor:
         None,
         packed_seq_params=packed_params(model, row),
         output_processor=response_logprobs if places is None else partial(_of_all, row),
-        output_processor_context={**asked, "vocab_size": vocab_size},
+        output_processor_context=asked,
     )
     return output
 

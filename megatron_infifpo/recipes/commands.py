@@ -165,9 +165,8 @@ def infifpo(
     arguments += ["--context-parallel-size", str(context)] if context > 1 else []
     arguments += ["--sequence-parallel"] if tensor > 1 else []
     arguments += ["--bf16"] if bf16 else []
-    arguments += ["--preference-epochs", str(epochs), "--lr", str(lr)]
-    arguments += ["--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1"]
-    arguments += ["--global-batch-size", str(global_batch_size)]
+    arguments += ["--preference-epochs", str(epochs), "--lr", str(lr), "--lr-decay-style", "cosine"]
+    arguments += ["--lr-warmup-fraction", "0.1", "--global-batch-size", str(global_batch_size)]
     arguments += ["--micro-batch-tokens", str(micro_batch_tokens), "--seq-length", str(seq_length)]
     save = f"{run}/{name}"
     arguments += ["--pretrained-checkpoint", f"{run}/{initial}", "--save", save]

@@ -72,7 +72,7 @@ def borders(lengths: Sequence[int]) -> torch.Tensor:
 
 def _keys(row: Row) -> list[np.ndarray]:
     """Where the keys of each segment of a whole row lie in it."""
-    lengths = row.get("key_lengths", row["segment_lengths"])
+    lengths: list[int] = row["key_lengths" if "key_lengths" in row else "segment_lengths"]
     rows = row["key_rows"].numpy() if "key_rows" in row else np.arange(sum(lengths))
     return np.split(rows, np.cumsum(lengths)[:-1])
 

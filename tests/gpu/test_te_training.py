@@ -81,6 +81,22 @@ def test_recomputation(newest_te_ranks, job, straight, granularity):
     assert losses(record) == pytest.approx(losses(straight["local"])[:2], abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["te", "te-attention"])
+def test_context_parallel(newest_te_ranks, job, straight, kind):
+    """Ranks share a row through our attention; Transformer Engine's own is refused."""
+    argv = te_jobs.flags(job, "--train-iters", str(STEPS), "--context-parallel-size", "2", *HALF)
+    if kind == "te-attention":
+        with pytest.raises(RankError):
+            newest_te_ranks(2, "support.te_training:train", argv, kind)
+        said = "--context-parallel-size does not work with Transformer Engine's attention"
+        assert said in newest_te_ranks.logs[0]
+        return
+    for record in newest_te_ranks(2, "support.te_training:train", argv, kind):
+        assert losses(record) == pytest.approx(losses(straight["local"])[:2], abs=1e-4)
+        norms = pytest.approx(straight["local"]["norms"][:2], rel=1e-4)
+        assert record["norms"] == norms
+
+
 def test_scoring(newest_te_ranks, job):
     """The scorer's backend, too; in bfloat16 it takes Transformer Engine's layers by itself."""
     scores = {}

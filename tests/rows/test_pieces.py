@@ -18,7 +18,9 @@ def pairs(count: int, longest: int, responses: int = 2) -> list[PreferencePair]:
     def text() -> np.ndarray:
         return next(ids)[: dice.integers(1, longest + 1)]
 
-    return [PreferencePair(i, text(), tuple(text() for _ in range(responses))) for i in range(count)]
+    return [
+        PreferencePair(i, text(), tuple(text() for _ in range(responses))) for i in range(count)
+    ]
 
 
 CUTS = [(ranks, share) for ranks in (2, 3, 4, 8) for share in (False, True)]
