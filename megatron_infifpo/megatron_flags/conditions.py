@@ -198,6 +198,17 @@ NEEDS: tuple[Need, ...] = (
         "--use-precision-aware-optimizer",
         lambda flags: flags["use_precision_aware_optimizer"],
     ),
+    Need(
+        "optimizer_offload_fraction overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params "
+        "use_torch_optimizer_for_cpu_offload",
+        "--optimizer-cpu-offload",
+        lambda flags: flags["optimizer_cpu_offload"],
+    ),
+    Need(
+        "optimizer_cpu_offload",
+        "--optimizer-offload-fraction above 0",
+        lambda flags: flags["optimizer_offload_fraction"] > 0,
+    ),
     Need("use_precision_aware_optimizer", "Transformer Engine installed", lambda flags: HAVE_TE),
     Need("flash_attention_version", "the package flash-attn", lambda flags: HAVE_FLASH),
     Need("log_device_memory_used log_energy", "nvidia-ml-py installed", lambda flags: HAVE_NVML),
@@ -208,6 +219,10 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda flags: flags["optimizer"] == "sgd" and flags["use_distributed_optimizer"],
         "--optimizer sgd does not go with --use-distributed-optimizer, which keeps Adam's state: "
         "leave one of them out",
+    ),
+    Conflict(
+        lambda flags: flags["optimizer_cpu_offload"] and not flags["use_precision_aware_optimizer"],
+        "--optimizer-cpu-offload needs --use-precision-aware-optimizer",
     ),
     Conflict(
         lambda flags: (

@@ -66,6 +66,15 @@ GPU_RUNS: tuple[GpuRun, ...] = (
         package=TE,
     ),
     GpuRun(
+        "optimizer on the host",
+        (
+            "--use-precision-aware-optimizer", "--optimizer-cpu-offload",
+            "--optimizer-offload-fraction", "0.5", "--overlap-cpu-optimizer-d2h-h2d",
+            "--use-torch-optimizer-for-cpu-offload", "--no-pin-cpu-grads", "--no-pin-cpu-params",
+        ),
+        package=TE,
+    ),
+    GpuRun(
         "attention of Transformer Engine",
         ("--te-attention", "--attention-backend", "fused"),
         package=TE,

@@ -11,7 +11,6 @@ from megatron_infifpo.megatron_flags.group import (
     NO_EFFECT,
     OPTIMIZER,
     PRIVATE,
-    UNPROVEN,
     Group,
 )
 
@@ -39,7 +38,9 @@ RUNNING: dict[str, Group] = {
             manual_gc_interval manual_gc_eval recompute_activations check_for_large_grads
             check_for_nan_in_loss_and_grad optimizer""",
         gpu="""gpu_sniff_test_interval bias_swiglu_fusion bias_dropout_fusion apply_rope_fusion
-            gradient_accumulation_fusion""",
+            gradient_accumulation_fusion optimizer_cpu_offload optimizer_offload_fraction
+            overlap_cpu_optimizer_d2h_h2d use_torch_optimizer_for_cpu_offload pin_cpu_grads
+            pin_cpu_params""",
         fixed="dataloader_type",
         device={
             "the layers of converted models have no such kernel": """masked_softmax_fusion
@@ -60,9 +61,6 @@ RUNNING: dict[str, Group] = {
             BUFFERS: "tp_comm_overlap_cfg",
             ARCHITECTURE: "rope_type",
             GRAPHS: "optimizer_cuda_graph",
-            f"{UNPROVEN}; --use-distributed-optimizer splits the state over ranks": """
-                optimizer_cpu_offload optimizer_offload_fraction overlap_cpu_optimizer_d2h_h2d
-                use_torch_optimizer_for_cpu_offload pin_cpu_grads pin_cpu_params""",
             FSDP: "dump_param_to_param_group_map",
         },
     ),

@@ -32,7 +32,14 @@ LAYOUT = (
     "ddp_num_buckets",
 )
 # What an optimizer takes from its state, whatever the command line says.
-KEPT = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum")
+KEPT = (
+    "optimizer",
+    "optimizer_cpu_offload",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "sgd_momentum",
+)
 
 
 def check_optimizer_state(run: Mapping[str, Any], start: Start) -> None:

@@ -124,6 +124,12 @@ TOGETHER_ON_GPUS = [
     ("--fp8-format hybrid --fp8-recipe custom", None, "code of your own"),
     ("--fp8-format hybrid --mlp-chunks-for-training 2", None, "leave one of them out"),
     ("--use-precision-aware-optimizer", None, "Transformer Engine installed"),
+    ("--optimizer-offload-fraction 0.5", None, "no effect without --optimizer-cpu-offload"),
+    (
+        "--use-distributed-optimizer --optimizer-cpu-offload --optimizer-offload-fraction 0.5",
+        None,
+        "--optimizer-cpu-offload needs --use-precision-aware-optimizer",
+    ),
     ("--exp-avg-dtype bf16", None, "--use-precision-aware-optimizer"),
     ("--log-energy", None, "nvidia-ml-py installed"),
     ("--profile", "", None),
