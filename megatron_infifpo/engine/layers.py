@@ -18,9 +18,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_infifpo.engine.packed import RowParams
 from megatron_infifpo.errors import UserError
+
+# Of a mask that PyTorch's attention is given at once; it makes float32 numbers of them.
+MASK_ELEMENTS = 2**24
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -173,28 +177,55 @@ class PackedAttention(MegatronModule):
 
     def _by_segment(self, query: Tensor, key: Tensor, value: Tensor, row: RowParams) -> Tensor:
         """One call of PyTorch's attention a segment, `[T, heads, head_dim]`."""
-        gqa = query.shape[1] != key.shape[1]
-        if gqa and query.device.type != "cpu":
+        if query.shape[1] != key.shape[1] and query.device.type != "cpu":
             # PyTorch's memory-efficient kernel takes no grouped heads, and its plain one would hold
             # the scores of a whole segment.
             copies = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
-            gqa = False
         parts = [query.split(row.query_lengths)]
         parts += [x.split(row.key_lengths) for x in (key, value)]
         outputs = []
         for segment in zip(*parts, strict=True):
-            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in segment)  # [1, heads, L, head_dim]
-            mask = self._mask(q.shape[2], k.shape[2], q.device)
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=gqa
-            )
-            outputs.append(out.squeeze(0).transpose(0, 1))
+            heads = [x.transpose(0, 1).unsqueeze(0) for x in segment]  # [1, heads, L, head_dim]
+            outputs.append(self._segment(*heads).squeeze(0).transpose(0, 1))
         return torch.cat(outputs)
+
+    def _segment(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of a segment; some queries after the other where their mask would be large."""
+        queries, keys = query.shape[2], key.shape[2]
+        if queries * keys <= MASK_ELEMENTS or (queries == keys and self._unlimited(keys)):
+            return self._attend(query, key, value)
+        rows = MASK_ELEMENTS // keys
+        if self.window >= 0:  # a block of so many sees twice as many keys
+            rows = min(self.window + 1, MASK_ELEMENTS // (2 * self.window + 2))
+        blocks = []
+        for begin in range(0, queries, max(1, rows)):
+            end, before = min(begin + max(1, rows), queries), keys - queries
+            seen = slice(
+                0 if self.window < 0 else max(0, before + begin - self.window), before + end
+            )
+            block = (query[:, :, begin:end], key[:, :, seen], value[:, :, seen])
+            # Masks are made again in the backward pass: together they are as large as the whole.
+            blocks.append(
+                checkpoint(self._attend, *block, use_reentrant=False, preserve_rng_state=False)
+            )
+        return torch.cat(blocks, dim=2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """PyTorch's attention of queries that are the last ones of their keys."""
+        mask = self._mask(query.shape[2], key.shape[2], query.device)
+        gqa = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=self.scale, enable_gqa=gqa
+        )
+
+    def _unlimited(self, keys: int) -> bool:
+        """Whether the window reaches over so many keys."""
+        return self.window < 0 or keys <= self.window + 1
 
     def _mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """Mask `[queries, keys]` of a segment, or None where plain causality will do."""
-        inside = self.window < 0 or keys <= self.window + 1
+        inside = self._unlimited(keys)
         if inside and queries == keys:
             return None
         before = keys - queries  # tokens of the shared prompt

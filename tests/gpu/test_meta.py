@@ -282,6 +282,7 @@ def test_attention(dtype, size, window, shared):
         attention_dropout=0.0,
         window_size=None if window is None else (window, 0),
         window_attn_skip_freq=None,
+        context_parallel_size=1,
     )
     module = PackedAttention(config, 1, None, "self")
     with torch.utils._python_dispatch._disable_current_modes():

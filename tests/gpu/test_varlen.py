@@ -14,6 +14,7 @@ from megatron_infifpo.engine.packed import row_params
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.packing import collate
+from megatron_infifpo.rows.pieces import cut
 from megatron_infifpo.rows.preference_dataset import PreferencePair
 from support import reference_kernels
 
@@ -63,6 +64,7 @@ def attention(window: int | None, scale: float | None) -> layers.PackedAttention
         attention_dropout=0.0,
         window_size=None if window is None else (window, 0),
         window_attn_skip_freq=None,
+        context_parallel_size=1,
     )
     return layers.PackedAttention(config, 1, None, "self", softmax_scale=scale)
 
@@ -113,6 +115,44 @@ def test_kernel(kernel_calls, monkeypatch, window, shared, groups):
         differences = [(a - b).abs().max() for a, b in zip(expected, got, strict=True)]
         worst = max(worst, float(max(differences)))
     assert worst < 1e-12
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("window", [None, 0, 3, 9])
+def test_blocks_of_queries(monkeypatch, window, shared):
+    """What large masks are cut into: the same as one mask a segment."""
+    rng = np.random.default_rng([shared, window or 50])
+    for trial in range(8):
+        row, module = random_row(rng, shared), attention(window, None)
+        expected = outputs(module, row, trial)
+        for elements in (1, 40):
+            monkeypatch.setattr(layers, "MASK_ELEMENTS", elements)
+            for a, b in zip(outputs(module, row, trial), expected, strict=True):
+                assert (a - b).abs().max() < 1e-12
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_pieces_of_ranks(kernel_calls, monkeypatch, ranks, window, shared, flash):
+    """Each rank's queries see in the joined keys what they see in the whole row."""
+    texts = iter(np.split(np.arange(1, 121), [7, 20, 26, 31, 60, 64]))
+    pairs = [PreferencePair(i, next(texts), (next(texts), next(texts))) for i in range(2)]
+    row = collate(pairs, RowLayout(share_prompt=shared, context_parallel=ranks))
+    module, tokens = attention(window, None), row["tokens"].numel()
+    joint = torch.randn(tokens, 1, HEADS + 2 * GROUPS, SIZE, dtype=torch.float64)
+    expected = module(*joint.split([HEADS, GROUPS, GROUPS], 2), packed_seq_params=row_params(row))
+    parts = [cut(row | {"tokens": torch.arange(tokens)[None]}, ranks, r) for r in range(ranks)]
+    order = torch.cat([part["tokens"].flatten() for part in parts])
+    _, key, value = joint[order].split([HEADS, GROUPS, GROUPS], 2)
+    monkeypatch.setattr(layers, "_flash_takes", lambda query: flash)
+    for part in parts:
+        own = part["tokens"].flatten()
+        out = module(joint[own, :, :HEADS], key, value, packed_seq_params=row_params(part))
+        assert (out - expected[own]).abs().max() < 1e-12
+    assert len(kernel_calls) == ranks * flash
 
 
 @pytest.mark.parametrize(
