@@ -1,9 +1,15 @@
 """Say what a run costs: memory of a GPU at every legal layout, and hours.
 
     infifpo plan --model phi-4 --gpus 16 --gpu-memory 80
+    infifpo plan --model phi-4 --gpus 8 --gpu-memory 80 --seq-length 131072
 
-GiB is the most at once: of a step, of the optimizer's update, or of a save. `host` is the memory of
-a node, beside its GPUs, that a save takes.
+The three best layouts are printed, each with flags for `infifpo train`: the fastest ones that fit,
+then those that need least memory. GiB is the most at once: of a step, of the optimizer's update, or
+of a save. `attn.` is what the backward pass of one layer's attention takes for a moment, `host` the
+memory of a node, beside its GPUs, that a save takes, and an optimizer that is there.
+
+With --seq-length memory is that of the longest text's pair, or list, and ranks may share a row
+(context parallelism, CP); tensor and context parallel groups are kept inside a node.
 
 Hours are for the paper's run by default: three epochs of SFT on 75,000 responses and one of
 preference optimization on 75,000 pairs. They follow from floating-point operations and --mfu, the
@@ -12,6 +18,7 @@ of some steps (Megatron's --log-throughput counts a pair as one text of --seq-le
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_infifpo.commands.flags import fields_of, hidden_alias, take_defaults
@@ -21,12 +28,16 @@ from megatron_infifpo.families import PUBLISHED, megatron_args
 from megatron_infifpo.families.architecture import read_hf_config
 from megatron_infifpo.flag_types import positive, real, whole
 from megatron_infifpo.planning.estimate import (
+    MOMENTS,
     SAVINGS,
     Estimate,
     PlanningJob,
+    best,
     estimate,
 )
-from megatron_infifpo.planning.plan import GIB, PRECISIONS
+from megatron_infifpo.planning.flags import training_flags
+from megatron_infifpo.planning.plan import GIB
+from megatron_infifpo.planning.precision import PRECISIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +45,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help=f"Hugging Face folder, or one of {', '.join(PUBLISHED)}"
     )
+    _add_machine(parser)
+    _add_state(parser)
+    _add_run(parser)
+    take_defaults(parser, PlanningJob)
+    parser.add_argument("--all", action="store_true", help="print every layout after that")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
     some = real(0.001)
     parser.add_argument("--gpus", type=whole(1, 100_000), required=True)
     parser.add_argument("--gpus-per-node", type=positive, help="(default: %(default)s)")
     parser.add_argument("--gpu-memory", type=some, help="GiB (default: %(default)g)")
     parser.add_argument("--gpu-tflops", type=some, help="(default: %(default)g, H100 bf16)")
     parser.add_argument("--mfu", type=real(0.001, 1), help="0 to 1 (default: %(default)s)")
+    parser.add_argument(
+        "--gpu-bandwidth",
+        type=some,
+        metavar="GB/S",
+        help="of a GPU that gathers keys under context parallelism (default: %(default)g, NVLink)",
+    )
+
+
+def _add_state(parser: argparse.ArgumentParser) -> None:
+    """Add what a GPU keeps, and how it is saved."""
     parser.add_argument("--precision", choices=list(PRECISIONS))
     parser.add_argument(
         "--layers",
@@ -51,11 +80,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--torch-adam", action="store_true", help="no Transformer Engine and no apex is installed"
     )
     parser.add_argument(
+        "--grad-reduce-in-bf16", action="store_true", help="gradients in bfloat16, as in training"
+    )
+    parser.add_argument(
+        "--adam-moments",
+        choices=MOMENTS,
+        help="bf16: training's --use-precision-aware-optimizer with --exp-avg-dtype and "
+        "--exp-avg-sq-dtype bf16, which need Transformer Engine (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--optimizer-offload",
+        type=real(0, 1),
+        metavar="FRACTION",
+        help="share of the optimizer in host memory: training's --optimizer-cpu-offload with "
+        "--optimizer-offload-fraction (default: %(default)g)",
+    )
+    parser.add_argument(
         "--optimizer-state",
         choices=list(SAVINGS),
         help="as it is saved: by-name is training's --dist-ckpt-optim-fully-reshardable, sparing "
         "--distrib-optim-fully-reshardable-mem-efficient (default: %(default)s, as in training)",
     )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    """Add what is trained on."""
     tokens = "--micro-batch-tokens"
     parser.add_argument(tokens, type=positive, help="of a row (default: %(default)s)")
     hidden_alias(parser, "--row-tokens", tokens)
@@ -71,13 +120,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="as in training; else a copy of the prompt for each response (default: yes)",
     )
-    parser.add_argument("--prompt-tokens", type=positive, help="on average")
-    parser.add_argument("--response-tokens", type=positive, help="on average")
-    take_defaults(parser, PlanningJob)
+    parser.add_argument(
+        "--seq-length",
+        type=positive,
+        metavar="N",
+        help="tokens of the longest text that must fit, a prompt with one response",
+    )
+    for name, usual, part in (("prompt", 400, 7), ("response", 600, 1)):
+        parser.add_argument(
+            f"--{name}-tokens",
+            type=positive,
+            help=f"on average (default: {usual}; with --seq-length N {part}/32 of N)",
+        )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print one line a layout.
+    """Print the best layouts, or all.
 
     Raises:
         UserError: there is no legal one.
@@ -89,16 +147,43 @@ def run(args: argparse.Namespace) -> None:
     found = estimate(job)
     if not found:
         raise UserError(f"{job.gpus} GPUs fit no legal layout of {name}; see --help")
-    print(
+    for text in introduction(name, job):
+        print(text)
+    print(HEADER)
+    for one in best(found):
+        print(f"{line(one)}\n    {training_flags(job, one)}")
+    if not found[0].fits:
+        print("what needs less: --grad-reduce-in-bf16, --adam-moments bf16, --optimizer-offload 1")
+    if args.all:
+        print(f"\n{HEADER}")
+        for one in found:
+            print(line(one))
+
+
+def introduction(name: str, job: PlanningJob) -> Iterator[str]:
+    """Say what is planned."""
+    yield (
         f"{name}: {job.plan.parameters / 1e9:.2f} billion parameters, {job.precision}, "
-        f"rows of {job.micro_batch_tokens} tokens"
+        f"rows of {job.row_tokens} tokens"
     )
-    print(
-        f"{'TP':>3}{'PP':>4}{'DP':>4}  recompute{'weights':>9}{'grads':>8}{'optim.':>8}"
-        f"{'activ.':>8}{'head':>6}{'GiB':>7}{'host':>7}{'hours':>8}"
+    if job.seq_length is None:
+        return
+    usual, longest, context = job.texts, job.longest, job.model["max_position_embeddings"]
+    yield (
+        f"the longest text: {longest.prompt:,} tokens of the prompt, {longest.response:,} of a "
+        f"response; hours are for {usual.prompt:,} and {usual.response:,} on average"
     )
-    for one in found:
-        print(line(one))
+    if context < job.seq_length:
+        yield (
+            f"{name} is made for texts of {context:,} tokens: its rope must be extended for "
+            f"{job.seq_length:,}"
+        )
+
+
+HEADER = (
+    f"{'TP':>3}{'PP':>4}{'CP':>4}{'DP':>4}  recompute{'weights':>9}{'grads':>8}{'optim.':>8}"
+    f"{'activ.':>8}{'attn.':>7}{'head':>6}{'GiB':>7}{'host':>7}{'hours':>9}"
+)
 
 
 def line(one: Estimate) -> str:
@@ -106,10 +191,10 @@ def line(one: Estimate) -> str:
     layout, memory = one.layout, one.memory
     parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
     text = (
-        f"{layout.tensor:>3}{layout.pipeline:>4}{layout.data:>4}"
-        f"{'full' if one.recompute else 'none':>11}"
+        f"{layout.tensor:>3}{layout.pipeline:>4}{layout.context:>4}{layout.data:>4}"
+        f"{one.recompute:>11}"
         + "".join(f"{x / GIB:>{9 if i == 0 else 8}.1f}" for i, x in enumerate(parts))
-        + f"{memory.head / GIB:>6.1f}{memory.total / GIB:>7.1f}"
-        + f"{one.host / GIB:>7.0f}{one.hours:>8.1f}"
+        + f"{memory.attention / GIB:>7.1f}{memory.head / GIB:>6.1f}{memory.total / GIB:>7.1f}"
+        + f"{one.host / GIB:>7.0f}{one.hours:>9.1f}"
     )
     return text if one.fits else f"{text}  does not fit"

@@ -1,5 +1,7 @@
 """What layers keep for the backward pass and what a save needs, on paper and in real runs."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_infifpo.engine.kept import Kept
@@ -11,9 +13,9 @@ from support.runs import BOTH, LAYOUTS
 
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
 RECOMPUTE += ["--recompute-num-layers", "1"]
-# Of local layers on a CPU: norms keep the normalised rows beside, and attention its output once a
-# segment and once whole.
-CPU_KEPT = Kept(hidden=6, query=4, key=3, gathered=2, mlp=4, rope=4)
+# Of local layers on a CPU: norms keep the normalised rows beside, attention its output once a
+# segment and once whole, the gate what it became and that in place of both.
+CPU_KEPT = Kept(hidden=6, query=3, key=1, joint=1, gathered=2, mlp=5, rope=4)
 
 
 @pytest.mark.parametrize("share", ["--share-prompt", "--no-share-prompt"])
@@ -33,13 +35,34 @@ def test_kept(setup, ranks, layout, share):
         assert found["kept"] == pytest.approx(planned, rel=0.15), (rank, found)
 
 
-def test_recomputed(setup, ranks):
+SHARED_ROW = ["--context-parallel-size", "2"]
+
+
+@pytest.mark.parametrize("share", ["--share-prompt", "--no-share-prompt"])
+@pytest.mark.parametrize("flags", [["--recompute-granularity", "selective"], SHARED_ROW])
+def test_recomputed_attention(setup, ranks, flags, share):
+    """A rank keeps its own queries, keys and values; so it does by default where it shares rows."""
+    argv = setup.flags(setup.sources("both", *BOTH), *flags, share)
+    size = 2 if flags == SHARED_ROW else 1
+    results = ranks(size, "support.training:kept_bytes", argv)
+    # The outputs of segments are among what is computed again.
+    kept = replace(CPU_KEPT, query=CPU_KEPT.query - 1)
+    plan = Plan(megatron_args(read_hf_config(setup.hf)), "fp32", kept)
+    copies = size == 2 or share == "--share-prompt"
+    for rank, found in enumerate(results):
+        assert (found["keys"] > found["tokens"]) == copies
+        planned = found["tokens"] * (plan.layers * plan.activation_bytes() + plan.end_bytes())
+        assert found["kept"] == pytest.approx(planned, rel=0.04), (rank, found)
+
+
+@pytest.mark.parametrize("flags", [[], SHARED_ROW])
+def test_recomputed(setup, ranks, flags):
     """Only the input of each layer is kept."""
-    argv = setup.flags(setup.sources("both", *BOTH), *RECOMPUTE)
-    found = ranks(1, "support.training:kept_bytes", argv)[0]
+    argv = setup.flags(setup.sources("both", *BOTH), *RECOMPUTE, *flags)
     plan = Plan(megatron_args(read_hf_config(setup.hf)), "fp32", CPU_KEPT)
-    planned = found["tokens"] * (plan.layers * plan.hidden * 4 + plan.end_bytes())
-    assert found["kept"] == pytest.approx(planned, rel=0.15)
+    for found in ranks(2 if flags else 1, "support.training:kept_bytes", argv):
+        planned = found["tokens"] * (plan.layers * plan.hidden * 4 + plan.end_bytes())
+        assert found["kept"] == pytest.approx(planned, rel=0.15)
 
 
 SAVINGS = {

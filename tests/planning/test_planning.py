@@ -13,7 +13,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import PUBLISHED, megatron_args, tensor_parallel_sizes
 from megatron_infifpo.flag_types import flag as spelled
 from megatron_infifpo.planning.estimate import PlanningJob, estimate
-from megatron_infifpo.planning.plan import Layout, Plan, layouts
+from megatron_infifpo.planning.plan import FLASH, FULL, NONE, SELECTIVE, Layout, Plan, layouts
 from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SPARING
 from support.saves import LiveBytes
 
@@ -30,12 +30,14 @@ def test_every_rank_holds_its_share():
     """What all ranks hold together is the model, whatever the layout."""
     model = megatron_args(PUBLISHED["phi-4"])
     plan = Plan(model)
-    for layout in layouts(16, tensor_parallel_sizes(model), 40, 8, 128):
-        assert layout.tensor * layout.pipeline * layout.data == 16
+    found = layouts(16, tensor_parallel_sizes(model), 40, 8, 128, contexts=True)
+    assert {layout.context for layout in found} == {1, 2, 4, 8}
+    for layout in found:
+        assert layout.tensor * layout.pipeline * layout.data * layout.context == 16
         stages = plan.stages(layout, 1000, 8)
         weights = layout.tensor * sum(stage.weights for stage in stages)
         assert weights == pytest.approx(2 * plan.parameters)
-        optimizer = layout.tensor * layout.data * sum(stage.optimizer for stage in stages)
+        optimizer = layout.tensor * layout.shards * sum(stage.optimizer for stage in stages)
         assert optimizer == pytest.approx(12 * plan.parameters)
 
 
@@ -47,7 +49,9 @@ def test_what_shrinks_memory():
 
     whole = total(1, 1, 16)
     assert total(2, 1, 8) < whole and total(1, 2, 8) < whole
-    assert total(1, 1, 16, recompute=True) < whole
+    assert total(1, 1, 16, recompute=FULL) < total(1, 1, 16, recompute=SELECTIVE) == whole
+    assert total(1, 1, 16, gathered=1.25) < whole, "selected keys let go of the joint projection"
+    assert total(1, 1, 8, 2) < whole, "ranks that share a row share the optimizer's state too"
     first = plan.memory(Layout(2, 4, 2), 8192, 16)
     assert first.activations == plan.memory(Layout(2, 1, 8), 8192, 16).activations, (
         "the first stage keeps as many rows in flight as there are stages"
@@ -60,6 +64,10 @@ def test_legal_layouts():
     found = layouts(40, sizes, 40, 8, 128)
     assert found and all(x.tensor in (1, 2) and 128 % x.data == 0 for x in found)
     assert {x.tensor for x in layouts(5, sizes, 40, 8, 128)} == {1, 5}
+    assert all(x.context == 1 for x in found)
+    for x in layouts(40, sizes, 40, 8, 128, contexts=True):
+        assert 8 % (x.tensor * x.context) == 0, "ranks of a row are in one node"
+    assert {x.context for x in layouts(6, [1], 40, 8, 6, contexts=True)} == {1, 2, 3, 6}
 
 
 def test_saves():
@@ -97,8 +105,8 @@ def test_moments_of_a_run():
     state = plain.weights + plain.gradients + plain.optimizer
     assert plain.total == state + plain.update, "a short row's activations are less"
     long = plan.memory(layout, 8192, 16, fused_adam=False)
-    assert long.total == state + long.activations + long.head
-    saved = plan.memory(layout, 8192, 16, saving=BY_NAME, recompute=True)
+    assert long.total == state + long.activations + max(long.head, long.attention)
+    saved = plan.memory(layout, 8192, 16, saving=BY_NAME, recompute=FULL)
     assert saved.total == state + saved.save
 
 
@@ -130,16 +138,24 @@ def test_operations():
     assert head == 8 * plan.table_parameters * 100
     attention = plan.operations(1000, 0, 4000) / plan.operations(1000, 0, 0) - 1
     assert attention == pytest.approx(0.060, abs=0.001)
+    flash = plan.operations(1000, 0, 4000, attention=FLASH) / plan.operations(1000, 0, 0) - 1
+    assert flash == pytest.approx(attention * 7 / 6)
 
 
 def test_the_command(ranks):
-    ranks(1, "support.tools:run_tool", "plan_run", ["--model", "phi-4", "--gpus", "16"])
-    lines = ranks.logs[0].splitlines()
-    assert "14.66 billion parameters" in ranks.logs[0]
-    assert sum("does not fit" in line for line in lines) == 6
-    fits = [line for line in lines if line.strip()[:1].isdigit() and "does not fit" not in line]
-    hours = [float(line.split()[-1]) for line in fits]
-    assert hours == sorted(hours) and len(fits) == 10
+    argv = ["--model", "phi-4", "--gpus", "16"]
+    ranks(1, "support.tools:run_tool", "plan_run", argv)
+    best = ranks.logs[0]
+    assert "14.66 billion parameters" in best
+    table = [line.split() for line in best.splitlines() if line.strip()[:1].isdigit()]
+    assert [" ".join(row[:5]) for row in table] == ["2 2 1 4 none", "2 4 1 2 none", "2 8 1 1 none"]
+    ranks(1, "support.tools:run_tool", "plan_run", [*argv, "--all"])
+    first, all_of_them = ranks.logs[0].split("\n\n")
+    assert first in best.strip()
+    lines = [line for line in all_of_them.splitlines() if line.strip()[:1].isdigit()]
+    assert len(lines) == 16 and sum("does not fit" in line for line in lines) == 6
+    hours = [float(line.split()[-1]) for line in lines if "does not fit" not in line]
+    assert hours == sorted(hours) and len(hours) == 10
 
 
 @pytest.mark.parametrize(
@@ -154,7 +170,7 @@ def test_numbers_that_are_none(flag, capsys):
         assert f"argument {flag}: {value!r}, expected a" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["gpu_memory", "gpu_tflops", "mfu"])
+@pytest.mark.parametrize("name", ["gpu_memory", "gpu_tflops", "gpu_bandwidth", "mfu"])
 def test_jobs_that_cannot_be(name):
     job: Any = functools.partial(PlanningJob, {}, 8)
     for value in (0.0, -1.0, math.nan, math.inf):
@@ -179,8 +195,11 @@ def test_lists(share, responses):
         response_tokens=600,
     )
     tokens = (1 if share else responses) * 400 + responses * 600
-    work = job.plan.operations(1000 * tokens, 1000 * responses * 600, 1000)
-    found = [one for one in estimate(job) if one.layout == Layout(2, 1, 4) and not one.recompute]
+    # A response sees its prompt and itself; the prompt sees itself, once or for each of them.
+    seen = (1 if share else responses) * 400**2 + responses * 600 * (2 * 400 + 600)
+    scored = 1000 * responses * 600
+    work = job.plan.operations(1000 * tokens, scored, seen / tokens, attention=FLASH)
+    found = [one for one in estimate(job) if (one.layout, one.recompute) == (Layout(2, 1, 4), NONE)]
     assert found[0].hours == pytest.approx(work / (8 * 989e12 * 0.35) / 3600)
     gathered = responses * 1000 / tokens if share else 0.0
     row = max(8192, tokens)
