@@ -127,6 +127,36 @@ class Timer:
         return {"seconds": seconds, "peak": peak, "later_mib": later, **memory}
 
 
+class KeptBytes:
+    """Counts what a model's forward pass keeps for its backward pass, parameters left out."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """Take the model that will run inside."""
+        self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._storages: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
+
+    def _note(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._weights:
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> "KeptBytes":
+        """Begin to count."""
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        """Stop counting."""
+        self._hooks.__exit__(*problem)
+
+    @property
+    def bytes(self) -> int:
+        """All of them, each storage once."""
+        return sum(self._storages.values())
+
+
 def write_pairs(
     records: "Sequence[PreferenceRecord]",
     tokenizer: "ChatTokenizer",

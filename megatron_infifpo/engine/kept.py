@@ -52,3 +52,6 @@ LAYERS = {
     ),
     "local": LayerTraits(Kept(hidden=4, query=2, key=1, joint=1, gathered=2, mlp=3, rope=4)),
 }
+# Of local layers on a CPU: norms keep the normalised rows beside, attention its output once a
+# segment and once whole, the gate what it became and that in place of both.
+ON_CPU = Kept(hidden=6, query=3, key=1, joint=1, gathered=2, mlp=5, rope=4)

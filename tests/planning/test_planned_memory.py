@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_infifpo.engine.kept import Kept
+from megatron_infifpo.engine.kept import ON_CPU
 from megatron_infifpo.families import megatron_args
 from megatron_infifpo.families.architecture import read_hf_config
 from megatron_infifpo.planning.plan import Plan
@@ -13,9 +13,6 @@ from support.runs import BOTH, LAYOUTS
 
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
 RECOMPUTE += ["--recompute-num-layers", "1"]
-# Of local layers on a CPU: norms keep the normalised rows beside, attention its output once a
-# segment and once whole, the gate what it became and that in place of both.
-CPU_KEPT = Kept(hidden=6, query=3, key=1, joint=1, gathered=2, mlp=5, rope=4)
 
 
 @pytest.mark.parametrize("share", ["--share-prompt", "--no-share-prompt"])
@@ -25,7 +22,7 @@ def test_kept(setup, ranks, layout, share):
     world, flags = LAYOUTS[layout]
     argv = setup.flags(setup.sources("both", *BOTH), *flags, share)
     results = ranks(world, "support.training:kept_bytes", argv)
-    plan = Plan(megatron_args(read_hf_config(setup.hf)), "fp32", CPU_KEPT)
+    plan = Plan(megatron_args(read_hf_config(setup.hf)), "fp32", ON_CPU)
     stages = 2 if layout == "pp2" else 1
     for rank, found in enumerate(results):
         gathered = found["keys"] / found["tokens"] if share == "--share-prompt" else 0.0
@@ -46,7 +43,7 @@ def test_recomputed_attention(setup, ranks, flags, share):
     size = 2 if flags == SHARED_ROW else 1
     results = ranks(size, "support.training:kept_bytes", argv)
     # The outputs of segments are among what is computed again.
-    kept = replace(CPU_KEPT, query=CPU_KEPT.query - 1)
+    kept = replace(ON_CPU, query=ON_CPU.query - 1)
     plan = Plan(megatron_args(read_hf_config(setup.hf)), "fp32", kept)
     copies = size == 2 or share == "--share-prompt"
     for rank, found in enumerate(results):
@@ -59,7 +56,7 @@ def test_recomputed_attention(setup, ranks, flags, share):
 def test_recomputed(setup, ranks, flags):
     """Only the input of each layer is kept."""
     argv = setup.flags(setup.sources("both", *BOTH), *RECOMPUTE, *flags)
-    plan = Plan(megatron_args(read_hf_config(setup.hf)), "fp32", CPU_KEPT)
+    plan = Plan(megatron_args(read_hf_config(setup.hf)), "fp32", ON_CPU)
     for found in ranks(2 if flags else 1, "support.training:kept_bytes", argv):
         planned = found["tokens"] * (plan.layers * plan.hidden * 4 + plan.end_bytes())
         assert found["kept"] == pytest.approx(planned, rel=0.15)

@@ -3,8 +3,6 @@
 import sys
 from typing import Any
 
-import torch
-
 
 def train(argv: list[str]) -> dict[str, Any]:
     """Run `python -m megatron_infifpo.train ARGV` as one rank, and record what it computed.
@@ -57,24 +55,16 @@ def kept_bytes(argv: list[str]) -> dict[str, float]:
     """
     import megatron_infifpo.training.run  # noqa: F401  (readies Megatron for the CPU)
     import megatron_infifpo.training.step as step
+    from megatron_infifpo.bench.jobs import KeptBytes
 
     found: dict[str, float] = {"tokens": 0.0}
     original = step.run_packed
 
     def run_packed(model, row, vocab_size):
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept: dict[int, int] = {}
-
-        def note(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with KeptBytes(model) as kept:
             output = original(model, row, vocab_size)
         if row["tokens"].numel() > found["tokens"]:
-            found.update(tokens=row["tokens"].numel(), kept=sum(kept.values()))
+            found.update(tokens=row["tokens"].numel(), kept=kept.bytes)
             found["keys"] = row["key_rows"].numel() if "key_rows" in row else found["tokens"]
         return output
 
