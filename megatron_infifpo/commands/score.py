@@ -119,9 +119,9 @@ def add_work_flags(parser: argparse.ArgumentParser) -> None:
         "--max-row-tokens",
         type=positive,
         metavar="N",
-        help="a record whose responses have more than so many tokens together, with their prompt, "
-        "is scored response by response: less memory for long texts, and the prompt is computed "
-        "again (default: never)",
+        help="the same, and a record whose responses have more together, with their prompt, is "
+        "scored response by response: less memory for long texts, and the prompt is computed again "
+        "(default: records stay whole)",
     )
     work.add_argument(
         "--shard-records",

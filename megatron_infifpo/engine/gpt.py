@@ -95,7 +95,9 @@ def refusals() -> Iterator[None]:
 
 def megatron_length(tokens: int, context_parallel: int) -> int:
     """Return the longest length that Megatron takes for such texts; our rows have any."""
-    return tokens if context_parallel == 1 else tokens - tokens % (2 * context_parallel)
+    if context_parallel == 1:
+        return tokens
+    return max(2 * context_parallel, tokens - tokens % (2 * context_parallel))
 
 
 def validated(values: Mapping[str, Any]) -> argparse.Namespace:

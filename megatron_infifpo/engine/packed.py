@@ -56,7 +56,9 @@ class RowRope(torch.nn.Module):
         """Return the angles `[..., T, 1, 1, dim]` of the row's tokens."""
         assert row.positions is not None
         options["packed_seq"] = True  # else Megatron returns this rank's share of a text alone
-        whole: Tensor = self.angles(row.max_seqlen_kv, **options)
+        # It keeps the angles of 32 lengths, and every row has another one.
+        longest = 1 << (row.max_seqlen_kv - 1).bit_length()
+        whole: Tensor = self.angles(longest, **options)
         return whole.index_select(whole.dim() - 4, row.positions)
 
 

@@ -12,7 +12,7 @@ from megatron_infifpo.gpu_check.records import Options, Recorder, Result
 
 STEPS = 3
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
-VPP = "--num-virtual-stages-per-pipeline-rank"
+CP, VPP = "--context-parallel-size", "--num-virtual-stages-per-pipeline-rank"
 # Of a loss, and of a gradient's norm.
 FP32, BF16 = (1e-4, 1e-4), (5e-3, 0.03)
 HANGS = 180.0  # seconds after which GPUs are taken to wait for each other
@@ -35,6 +35,8 @@ LAYOUTS = (
     Layout("PP2", 2, (PP, "2"), quick=True),
     Layout("DP2", 2, ()),
     Layout("TP2 with sequence parallelism", 2, (TP, "2", "--sequence-parallel")),
+    Layout("CP2", 2, (CP, "2")),
+    Layout("TP2 CP2 with sequence parallelism", 4, (TP, "2", CP, "2", "--sequence-parallel")),
     Layout("PP4", 4, (PP, "4")),
     Layout("TP2 PP2", 4, (TP, "2", PP, "2")),
     Layout("PP4 VPP2 DP2", 8, (PP, "4", VPP, "2")),

@@ -50,7 +50,9 @@ class Conflict:
 
 
 def _selective(flags: Flags) -> bool:
-    return bool(flags["recompute_activations"] or flags["recompute_granularity"] == "selective")
+    given, shared = flags["recompute_granularity"], flags["context_parallel_size"] > 1
+    by_default = shared and given is None
+    return bool(flags["recompute_activations"] or given == "selective" or by_default)
 
 
 def _interleaved(flags: Flags) -> bool:

@@ -43,7 +43,8 @@ def cut(row: Row, ranks: int, rank: int) -> Row:
     )
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
-    size = len(order) // ranks
+    size, rest = divmod(len(order), ranks)
+    assert not rest, "the row was not made for so many ranks"
     mine = torch.from_numpy(order[rank * size : (rank + 1) * size])
     # What a piece sees ends where it does: without the keys of the queries after it.
     keys = [whole[s][: len(whole[s]) - (queries[s] - end)] for s, _, end in pieces[rank]]

@@ -104,7 +104,8 @@ class ScoringJob:
         tokenizer: folder, for a model without one; None: the model's.
         tokenizer_options: how it is used, and what of a reply is scored.
         micro_batch_tokens: tokens of a packed row.
-        max_row_tokens: responses of a record with more tokens get rows of their own; None: never.
+        max_row_tokens: the same, and responses of a record that has more are scored one by one; a
+            text alone may have more. None: records stay whole.
         shard_records: records of a shard, the unit of work and of resuming.
         top_k: how many most probable tokens to keep of each scored one, with their log-probs; None:
             none, only the scored tokens' own log-probs.

@@ -157,7 +157,8 @@ def prepare_shard(
             if keeper is not None:
                 texts[i] = keeper.texts(records[i], tokens)
     lengths = np.array([_tokens(pair, layout) for pair in pairs], np.int64)
-    plan = [[pairs[i] for i in row] for row in fill(lengths, row_tokens)]
+    most = min(row_tokens, max_row_tokens or row_tokens)
+    plan = [[pairs[i] for i in row] for row in fill(lengths, most)]
     rows = [collate(row, layout) for row in plan]
     if keeper is not None:
         keeper.ask(rows)

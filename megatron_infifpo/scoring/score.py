@@ -35,6 +35,7 @@ from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer, tokenizer_finge
 from megatron_infifpo.tokens.options import open_tokenizer
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
+_UNUSUAL = ("context_parallel", "max_row_tokens")
 MAY_MOVE = ("path",)  # in a plan: the same tokenizer may lie elsewhere now
 
 
@@ -208,14 +209,14 @@ def _plan(
 
 def _unless_usual(job: ScoringJob) -> dict[str, int]:
     """What a plan says of flags that jobs had not at first, and that few have."""
-    fields = {"context_parallel": job.context_parallel_size, "max_row_tokens": job.max_row_tokens}
-    return {name: value for name, value in fields.items() if value not in (None, 1)}
+    values = zip(_UNUSUAL, (job.context_parallel_size, job.max_row_tokens), strict=True)
+    return {name: value for name, value in values if value not in (None, 1)}
 
 
 def _check_finished(job: ScoringJob, plan: dict[str, Any]) -> None:
     """Accept output that this very job has written, and refuse any other."""
-    store = LogprobStore(job.output)
-    accept_finished(job.output, plan, store.manifest, store.open_all, MAY_MOVE)
+    store, unusual = LogprobStore(job.output), dict.fromkeys(_UNUSUAL)
+    accept_finished(job.output, unusual | plan, store.manifest, store.open_all, MAY_MOVE)
 
 
 def _rows(

@@ -78,7 +78,7 @@ class RunConfig:
     )
     micro_batch_tokens: int | None = _flag(
         "in place of --micro-batch-size: as many pairs a micro-batch as N tokens hold in every "
-        "step of training",
+        "step of training (of a whole row, however many ranks share it)",
         type=positive,
         metavar="N",
     )

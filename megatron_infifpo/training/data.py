@@ -102,6 +102,11 @@ def lengths(
         "seq_length": given["seq_length"] or min(4096, given["max_position_embeddings"]),
         "train_iters": given["train_iters"],
     }
+    if found["seq_length"] > given["max_position_embeddings"]:
+        raise UserError(
+            f"--seq-length is {found['seq_length']}, but the model is made for texts of "
+            f"{given['max_position_embeddings']} tokens (max_position_embeddings)"
+        )
     usable = train.require_eligible(found["seq_length"])
     if given["train_iters"] is None and given["train_samples"] is None:
         own = max(1, len(usable) * (config.preference_epochs or 1) // pairs)

@@ -21,6 +21,7 @@ LAYOUTS = {
     "cp2-pp2-vpp2": (4, [CP, "2", PP, "2", "--num-virtual-stages-per-pipeline-rank", "2"]),
     "cp2-dp2": (4, [CP, "2", "--overlap-grad-reduce", "--overlap-param-gather"]),
     "cp2-recomputed": (2, [CP, "2", *FULL]),
+    "cp2-mlp": (2, [CP, "2", "--recompute-modules", "core_attn", "mlp"]),
     "cp2-two-prompts": (2, [CP, "2", "--no-share-prompt"]),
 }
 
@@ -81,12 +82,12 @@ def test_evaluation(setup, run):
     assert_same(found, wanted)
 
 
-@pytest.mark.parametrize(("before", "after"), [("1", "2"), ("2", "1")])
+@pytest.mark.parametrize(("before", "after"), [((2, "1"), (2, "2")), ((4, "2"), (1, "1"))])
 def test_resumed_at_another_size(run, expected, tmp_path, before, after):
     """Optimizer state is that of ranks that share gradients: data and context parallel ones."""
     save = ["--save", str(tmp_path), "--save-interval", "2"]
-    run(2, CP, before, *save, "--exit-interval", "2")
-    resumed = run(2, CP, after, *save)
+    run(before[0], CP, before[1], *save, "--exit-interval", "2")
+    resumed = run(after[0], CP, after[1], *save)
     third = {name: values[2:] for name, values in expected.items() if name != "evaluations"}
     assert_same(resumed, third | {"evaluations": []})
 

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_infifpo.references.logprob_store import LogprobStore
 from support import tiny
+from support.launcher import refused
 
 LAYOUTS = {  # name -> ranks, flags
     "dp2": (2, []),
@@ -109,6 +110,20 @@ def test_one_response_a_row_equals_whole_records(scored, one, families, backend)
     for name in families:
         assert LogprobStore(alone / name).manifest["max_row_tokens"] == 100
         assert worst(one / name, alone / name) <= (1e-5 if backend == "megatron" else 1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("world", "more", "said"),
+    [
+        (1, ["--max-row-tokens", "100"], "its max_row_tokens is 100, this one's is None"),
+        (2, ["--context-parallel-size", "2"], "its context_parallel is 2, this one's is None"),
+    ],
+)
+def test_finished_at_another_layout(setup, ranks, tmp_path, world, more, said):
+    """The numbers may differ by rounding, so it is another job."""
+    argv = flags(setup.records, "megatron", setup.hf, tmp_path / "o")
+    ranks(world, "support.scoring:score", [*argv, *more])
+    assert said in refused(ranks, "tools/score_source.py", argv)
 
 
 def test_transformers_data_parallel(scored, one, families):

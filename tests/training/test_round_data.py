@@ -23,6 +23,7 @@ PAIRS = 4  # of a step
 ARGUMENTS = {
     "seq_length": 1000, "global_batch_size": PAIRS, "eval_interval": None, "save": None,
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
+    "max_position_embeddings": 4096,
     "world_size": 1, "seed": 3, "train_samples": None, "save_interval": None,
     "micro_batch_size": None,
 }  # fmt: skip
