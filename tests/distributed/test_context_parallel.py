@@ -4,8 +4,11 @@ Two ranks are one of the layouts that all methods and the scorer are tested at; 
 and what meets a cut: windows, recomputation, a resume at another size.
 """
 
+import json
+
 import pytest
 
+from megatron_infifpo.tokens.dataset import TokenDataset
 from support.launcher import RankError
 from support.runs import BOTH, steps_of
 
@@ -90,6 +93,29 @@ def test_resumed_at_another_size(run, expected, tmp_path, before, after):
     resumed = run(after[0], CP, after[1], *save)
     third = {name: values[2:] for name, values in expected.items() if name != "evaluations"}
     assert_same(resumed, third | {"evaluations": []})
+
+
+def test_ranks_without_a_scored_token(setup, ranks, tmp_path):
+    """Long prompts and short answers: most ranks have nothing to score, and take part."""
+    records = tmp_path / "short.jsonl"
+    pairs = [
+        {"id": str(i), "prompt": f"why {i} " * 20, "chosen": "yes", "rejected": "no"}
+        for i in range(8)
+    ]
+    records.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    prepare = ["--input", str(records), "--tokenizer", str(setup.hf)]
+    prepare += ["--output", str(tmp_path / "short")]
+    ranks(1, "support.tools:run_tool", "prepare_preferences", prepare)
+    tokens = TokenDataset(tmp_path / "short")
+    argv = setup.method_flags("sft", "--preference-data", str(tmp_path / "short"))
+    found = [
+        ranks(world, "support.training:train", [*argv, CP, str(world), "--micro-batch-size", "1"])
+        for world in (1, 4)
+    ]
+    assert len(tokens.prompt_ids(0)) > 20 * tokens.scored_lengths[0, 0]
+    assert found[1][0]["norms"] == pytest.approx(found[0][0]["norms"], rel=1e-4)
+    losses = [[step["loss"] for step in steps_of(results)] for results in found]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
 def test_said(run, ranks):
