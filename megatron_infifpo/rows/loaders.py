@@ -68,6 +68,7 @@ class PreferenceLoader:
         self.device = torch.cuda.current_device() if pin_memory else None
         self.rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
         self.global_batch_size, self.seed, self.step = global_batch_size, seed, start_step
+        self.num_microbatches = num_microbatches
         self.rows = data_parallel_size * num_microbatches
         self.indices = dataset.require_eligible(max_tokens)
         self.lengths = dataset.pair_lengths(layout)[self.indices]
@@ -88,13 +89,15 @@ class PreferenceLoader:
                 stacklevel=3,
             )
 
-    def _plan(self, step: int) -> Rows:
+    def _plan(self, step: int) -> list[Rows]:
+        """Rows of all ranks."""
         return plan_step(
             self.lengths,
             seed=self.seed,
             step=step,
             global_batch_size=self.global_batch_size,
-            rows=self.rows,
+            data_parallel_size=self.data_parallel_size,
+            num_microbatches=self.num_microbatches,
         )
 
     def __iter__(self) -> Self:
@@ -114,7 +117,8 @@ class PreferenceLoader:
         if self.device is not None:
             torch.cuda.set_device(self.device)
         for step in itertools.count(self.step):
-            rows, waste = self._share(self._plan(step))
+            plan = self._plan(step)
+            rows, waste = plan[self.rank], self._waste(plan)
             for number, positions in enumerate(rows, 1):
                 pairs = [self.dataset[int(self.indices[position])] for position in positions]
                 whole = collate(pairs, self.layout)
@@ -123,24 +127,15 @@ class PreferenceLoader:
                 row["ends_step"] = number == len(rows)
                 yield row if self.device is None else pin(row)
 
-    def _share(self, plan: Rows) -> tuple[Rows, dict[str, float]]:
-        """Return this rank's rows of a step, and the shares of the step that are wasted.
-
-        Every other micro-batch is dealt from the other end, so that no rank has all the longest
-        rows. Wasted are padding, and the time that ranks wait for the one with the most tokens.
-        """
-        size, shares = self.data_parallel_size, []
-        for rank in range(size):
-            ends = (rank, size - 1 - rank)
-            shares.append([plan[m * size + ends[m % 2]] for m in range(len(plan) // size)])
-        tokens = [[int(self.lengths[row].sum()) for row in share] for share in shares]
+    def _waste(self, plan: list[Rows]) -> dict[str, float]:
+        """Shares of a step: padding, and the time that ranks wait for the one with most tokens."""
+        tokens = [[int(self.lengths[row].sum()) for row in rows] for rows in plan]
         padded = [sum(n + self.layout.padding(n) for n in share) for share in tokens]
         total = sum(padded)
-        waste = {
+        return {
             "padding": 1 - sum(map(sum, tokens)) / total,
-            "imbalance": 1 - total / (size * max(padded)),
+            "imbalance": 1 - total / (len(plan) * max(padded)),
         }
-        return shares[self.rank], waste
 
 
 class EvaluationLoader(PreferenceLoader):
@@ -149,5 +144,11 @@ class EvaluationLoader(PreferenceLoader):
     def _check(self) -> None:
         self.steps = evaluation_steps(len(self.indices), self.global_batch_size, self.rows)
 
-    def _plan(self, step: int) -> Rows:
-        return plan_evaluation(self.lengths, step=step, steps=self.steps, rows=self.rows)
+    def _plan(self, step: int) -> list[Rows]:
+        return plan_evaluation(
+            self.lengths,
+            step=step,
+            steps=self.steps,
+            data_parallel_size=self.data_parallel_size,
+            num_microbatches=self.num_microbatches,
+        )

@@ -6,6 +6,7 @@ arguments, so a run resumes exactly, and a shard has the same rows on any number
 
 import functools
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,23 +14,52 @@ from megatron_infifpo.errors import UserError
 
 Rows = list[list[int]]
 """Positions of the samples of each row."""
+Sample = tuple[int, int]
+"""Tokens of a sample, and its position."""
 
 
-def spread(samples: np.ndarray, lengths: np.ndarray, rows: int) -> Rows:
-    """Spread samples over so many rows by token count: longest first, onto the least-loaded row.
+def spread(samples: Sequence[Sample], parts: int, least: int = 1) -> list[list[Sample]]:
+    """Spread samples over so many parts by token count, each onto the one with the fewest tokens.
 
-    Rows come back longest first, so the ones that data-parallel ranks compute at the same time
-    (neighbours) are of like length, and a run that lacks memory fails in its first micro-batch.
+    Args:
+        samples: longest first.
+        parts: ranks, or rows.
+        least: samples that every part must get; where no more are left than that takes, only the
+            parts that lack some take part.
+
+    Returns:
+        The samples of each part, the part with the most tokens first.
     """
-    assert len(samples) >= rows, f"{len(samples)} samples cannot fill {rows} rows"
-    loads = [(0, row) for row in range(rows)]
-    plan: Rows = [[] for _ in range(rows)]
-    costs = lengths[samples]
-    for position in np.argsort(-costs, kind="stable").tolist():
-        load, row = heapq.heappop(loads)
-        plan[row].append(int(samples[position]))
-        heapq.heappush(loads, (load + int(costs[position]), row))
-    return [plan[row] for _, row in sorted(loads, key=lambda item: (-item[0], item[1]))]
+    lacking = parts * least
+    assert len(samples) >= lacking, f"{len(samples)} samples for {parts} parts of {least} or more"
+    loads = [(0, part) for part in range(parts)]  # a heap; of equal parts the first is taken
+    plan: list[list[Sample]] = [[] for _ in range(parts)]
+    for left, sample in zip(range(len(samples), 0, -1), samples, strict=True):
+        while left == lacking and len(plan[loads[0][1]]) >= least:
+            heapq.heappop(loads)  # it has enough, for good: the others need all that is left
+        load, part = loads[0]
+        lacking -= len(plan[part]) < least
+        plan[part].append(sample)
+        heapq.heapreplace(loads, (load + sample[0], part))
+    return sorted(plan, key=lambda part: sum(tokens for tokens, _ in part), reverse=True)
+
+
+def lay_out(
+    samples: np.ndarray, lengths: np.ndarray, data_parallel_size: int, num_microbatches: int
+) -> list[Rows]:
+    """Spread samples over ranks, and then each rank's over its own rows; see `plan_step`.
+
+    A step ends when the slowest rank has done all of its rows: a rank with a long text gets fewer
+    short ones. A rank's longest row is its first, so a run that lacks memory fails at once.
+    """
+    tokens = lengths[samples]
+    order = np.argsort(-tokens, kind="stable")
+    longest_first = list(zip(tokens[order].tolist(), samples[order].tolist(), strict=True))
+    shares = spread(longest_first, data_parallel_size, least=num_microbatches)
+    return [
+        [[position for _, position in row] for row in spread(share, num_microbatches)]
+        for share in shares
+    ]
 
 
 def fill(lengths: np.ndarray, row_tokens: int) -> Rows:
@@ -66,8 +96,14 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def plan_step(
-    lengths: np.ndarray, *, seed: int, step: int, global_batch_size: int, rows: int
-) -> Rows:
+    lengths: np.ndarray,
+    *,
+    seed: int,
+    step: int,
+    global_batch_size: int,
+    data_parallel_size: int,
+    num_microbatches: int,
+) -> list[Rows]:
     """Plan one training step.
 
     The stream of samples is one permutation of all pairs after the other; step `s` takes its
@@ -78,11 +114,11 @@ def plan_step(
         seed: of the permutations, >= 0.
         step: from 0.
         global_batch_size: pairs of a step; may exceed N.
-        rows: data-parallel size x micro-batches; the ranks share the first data_parallel_size
-            rows in their first micro-batch, and so on.
+        data_parallel_size: ranks that share the step; which pairs it takes does not depend on it.
+        num_microbatches: rows of each rank.
 
     Returns:
-        Positions in `lengths` by row; no row is empty.
+        Positions in `lengths` by rank and row, a rank's longest row first; no row is empty.
     """
     first, count = step * global_batch_size, len(lengths)
     stream = np.arange(first, first + global_batch_size)
@@ -91,7 +127,7 @@ def plan_step(
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         taken = epochs == epoch
         samples[taken] = permutation(count, seed, epoch)[offsets[taken]]
-    return spread(samples, lengths, rows)
+    return lay_out(samples, lengths, data_parallel_size, num_microbatches)
 
 
 def fitting_micro_batch_size(
@@ -122,16 +158,18 @@ def fitting_micro_batch_size(
             "--seq-length, which bounds each one with its prompt; lists are shorter with fewer "
             "responses, too (--list of infifpo label)"
         )
-    rows_a_rank = global_batch_size // data_parallel_size
-    for size in range(rows_a_rank, 1, -1):
-        if rows_a_rank % size:
+    share = global_batch_size // data_parallel_size
+    for size in range(share, 1, -1):
+        if share % size:
             continue
-        rows = global_batch_size // size
-        plans = (
-            plan_step(lengths, seed=seed, step=s, global_batch_size=global_batch_size, rows=rows)
-            for s in range(steps)
-        )
-        if all(lengths[row].sum() <= row_tokens for plan in plans for row in plan):
+        shape = {
+            "global_batch_size": global_batch_size,
+            "data_parallel_size": data_parallel_size,
+            "num_microbatches": share // size,
+        }
+        plans = (plan_step(lengths, seed=seed, step=s, **shape) for s in range(steps))
+        rows = (row for plan in plans for rank in plan for row in rank)
+        if all(lengths[row].sum() <= row_tokens for row in rows):
             return size
     return 1
 
@@ -152,7 +190,9 @@ def evaluation_steps(count: int, global_batch_size: int, rows: int) -> int:
     return min(-(-count // global_batch_size), count // rows)
 
 
-def plan_evaluation(lengths: np.ndarray, *, step: int, steps: int, rows: int) -> Rows:
+def plan_evaluation(
+    lengths: np.ndarray, *, step: int, steps: int, data_parallel_size: int, num_microbatches: int
+) -> list[Rows]:
     """Plan step `step % steps` of an evaluation: all pairs once, in file order."""
     samples = np.array_split(np.arange(len(lengths)), steps)[step % steps]
-    return spread(samples, lengths, rows)
+    return lay_out(samples, lengths, data_parallel_size, num_microbatches)

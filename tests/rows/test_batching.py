@@ -14,12 +14,7 @@ from megatron_infifpo.references.sources import Source, SourcesConfig
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.loaders import EvaluationLoader, PreferenceLoader
 from megatron_infifpo.rows.packing import collate
-from megatron_infifpo.rows.plan import (
-    evaluation_steps,
-    fitting_micro_batch_size,
-    plan_evaluation,
-    plan_step,
-)
+from megatron_infifpo.rows.plan import evaluation_steps, plan_evaluation, plan_step
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset, PreferencePair
 from support.datasets import record, write_scores, write_tokens
 
@@ -27,29 +22,11 @@ LENGTHS = st.lists(st.integers(2, 5000), min_size=1, max_size=60).map(np.array)
 # Machines with few cores miss deadlines; nothing is kept between runs.
 CALM = settings(deadline=None, database=None)
 SEEDS = st.integers(0, 2**32)
+ONE_ROW = {"data_parallel_size": 1, "num_microbatches": 1}
 
 
 def flat(rows):
     return [sample for row in rows for sample in row]
-
-
-@CALM
-@given(LENGTHS, SEEDS, st.integers(0, 50), st.integers(1, 40), st.data())
-def test_a_step_has_exactly_its_pairs_at_any_layout(lengths, seed, step, batch, data):
-    rows = data.draw(st.integers(1, batch))
-    plan = plan_step(lengths, seed=seed, step=step, global_batch_size=batch, rows=rows)
-    assert len(plan) == rows and all(plan) and len(flat(plan)) == batch
-    # No pair comes more often than the epochs that the step touches.
-    epochs = (step * batch + batch - 1) // len(lengths) - step * batch // len(lengths) + 1
-    assert max(collections.Counter(flat(plan)).values()) <= epochs
-    one_row = plan_step(lengths, seed=seed, step=step, global_batch_size=batch, rows=1)
-    assert sorted(flat(plan)) == sorted(flat(one_row))
-    again = plan_step(lengths, seed=seed, step=step, global_batch_size=batch, rows=rows)
-    assert plan == again
-    loads = [int(lengths[row].sum()) for row in plan]
-    assert loads == sorted(loads, reverse=True)  # like lengths are neighbours
-    # Longest-first gives at most one pair of imbalance.
-    assert max(loads) - min(loads) <= lengths[flat(plan)].max()
 
 
 @CALM
@@ -58,7 +35,7 @@ def test_an_epoch_covers_every_pair_once(lengths, seed, batch):
     n = len(lengths)
     steps = batch  # n * batch samples: exactly `batch` epochs
     stream = [
-        flat(plan_step(lengths, seed=seed, step=s, global_batch_size=batch, rows=1))
+        plan_step(lengths, seed=seed, step=s, global_batch_size=batch, **ONE_ROW)[0][0]
         for s in range(min(steps * n // batch, 60))
     ]
     counts = collections.Counter(flat(stream))
@@ -73,8 +50,8 @@ def test_epochs_and_seeds_differ_and_the_order_is_fixed():
 
     def order(seed, epoch):
         steps = range(epoch * 50, epoch * 50 + 50)
-        one = {"global_batch_size": 1, "rows": 1}
-        return [plan_step(lengths, seed=seed, step=s, **one)[0][0] for s in steps]
+        one = {"global_batch_size": 1, **ONE_ROW}
+        return [plan_step(lengths, seed=seed, step=s, **one)[0][0][0] for s in steps]
 
     orders = [order(1, 0), order(1, 1), order(2, 0)]
     assert all(sorted(o) == list(range(50)) for o in orders)
@@ -86,17 +63,21 @@ def test_epochs_and_seeds_differ_and_the_order_is_fixed():
 @CALM
 @given(st.integers(1, 200), st.integers(1, 40), st.data())
 def test_an_evaluation_takes_every_pair_once(count, batch, data):
-    rows = data.draw(st.integers(1, batch))
+    ranks = data.draw(st.integers(1, batch))
+    micro = data.draw(st.integers(1, batch // ranks))
+    rows = ranks * micro
     lengths = np.arange(1, count + 1)
     if count < rows:
         with pytest.raises(UserError, match=f"validation has {count} pairs for {rows} rows"):
             evaluation_steps(count, batch, rows)
         return
     steps = evaluation_steps(count, batch, rows)
-    plans = [plan_evaluation(lengths, step=s, steps=steps, rows=rows) for s in range(steps)]
-    assert sorted(flat(flat(plans))) == list(range(count))
-    assert all(all(plan) and len(plan) == rows for plan in plans)
-    assert plan_evaluation(lengths, step=steps, steps=steps, rows=rows) == plans[0]
+    shape = {"steps": steps, "data_parallel_size": ranks, "num_microbatches": micro}
+    plans = [plan_evaluation(lengths, step=s, **shape) for s in range(steps)]
+    assert sorted(flat(flat(flat(plans)))) == list(range(count))
+    assert all(len(plan) == ranks for plan in plans)
+    assert all(all(share) and len(share) == micro for share in flat(plans))
+    assert plan_evaluation(lengths, step=steps, **shape) == plans[0]
 
 
 @st.composite
@@ -326,37 +307,7 @@ def test_batch_sizes(dataset):
         loader(dataset, global_batch_size=22)
 
 
-def test_rows_of_one_micro_batch_are_of_like_length():
-    lengths = np.random.default_rng(0).integers(100, 4000, 512)
-    plan = plan_step(lengths, seed=0, step=0, global_batch_size=128, rows=32)
-    loads = np.array([lengths[row].sum() for row in plan]).reshape(8, 4)
-    assert (np.ptp(loads, axis=1) / loads.mean(axis=1)).max() < 0.05
-
-
-def test_a_token_budget_holds_in_every_step():
-    lengths = np.random.default_rng(0).integers(100, 4000, 700)
-    run = {"seed": 3, "steps": 12, "global_batch_size": 64}
-    sizes = {}
-    for budget in (4_000, 9_000, 30_000, 10**6):
-        size = fitting_micro_batch_size(lengths, budget, data_parallel_size=4, **run)
-        sizes[budget] = size
-        for fits, candidate in ((True, size), (False, 2 * size)):
-            if 64 % (4 * candidate):
-                continue
-            plans = [
-                plan_step(lengths, seed=3, step=s, global_batch_size=64, rows=64 // candidate)
-                for s in range(12)
-            ]
-            longest = max(lengths[row].sum() for plan in plans for row in plan)
-            assert (longest <= budget) == fits, (budget, candidate)
-    assert sizes[4_000] == 1 and sizes[10**6] == 16
-    assert list(sizes.values()) == sorted(sizes.values())
-    with pytest.raises(UserError, match="longest pair has 39"):
-        fitting_micro_batch_size(lengths, 3_000, data_parallel_size=4, **run)
-
-
-def test_no_rank_gets_all_the_longest_rows(dataset):
-    """What a step wastes is what its loaders say, and little of it is imbalance."""
+def test_what_a_step_wastes_is_what_its_loaders_say(dataset):
     for ranks, micro in ((2, 4), (4, 2), (2, 2)):
         loaders = [loader(dataset, rank, ranks, micro, seed=1) for rank in range(ranks)]
         for _ in range(2):

@@ -1,4 +1,7 @@
-"""Plans and rows are the ones of version 0.1: a run that is resumed must go on with the same."""
+"""Plans and rows are those of before: a run that is resumed must go on with the same.
+
+On one data-parallel rank, and of a shard, they are the ones of version 0.1.
+"""
 
 import hashlib
 import json
@@ -8,7 +11,13 @@ import torch
 
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.packing import collate
-from megatron_infifpo.rows.plan import fill, fitting_micro_batch_size, plan_evaluation, plan_step
+from megatron_infifpo.rows.plan import (
+    Rows,
+    fill,
+    fitting_micro_batch_size,
+    plan_evaluation,
+    plan_step,
+)
 from megatron_infifpo.rows.preference_dataset import PreferencePair
 
 LENGTHS = np.random.Generator(np.random.Philox(3)).integers(2, 4000, 900)
@@ -19,6 +28,7 @@ PLANS = {
     "shard": "7c09513c0cd02fc7",
     "sizes": "443172f7ec327667",
 }
+FOUR_RANKS = "3773ca43d903dee5"
 ROWS = {
     (1, False): "8b4e08acd060fb62",
     (7, False): "d98b2f58a1981452",
@@ -31,15 +41,21 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
+def steps_of(ranks: int) -> list[list[Rows]]:
+    run = {"seed": 11, "global_batch_size": 128, "data_parallel_size": ranks}
+    shapes = [(step, rows) for step in range(9) for rows in (1, 8, 32)]
+    return [plan_step(LENGTHS, step=s, num_microbatches=rows, **run) for s, rows in shapes]
+
+
 def found_plans() -> dict[str, str]:
-    step = {"seed": 11, "global_batch_size": 128}
-    steps = [plan_step(LENGTHS, step=s, rows=rows, **step) for s in range(9) for rows in (1, 8, 32)]
-    evaluation = [plan_evaluation(LENGTHS, step=s, steps=7, rows=16) for s in range(8)]
+    steps = [plan[0] for plan in steps_of(1)]
+    sizes = {"steps": 7, "data_parallel_size": 1, "num_microbatches": 16}
+    evaluation = [plan_evaluation(LENGTHS, step=s, **sizes)[0] for s in range(8)]
     lengths = np.where(np.arange(900) % 7 == 3, 0, LENGTHS)
     shard = [fill(lengths, budget) for budget in (1, 3000, 16_384)]
-    run = {"seed": 11, "steps": 7, "global_batch_size": 64, "data_parallel_size": 4}
-    sizes = [fitting_micro_batch_size(LENGTHS, n, **run) for n in (4000, 9000, 30_000)]
-    found = {"steps": steps, "evaluation": evaluation, "shard": shard, "sizes": sizes}
+    run = {"seed": 11, "steps": 7, "global_batch_size": 64, "data_parallel_size": 1}
+    fitting = [fitting_micro_batch_size(LENGTHS, n, **run) for n in (4000, 9000, 30_000)]
+    found = {"steps": steps, "evaluation": evaluation, "shard": shard, "sizes": fitting}
     return {name: digest(value) for name, value in found.items()}
 
 
@@ -65,6 +81,7 @@ def row_digest(row) -> str:
 
 def test_plans_are_the_same():
     assert found_plans() == PLANS
+    assert digest(steps_of(4)) == FOUR_RANKS
 
 
 def test_rows_are_the_same():

@@ -161,9 +161,8 @@ def test_a_budget_holds_in_the_rounds_own_steps(tmp_path):
     pairs = train.pair_lengths(PLAIN)
 
     def longest(steps):  # with rows of two pairs
-        plans = (
-            plan_step(pairs, seed=3, step=s, global_batch_size=PAIRS, rows=2) for s in range(steps)
-        )
+        shape = {"global_batch_size": PAIRS, "data_parallel_size": 1, "num_microbatches": 2}
+        plans = (plan_step(pairs, seed=3, step=s, **shape)[0] for s in range(steps))
         return [max(pairs[row].sum() for row in plan) for plan in plans]
 
     most = np.maximum.accumulate(longest(60))
