@@ -36,8 +36,9 @@ def identity(run: Run, train: PreferenceDataset) -> dict[str, Any]:
         if "accuracy" in pair_weights.reads(method.pair_weights):
             # As they are given, not by the records' domains: rounds need not have the same ones.
             found["source_accuracies"] = train.references.given_accuracies
-    if method.several_pairs:
+    if method.several_pairs:  # which pairs share a row is a part of the loss
         found["micro_batch_size"] = run.batch.micro
+        found["data_parallel_size"] = arguments["data_parallel_size"]
     return found
 
 
