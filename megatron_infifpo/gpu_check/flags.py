@@ -1,6 +1,7 @@
 """Group: flags of Megatron's that work on GPUs only, in real steps beside a run without them.
 
-On a CPU, which refuses them, one run with a flag for any device stands for them.
+What concerns the optimizer's state goes on from what it saved, too, beside itself. On a CPU, which
+refuses these flags, one run with a flag for any device stands for them.
 """
 
 import importlib.util
@@ -25,7 +26,7 @@ from megatron_infifpo.gpu_check.training import (
 from megatron_infifpo.megatron_flags.gpu_runs import FLASH, GPU_RUNS, NCCL, NVML, TE, GpuRun
 
 PLAIN = "bf16"
-ON_A_CPU = GpuRun("recomputed parts", ("--recompute-activations",))
+ON_A_CPU = GpuRun("recomputed parts", ("--recompute-activations",), resumed=True)
 
 
 def choose(
@@ -54,7 +55,7 @@ def choose(
 
 
 def check(options: Options, record: Recorder) -> None:
-    """Run what this machine can, all at once, and compare losses and norms of gradients."""
+    """Run what this machine can, then what is resumed; compare losses and norms of gradients."""
     packages = {name for name in (TE, NVML, FLASH) if importlib.util.find_spec(name) is not None}
     fp8 = options.cuda and torch.cuda.get_device_capability() >= FP8_CAPABILITY
     chosen, skipped = choose(options, packages=packages, fp8=fp8)
@@ -64,21 +65,28 @@ def check(options: Options, record: Recorder) -> None:
         return
     folder = Path(options.folder)
     prepare(folder, "llama", **CALM)
-    runs = [Run(PLAIN, ("--bf16",))]
+    runs, again = [Run(PLAIN, ("--bf16",))], []
+    pairs = [(run.name, PLAIN, FP8 if run.fp8 else OTHER) for run in chosen]
     for run in chosen:
         own = folder / "files" / run.name
         own.mkdir(parents=True)
         (own / "nccl.yaml").write_text(NCCL, encoding="utf-8")
-        flags = tuple(flag.replace("{folder}", str(own)) for flag in run.flags)
-        runs.append(Run(run.name, ("--bf16", *flags)))
+        flags = ("--bf16", *(flag.replace("{folder}", str(own)) for flag in run.flags))
+        runs.append(Run(run.name, flags))
+        if run.resumed:
+            again.append(Run(f"{run.name}: resumed", flags, source=run.name))
+            pairs.append((again[-1].name, run.name, OTHER))
     found: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(8 if options.cuda else 2) as pool:
-        futures = {
-            run.name: pool.submit(run_once, run, folder, options.seconds / 2) for run in runs
-        }
-        collect(runs, futures, found, record)
-    for run in chosen:
-        if {PLAIN, run.name} <= found.keys():
-            for key, limit in zip(("losses", "norms"), FP8 if run.fp8 else OTHER, strict=True):
-                value = difference(found[run.name][key], found[PLAIN][key])
-                record.result(f"{run.name}, {TITLES[key]}", Result(value, limit), unit="relative")
+        for wave in (runs, again):
+            futures = {
+                run.name: pool.submit(run_once, run, folder, options.seconds / 3)
+                for run in wave
+                if run.source is None or run.source in found
+            }
+            collect(wave, futures, found, record)
+    for name, other, limits in pairs:
+        if {name, other} <= found.keys():
+            for key, limit in zip(("losses", "norms"), limits, strict=True):
+                value = difference(found[name][key], found[other][key])
+                record.result(f"{name}, {TITLES[key]}", Result(value, limit), unit="relative")

@@ -43,7 +43,7 @@ GROUPS = (
     _group("attention", 180),
     _group("families", 300),
     _group("training", 400),
-    _group("flags", 300),
+    _group("flags", 450),
     _group("waits", 240),
     _group("head", 180, alone=True),
     _group("layouts", 900, alone=True),

@@ -196,13 +196,17 @@ NEEDS: tuple[Need, ...] = (
         lambda flags: flags["first_last_layers_bf16"],
     ),
     Need(
-        "main_grads_dtype main_params_dtype exp_avg_dtype exp_avg_sq_dtype",
+        "main_grads_dtype",
         "--use-precision-aware-optimizer",
         lambda flags: flags["use_precision_aware_optimizer"],
     ),
     Need(
-        "optimizer_offload_fraction overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params "
-        "use_torch_optimizer_for_cpu_offload",
+        "main_params_dtype exp_avg_dtype exp_avg_sq_dtype",
+        "--use-precision-aware-optimizer, or with --optimizer-cpu-offload",
+        lambda flags: flags["use_precision_aware_optimizer"] and not flags["optimizer_cpu_offload"],
+    ),
+    Need(
+        "optimizer_offload_fraction overlap_cpu_optimizer_d2h_h2d pin_cpu_grads",
         "--optimizer-cpu-offload",
         lambda flags: flags["optimizer_cpu_offload"],
     ),
@@ -225,6 +229,10 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         lambda flags: flags["optimizer_cpu_offload"] and not flags["use_precision_aware_optimizer"],
         "--optimizer-cpu-offload needs --use-precision-aware-optimizer",
+    ),
+    Conflict(
+        lambda flags: flags["optimizer_cpu_offload"] and not (flags["bf16"] or flags["fp16"]),
+        "--optimizer-cpu-offload needs --bf16 or --fp16: Megatron fails on float32 parameters",
     ),
     Conflict(
         lambda flags: (

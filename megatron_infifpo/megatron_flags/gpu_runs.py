@@ -17,12 +17,14 @@ class GpuRun:
         flags: beside those of any run; `{folder}` in one stands for an empty folder.
         package: that must be installed.
         fp8: needs FP8 products.
+        resumed: what it saves halfway is gone on from, too.
     """
 
     name: str
     flags: tuple[str, ...]
     package: str | None = None
     fp8: bool = False
+    resumed: bool = False
 
 
 GPU_RUNS: tuple[GpuRun, ...] = (
@@ -64,15 +66,32 @@ GPU_RUNS: tuple[GpuRun, ...] = (
             "bf16", "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16",
         ),
         package=TE,
+        resumed=True,
+    ),
+    GpuRun(
+        "bits that bfloat16 lacks, saved whole",
+        (
+            "--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype",
+            "bf16", "--dist-ckpt-optim-fully-reshardable",
+        ),
+        package=TE,
+        resumed=True,
     ),
     GpuRun(
         "optimizer on the host",
+        ("--use-precision-aware-optimizer", "--optimizer-cpu-offload"),
+        package=TE,
+        resumed=True,
+    ),
+    GpuRun(
+        "optimizer partly on the host, saved whole",
         (
             "--use-precision-aware-optimizer", "--optimizer-cpu-offload",
             "--optimizer-offload-fraction", "0.5", "--overlap-cpu-optimizer-d2h-h2d",
-            "--use-torch-optimizer-for-cpu-offload", "--no-pin-cpu-grads", "--no-pin-cpu-params",
+            "--no-pin-cpu-grads", "--dist-ckpt-optim-fully-reshardable",
         ),
         package=TE,
+        resumed=True,
     ),
     GpuRun(
         "attention of Transformer Engine",

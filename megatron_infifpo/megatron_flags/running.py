@@ -39,8 +39,7 @@ RUNNING: dict[str, Group] = {
             check_for_nan_in_loss_and_grad optimizer""",
         gpu="""gpu_sniff_test_interval bias_swiglu_fusion bias_dropout_fusion apply_rope_fusion
             gradient_accumulation_fusion optimizer_cpu_offload optimizer_offload_fraction
-            overlap_cpu_optimizer_d2h_h2d use_torch_optimizer_for_cpu_offload pin_cpu_grads
-            pin_cpu_params""",
+            overlap_cpu_optimizer_d2h_h2d pin_cpu_grads""",
         fixed="dataloader_type",
         device={
             "the layers of converted models have no such kernel": """masked_softmax_fusion
@@ -49,7 +48,8 @@ RUNNING: dict[str, Group] = {
         refused={
             "every step takes --global-batch-size pairs": """rampup_batch_size
                 step_batch_size_schedule decrease_batch_size_if_needed""",
-            NO_EFFECT: "exit_signal_handler_for_dataloader deprecated_use_mcore_models",
+            NO_EFFECT: """exit_signal_handler_for_dataloader deprecated_use_mcore_models
+                use_torch_optimizer_for_cpu_offload pin_cpu_params""",
             "it leaves without saving; use --exit-signal-handler": """
                 exit_signal_handler_for_training""",
             "Megatron would skip batches of its own form; leave records out of the data": """

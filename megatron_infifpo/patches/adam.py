@@ -1,10 +1,12 @@
-"""Resume with the distributed optimizer in float32, with PyTorch's own Adam, and with another one.
+"""Resume with the distributed optimizer: in float32, with PyTorch's Adam or another, with few bits.
 
 In float32 the optimizer's parameters are views of the model's, which autograd guards: Megatron 0.19
 copies a checkpoint's into them without `no_grad`, and fails.
 
 A fused Adam that goes on from PyTorch's gets its parameter groups from the checkpoint, where there
-are none of its own options, and a count that is no integer.
+are none of its own options, and a count that is no integer. In bfloat16 with
+`--use-precision-aware-optimizer` it keeps of a float32 parameter the 16 bits that bfloat16 lacks,
+an int16; saved as whole parameters they become float32, which it does not take.
 
 Megatron also expects Adam's step count where Transformer Engine and Apex have it, in the parameter
 groups. PyTorch's Adam has it in the state of every parameter, so loading fails in three places,
@@ -12,7 +14,8 @@ each mended here: a fresh optimizer has no state to take the count from; the cou
 among the loaded tensors, or taken from the fresh state; and all parameters are given one and the
 same count, which would then rise by the number of parameters in every step.
 
-Needless once Megatron's own tests resume with PyTorch's Adam, and from one Adam with another.
+`host_optimizer` mends what is partly on the host. Needless once Megatron's own tests resume with
+PyTorch's Adam, from one Adam with another, and from all that it lets an optimizer be.
 """
 
 import functools
@@ -20,6 +23,8 @@ from typing import Any
 
 import megatron.core.optimizer.distrib_optimizer as megatron_optimizer
 import torch
+
+from megatron_infifpo.patches import host_optimizer
 
 
 def make_resumable() -> None:
@@ -31,6 +36,8 @@ def make_resumable() -> None:
     distributed.load_parameter_state_from_dp_reshardable = torch.no_grad()(load_shards)
     if megatron_optimizer.HAVE_APEX_OR_TE:
         _complete_groups(distributed)
+        _load_lacking_bits(distributed)
+        host_optimizer.make_resumable(distributed)
     else:
         _keep_own_steps(distributed)
 
@@ -49,6 +56,20 @@ def _complete_groups(distributed: Any) -> None:
         load_state_dict(self, state)
 
     distributed.load_state_dict = with_defaults
+
+
+def _load_lacking_bits(distributed: Any) -> None:
+    """Give a fused Adam the bits that its parameters lack in their own type."""
+    set_states = distributed._set_main_param_and_optimizer_states
+
+    @functools.wraps(set_states)
+    def with_bits(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        has_bits = getattr(self.optimizer, "store_param_remainders", False)
+        if has_bits and parameter.dtype == torch.bfloat16:
+            tensors = {**tensors, "param": tensors["param"].to(torch.int16)}
+        set_states(self, parameter, tensors)
+
+    distributed._set_main_param_and_optimizer_states = with_bits
 
 
 def _keep_own_steps(distributed: Any) -> None:

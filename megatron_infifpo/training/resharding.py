@@ -11,6 +11,8 @@ whole parameters by name, and fits every layout.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.training.start import Start
 
@@ -32,14 +34,7 @@ LAYOUT = (
     "ddp_num_buckets",
 )
 # What an optimizer takes from its state, whatever the command line says.
-KEPT = (
-    "optimizer",
-    "optimizer_cpu_offload",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_eps",
-    "sgd_momentum",
-)
+KEPT = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum")
 
 
 def check_optimizer_state(run: Mapping[str, Any], start: Start) -> None:
@@ -65,7 +60,13 @@ def check_optimizer_state(run: Mapping[str, Any], start: Start) -> None:
             "--no-save-optim does not go with a resumed optimizer, which Megatron describes as it "
             "would save it: leave it out, or pass --no-load-optim too"
         )
-    if found := changed([name for name in KEPT if name in saved], saved, run):
+    found = changed([name for name in KEPT if name in saved], saved, run)
+    before, now = main_parameters(saved), main_parameters(run)
+    if before != now:
+        found.append(
+            f"main parameters were {before} and are {now} (--use-precision-aware-optimizer)"
+        )
+    if found:
         raise UserError(
             f"{', '.join(found)}: the optimizer's state keeps what it was; resume as it was, or "
             "start with a fresh optimizer: --no-load-optim"
@@ -77,6 +78,20 @@ def check_optimizer_state(run: Mapping[str, Any], start: Start) -> None:
             "Resume as it was saved; or do so once with --dist-ckpt-optim-fully-reshardable, and "
             "what is saved then fits every layout; or start with a fresh optimizer: --no-load-optim"
         )
+
+
+def main_parameters(args: Mapping[str, Any]) -> str:
+    """Say how the optimizer keeps parameters, as Megatron decides and Transformer Engine does it.
+
+    Loaded for what they are not, they would be converted, and training go on with other weights.
+
+    Args:
+        args: validated by Megatron; those of an older checkpoint may lack some.
+    """
+    aware = args.get("use_precision_aware_optimizer") and not args.get("optimizer_cpu_offload")
+    if aware and args.get("bf16") and args.get("main_params_dtype") == torch.float32:
+        return "the 16 bits that bfloat16 lacks"
+    return "whole"
 
 
 def changed(names: Sequence[str], saved: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,9 @@ Its Python is real, its kernels are emulated: see te_emulation.py.
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_infifpo.patches.host_optimizer import alone
 from support import te_training as te_jobs
 from support.launcher import RankError
 
@@ -169,3 +171,86 @@ def test_resuming_with_another_adam(
         ranks(1, "support.training:train", [*without, *HALF])
         resumed = run(newest_te_ranks, job, "local", *more)
     assert_goes_on(resumed, straight)
+
+
+BF16 = ["--bf16", *PARTS]
+# Main parameters are what bfloat16 lacks of float32, 16 bits.
+BITS = [*BF16, "--use-precision-aware-optimizer"]
+HOST = [
+    *BITS, "--optimizer-cpu-offload", "--optimizer-offload-fraction", "0.5",
+    "--overlap-cpu-optimizer-d2h-h2d", "--no-pin-cpu-grads",
+]  # fmt: skip
+OPTIMIZERS = {"plain": BF16, "bits": BITS, "host": HOST}
+# A count of steps that stands still after a resume shows in the third loss.
+SIX = ["--train-iters", "6"]
+
+
+@pytest.fixture(scope="module")
+def six(newest_te_ranks, job) -> dict[str, dict]:
+    """Six steps in bfloat16 without a stop, by optimizer."""
+    return {
+        name: run(newest_te_ranks, job, "te", *flags, *SIX) for name, flags in OPTIMIZERS.items()
+    }
+
+
+def assert_same_end(record: dict, expected: dict, rel: float) -> None:
+    count = len(record["steps"])
+    assert losses(record) == pytest.approx(losses(expected)[-count:], rel=rel)
+    assert record["norms"] == pytest.approx(expected["norms"][-count:], rel=rel)
+
+
+def test_optimizers_train_alike(six):
+    """Roundings of bfloat16 parameters differ, at most; half of the state is on either side."""
+    for name in ("bits", "host"):
+        assert_same_end(six[name], six["plain"], 0.01)
+    assert not six["plain"]["host"]
+    for number, step in enumerate(six["host"]["host"], start=1):
+        assert step["host"] == pytest.approx(step["device"], rel=0.1)
+        assert step["host steps"] == step["device steps"] == {number}
+
+
+@pytest.mark.parametrize("state", [PARTS, WHOLE], ids=["parts", "whole"])
+@pytest.mark.parametrize(("name", "stops"), [("bits", "2"), ("host", "24")])
+def test_resuming_as_it_was(newest_te_ranks, job, six, tmp_path, name, stops, state):
+    """Moments, counts of steps and all bits of parameters are what they were."""
+    more = [*OPTIMIZERS[name], *saving(tmp_path), *state, *SIX]
+    for stop in stops:
+        run(newest_te_ranks, job, "te", *more, "--exit-interval", stop)
+    record = run(newest_te_ranks, job, "te", *more)
+    assert len(record["steps"]) == 6 - int(stops[-1])
+    assert_same_end(record, six[name], 1e-6)
+    if name == "host":
+        assert record["host"][-1] == six["host"]["host"][-1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "state"),
+    [("plain", "host", PARTS), ("host", "plain", WHOLE)],
+    ids=["to the host", "from the host"],
+)
+def test_moving_to_the_host_and_back(newest_te_ranks, job, six, tmp_path, first, second, state):
+    more = [*saving(tmp_path), *state, *SIX]
+    run(newest_te_ranks, job, "te", *OPTIMIZERS[first], *more, *HALF)
+    record = run(newest_te_ranks, job, "te", *OPTIMIZERS[second], *more)
+    assert len(record["steps"]) == 4
+    assert_same_end(record, six["plain"], 0.01)
+    if second == "host":
+        assert record["host"][-1] == six["host"]["host"][-1]
+
+
+def test_bits_are_no_parameters(newest_te_ranks, job, tmp_path):
+    """They would be taken for parameters, or these for them, and training go on with nonsense."""
+    more = [*saving(tmp_path), *SIX]
+    run(newest_te_ranks, job, "te", *OPTIMIZERS["bits"], *more, *HALF)
+    said = "main parameters were the 16 bits that bfloat16 lacks and are whole"
+    for name in ("plain", "host"):
+        with pytest.raises(RankError, match=said):
+            run(newest_te_ranks, job, "te", *OPTIMIZERS[name], *more)
+
+
+def test_a_part_alone():
+    """What is kept of a loaded buffer does not keep the buffer."""
+    buffer = torch.arange(8.0)
+    kept = alone(buffer[2:4])
+    assert kept.tolist() == [2.0, 3.0] and kept.untyped_storage().nbytes() == kept.nbytes
+    assert alone(buffer) is buffer and alone(3) == 3

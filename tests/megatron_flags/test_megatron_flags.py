@@ -126,7 +126,7 @@ TOGETHER_ON_GPUS = [
     ("--use-precision-aware-optimizer", None, "Transformer Engine installed"),
     ("--optimizer-offload-fraction 0.5", None, "no effect without --optimizer-cpu-offload"),
     (
-        "--use-distributed-optimizer --optimizer-cpu-offload --optimizer-offload-fraction 0.5",
+        "--bf16 --optimizer-cpu-offload --optimizer-offload-fraction 0.5",
         None,
         "--optimizer-cpu-offload needs --use-precision-aware-optimizer",
     ),
@@ -138,12 +138,26 @@ TOGETHER_ON_GPUS = [
 ]
 
 
-@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
-def test_what_must_go_together(ranks, gpu):
-    cases = TOGETHER_ON_GPUS if gpu else TOGETHER
+HOST = "--use-distributed-optimizer --use-precision-aware-optimizer --optimizer-cpu-offload"
+WITH_PACKAGES = [
+    (HOST, "--bf16", "needs --bf16 or --fp16"),
+    (f"--bf16 {HOST} --optimizer-offload-fraction 0", None, "--optimizer-offload-fraction above 0"),
+    (f"--bf16 {HOST} --exp-avg-dtype bf16", None, "or with --optimizer-cpu-offload: leave it out"),
+    (f"--bf16 {HOST} --no-pin-cpu-params", None, "it has no effect"),
+]
+
+
+@pytest.mark.parametrize(
+    ("cases", "where"),
+    [(TOGETHER, ()), (TOGETHER_ON_GPUS, (True,)), (WITH_PACKAGES, (True, True))],
+    ids=["cpu", "gpu", "packages"],
+)
+def test_what_must_go_together(ranks, cases, where):
     alone = [case.split() for case, *_ in cases]
     mended = [f"{case} {remedy or ''}".split() for case, remedy, _ in cases]
-    before, after = (ranks(1, "support.flag_table:say", lines, gpu)[0] for lines in (alone, mended))
+    before, after = (
+        ranks(1, "support.flag_table:say", lines, *where)[0] for lines in (alone, mended)
+    )
     for (case, remedy, expected), said, then in zip(cases, before, after, strict=True):
         if expected is None:
             assert not said, case

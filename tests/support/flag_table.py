@@ -110,26 +110,25 @@ def each_alone(gpu: bool) -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def say(lines: list[list[str]], gpu: bool = False) -> list[list[str]]:
-    """What the check says of each command line."""
+def say(lines: list[list[str]], gpu: bool = False, packages: bool = False) -> list[list[str]]:
+    """What the check says of each command line, on GPUs with or without packages for them."""
+    from megatron_infifpo.megatron_flags import conditions
     from megatron_infifpo.megatron_flags.check import unsupported
 
     if gpu:
         on_gpu()
+    if packages:
+        conditions.HAVE_TE = conditions.HAVE_NVML = conditions.HAVE_FLASH = True
     made = parser()
     return [unsupported(vars(made.parse_args(argv)), made) for argv in lines]
 
 
 def gpu_runs() -> list[list[str]]:
     """What the check says of the runs of tools/gpu_check.py, where all packages are installed."""
-    from megatron_infifpo.megatron_flags import conditions
-    from megatron_infifpo.megatron_flags.check import unsupported
     from megatron_infifpo.megatron_flags.gpu_runs import GPU_RUNS
 
-    on_gpu()
-    conditions.HAVE_TE = conditions.HAVE_NVML = conditions.HAVE_FLASH = True
-    made = parser()
-    return [unsupported(vars(made.parse_args(["--bf16", *run.flags])), made) for run in GPU_RUNS]
+    given = ["--bf16", "--use-distributed-optimizer"]
+    return say([[*given, *run.flags] for run in GPU_RUNS], gpu=True, packages=True)
 
 
 def set_by_the_program() -> dict[str, set[str]]:

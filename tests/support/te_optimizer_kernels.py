@@ -4,6 +4,7 @@ Each takes the size of a chunk and an int32 flag of overflow first, which only G
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,4 +57,30 @@ def multi_tensor_adam(
         parameter.sub_(update, alpha=lr)
 
 
-KERNELS = (multi_tensor_scale, multi_tensor_scale_tensor, multi_tensor_l2norm, multi_tensor_adam)
+def multi_tensor_adam_param_remainder(
+    chunk: int, overflow: Tensor, lists: Lists, *settings: Any
+) -> None:
+    """The same, where a float32 parameter is one in bfloat16 and the 16 bits that it lacks.
+
+    The fourth list before the bits is of bfloat16 parameters, rounded up where the bits, taken for
+    an int16, are below 0.
+    """
+    gradients, parameters, firsts, seconds, remainders = lists
+    for each in zip(gradients, parameters, firsts, seconds, remainders, strict=True):
+        gradient, parameter, first, second, bits = each
+        assert parameter.dtype == torch.bfloat16 and bits.dtype == torch.int16
+        high = parameter.view(torch.int16).int() - (bits < 0).int()
+        whole = ((high << 16) | (bits.int() & 0xFFFF)).view(torch.float32)
+        multi_tensor_adam(chunk, overflow, [[gradient], [whole], [first], [second]], *settings)
+        found = whole.view(torch.int32)
+        bits.copy_(found & 0xFFFF)
+        parameter.view(torch.int16).copy_((found >> 16) + (bits < 0).int())
+
+
+KERNELS = (
+    multi_tensor_scale,
+    multi_tensor_scale_tensor,
+    multi_tensor_l2norm,
+    multi_tensor_adam,
+    multi_tensor_adam_param_remainder,
+)

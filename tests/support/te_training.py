@@ -38,27 +38,34 @@ def train(argv: list[str], kind: str | None, old: bool = False) -> dict[str, Any
     """Train as a GPU would, with this kind of layers; by default as the program chooses.
 
     Args:
-        argv: the command line.
+        argv: the command line; flags for GPUs are let through.
         kind: of layers, or None.
         old: save what local layers saved before their norms had an extra state.
 
     Returns:
-        What `training.train` does, and the calls of emulated kernels.
+        What `training.train` does, the calls of emulated kernels, and `te_host_optimizer.STEPS`.
     """
     from megatron.training import get_args
 
     import megatron_infifpo.training.megatron_args as program
     from megatron_infifpo.engine.layer_kind import KINDS
     from megatron_infifpo.engine.layers import OutputRMSNorm
-    from support import te_emulation
+    from megatron_infifpo.megatron_flags import check
+    from support import te_emulation, te_host_optimizer
 
     te_layers.as_on_a_gpu()
+    te_host_optimizer.stand_in()
+    check.GPU = ""  # no flag is refused for being one for GPUs
     if kind is not None:
         program.choose_kind = lambda **_: KINDS[kind]
     if old:
         del OutputRMSNorm.get_extra_state
     record = training.train(argv)
-    return record | {"calls": dict(te_emulation.CALLS), "kind": get_args().layer_kind}
+    return record | {
+        "calls": dict(te_emulation.CALLS),
+        "kind": get_args().layer_kind,
+        "host": te_host_optimizer.STEPS,
+    }
 
 
 def count_waits(argv: list[str], kind: str | None) -> dict[str, dict[str, int]]:

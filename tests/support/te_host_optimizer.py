@@ -1,0 +1,73 @@
+"""Megatron's optimizer whose state is partly on the host, on a CPU.
+
+It asks every parameter whether it is on a GPU, copies those it takes to the host into pinned
+memory, and orders the copies by events of streams.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from support.te_emulation import IS_CUDA
+
+STEPS: list[dict[str, Any]] = []
+"""`counts` after every step of a `HybridDeviceOptimizer` in this process."""
+
+
+class _Event:
+    """An event that has happened."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Wait for nothing."""
+
+    def synchronize(self) -> None:
+        """Wait for nothing."""
+
+
+class _Places(TorchFunctionMode):
+    """Tensors are on the GPU unless they, or what they were made from, were moved to the host."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == IS_CUDA.__get__:
+            return not hasattr(args[0], "on_host")
+        if func is Tensor.pin_memory:
+            return args[0]
+        result = func(*args, **(kwargs or {}))
+        moved = func is Tensor.cpu or (args and hasattr(args[0], "on_host"))
+        if moved and isinstance(result, Tensor):
+            result.on_host = True  # type: ignore[attr-defined]
+        return result
+
+
+def stand_in() -> None:
+    """Let `HybridDeviceOptimizer` split parameters as on a GPU, and record its steps."""
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    stream: Any = torch.cuda.Stream
+    stream.record_event = lambda self: _Event()
+    split, step = HybridDeviceOptimizer._get_sub_optimizer_param_groups, HybridDeviceOptimizer.step
+
+    def split_by_place(self: Any, fraction: float) -> Any:
+        with _Places():
+            return split(self, fraction)
+
+    def recorded(self: Any, closure: Any = None) -> None:
+        step(self, closure)
+        STEPS.append(counts(self))
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = split_by_place
+    HybridDeviceOptimizer.step = recorded
+
+
+def counts(optimizer: Any) -> dict[str, Any]:
+    """Values on either side, and what the optimizers of either side take for the step's number."""
+    host = [state for part in optimizer.cpu_optimizers for state in part.state.items()]
+    device = optimizer.gpu_optimizer.param_groups if optimizer.gpu_optimizer else []
+    return {
+        "host": sum(parameter.numel() for parameter, _ in host),
+        "device": sum(parameter.numel() for group in device for parameter in group["params"]),
+        "host steps": {float(state["step"]) for _, state in host},
+        "device steps": {float(group["step"]) for group in device},
+    }
