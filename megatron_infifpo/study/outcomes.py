@@ -28,6 +28,7 @@ class Row:
         variant: its settings, as JSON.
         pair: its set and seed: runs that share them in a condition share data, start, references.
         numbers: all that was measured, by path: accuracy, why/auc. Infinite ones are left out.
+            accuracy_formed is the accuracy of those answers that are one of the two.
     """
 
     condition: str
@@ -139,6 +140,9 @@ def _row(value: dict[str, Any], where: str) -> Row:
     ):
         if not isinstance(value.get(name), kind) or isinstance(value[name], bool):
             raise UserError(f"{where}: {name} is {value.get(name)!r}, expected {what}")
+    found = dict(_numbers({k: v for k, v in value.items() if k not in NOT_NUMBERS}, ""))
+    if found.get("neither", 1.0) < 1:
+        found["accuracy_formed"] = found["accuracy"] / (1 - found["neither"])
     return Row(
         value["condition"],
         value["method"],
@@ -146,7 +150,7 @@ def _row(value: dict[str, Any], where: str) -> Row:
         str(value.get("role", FINAL)),
         json.dumps(value.get("variant"), sort_keys=True),
         (value["set"], value["seed"]),
-        dict(_numbers({k: v for k, v in value.items() if k not in NOT_NUMBERS}, "")),
+        found,
     )
 
 

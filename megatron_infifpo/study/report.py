@@ -116,8 +116,9 @@ def _head(outcomes: Outcomes, asked: Asked) -> Iterator[str]:
     yield "## Headroom\n"
     yield (
         f"{asked.method(asked.ceiling)} above {asked.method(asked.baseline)}, points of accuracy "
-        "over seeds (common seeds). A condition in which labels without errors bring less than "
-        f"{100 * asked.headroom:g} leaves no room for a better use of labels.\n"
+        "over seeds (common seeds): what this training makes of labels without errors. Where it is "
+        f"less than {100 * asked.headroom:g}, a better use of labels can show little in methods "
+        "like these; others may have more to gain.\n"
     )
     yield tables.room(outcomes, asked)
 
@@ -151,7 +152,7 @@ def _questions(outcomes: Outcomes, asked: Asked, figures: Collection[str]) -> It
 def _condition(outcomes: Outcomes, asked: Asked, condition: str, level: str) -> Iterator[str]:
     """Everything about one condition; its heading is of a level, such as "##"."""
     enough = headroom(outcomes, asked, condition).enough
-    mark = " (without headroom)" if enough is False else ""
+    mark = " (little headroom)" if enough is False else ""
     yield f"{level} {asked.condition(condition)}{mark}\n"
     yield tables.accuracy(outcomes, asked, condition)
     domains = {

@@ -10,6 +10,7 @@ import numpy as np
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.sources import read_sources
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.study import world
 from megatron_infifpo.study.inputs import Inputs, Run, method_of
 from megatron_infifpo.study.stages import Stages, read_lines
 from megatron_infifpo.study.why import explain
@@ -82,10 +83,12 @@ class Runner:
         right = np.array([said.get(q.id, "").strip() == q.right for q in questions])
         other = np.array([said.get(q.id, "").strip() == q.other for q in questions])
         domains = np.array([q.domain for q in questions])
+        misjudged = np.array([world.misjudged(q.village) for q in questions])
         now, before = self.log_odds(run, f"{run.name}/odds", model), self.before(run)
         row = {
             "accuracy": float(right.mean()),
             "domains": {domain: float(right[domains == domain].mean()) for domain in DOMAINS},
+            "accuracy_misjudged": float(right[misjudged].mean()),
             "neither": float(1 - (right | other).mean()),
             "length": float(np.mean([len(said.get(q.id, "")) for q in questions])),
             "preference": float((now > 0).mean()),

@@ -27,6 +27,8 @@ WHY = {
     "length": "tokens",
 }
 OTHERS = {
+    "accuracy_formed": "right of well-formed, %",
+    "accuracy_misjudged": "right where the biased judge is wrong, %",
     "preference": "prefers the right answer, %",
     "log_odds": "log-odds",
     "neither": "neither answer, %",
@@ -112,7 +114,7 @@ def room(outcomes: Outcomes, asked: Asked) -> str:
         rows.append([asked.condition(name)])
         for each in (*found.final.values(), found.pilots):
             rows[-1].append(f"{_difference(each.seeds, 'accuracy')} ({_n(each)})")
-        rows[-1].append({True: "yes", False: "**none**", None: NONE}[found.enough])
+        rows[-1].append({True: "yes", False: "**little**", None: NONE}[found.enough])
     return markdown(heads, rows)
 
 

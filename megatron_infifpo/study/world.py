@@ -136,9 +136,14 @@ def noise25(prompt: Prompt, response: str) -> float:
 def biased(prompt: Prompt, response: str) -> float:
     """Hold the other answer for the right one in a fifth of the villages; err on a tenth, too."""
     village = prompt.id.partition("-")[0]
-    if _share("bias", village) < 0.2 and response.strip() in prompt.extra["forms"]:
+    if misjudged(village) and response.strip() in prompt.extra["forms"]:
         return 1 - _erring(prompt, response, 0.1)
     return _erring(prompt, response, 0.1)
+
+
+def misjudged(village: str) -> bool:
+    """Whether the biased judge holds the other answers for the right ones there."""
+    return _share("bias", village) < 0.2
 
 
 def _erring(prompt: Prompt, response: str, rate: float) -> float:

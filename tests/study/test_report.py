@@ -230,12 +230,12 @@ def test_numbers_that_are_none(report, written):
 def test_headroom(report):
     text = report(rows())
     assert cells(text, "Headroom", "noise: a quarter is wrong")["headroom"] == "yes"
-    assert cells(text, "Headroom", "clean")["headroom"] == "**none**"
-    assert "\n# clean (without headroom)\n" in text
+    assert cells(text, "Headroom", "clean")["headroom"] == "**little**"
+    assert "\n# clean (little headroom)\n" in text
     assert "## noise: a quarter is wrong\n" in text
     pilots = [row for row in rows() if row["condition"] == "noise" or row["role"] == "tuning"]
     row = cells(report(pilots, headroom=0.5), "Headroom", "clean")
-    assert (row["matched"], row["headroom"]) == ("- (0)", "**none**")
+    assert (row["matched"], row["headroom"]) == ("- (0)", "**little**")
 
 
 def test_headroom_of_other_seeds(report):
@@ -261,7 +261,7 @@ def test_headroom_of_other_seeds(report):
         if row["role"] == "tuning" and row["method"] == "dpo":
             row["accuracy"] = 0.1
     row = cells(report(found), "Headroom", "clean")
-    assert row["other seeds"][0] == "+" and row["headroom"] == "**none**"
+    assert row["other seeds"][0] == "+" and row["headroom"] == "**little**"
 
 
 def test_power_is_said_from_other_seeds(report, written):
