@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.flag_types import positive, whole
 from megatron_infifpo.records.records import ON_BAD
 from megatron_infifpo.tokens.options import TokenizerOptions
 from megatron_infifpo.tokens.rendering import REASONING, SCORE
@@ -126,6 +127,17 @@ def add_tokenizer_flags(parser: argparse._ActionsContainer, *, scored: bool = Tr
             help="whether a reply's reasoning is scored; auto: where the chat template writes "
             "reasoning of its own (default: %(default)s)",
         )
+
+
+def add_server_flags(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that say where a server is, and how it is asked."""
+    parser.add_argument("--server", metavar="URL", help="such as http://localhost:8000/v1")
+    parser.add_argument("--server-key-file", metavar="FILE", help="holds the server's key")
+    parser.add_argument("--server-requests", type=positive, help="at once (default: %(default)s)")
+    parser.add_argument("--server-timeout", type=float, help="s (default: %(default)g)")
+    parser.add_argument(
+        "--server-retries", type=whole(0), help="of a request that fails (default: %(default)s)"
+    )
 
 
 def tokenizer_options(args: argparse.Namespace) -> TokenizerOptions:

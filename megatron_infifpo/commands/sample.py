@@ -17,6 +17,7 @@ those of --temperature 1 --keep-cut.
 import argparse
 
 from megatron_infifpo.commands.flags import (
+    add_server_flags,
     add_tokenizer_flags,
     fields_of,
     take_defaults,
@@ -70,17 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=positive, help="responses of a prompt, if not the preset's")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="of the job (default: all)")
     add_tokenizer_flags(parser, scored=False)
-
-
-def add_server_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of --engine server."""
-    parser.add_argument("--server", metavar="URL", help="such as http://localhost:8000/v1")
-    parser.add_argument("--server-key-file", metavar="FILE", help="holds the server's key")
-    parser.add_argument("--server-requests", type=positive, help="at once (default: %(default)s)")
-    parser.add_argument("--server-timeout", type=float, help="s (default: %(default)g)")
-    parser.add_argument(
-        "--server-retries", type=whole(0), help="of a request that fails (default: %(default)s)"
-    )
 
 
 def add_check_flags(parser: argparse.ArgumentParser) -> None:

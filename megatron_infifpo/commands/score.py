@@ -9,6 +9,9 @@ rerun the same command after an interruption, on any number of ranks, and finish
     torchrun --nproc-per-node 8 -m megatron_infifpo score --backend megatron --model pivot \\
         --tensor-model-parallel-size 2 --bf16 --input train.jsonl --output logprobs/pivot
 
+With --backend vllm the model is vLLM's, in this process (with --tensor-model-parallel-size) or on a
+server; it is asked for the log-probs of a prompt's tokens.
+
 With --top-k the most probable tokens are kept at each scored one, for token-level fusion.
 """
 
@@ -16,14 +19,23 @@ import argparse
 
 from megatron_infifpo.commands.flags import (
     add_record_flags,
+    add_server_flags,
     add_tokenizer_flags,
     fields_of,
     hidden_alias,
     take_defaults,
     tokenizer_options,
 )
-from megatron_infifpo.flag_types import positive
-from megatron_infifpo.scoring.job import ABSENT, BACKENDS, OVER_CONTEXT, TOP_K_RESPONSES, ScoringJob
+from megatron_infifpo.flag_types import positive, whole
+from megatron_infifpo.scoring.client import ServerAddress
+from megatron_infifpo.scoring.job import (
+    ABSENT,
+    BACKENDS,
+    COMPARE_RECORDS,
+    OVER_CONTEXT,
+    TOP_K_RESPONSES,
+    ScoringJob,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=list(BACKENDS),
         required=True,
-        help="megatron: tensor and pipeline parallel, packed rows; transformers: any causal LM",
+        help="megatron: tensor and pipeline parallel, packed rows; transformers: any causal LM; "
+        "vllm: what vLLM runs, in this process or on a --server",
     )
     parser.add_argument(
         "--model",
@@ -45,15 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="PREFIX", help="of the log-prob dataset to write"
     )
     parser.add_argument("--name", help="the model's name in the manifest (default: its folder)")
-    for kind in ("tensor-model", "pipeline-model"):
-        parser.add_argument(f"--{kind}-parallel-size", type=positive, metavar="N")
-    parser.add_argument(
-        "--context-parallel-size", type=positive, metavar="N",
-        help="ranks that share the tokens of a text, with --backend megatron: for long ones",
-    )  # fmt: skip
-    parser.add_argument(
-        "--bf16", action="store_true", help="weights in bfloat16 (default: float32)"
-    )
+    add_layout_flags(parser)
     what = parser.add_argument_group("what is scored")
     what.add_argument(
         "--domains",
@@ -84,8 +89,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="DIR", help="for a model folder without one (default: the model's)"
     )
     add_tokenizer_flags(what)
+    add_vllm_flags(parser)
     add_work_flags(parser)
-    take_defaults(parser, ScoringJob)
+    for job in (ServerAddress, ScoringJob):
+        take_defaults(parser, job)
+
+
+def add_layout_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how ranks share the model, and its weights' type."""
+    for kind in ("tensor-model", "pipeline-model"):
+        parser.add_argument(f"--{kind}-parallel-size", type=positive, metavar="N")
+    parser.add_argument(
+        "--context-parallel-size", type=positive, metavar="N",
+        help="ranks that share the tokens of a text, with --backend megatron: for long ones",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bf16", action="store_true", help="weights in bfloat16 (default: float32)"
+    )
 
 
 def add_top_k_flags(what: argparse._ArgumentGroup) -> None:
@@ -102,6 +122,22 @@ def add_top_k_flags(what: argparse._ArgumentGroup) -> None:
         choices=TOP_K_RESPONSES,
         help="of which responses: token-level fusion trains on the chosen ones of pairs "
         "(default: %(default)s)",
+    )
+
+
+def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of --backend vllm."""
+    group = parser.add_argument_group("--backend vllm")
+    add_server_flags(group)
+    group.add_argument(
+        "--server-model", metavar="NAME", help="of the model on the server (default: its only one)"
+    )
+    group.add_argument(
+        "--compare-records",
+        type=whole(0),
+        metavar="N",
+        help="records that are scored by transformers, too, before all others; a difference is an "
+        f"error; 0: none (default: {COMPARE_RECORDS})",
     )
 
 
@@ -133,7 +169,11 @@ def add_work_flags(parser: argparse.ArgumentParser) -> None:
 
 def job_of(args: argparse.Namespace) -> ScoringJob:
     """Return what is scored, and how."""
-    return ScoringJob(**fields_of(args, ScoringJob), tokenizer_options=tokenizer_options(args))
+    given = {
+        "server": args.server and ServerAddress(**fields_of(args, ServerAddress)),
+        "tokenizer_options": tokenizer_options(args),
+    }
+    return ScoringJob(**fields_of(args, ScoringJob) | given)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -18,22 +18,19 @@ from torch import Tensor
 from megatron_infifpo.convert.fingerprint import Weights
 from megatron_infifpo.engine.hf_model import load_causal_lm
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.patches import cpu
 from megatron_infifpo.records.records import PreferenceRecord
 from megatron_infifpo.responses.engines import Engine, Measured, TransformersEngine
 from megatron_infifpo.responses.turns import Turns
+from megatron_infifpo.scoring.agreement import MEAN, device_beside
 from megatron_infifpo.storage.aside import make_folder
 from megatron_infifpo.tokens.measured import MeasuredResponse, write_measured
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 MAX_TOKENS = 64  # of a response
-# The largest difference of a token, in nats. In bfloat16 two right programs differ by some tenths.
-TOLERANCE = {False: 0.05, True: 1.0}
 LONG = (
     "; and this model's rope depends on how long a text is: one that crosses its limit while it is "
     "written has begun with other angles than it is scored with"
 )
-MEAN = 1 / 20  # of the largest one: how far all tokens may differ in the mean
 
 
 class Scorer:
@@ -212,16 +209,6 @@ def open_scorer(
             model,
             dtype=torch.bfloat16 if bf16 else torch.float32,
             trust_remote_code=trust_remote_code,
-            device_map={"": _device_for(model)},
+            device_map={"": device_beside(model)},
         )
     return Scorer(network)
-
-
-def _device_for(model: str | Path) -> str:
-    """Choose where a model goes beside an engine, which may have most of a GPU's memory."""
-    device = cpu.device()
-    if device == "cpu":
-        return device
-    needed = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
-    free, _ = torch.cuda.mem_get_info()
-    return device if free > 1.3 * needed + 2**30 else "cpu"

@@ -30,7 +30,6 @@ from megatron_infifpo.responses.engines import (
 )
 from megatron_infifpo.responses.logprob_check import (
     MAX_TOKENS,
-    TOLERANCE,
     compare_with,
     keep,
     open_scorer,
@@ -39,6 +38,7 @@ from megatron_infifpo.responses.prompts import Prompt, read_prompts
 from megatron_infifpo.responses.sampling import run_job
 from megatron_infifpo.responses.server import ServerEngine, ServerOptions
 from megatron_infifpo.responses.vllm_engine import VllmEngine
+from megatron_infifpo.scoring.agreement import TOLERANCE
 from megatron_infifpo.tokens.options import TokenizerOptions, open_tokenizer
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 

@@ -1,18 +1,11 @@
 """Sample from an OpenAI-compatible server, which has the chat template; several at a time."""
 
-import http.client
-import json
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.flag_types import check_number, check_positive, check_types
 from megatron_infifpo.responses.answers import (
     MARKERS,
     REFUSED,
@@ -22,53 +15,23 @@ from megatron_infifpo.responses.answers import (
 )
 from megatron_infifpo.responses.engines import Measured, NotMeasuredError, Sampling
 from megatron_infifpo.responses.prompts import Prompt
+from megatron_infifpo.scoring.client import Client, RefusedError, ServerAddress
 
 # A server without a parser of reasoning leaves it in the content, in whatever markers.
 _ANY_TEMPLATE = "".join(end for _, end in MARKERS)
 
 
-OF_THE_PROMPT = (400, 413, 422)  # others, such as 401 and 404, are the same for all prompts
-LATER = (408, 425, 429)
-
-
-class RefusedError(Exception):
-    """What a server says to a prompt that it does not take."""
-
-
 @dataclass(frozen=True)
-class ServerOptions:
+class ServerOptions(ServerAddress):
     """Where a server is, and how it is asked.
 
     Attributes:
-        server: its address, such as `http://localhost:8000/v1`.
-        server_key_file: holds the server's key.
-        server_requests: at once.
-        server_timeout: seconds of a request.
-        server_retries: of a request that fails.
         template_options: variables for the server's chat template.
         skip_refused: leave prompts out that the server refuses; else that is an error.
     """
 
-    server: str
-    server_key_file: str | None = None
-    server_requests: int = 32
-    server_timeout: float = 600.0
-    server_retries: int = 4
     template_options: Mapping[str, Any] = field(default_factory=dict)
     skip_refused: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what is no address, and what is no time.
-
-        Raises:
-            UserError: it is none.
-        """
-        check_types(self)
-        check_positive(self, "server_requests")
-        check_positive(self, "server_retries", least=0)
-        check_number(self, "server_timeout", above=True)
-        if not self.server.startswith(("http://", "https://")):
-            raise UserError(f"--server is {self.server}, expected such as http://localhost:8000/v1")
 
 
 class ServerEngine:
@@ -81,17 +44,8 @@ class ServerEngine:
             UserError: the file with its key cannot be read.
         """
         self.model, self.how, self.options = model, how, options
-        self.address = options.server.rstrip("/") + "/chat/completions"
-        self.headers = {"Content-Type": "application/json"}
-        if options.server_key_file:
-            try:
-                key = Path(options.server_key_file).read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(
-                    f"cannot read --server-key-file {options.server_key_file} ({error}), expected "
-                    "a file that holds the key"
-                ) from None
-            self.headers["Authorization"] = f"Bearer {key}"
+        self.client = Client(options)
+        self.address = self.client.base + "/chat/completions"
 
     def sample(
         self, prompts: Sequence[Prompt], counts: Sequence[int], seed: int
@@ -147,7 +101,7 @@ class ServerEngine:
         max_tokens: int,
         **more: Any,
     ) -> list[dict[str, Any]]:
-        """Return the choices of one answer; errors as `_choices`."""
+        """Return the choices of one answer; errors as `Client.ask`."""
         question = {
             "model": self.model,
             "messages": list(prompt.messages),
@@ -162,44 +116,14 @@ class ServerEngine:
             question["tools"] = list(prompt.tools)
         if template_options := {**self.options.template_options, **prompt.template_options}:
             question["chat_template_kwargs"] = template_options
-        return self._choices(prompt, question)
+        return self.client.ask(self.address, repr(prompt.id), _choices, question)
 
-    def _choices(self, prompt: Prompt, question: dict[str, Any]) -> list[dict[str, Any]]:
-        """Ask until there is an answer.
 
-        Raises:
-            RefusedError: the server does not take the prompt.
-            UserError: it does not answer.
-        """
-        request = urllib.request.Request(self.address, json.dumps(question).encode(), self.headers)
-        problem = ""
-        for attempt in range(self.options.server_retries + 1):
-            if attempt:
-                time.sleep(min(30, 2 ** (attempt - 1)))
-            try:
-                with urllib.request.urlopen(request, timeout=self.options.server_timeout) as answer:
-                    choices = json.load(answer)["choices"]
-                if not isinstance(choices, list) or not all(
-                    isinstance(one["message"], dict) for one in choices
-                ):
-                    raise TypeError(f"its choices are {str(choices)[:60]!r}")
-                return choices
-            except urllib.error.HTTPError as error:
-                reason = error.read(500).decode(errors="replace")
-                if error.code in OF_THE_PROMPT:
-                    raise RefusedError(reason) from None
-                if error.code < 500 and error.code not in LATER:
-                    raise UserError(f"{self.address} refuses {prompt.id!r}: {reason}") from None
-                problem = str(error)
-            except (
-                OSError,
-                http.client.HTTPException,
-                LookupError,
-                ValueError,
-                TypeError,
-            ) as error:
-                problem = str(error) or type(error).__name__
-        raise UserError(
-            f"{self.address} does not answer {prompt.id!r}: {problem}; finished shards are kept, "
-            "run the command again"
-        )
+def _choices(answer: Any) -> list[dict[str, Any]]:
+    """Return the choices of an answer that has some."""
+    choices = answer["choices"]
+    if not isinstance(choices, list) or not all(
+        isinstance(one["message"], dict) for one in choices
+    ):
+        raise TypeError(f"its choices are {str(choices)[:60]!r}")
+    return choices

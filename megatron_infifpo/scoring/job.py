@@ -10,6 +10,7 @@ from megatron_infifpo.flag_types import check_choice, check_files, check_positiv
 from megatron_infifpo.records.records import ON_BAD
 from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.layout import RowLayout
+from megatron_infifpo.scoring.client import ServerAddress
 from megatron_infifpo.tokens.options import TokenizerOptions
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 OVER_CONTEXT = ("mask", "cut")
 ABSENT = ("error", "mask")
 TOP_K_RESPONSES = ("all", "chosen")
+COMPARE_RECORDS = 4
 
 
 class ScoringModel(Protocol):
@@ -30,6 +32,7 @@ class ScoringModel(Protocol):
         vocab_size: ids that it knows, padding included.
         data_parallel_rank, data_parallel_size: which of the shards are this rank's.
         is_writer: whether this rank has the results, once for each shard.
+        facts: what plan and manifest say of it beside what the job says.
     """
 
     layout: RowLayout
@@ -37,6 +40,7 @@ class ScoringModel(Protocol):
     data_parallel_rank: int
     data_parallel_size: int
     is_writer: bool
+    facts: dict[str, Any]
 
     def __call__(
         self, rows: list[Row], on_row: Callable[[Row], None], /
@@ -56,10 +60,12 @@ class Backend:
     Attributes:
         load: called with a model's folder and the options.
         takes: names of its options.
+        spare: tokens of a model's context that it needs beside a text.
     """
 
     load: Callable[..., ScoringModel]
     takes: tuple[str, ...]
+    spare: int = 0
 
 
 def _megatron(directory: str, **options: Any) -> ScoringModel:
@@ -74,11 +80,31 @@ def _transformers(directory: str, **options: Any) -> ScoringModel:
     return TransformersBackend.load(directory, **options)
 
 
+def _vllm(directory: str, **options: Any) -> ScoringModel:
+    from megatron_infifpo.scoring.vllm_backend import VllmBackend
+
+    return VllmBackend.load(directory, **options)
+
+
 BACKENDS = {
     "megatron": Backend(
         _megatron, ("tensor_parallel", "pipeline_parallel", "context_parallel", "bf16")
     ),
     "transformers": Backend(_transformers, ("tensor_parallel", "bf16", "trust_remote_code")),
+    "vllm": Backend(
+        _vllm,
+        (
+            "tensor_parallel",
+            "bf16",
+            "trust_remote_code",
+            "context_length",
+            "top_k",
+            "tokenizer",
+            "server",
+            "server_model",
+        ),
+        spare=1,
+    ),
 }
 
 
@@ -110,6 +136,10 @@ class ScoringJob:
         top_k: how many most probable tokens to keep of each scored one, with their log-probs; None:
             none, only the scored tokens' own log-probs.
         top_k_responses: of which responses: "all", or a pair's "chosen" alone.
+        server: of vLLM, which has the model already; None: the backend loads it.
+        server_model: the model's name there; None: its only one.
+        compare_records: with vLLM, how many are scored by transformers, too, before all others;
+            None: `COMPARE_RECORDS`.
     """
 
     backend: str
@@ -134,6 +164,9 @@ class ScoringJob:
     shard_records: int = 256
     top_k: int | None = None
     top_k_responses: str = "all"
+    server: ServerAddress | None = None
+    server_model: str | None = None
+    compare_records: int | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a file.
@@ -162,8 +195,10 @@ class ScoringJob:
             "shard_records",
             "top_k",
         )
+        check_positive(self, "compare_records", least=0)
         check_types(self)
         takes = BACKENDS[self.backend].takes
+        self._check_server(takes)
         if self.tokenizer_options.trust_remote_code and "trust_remote_code" not in takes:
             raise UserError(
                 f"--trust-remote-code has no effect with --backend {self.backend}, which runs its "
@@ -176,8 +211,28 @@ class ScoringJob:
             if size != 1 and f"{kind}_parallel" not in takes:
                 raise UserError(f"--backend {self.backend} has no {kind} parallelism: use megatron")
 
-    def load_model(self) -> ScoringModel:
+    def _check_server(self, takes: Sequence[str]) -> None:
+        """Refuse what has no effect without a server, or with one."""
+        given = {
+            "--server": self.server,
+            "--server-model": self.server_model,
+            "--compare-records": self.compare_records,
+        }
+        for flag, value in given.items():
+            if value is not None and "server" not in takes:
+                raise UserError(f"{flag} has no effect with --backend {self.backend}: use vllm")
+        if self.server_model is not None and self.server is None:
+            raise UserError("--server-model has no effect without --server")
+        if self.server is not None and self.tensor_model_parallel_size != 1:
+            raise UserError(
+                "--tensor-model-parallel-size has no effect with --server, which has the model"
+            )
+
+    def load_model(self, context_length: int | None = None) -> ScoringModel:
         """Load this rank's part of the model.
+
+        Args:
+            context_length: tokens of the longest text; None: as the job says.
 
         Raises:
             UserError: an unusable model or layout.
@@ -189,8 +244,20 @@ class ScoringJob:
             "context_parallel": self.context_parallel_size,
             "bf16": self.bf16,
             "trust_remote_code": self.tokenizer_options.trust_remote_code,
+            "context_length": context_length or self.context_length,
+            "top_k": self.top_k,
+            "tokenizer": self.tokenizer,
+            "server": self.server,
+            "server_model": self.server_model,
         }
         return backend.load(self.model, **{name: options[name] for name in backend.takes})
+
+    @property
+    def compared(self) -> int:
+        """How many records transformers scores, too."""
+        if "server" not in BACKENDS[self.backend].takes:
+            return 0
+        return COMPARE_RECORDS if self.compare_records is None else self.compare_records
 
     @property
     def model_name(self) -> str:

@@ -43,6 +43,8 @@ def load_megatron_checkpoint(models: list[GPTModel], directory: str | Path) -> N
 class MegatronBackend:
     """A source model, or the pivot, run forward by Megatron at a parallel layout."""
 
+    facts: dict[str, Any] = {}
+
     def __init__(
         self,
         directory: str | Path,

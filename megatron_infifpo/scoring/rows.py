@@ -160,6 +160,8 @@ def prepare_shard(
     most = min(row_tokens, max_row_tokens or row_tokens)
     plan = [[pairs[i] for i in row] for row in fill(lengths, most)]
     rows = [collate(row, layout) for row in plan]
+    for row, its_pairs in zip(rows, plan, strict=True):
+        row["record_ids"] = [records[pair.index].id for pair in its_pairs]  # for errors
     if keeper is not None:
         keeper.ask(rows)
     indices = [[pair.index for pair in row] for row in plan]

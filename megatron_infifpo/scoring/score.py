@@ -23,7 +23,8 @@ from megatron_infifpo.records.records import (
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.prefetch import prefetch
-from megatron_infifpo.scoring.job import ScoringJob, ScoringModel
+from megatron_infifpo.scoring.agreement import check_agreement
+from megatron_infifpo.scoring.job import BACKENDS, ScoringJob, ScoringModel
 from megatron_infifpo.scoring.merge import merge
 from megatron_infifpo.scoring.ranks import Progress, on_first_rank
 from megatron_infifpo.scoring.rows import Limits, ShardRows, prepare_shard
@@ -66,16 +67,18 @@ def score(job: ScoringJob) -> None:
         sample = EvenSample()
         scanned = _scan(job, limits, sample)
         _say_size(job, tokenizer, limits, scanned, sample)
-    model = job.load_model()
+    model = job.load_model(limits.context_length)
 
     def start() -> tuple[dict[str, Any], list[int]]:
         plan = _plan(job, tokenizer, limits, scanned)
-        plan |= {"device": _device(), "share_prompt": model.layout.share_prompt}
+        plan |= {"device": _device(), "share_prompt": model.layout.share_prompt} | model.facts
         shards.claim(plan)
         return plan, shards.missing(-(-plan["count"] // job.shard_records))
 
     # All ranks must agree on what is finished, whatever view of the folder each of them has.
     plan, todo = on_first_rank(start)
+    if todo and job.compared:  # a backend that is compared is one process
+        check_agreement(job, tokenizer, limits, model)
     mine = todo[model.data_parallel_rank :: model.data_parallel_size]
     total, size = plan["count"], job.shard_records
     finished = total - sum(min(size, total - s * size) for s in todo)
@@ -122,17 +125,21 @@ def _limits(job: ScoringJob) -> Limits:
     """Read the model's context from its config.json, and check the flags against it."""
     config = read_hf_config(job.model)
     context = config.get("text_config", config).get("max_position_embeddings")
-    if context is None and job.context_length is None:
+    spare = BACKENDS[job.backend].spare
+    most = None if context is None else int(context) - spare
+    length = job.context_length or most
+    if length is None:
         raise UserError(
             f"{job.model}/config.json has no max_position_embeddings; say with --context-length "
             "how many tokens the model takes"
         )
-    if context is not None and job.context_length is not None and job.context_length > context:
+    if most is not None and length > most:
+        less = f" less {spare}, which {job.backend} needs" if spare else ""
         raise UserError(
-            f"--context-length is {job.context_length}, but {job.model} takes {context} tokens "
-            "(max_position_embeddings)"
+            f"--context-length is {length}, but {job.model} takes {most} tokens "
+            f"(max_position_embeddings{less})"
         )
-    return Limits(job.context_length or context, job.over_context == "cut", job.domains)
+    return Limits(length, job.over_context == "cut", job.domains)
 
 
 def _say_size(

@@ -33,6 +33,7 @@ class TransformersBackend:
     """
 
     layout = PLAIN
+    facts: dict[str, Any] = {}
 
     def __init__(self, model: Any, *, rank: int = 0, ranks: int = 1, is_writer: bool = True):
         """Take a model of transformers, freshly loaded.
@@ -106,17 +107,9 @@ class TransformersBackend:
     @torch.no_grad()
     def _score_row(self, row: Row) -> Tensor | TopLogprobs:
         scored, top = row["scored_rows"], row.get("own_top", 0)
-        borders = [0, *itertools.accumulate(row["segment_lengths"])]
-        segments = []
-        for start, end in zip(borders[:-1], borders[1:], strict=True):
-            places = ((scored >= start) & (scored < end)).nonzero().squeeze(1)
-            if len(places):  # not the padding at the end of a row
-                segments.append(
-                    Segment(row["tokens"][0, start:end], scored[places] - start, places)
-                )
         logprobs = torch.empty(len(scored), 1 + top, dtype=torch.float32)
         top_ids = torch.empty(len(scored), top, dtype=torch.int64)
-        for batch in self._batches(segments):
+        for batch in self._batches(segments_of(row)):
             places = torch.cat([segment.places for segment in batch])
             found = self._score_batch(batch, row["target_ids"][places], top)
             logprobs[places], top_ids[places] = (part.cpu() for part in found)
@@ -171,6 +164,17 @@ class Segment(NamedTuple):
     tokens: Tensor  # [L]
     rows: Tensor  # [k], the positions in the segment that predict a response token
     places: Tensor  # [k], the positions of their log-probs in the row's result
+
+
+def segments_of(row: Row) -> list[Segment]:
+    """Return the responses of a row, each with its prompt, that have scored tokens."""
+    scored, found = row["scored_rows"], []
+    borders = [0, *itertools.accumulate(row["segment_lengths"])]
+    for start, end in zip(borders[:-1], borders[1:], strict=True):
+        places = ((scored >= start) & (scored < end)).nonzero().squeeze(1)
+        if len(places):  # not the padding at the end of a row
+            found.append(Segment(row["tokens"][0, start:end], scored[places] - start, places))
+    return found
 
 
 def gather_logprobs(logits: Tensor, targets: Tensor, top: int = 0) -> TopLogprobs:

@@ -19,7 +19,7 @@ REMOTE: dict[str, Any] = {"tokenizer_options": TokenizerOptions(trust_remote_cod
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"backend": "onnx"}, "--backend is 'onnx', expected one of megatron, transformers"),
+        ({"backend": "onnx"}, "--backend is 'onnx', expected one of megatron, transformers, vllm"),
         ({"on_bad_record": "mend"}, "--on-bad-record is 'mend', expected one of error, skip"),
         ({"over_context": "drop"}, "--over-context is 'drop', expected one of mask, cut"),
         (
@@ -75,11 +75,16 @@ def test_backends_are_given_what_they_take(monkeypatch, name):
 
     backend = dataclasses.replace(BACKENDS[name], load=load)
     monkeypatch.setitem(BACKENDS, name, backend)
-    more = REMOTE if name == "transformers" else {"pipeline_model_parallel_size": 4}
+    more = {"pipeline_model_parallel_size": 4} if name == "megatron" else REMOTE
     job = ScoringJob(**PLAIN | {"backend": name, "tensor_model_parallel_size": 2} | more)
     expected = {"tensor_parallel": 2, "bf16": False}
-    last = {"trust_remote_code": True} if name == "transformers" else {"pipeline_parallel": 4}
-    assert job.load_model() == expected | last
+    last: dict[str, Any] = {"trust_remote_code": True}
+    if name == "megatron":
+        last = {"pipeline_parallel": 4, "context_parallel": 1}
+    if name == "vllm":
+        last |= {"context_length": 99, "top_k": None, "tokenizer": None}
+        last |= {"server": None, "server_model": None}
+    assert job.load_model(99) == expected | last
 
 
 def test_the_same_bytes_by_python_and_by_the_command(setup, ranks, tmp_path):

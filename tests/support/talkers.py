@@ -1,5 +1,6 @@
 """Tiny models that end their turns, and a chat server with moods, for tests of sampling."""
 
+import contextlib
 import http.server
 import json
 import threading
@@ -32,6 +33,7 @@ class ChatServer:
 
     Attributes:
         mood: what it does: a function of the question that returns (status, body).
+        pages: what it shows at paths, such as "/v1/models".
         asked: the questions.
         url: where it is.
     """
@@ -39,6 +41,7 @@ class ChatServer:
     def __init__(self) -> None:
         """Start it on a free port."""
         self.mood: Any = None
+        self.pages: dict[str, Any] = {}
         self.asked: list[dict[str, Any]] = []
         owner = self
 
@@ -46,12 +49,19 @@ class ChatServer:
             def do_POST(self) -> None:
                 question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 owner.asked.append(question)
-                status, body = owner.mood(question)
+                self._send(*owner.mood(question))
+
+            def do_GET(self) -> None:
+                found = self.path in owner.pages
+                self._send(200 if found else 404, owner.pages.get(self.path, b"no such page"))
+
+            def _send(self, status: int, body: Any) -> None:
                 text = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
-                self.wfile.write(text)
+                with contextlib.suppress(BrokenPipeError):  # who asked has not waited
+                    self.wfile.write(text)
 
             def log_message(self, *_: Any) -> None:
                 pass
