@@ -98,15 +98,7 @@ def lengths(
         UserError: a batch that cannot be laid out, or no pair that fits.
     """
     train, pairs = datasets.train, given["global_batch_size"]
-    found = {
-        "seq_length": given["seq_length"] or min(4096, given["max_position_embeddings"]),
-        "train_iters": given["train_iters"],
-    }
-    if found["seq_length"] > given["max_position_embeddings"]:
-        raise UserError(
-            f"--seq-length is {found['seq_length']}, but the model is made for texts of "
-            f"{given['max_position_embeddings']} tokens (max_position_embeddings)"
-        )
+    found = {"seq_length": _longest(given), "train_iters": given["train_iters"]}
     usable = train.require_eligible(found["seq_length"])
     if given["train_iters"] is None and given["train_samples"] is None:
         own = max(1, len(usable) * (config.preference_epochs or 1) // pairs)
@@ -145,6 +137,22 @@ def lengths(
         held_out = len(datasets.valid.eligible(found["seq_length"]))
         found["eval_iters"] = evaluation_steps(held_out, pairs, pairs // size)
     return found
+
+
+def _longest(given: Mapping[str, Any]) -> int:
+    """Return how many tokens the longest text may have.
+
+    Raises:
+        UserError: the model is made for shorter ones.
+    """
+    context: int = given["max_position_embeddings"]
+    asked: int = given["seq_length"] or min(4096, context)
+    if asked > context:
+        raise UserError(
+            f"--seq-length is {asked}, but the model is made for texts of {context} tokens "
+            "(max_position_embeddings)"
+        )
+    return asked
 
 
 def _data_parallel_size(given: Mapping[str, Any]) -> int:
