@@ -10,8 +10,8 @@ Two ranks, for example:
 or with the same flags, by name, in a file: `infifpo train --config run.yaml`.
 
 Megatron's flags work as in Megatron; what cannot work with packed preference pairs is refused. The
-architecture comes from the checkpoint. `--load` defaults to `--save`, so the same command starts a
-run and resumes it.
+architecture comes from the pivot: a checkpoint, or a Hugging Face folder. `--load` defaults to
+`--save`, so the same command starts a run and resumes it.
 """
 
 import argparse

@@ -28,6 +28,8 @@ from megatron_infifpo.storage.safetensors_io import SafetensorsWriter, Scratch
 from megatron_infifpo.storage.share import Share
 from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint
 
+RUN_COPY = f"infifpo_{RUN_FILE}"  # what an exported folder calls it
+
 
 def export_checkpoint(
     load_dir: str | Path,
@@ -35,6 +37,9 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     iteration: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    *,
+    share: Share | None = None,
+    flag: str = "--save",
 ) -> None:
     """Convert a Megatron checkpoint, imported or trained at any layout, into a Hugging Face folder.
 
@@ -47,19 +52,21 @@ def export_checkpoint(
         dtype: of the Hugging Face weights; default: that of the original, from config.json.
         iteration: which checkpoint; default: the latest.
         shard_bytes: size at which a new safetensors file begins.
+        share: this rank's part of the files; default: one of all ranks'.
+        flag: that names `save_dir` on the command line.
 
     Raises:
         UserError: not a checkpoint, tensors that do not fit config.json, or nowhere to write.
     """
-    check_free(save_dir)
+    check_free(save_dir, flag)
     checkpoint, mapping, config = open_checkpoint(load_dir, iteration)
     dtype = dtype or original_dtype(config)
     shards = plan_shards(mapping, dtype, shard_bytes)
-    share = Share()
+    share = share or Share()
     mine = [name for number, name in enumerate(shards) if share.mine(number)]
     count = sum(len(shards[name]) for name in mine)
     with (
-        new_folder(save_dir, share) as folder,
+        new_folder(save_dir, share, flag) as folder,
         tqdm(total=count, unit="tensor", desc="export", disable=not share.first) as bar,
     ):
         for name in mine:
@@ -68,7 +75,7 @@ def export_checkpoint(
             write_index(folder, shards, dtype)
             carry(Path(load_dir) / HF_FOLDER, folder)
             if (Path(load_dir) / RUN_FILE).is_file():
-                shutil.copyfile(Path(load_dir) / RUN_FILE, folder / f"infifpo_{RUN_FILE}")
+                shutil.copyfile(Path(load_dir) / RUN_FILE, folder / RUN_COPY)
             write_config(folder / "config.json", config, dtype)
 
 

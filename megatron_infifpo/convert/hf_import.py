@@ -2,7 +2,7 @@
 
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,33 @@ def import_checkpoint(
         state = common_state(arguments)
         write(release, tensors, mapping.extra_state_keys, state, share)
         if share.first:
-            carry(Path(hf_dir), folder / HF_FOLDER)
-            # Export goes back to the dtype of the weights, whatever config.json says about them.
-            original = next(iter(dtypes)) if len(dtypes) == 1 else dtype
-            write_config(folder / HF_FOLDER / "config.json", config, original)
+            carry_architecture(Path(hf_dir), folder / HF_FOLDER, config, dtypes, dtype)
             (folder / TRACKER).write_text("release", encoding="utf-8")
     complaint = warn_of_tokens_beyond(Path(hf_dir), arguments["padded_vocab_size"])
     if share.first and complaint:
         warnings.warn(complaint, stacklevel=2)
+
+
+def carry_architecture(
+    hf_dir: Path,
+    target: Path,
+    config: dict[str, Any],
+    dtypes: Collection[torch.dtype],
+    dtype: torch.dtype,
+) -> None:
+    """Copy what a checkpoint carries of a Hugging Face folder, and export gives back.
+
+    Args:
+        hf_dir: the folder.
+        target: the checkpoint's `hf`.
+        config: the model's config.json, as `open_hf` returns it.
+        dtypes: of its weights.
+        dtype: that weights of several get.
+    """
+    carry(hf_dir, target)
+    # Export goes back to the dtype of the weights, whatever config.json says about them.
+    original = next(iter(dtypes)) if len(dtypes) == 1 else dtype
+    write_config(target / "config.json", config, original)
 
 
 def _lazy_tensors(

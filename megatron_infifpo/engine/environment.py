@@ -1,11 +1,13 @@
 """`infifpo environment`: what is installed, and what it changes."""
 
+import argparse
 import importlib.metadata
 import importlib.util
 import inspect
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +25,15 @@ PACKAGES = {
     "nvidia-resiliency-ext": "Megatron's default asynchronous checkpoints; optional",
 }
 DRIVER = Path("/proc/driver/nvidia/version")
+
+
+class ShowEnvironment(argparse.Action):
+    """A flag that prints what is installed and exits, as `--version` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        """Print it."""
+        print(report())
+        parser.exit()
 
 
 def report() -> str:

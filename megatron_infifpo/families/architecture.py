@@ -53,6 +53,16 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     )
 
 
+def hf_files(directory: str | Path) -> Path:
+    """Return where a model's config.json and tokenizer are.
+
+    Args:
+        directory: a Hugging Face folder, which is the answer, or a checkpoint that carries one.
+    """
+    directory = Path(directory)
+    return directory if (directory / "config.json").is_file() else directory / HF_FOLDER
+
+
 def architecture(
     given: Mapping[str, Any], defaults: Mapping[str, Any], checkpoint: Path
 ) -> dict[str, Any]:
@@ -61,7 +71,7 @@ def architecture(
     Args:
         given: flags of the command line.
         defaults: their defaults.
-        checkpoint: its folder.
+        checkpoint: its folder, or a Hugging Face folder.
 
     Raises:
         UserError: a flag on the command line contradicts the checkpoint, or the tensor- or

@@ -12,9 +12,13 @@ class Share:
         rank, world: this process among those that torchrun started.
     """
 
-    def __init__(self) -> None:
-        """Join the other ranks, over gloo: conversion is a matter of disks and CPUs."""
-        self.rank, self.world = rank_and_size()
+    def __init__(self, *, alone: bool = False) -> None:
+        """Join the other ranks, over gloo: conversion is a matter of disks and CPUs.
+
+        Args:
+            alone: do all of it; the other ranks do not call.
+        """
+        self.rank, self.world = (0, 1) if alone else rank_and_size()
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("gloo")
 

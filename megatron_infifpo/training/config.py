@@ -14,7 +14,7 @@ cpu.enable()
 
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
-from megatron_infifpo.engine.environment import report  # noqa: E402
+from megatron_infifpo.engine.environment import ShowEnvironment  # noqa: E402
 from megatron_infifpo.errors import UserError  # noqa: E402
 from megatron_infifpo.flag_types import check_number, check_positive, flag, positive  # noqa: E402
 from megatron_infifpo.megatron_flags.check import defaults, mend, unsupported  # noqa: E402
@@ -131,6 +131,10 @@ class RunConfig:
         "(default: all steps)",
         type=positive,
         metavar="N",
+    )
+    export: str | None = _flag(
+        "once all steps are done, write a Hugging Face folder of the last checkpoint there",
+        metavar="DIR",
     )
     next_round: bool = _flag(
         "resume with other data, of the same references: a new round, on samples of the policy as "
@@ -266,14 +270,6 @@ def run_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _ShowEnvironment(argparse.Action):
-    """Print what is installed and exit, as `--version` does."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        print(report())
-        parser.exit()
-
-
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a run to a parser, and after them Megatron's."""
     parser.allow_abbrev = False
@@ -292,7 +288,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag(each.name), default=each.default, **each.metadata)
     parser.add_argument(
         "--environment",
-        action=_ShowEnvironment,
+        action=ShowEnvironment,
         nargs=0,
         help="print what is installed and what each part would use, and exit",
     )

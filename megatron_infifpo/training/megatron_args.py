@@ -79,7 +79,7 @@ def megatron_args(
     values = copy.deepcopy(config.named())  # Megatron changes some of the lists
     values["_is_global_batch_size_explicitly_specified"] = True
     values["rank"], values["world_size"] = rank_and_size()
-    values["load"] = Folders.read(config.flags).loaded
+    values |= start.loaded_by_megatron(Folders.read(config.flags))
     values["layer_kind"] = kind.name
     values["share_prompt"] = rows.share_prompt
     values |= architecture(values, usual, start.folder)

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 
 from megatron_infifpo import __version__
+from megatron_infifpo.convert.fingerprint import weights_fingerprint
+from megatron_infifpo.convert.hf_export import RUN_COPY
+from megatron_infifpo.convert.hf_folder import check_weights, open_hf
+from megatron_infifpo.convert.hf_import import carry_architecture
 from megatron_infifpo.engine.environment import version
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import Method
@@ -83,7 +87,7 @@ def describe_run(
         UserError: a resumed run is not what it was, without `--allow-changed-run`; its data are
             others, without `--next-round`, or are no data of a next round.
     """
-    before = read_run(start.folder)
+    before = read_run(start.folder, RUN_COPY if start.is_hf else RUN_FILE)
     attempt = _attempt(run, start.tracker if start.resumed else "0")
     content: dict[str, Any] = FORMAT.fields | {"identity": found, "attempts": []}
     rounds = [Round(0, found["data"], attempt["files"])]
@@ -124,45 +128,59 @@ def _other_pivot(given: str | None, started_from: str) -> list[str]:
         or Path(given).resolve() == Path(started_from)
     ):
         return []
+    kinds = [(Path(folder) / "config.json").is_file() for folder in (given, started_from)]
+    if kinds[0] != kinds[1] and Path(given).is_dir():  # a folder, and what was imported from it?
+        if weights_fingerprint(given) == weights_fingerprint(started_from):
+            return []
     return [f"--pretrained-checkpoint is {given}, but the run started from {started_from}"]
 
 
-def record_run(save: str, run: dict[str, Any], pivot: Path, lock: RunLock) -> None:
+def record_run(run: Run, content: dict[str, Any], start: Start, lock: RunLock) -> None:
     """Write what a run is, and its pivot's architecture, beside its checkpoints.
 
     Args:
-        save: their folder.
-        run: from `describe_run`.
-        pivot: the checkpoint that the run loads.
-        lock: of the folder; it is taken.
+        run: that has passed its checks; it saves.
+        content: from `describe_run`.
+        start: what it begins with.
+        lock: of the folder of its checkpoints; it is taken.
 
     Raises:
         UserError: another run writes there, or nobody can.
     """
+    assert run.folders.save is not None
+    save = Path(run.folders.save)
     make_folder(save)
     lock.take()
     with Aside() as files:
-        FORMAT.write(Path(save) / RUN_FILE.removesuffix(".json"), run, files)
-    _carry_architecture(pivot, save)
+        FORMAT.write(save / RUN_FILE.removesuffix(".json"), content, files)
+    if not (save / HF_FOLDER).exists():
+        with whole_folder(save / HF_FOLDER) as folder:
+            _carry(start, folder, run.arguments["params_dtype"])
 
 
-def _carry_architecture(pivot: Path, save: str | None) -> None:
-    """Copy the Hugging Face configuration and tokenizer beside the run's checkpoints."""
-    if save is None or (Path(save) / HF_FOLDER).exists():
-        return
-    with whole_folder(Path(save) / HF_FOLDER) as folder:
-        shutil.copytree(pivot / HF_FOLDER, folder, dirs_exist_ok=True)
+def _carry(start: Start, folder: Path, dtype: torch.dtype) -> None:
+    """Copy the pivot's Hugging Face configuration and tokenizer: as import does, if it has not."""
+    if start.is_hf:
+        weights, mapping, config = open_hf(start.folder)
+        dtypes = check_weights(weights, mapping)
+        carry_architecture(start.folder, folder, config, dtypes, dtype)
+    else:
+        shutil.copytree(start.folder / HF_FOLDER, folder, dirs_exist_ok=True)
 
 
-def read_run(directory: Path) -> dict[str, Any] | None:
+def read_run(directory: Path, name: str = RUN_FILE) -> dict[str, Any] | None:
     """Return what `record_run` wrote there, or None.
+
+    Args:
+        directory: of a run; or an exported folder, which has another name for the file.
+        name: of the file.
 
     Raises:
         UserError: the file is broken.
     """
-    if not (directory / RUN_FILE).is_file():
+    if not (directory / name).is_file():
         return None
-    return FORMAT.read(directory / RUN_FILE.removesuffix(".json"))
+    return FORMAT.read(directory / name.removesuffix(".json"))
 
 
 def _attempt(run: Run, iteration: str) -> dict[str, Any]:

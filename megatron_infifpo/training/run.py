@@ -15,12 +15,11 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.global_vars import set_global_variables
 
 from megatron_infifpo.engine.gpt import model_config, refusals
-from megatron_infifpo.engine.older import accept_older
 from megatron_infifpo.engine.parallel import one_rank_by_default
 from megatron_infifpo.patches import learning_rate, training_loop
 from megatron_infifpo.patches.apply import apply_patches
 from megatron_infifpo.patches.signals import shield_helpers
-from megatron_infifpo.storage.checksums import verify_share, write_checksums
+from megatron_infifpo.storage.checksums import write_checksums
 from megatron_infifpo.training.data import (
     NOT_SAVED,
     Datasets,
@@ -28,6 +27,7 @@ from megatron_infifpo.training.data import (
     describe_sources,
     open_datasets,
 )
+from megatron_infifpo.training.export import check_export, export_finished, exported_at_end
 from megatron_infifpo.training.failures import explained
 from megatron_infifpo.training.identity import identity
 from megatron_infifpo.training.lock import RunLock
@@ -77,14 +77,16 @@ def train(config: RunConfig) -> None:
     with refusals():
         model = model_config(run.arguments, kind)
     finished = nothing_left(run.schedule, start, config.stop_at)
+    check_export(run, finished=finished is not None)
     accepted = accept_on_first_rank(run, start, datasets, finished=finished is not None)
     if finished and not run.conduct.skip_train:
         print_rank_0(finished, rank=run.layout.rank)
+        export_finished(run)
         return
     checks = begin_checks(run, start, datasets)
-    verify_share(start.checkpoint.checksums, run.layout.rank, run.layout.world_size)
+    start.verify(run.layout.rank, run.layout.world_size)
     provider = DatasetsProvider(run, datasets, checks, accepted.record)
-    model.pre_wrap_hooks.append(partial(accept_older, start.checkpoint))
+    model.pre_wrap_hooks.append(start.fill)
     model.post_wrap_hooks.append(provider.keep_models)
     set_global_variables(args, build_tokenizer=False)
     print_rank_0(introduction(run, start, datasets, accepted), rank=run.layout.rank)
@@ -92,7 +94,7 @@ def train(config: RunConfig) -> None:
     step = TrainingStep(run, datasets)
     with refusals():
         container = pretrain_cfg_container_from_args(args, model)
-    with explained(run.folders, step, start.repeats):
+    with exported_at_end(run), explained(run.folders, step, start.repeats):
         pretrain(container, provider, ModelType.encoder_or_decoder, step)
     if run.folders.save is None:
         print_rank_0(NOT_SAVED)
@@ -122,6 +124,8 @@ def introduction(run: Run, start: Start, datasets: Datasets, accepted: Accepted)
     if targets is not None:
         names = ", ".join(targets.sources)
         lines.append(f"soft targets {targets.prefix}: --fusion {targets.fusion} of {names}")
+    if start.is_hf:
+        lines.append(f"weights of the Hugging Face folder {start.folder}, in {run.precision.dtype}")
     if changes := schedule_changes(run.arguments, start):
         lines.append(f"from step {start.step + 1} on: {', '.join(changes)}")
     lines += describe_sources(run.config.method, datasets.train)
@@ -193,6 +197,4 @@ def accept_on_first_rank(
         return accepted
     lock = RunLock(run.folders.save)
     lock.try_early()
-    return accepted._replace(
-        record=partial(record_run, run.folders.save, content, start.folder, lock)
-    )
+    return accepted._replace(record=partial(record_run, run, content, start, lock))

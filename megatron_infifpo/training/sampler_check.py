@@ -144,6 +144,6 @@ def failure(
         f"  a response of {worst.id!r}, {bad[0].size:.3g} nats a token",
         *shown_tokens(bad[0], worst.response_ids),
         f"expected the same weights (stale or quantized ones differ), chat template and tokenizer, "
-        f"and log-probs of temperature 1: export {start.folder} and sample with it again",
+        f"and log-probs of temperature 1: {start.how_to_sample} again",
     ]
     return "\n".join(lines)

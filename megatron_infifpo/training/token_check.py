@@ -4,8 +4,8 @@ import warnings
 from pathlib import Path
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.families.architecture import hf_files
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
-from megatron_infifpo.storage.checkpoints import HF_FOLDER
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
@@ -20,7 +20,7 @@ def check_tokens(
     """Compare data sets with the tokenizer and the vocabulary of a checkpoint; the first rank's.
 
     Args:
-        folder: of the checkpoint, with its `hf`.
+        folder: of the checkpoint, with its `hf`; or a Hugging Face folder.
         datasets: what is trained and validated on, with their soft targets.
         vocabulary: tokens that the model has; Megatron pads it later.
         mode: `--tokenizer-check`.
@@ -54,7 +54,7 @@ def _check_rows(folder: Path, prefix: str, largest: int, vocabulary: int, again:
 
 def _complaints(folder: Path, datasets: tuple[PreferenceDataset, ...]) -> list[str]:
     """Say of each data set what differs from the checkpoint's."""
-    hf = folder / HF_FOLDER
+    hf = hf_files(folder)
     if not any(path.is_file() for name in _FILES for path in hf.glob(name)):
         return []  # a model without a tokenizer
     try:

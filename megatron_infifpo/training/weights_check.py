@@ -113,8 +113,8 @@ def compare_sampled(
             raise UserError(
                 f"{path} is of other weights ({str(one.weights_sha256)[:12]}, {one.model}) than "
                 f"the policy that this round starts from, {folder} ({found.sha256[:12]}): the "
-                f"samples are stale. Export {folder} and sample with it again; to train on them "
-                "nevertheless, leave --sampler-logprobs out"
+                f"samples are stale: {start.how_to_sample} again; to train on them nevertheless, "
+                "leave --sampler-logprobs out"
             )
     print_rank_0(
         f"sampler check: {path} is of the weights in {folder} ({found.sha256[:12]})",

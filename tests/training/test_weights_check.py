@@ -29,7 +29,7 @@ def check(monkeypatch, capsys):
     def run(*weights, begins=True, rank=0):
         config = SimpleNamespace(sampler_logprobs="r.measured", reference_check="off")
         given: Any = SimpleNamespace(config=config, layout=SimpleNamespace(rank=rank))
-        start: Any = SimpleNamespace(folder="pivot", resumed=True)
+        start: Any = SimpleNamespace(folder="pivot", resumed=True, how_to_sample="sample with it")
         data: Any = SimpleNamespace(initial=None)
         ids, values = np.ones(2, np.int32), np.zeros(2, np.float32)
         samples = [MeasuredResponse("p", ids, ids, values, "policy", *each) for each in weights]
