@@ -106,7 +106,7 @@ class TrainingStep:
         for name in self.method.growing:
             metrics[name] = losses.new_full((2,), float(len(losses)))
             metrics[name][0] *= options[name]
-        return losses.sum(), self.count(len(losses), losses), metrics
+        return losses.sum(), _count(row, losses), metrics
 
     def check(self, row: Row, sums: Tensor) -> None:
         """Refuse log-probs that no optimizer should see: sums `[B, R]`, 0 where one is absent.
@@ -149,9 +149,10 @@ class TrainingStep:
             sums = segment_sums(observed, row["segment_ids"], records)
             metrics = token_metrics(row, found, sums, self.source_names, self.domains)
         self.check(row, sums[:, None])
-        return found.losses.sum(), self.count(len(logprobs), logprobs), metrics | waste_metrics(row)
+        return found.losses.sum(), _count(row, found.losses), metrics | waste_metrics(row)
 
-    def count(self, number: int, like: Tensor) -> Tensor:
-        """Return the number of a row's losses, int32 on a device; 0 where another rank counts."""
-        counts = mpu.get_context_parallel_rank() == 0
-        return like.new_full((), number if counts else 0, dtype=torch.int)
+
+def _count(row: Row, losses: Tensor) -> Tensor:
+    """Return the number of a row's losses, int32 on their device; 0 where another rank counts."""
+    counts = "scored_places" not in row or mpu.get_context_parallel_rank() == 0
+    return losses.new_full((), len(losses) if counts else 0, dtype=torch.int)

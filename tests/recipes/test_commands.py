@@ -10,9 +10,9 @@ from megatron_infifpo.ranks import ranks_from_srun
 from megatron_infifpo.recipes.commands import STAGES
 from megatron_infifpo.recipes.options import read_options, spread
 from support.launcher import ROOT
-from support.stage_commands import FUSION, GOLDEN
+from support.stage_commands import FUSION, GOLDEN, SHARED_ROWS
 
-COMMANDS = GOLDEN | FUSION
+COMMANDS = GOLDEN | FUSION | SHARED_ROWS
 
 
 def parse(stage: str, options: str):

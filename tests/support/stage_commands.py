@@ -26,13 +26,16 @@ GOLDEN = {
     ("infifpo", "method=infifpo beta=2.5"): "train --method infifpo "
     "--preference-data run/data/preference --preference-sources run/sources.yaml --beta 2.5 "
     + INFIFPO,
+    ("export", ""): "export --load run/infifpo --save run/infifpo-hf",
+}
+# Of long texts; not a part of the paper's run.
+SHARED_ROWS = {
     ("score", "context=4"): "score --bf16 --backend megatron --tensor-model-parallel-size 2 "
     "--pipeline-model-parallel-size 1 --context-parallel-size 4 --model run/sft --name initial "
     "--input run/data/preference.jsonl --output run/logprobs/initial",
     ("infifpo", "context=4"): "train --method infifpo --preference-data run/data/preference "
     "--preference-sources run/sources.yaml "
     + INFIFPO.replace("--sequence-par", "--context-parallel-size 4 --sequence-par"),
-    ("export", ""): "export --load run/infifpo --save run/infifpo-hf",
 }
 
 
