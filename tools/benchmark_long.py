@@ -31,7 +31,7 @@ from megatron_infifpo.commands.entry import run
 from megatron_infifpo.engine.kept import LAYERS, ON_CPU
 from megatron_infifpo.families import megatron_args
 from megatron_infifpo.families.architecture import read_hf_config
-from megatron_infifpo.flag_types import positive
+from megatron_infifpo.flag_types import positive, whole
 from megatron_infifpo.planning.plan import Plan
 from megatron_infifpo.records.records import PreferenceRecord, reply
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--context-parallel-sizes", type=positive, nargs="+", default=[1, 2, 4])
     parser.add_argument("--hidden", type=positive, default=128, help="(default: 128)")
     parser.add_argument("--layers", type=positive, default=2, help="(default: 2)")
-    parser.add_argument("--steps", type=positive, default=1, help="after the first (default: 1)")
+    parser.add_argument("--steps", type=whole(0), default=1, help="after the first (default: 1)")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:

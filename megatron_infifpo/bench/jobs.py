@@ -115,14 +115,15 @@ class Timer:
         return self.factor.nbytes / 2**20 if on_gpu() else 0.0
 
     def result(self) -> dict[str, float]:
-        """Medians of all steps but the first, and their peak memory.
+        """Medians of all steps but the first, if there are others, and their peak memory.
 
         Returns:
             seconds and peak (FLOP/s of large products); mib: the most that a step held; kept_mib:
             what is left between steps, on a GPU; later_mib: the most held since the last step.
         """
-        seconds, peak = statistics.median(self.seconds[1:]), statistics.median(self.peaks[2:])
-        memory = {"mib": max(self.held[1:]), "kept_mib": self.kept}
+        seconds = statistics.median(self.seconds[1:] or self.seconds)
+        peak = statistics.median(self.peaks[2:] or self.peaks)
+        memory = {"mib": max(self.held[1:] or self.held), "kept_mib": self.kept}
         later = peak_mib() - self._own_mib()
         return {"seconds": seconds, "peak": peak, "later_mib": later, **memory}
 
