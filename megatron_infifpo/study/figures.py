@@ -162,8 +162,9 @@ def coefficients(outcomes: Outcomes, asked: Asked) -> str | None:
             for place, (right, wrong) in known:
                 axis.plot([right.mean, wrong.mean], [place, place], color="0.8", zorder=0)
         _names(axis, [*lines])
-        axis.set_title(title, fontsize=10)
-        axis.legend(fontsize=7)
+        axis.set_title(title, fontsize=10, loc="right")
+        below = -0.5 / height  # of the axis, which is about as high as the figure
+        axis.legend(fontsize=7, ncols=2, loc="upper right", bbox_to_anchor=(1.0, below))
     return svg(figure)
 
 
