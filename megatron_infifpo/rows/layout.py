@@ -29,7 +29,9 @@ class RowLayout:
 
     def padding(self, tokens: int) -> int:
         """Return how many tokens are added to a row of so many."""
-        return -tokens % self.multiple
+        # Where ranks each have a part, their parts differ by up to two tokens before.
+        least = 2 * (self.context_parallel - 1)
+        return least + -(tokens + least) % self.multiple
 
     def pair_tokens[T: (int, np.ndarray)](self, prompt: T, responses: T, count: T) -> T:
         """Return the tokens of a packed pair, without padding.

@@ -43,8 +43,7 @@ def cut(row: Row, ranks: int, rank: int) -> Row:
     )
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
-    size, rest = divmod(len(order), ranks)
-    assert not rest, "the row was not made for so many ranks"
+    size = len(order) // ranks
     mine = torch.from_numpy(order[rank * size : (rank + 1) * size])
     # What a piece sees ends where it does: without the keys of the queries after it.
     keys = [whole[s][: len(whole[s]) - (queries[s] - end)] for s, _, end in pieces[rank]]
@@ -79,33 +78,27 @@ def _keys(row: Row) -> list[np.ndarray]:
 
 
 def _pieces(lengths: Sequence[int], ranks: int) -> list[list[_Piece]]:
-    """Return every rank's pieces of segments of these lengths.
+    """Return every rank's pieces of segments of these lengths, the last of which is the tail.
 
-    No rank has more than one token more than another; with a sum that `ranks` divides, none.
+    Where a text is cut follows from its length alone: its numbers do not depend, in no precision,
+    on what else is in the row. Ranks then differ by two tokens at most, and the tail makes up.
     """
     shares: list[list[_Piece]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for segment, length in enumerate(lengths):
-        sizes = _chunks(length, loads)
-        ends = np.cumsum(sizes)
-        for chunk, (size, end) in enumerate(zip(sizes, ends.tolist(), strict=True)):
-            if size:
-                shares[_owner(chunk, ranks)].append((segment, end - size, end))
+    loads, chunks = [0] * ranks, 2 * ranks
+    for segment, length in enumerate(lengths[:-1]):
+        ends = [length * chunk // chunks for chunk in range(chunks + 1)]
+        # An early chunk and its mirror image: the most tokens go to the rank that has the fewest.
+        both = [(ends[c : c + 2], ends[chunks - 1 - c : chunks + 1 - c]) for c in range(ranks)]
+        both.sort(key=lambda pair: sum(a - b for a, b in pair))
+        for rank, pair in zip(sorted(range(ranks), key=loads.__getitem__), both, strict=True):
+            for begin, end in pair:
+                loads[rank] += end - begin
+                if end > begin:
+                    shares[rank].append((segment, begin, end))
+    size, begin = sum(lengths) // ranks, 0
+    for rank, load in enumerate(loads):
+        assert load <= size, "the row was not made for so many ranks"
+        if load < size:
+            shares[rank].append((len(lengths) - 1, begin, begin + size - load))
+        begin += size - load
     return shares
-
-
-def _chunks(length: int, loads: list[int]) -> list[int]:
-    """Return the sizes of a segment's chunks, two a rank, and add them to the ranks' loads."""
-    ranks = len(loads)
-    even, rest = divmod(length, 2 * ranks)
-    sizes = [even] * (2 * ranks)
-    for _ in range(rest):  # what is left goes to the ranks that have the least
-        rank = loads.index(min(loads))
-        sizes[rank] += 1
-        loads[rank] += 1
-    loads[:] = [load + 2 * even for load in loads]
-    return sizes
-
-
-def _owner(chunk: int, ranks: int) -> int:
-    return chunk if chunk < ranks else 2 * ranks - 1 - chunk

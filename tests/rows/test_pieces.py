@@ -86,3 +86,26 @@ def test_equal_work(ranks):
 def test_one_rank_has_the_row_as_it_is():
     whole = collate(pairs(2, 9))
     assert cut(whole, 1, 0) is whole
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_a_text_is_cut_as_it_would_be_alone(ranks):
+    """Whatever is before it: in bfloat16, too, a text then has the same numbers in every row."""
+    many = pairs(6, 50)
+
+    def ends(row: dict, tokens: set[int]) -> set[tuple[int, int]]:
+        """First and last token of every piece of these tokens."""
+        found = set()
+        for rank in range(ranks):
+            part = cut(row, ranks, rank)
+            for piece in part["tokens"].flatten().split(part["segment_lengths"]):
+                if int(piece[0]) in tokens:
+                    found.add((int(piece[0]), int(piece[-1])))
+        return found
+
+    layout = RowLayout(1, 1, True, ranks)
+    whole = collate(many, layout)
+    for pair in many:
+        texts = [pair.prompt_ids, *pair.response_ids]
+        tokens = {int(token) for text in texts for token in text}
+        assert ends(whole, tokens) == ends(collate([pair], layout), tokens)
