@@ -11,13 +11,11 @@ first step. Every rank has one thread on a CPU: with more ranks than cores, seco
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_infifpo.bench.jobs import (
     KeptBytes,
@@ -25,6 +23,7 @@ from megatron_infifpo.bench.jobs import (
     in_a_process,
     on_gpu,
     peak_mib,
+    print_worst,
     training_steps,
 )
 from megatron_infifpo.commands.entry import run
@@ -123,13 +122,7 @@ def measure(args: argparse.Namespace, length: int, ranks: int) -> None:
     )  # fmt: skip
     result = found | {"seconds": timer.result()["seconds"], "planned": planned(args, found["own"])}
     result |= {"held": peak_mib() - found["before"], "tokens": ranks * found["own"]}
-    if dist.is_initialized():  # the slowest and the largest of all ranks
-        every: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(every, result)
-        result = {name: max(one[name] for one in every) for name in result}
-        if dist.get_rank():
-            return
-    print(json.dumps(result))
+    print_worst(result)
 
 
 def planned(args: argparse.Namespace, tokens: float) -> float:

@@ -11,7 +11,6 @@ computes the loss and its metrics.
 """
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable
@@ -20,9 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megatron_infifpo.bench.jobs import Timer, alternate, on_gpu, table, training_steps, write_pairs
+from megatron_infifpo.bench.jobs import (
+    Timer,
+    alternate,
+    on_gpu,
+    print_worst,
+    table,
+    training_steps,
+    write_pairs,
+)
 from megatron_infifpo.commands.entry import run
 from megatron_infifpo.flag_types import positive
 from megatron_infifpo.records.records import PreferenceRecord, reply
@@ -141,13 +147,7 @@ def measure(args: argparse.Namespace) -> None:
         "--micro-batch-size", "2", *case.flags,
     )  # fmt: skip
     result = timer.result() | {"percent": 100 * clock.seconds / sum(timer.seconds)}
-    if dist.is_initialized():  # the slowest and the largest of all ranks
-        every: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(every, result)
-        result = {name: max(found[name] for found in every) for name in result}
-        if dist.get_rank():
-            return
-    print(json.dumps(result))
+    print_worst(result)
 
 
 class Clock:

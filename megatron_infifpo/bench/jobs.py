@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.patches import cpu
@@ -237,6 +238,17 @@ def training_steps(folder: Path, timer: Timer, steps: int, *flags: str) -> list[
     """
     argv = [*training_flags(folder, steps), "--lr", "1e-6", *flags]
     return recorded_training(argv, timer)["losses"]
+
+
+def print_worst(result: dict[str, float]) -> None:
+    """Print on rank 0, as JSON, the slowest and the largest that any rank has measured."""
+    every = [result]
+    if dist.is_initialized():
+        every = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(every, result)
+        if dist.get_rank():
+            return
+    print(json.dumps({name: max(one[name] for one in every) for name in result}))
 
 
 def table(found: dict[str, list[dict[str, Any]]], peer: str, columns: dict[str, str]) -> None:
