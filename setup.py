@@ -18,8 +18,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_infifpo", "megatron_infifpo.*"]),
-    package_data={"megatron_infifpo.commands.help": ["*.txt"]},
-    entry_points={"console_scripts": ["infifpo = megatron_infifpo.commands.main:main"]},
+    package_data={
+        "megatron_infifpo.commands.help": ["*.txt"],
+        "megatron_infifpo.recipes": ["slurm/*.sh"],
+    },
+    entry_points={
+        "console_scripts": ["infifpo = megatron_infifpo.commands.main:main"],
+        "nemo_run.cli": ["infifpo = megatron_infifpo.run.nemo"],
+    },
     python_requires=">=3.12",
     install_requires=[
         "megatron-core[training]==0.19.*",
@@ -33,6 +39,7 @@ setup(
         "tokenizers",
         "numpy",
         "psutil",
+        "pydantic>=2.7",
         "pyyaml",
         "tqdm",
     ],

@@ -59,6 +59,7 @@ WINGS = (
     Wing("report", "a page about a run"),
     Wing("recipes", "stages and command lines for clusters"),
     Wing("rounds", "rounds on samples of the policy, stage by stage"),
+    Wing("run", "run.yaml: one file says what a run is, one command makes it"),
     Wing("study", "does fusing help? methods in a small world"),
     Wing("commands", "one file a subcommand of `infifpo`"),
     Wing("__main__", "`python -m megatron_infifpo`"),

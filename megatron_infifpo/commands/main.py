@@ -23,6 +23,7 @@ from megatron_infifpo.errors import UserError
 
 # What is done one after the other, in this order.
 STAGES: dict[str, tuple[str, ...]] = {
+    "A whole run, of one file": ("init", "show", "fuse", "status"),
     "From prompts to preference pairs": ("sample", "label", "split"),
     "Checkpoints": ("import", "export", "merge", "describe", "verify"),
     "What training reads": (

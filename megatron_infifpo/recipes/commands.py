@@ -156,25 +156,55 @@ def infifpo(
     """
     given = split_words(flags, "flags")
     name, data = _data(run, method, index, given)
-    arguments = ["train", "--method", method, *data]
-    if beta is not None:
-        arguments += ["--beta", str(beta)]
-    arguments += ["--tensor-model-parallel-size", str(tensor)]
-    arguments += ["--pipeline-model-parallel-size", str(pipeline), "--use-distributed-optimizer"]
-    arguments += ["--overlap-grad-reduce", "--overlap-param-gather"]
-    arguments += ["--context-parallel-size", str(context)] if context > 1 else []
-    arguments += ["--sequence-parallel"] if tensor > 1 else []
-    arguments += ["--bf16"] if bf16 else []
-    arguments += ["--preference-epochs", str(epochs), "--lr", str(lr), "--lr-decay-style", "cosine"]
-    arguments += ["--lr-warmup-fraction", "0.1", "--global-batch-size", str(global_batch_size)]
-    arguments += ["--micro-batch-tokens", str(micro_batch_tokens), "--seq-length", str(seq_length)]
-    save = f"{run}/{name}"
-    arguments += ["--pretrained-checkpoint", f"{run}/{initial}", "--save", save]
-    arguments += ["--save-interval", str(save_interval), "--log-interval", "1"]
-    arguments += ["--tensorboard-dir", f"{save}/tensorboard"]
+    layout = ["--tensor-model-parallel-size", str(tensor)]
+    layout += ["--pipeline-model-parallel-size", str(pipeline)]
+    layout += ["--context-parallel-size", str(context)] if context > 1 else []
+    layout += ["--sequence-parallel"] if tensor > 1 else []
+    layout += ["--micro-batch-tokens", str(micro_batch_tokens)]
+    arguments = training_words(
+        method, data, f"{run}/{initial}", f"{run}/{name}", layout=layout, beta=beta, bf16=bf16,
+        epochs=epochs, lr=lr, global_batch_size=global_batch_size, seq_length=seq_length,
+        save_interval=save_interval,
+    )  # fmt: skip
+    return Job(name, ("train", *arguments, *given), every_rank=True)
+
+
+def training_words(
+    method: str,
+    data: Sequence[str],
+    start: str,
+    save: str,
+    *,
+    layout: Sequence[str],
+    beta: float | None,
+    bf16: bool,
+    epochs: int,
+    lr: float,
+    global_batch_size: int,
+    seq_length: int,
+    save_interval: int,
+) -> list[str]:
+    """Words after `infifpo train`.
+
+    Args:
+        method, beta, epochs, lr, global_batch_size, seq_length, save_interval, bf16: see `infifpo`.
+        data: flags of what is trained on.
+        start: checkpoint, or Hugging Face folder, that it starts from.
+        save: folder of its own.
+        layout: flags of how ranks share the model, and of the rows.
+    """
+    words = ["--method", method, *data]
+    words += ["--beta", str(beta)] if beta is not None else []
+    words += [*layout, "--use-distributed-optimizer"]
+    words += ["--overlap-grad-reduce", "--overlap-param-gather"]
+    words += ["--bf16"] if bf16 else []
+    words += ["--preference-epochs", str(epochs), "--lr", str(lr), "--lr-decay-style", "cosine"]
+    words += ["--lr-warmup-fraction", "0.1", "--global-batch-size", str(global_batch_size)]
+    words += ["--seq-length", str(seq_length), "--pretrained-checkpoint", start, "--save", save]
+    words += ["--save-interval", str(save_interval), "--log-interval", "1"]
+    words += ["--tensorboard-dir", f"{save}/tensorboard"]
     # Megatron saves and exits at SIGTERM, which is how clusters preempt.
-    arguments += ["--exit-signal-handler", *given]
-    return Job(name, tuple(arguments), every_rank=True)
+    return [*words, "--exit-signal-handler"]
 
 
 def _data(run: str, method: str, index: int, given: Sequence[str]) -> tuple[str, list[str]]:

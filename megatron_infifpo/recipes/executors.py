@@ -17,7 +17,7 @@ from typing import Any
 import nemo_run as run
 
 from megatron_infifpo.errors import UserError
-
+from megatron_infifpo.recipes.job import SHELL
 
 def local(nodes: int, ranks: int) -> run.LocalExecutor:
     """Run on this machine, under torchrun where there are several ranks.
@@ -70,7 +70,7 @@ def slurm(
         raise UserError("nemo-run needs a SLURM account: give slurm.account=NAME or SBATCH_ACCOUNT")
     asked = ranks if gpus is None else gpus
     here = shlex.quote(os.getcwd())
-    lines = [f"source {here}/examples/slurm/srun.sh", *([setup] if setup else [])]
+    lines = [f"source {shlex.quote(str(SHELL / 'srun.sh'))}", *([setup] if setup else [])]
     return run.SlurmExecutor(
         account=account,
         partition=partition,

@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
@@ -12,6 +13,8 @@ from megatron_infifpo.scoring.job import BACKENDS
 RUN = "runs/phi4"
 PIVOT = "models/phi-4"
 PROGRAM = "megatron_infifpo"
+SHELL = Path(__file__).parent / "slurm"
+"""Folder of what job scripts source."""
 LAYOUT = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
 
 

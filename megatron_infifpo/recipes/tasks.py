@@ -90,7 +90,7 @@ def infifpo_pipeline(
     Returns:
         The experiment; call its `run()` or `dryrun()`.
     """
-    return _experiment("infifpo", stages(hf, training), alone, every_rank)
+    return experiment_of("infifpo", stages(hf, training), alone, every_rank)
 
 
 def fusion_pipeline(
@@ -109,10 +109,10 @@ def fusion_pipeline(
     Returns:
         The experiment; call its `run()` or `dryrun()`.
     """
-    return _experiment("fusion", fusion_stages(hf, training), alone, every_rank)
+    return experiment_of("fusion", fusion_stages(hf, training), alone, every_rank)
 
 
-def _experiment(
+def experiment_of(
     name: str, pipeline: list[tuple[Job, list[str]]], alone: Any, every_rank: Any
 ) -> run.Experiment:
     """Build an experiment of stages, each after those that it waits for."""

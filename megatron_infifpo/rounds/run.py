@@ -21,7 +21,7 @@ from megatron_infifpo.responses.prompts import Prompt, read_prompts
 from megatron_infifpo.rounds.clean import remove_old
 from megatron_infifpo.rounds.ends import check_end
 from megatron_infifpo.rounds.job import RoundsJob
-from megatron_infifpo.rounds.processes import Start, begun, stoppable
+from megatron_infifpo.recipes.processes import Start, begun, stoppable
 from megatron_infifpo.rounds.prompts import plan_round, pool_sha256, write_prompts
 from megatron_infifpo.rounds.settings import claim
 from megatron_infifpo.rounds.stages import (

@@ -31,6 +31,31 @@ def read_yaml(
         loader.dispose()
 
 
+def lines_of(path: str | Path) -> dict[tuple[str | int, ...], int]:
+    """Return the line, from 1, of every value in a YAML file, by the names that lead to it.
+
+    Raises:
+        OSError, UnicodeDecodeError, yaml.YAMLError: as `read_yaml`.
+    """
+    found: dict[tuple[str | int, ...], int] = {(): 1}
+
+    def visit(node: yaml.Node, place: tuple[str | int, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                inner = (*place, str(key.value))
+                found[inner] = key.start_mark.line + 1
+                visit(value, inner)
+        elif isinstance(node, yaml.SequenceNode):
+            for number, value in enumerate(node.value):
+                found[*place, number] = value.start_mark.line + 1
+                visit(value, (*place, number))
+
+    root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    if root is not None:
+        visit(root, ())
+    return found
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses names that are given twice."""
 

@@ -70,3 +70,15 @@ class RunLock:
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
         file.flush()
         self.held = file
+
+
+def held(folder: str | Path) -> bool:
+    """Whether a run holds a folder; false where its file system has no locks."""
+    try:
+        with open(Path(folder) / LOCK_FILE, "r+", encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        return error.errno not in _UNKNOWN
+    return False

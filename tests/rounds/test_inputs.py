@@ -6,7 +6,7 @@ import pytest
 
 from megatron_infifpo.commands import rounds
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.rounds.ends import StageError
+from megatron_infifpo.recipes.ends import StageError
 from megatron_infifpo.rounds.inputs import check, check_inputs
 
 

@@ -117,8 +117,7 @@ def test_array_task_dies(cluster, run_folder):
         return cluster.processes(SLURM_ARRAY_JOB_ID=job, SLURM_ARRAY_TASK_ID="1", SLURM_PROCID="0")
 
     wait_until(ranks, 60, "a rank of the first task")
-    for pid in ranks():
-        os.kill(pid, signal.SIGKILL)
+    kill(*ranks())
     assert cluster.wait(f"{job}_1") == "FAILED", logs(run_folder)
     assert cluster.wait(f"{job}_2") == "COMPLETED", logs(run_folder)
     assert not (folder / "qwen.json").exists()

@@ -1,5 +1,6 @@
 """A real SLURM of two virtual nodes on this machine, as root, for as long as a test needs it."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -104,10 +105,9 @@ class Cluster:
         """End a node's daemon and all that runs there, as a power cut would."""
         daemon = self.daemons.pop(f"slurmd.{node}")
         tasks = self.processes(SLURMD_NODENAME=node)
-        parents = {int(stat(pid, "PPid")) for pid in tasks}
+        parents = {int(parent) for pid in tasks if (parent := stat(pid, "PPid"))}
         steps = [pid for pid in parents if stat(pid, "Name").startswith("slurmstepd")]
-        for pid in (daemon.pid, *steps, *tasks):
-            os.kill(pid, signal.SIGKILL)
+        kill(daemon.pid, *steps, *tasks)
         daemon.wait()
 
     def processes(self, **variables: str) -> list[int]:
@@ -157,9 +157,19 @@ class Cluster:
         return self.job(job)["JobState"]
 
 
+def kill(*pids: int) -> None:
+    """End processes at once; one may have ended by itself, such as a shell whose child is killed."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def stat(pid: int, field: str) -> str:
-    """A line of what the system says of a process."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    """A line of what the system says of a process; empty where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
     return next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.rounds.ends import StageError, StoppedError
+from megatron_infifpo.recipes.ends import StageError, StoppedError
 
 Start = Callable[[list[str], Path], int]
 """Runs a command, its output appended to a file; returns its exit code."""
@@ -44,14 +44,14 @@ def stoppable(environment: Mapping[str, str]) -> Iterator[Start]:
     Raises:
         StoppedError: a stage is not done after such a signal.
     """
-    child: list[subprocess.Popen[bytes]] = []
+    children: set[subprocess.Popen[bytes]] = set()  # stages may run side by side, in threads
     stopped: list[int] = []
 
     def stop(number: int, _: Any) -> None:
         again = number in stopped and number == signal.SIGINT  # would kill what is saving
         stopped.append(number)
         if number in ENDING and not again:
-            for process in child:
+            for process in tuple(children):
                 process.send_signal(signal.SIGTERM)
 
     def run(words: list[str], log: Path) -> int:
@@ -69,10 +69,12 @@ def stoppable(environment: Mapping[str, str]) -> Iterator[Start]:
                 )  # fmt: skip
             except OSError as error:
                 raise UserError(f"cannot start {words[0]}: {error.strerror}") from None
-        child[:] = [process]
+        children.add(process)
         if set(stopped) & set(ENDING):  # between the question above and now
             process.send_signal(signal.SIGTERM)
-        return process.wait()
+        code = process.wait()
+        children.discard(process)
+        return code
 
     before = {
         each: signal.signal(each, stop)

@@ -1,0 +1,177 @@
+"""What run.yaml means: every command of a run, in order, with what it waits for."""
+
+import shlex
+
+import pytest
+
+from megatron_infifpo.commands.fuse import check_words
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.run.layouts import choose_layouts
+from megatron_infifpo.run.names import Names
+from megatron_infifpo.run.reading import make_run, read_run
+from megatron_infifpo.run.schema import Layout
+from megatron_infifpo.run.stages import sources_yaml, stages_of
+from support import tiny
+
+TEMPLATE = """'--chat-template-options' '{"enable_thinking": false, "budget": 512}'"""
+
+
+def lines(run, plain) -> dict[str, str]:
+    return {stage.name: str(stage.job) for stage in stages_of(run, plain)}
+
+
+def test_commands(folder, plain):
+    found = lines(read_run("run.yaml"), plain)
+    assert list(found) == [
+        "split", "prepare-sft", "prepare-preference", "score-qwen2", "score-qwen2.5", "sft",
+        "score-sft", "infifpo", "export-infifpo", "verify-infifpo", "report-infifpo", "dpo",
+        "export-dpo", "verify-dpo", "report-dpo", "prepare-heldout", "score-heldout-pivot",
+        "score-heldout-sft", "score-heldout-infifpo", "score-heldout-dpo",
+    ]  # fmt: skip
+    assert found["split"] == (
+        "infifpo split --input pairs.jsonl --sft out/data/sft.jsonl "
+        "--preference out/data/preference.jsonl --share 0.5 --seed 0"
+    )
+    options = """--chat-template-options '{"enable_thinking": false, "budget": 512}'"""
+    assert found["prepare-sft"] == (
+        "infifpo prepare --input out/data/sft.jsonl --tokenizer pivot --output out/data/sft "
+        + options
+    )
+    assert found["score-qwen2.5"] == (
+        "infifpo score --backend megatron --model coder --max-row-tokens 4096 --name qwen2.5 "
+        "--input out/data/preference.jsonl --output out/logprobs/qwen2.5 --domains code "
+        "--absent-domains mask"
+    )
+    # The initial pivot is scored by the template that its records were tokenized with.
+    assert options in found["score-sft"] and "--model out/sft" in found["score-sft"]
+    assert "--pretrained-checkpoint pivot --save out/sft " in found["sft"]
+    assert "--preference-epochs 3 --lr 1e-06" in found["sft"]
+    for name in ("infifpo", "dpo"):
+        assert "--preference-sources out/sources/sft.yaml" in found[name]
+        assert f"--pretrained-checkpoint out/sft --save out/{name} " in found[name]
+    words = shlex.split(found["infifpo"])
+    assert words[words.index("--clip-grad") + 1] == "0.5"
+    # A flag of the file takes the place of the usual one.
+    assert [words[i + 1] for i, w in enumerate(words) if w == "--log-interval"] == ["10"]
+
+
+def test_order(folder, plain):
+    stages = stages_of(read_run("run.yaml"), plain)
+    seen = set()
+    for stage in stages:
+        assert set(stage.after) <= seen, stage.name
+        seen.add(stage.name)
+    after = {stage.name: set(stage.after) for stage in stages}
+    assert after["infifpo"] == {
+        "prepare-preference", "sft", "score-sft", "score-qwen2", "score-qwen2.5"
+    }  # fmt: skip
+    assert after["dpo"] == after["infifpo"]
+    assert after["sft"] == {"prepare-sft"}
+    # Sources wait for records only: they are scored beside SFT.
+    assert after["score-qwen2"] == {"split"}
+    assert after["score-heldout-dpo"] == {"dpo"}
+
+
+def test_sources_yaml(folder):
+    run = read_run("run.yaml")
+    assert sources_yaml(run, "sft") == {
+        "initial": "../logprobs/sft",
+        "sources": [
+            {"name": "qwen2", "logprobs": "../logprobs/qwen2"},
+            {"name": "qwen2.5", "logprobs": "../logprobs/qwen2.5", "domains": ["code"]},
+        ],
+    }
+
+
+def base(**more):
+    given = {"output": "out", "precision": "fp32", "pivot": {"model": "pivot"}}
+    given["sources"] = [{"name": "qwen", "model": "qwen"}]
+    return make_run(given | {"data": {"pairs": ["pairs.jsonl"]}} | more, "a run")
+
+
+def test_without_sft(folder, plain):
+    """All pairs are for preferences, and the initial pivot is the given one."""
+    run = base(train=[{"method": "infifpo"}])
+    found = lines(run, plain)
+    assert list(found)[:4] == ["prepare-preference", "score-qwen", "score-pivot", "infifpo"]
+    assert "--input pairs.jsonl" in found["prepare-preference"]
+    assert "--preference-sources out/sources/pivot.yaml" in found["infifpo"]
+    assert "--pretrained-checkpoint pivot " in found["infifpo"]
+
+
+def test_from_prompts(folder, plain):
+    (folder / "judge.py").write_text("")
+    run = base(
+        data={"prompts": ["pairs.jsonl=5"]}, labels={"program": "judge.py:score"},
+        train=[{"method": "infifpo"}],
+    )  # fmt: skip
+    stages = {stage.name: stage for stage in stages_of(run, plain)}
+    assert str(stages["sample-qwen"].job) == (
+        "infifpo sample --model qwen --name qwen --engine transformers --count 4 "
+        "--output out/responses/qwen.jsonl --input pairs.jsonl=5"
+    )
+    assert "--count 8" in str(stages["sample-pivot"].job)
+    assert stages["label"].after == ("sample-pivot", "sample-qwen")
+    assert stages["prepare-preference"].after == ("label",)
+    assert "--input out/responses/records.jsonl" in str(stages["score-qwen"].job)
+    assert stages["sample-qwen"].inputs == ("qwen", "pairs.jsonl")
+    assert stages["label"].inputs == ("judge.py",)
+
+
+def test_token_fusion(folder, plain):
+    run = base(train=[{"method": "fusellm"}])
+    plain.training["fusellm"] = ()
+    stages = {stage.name: stage for stage in stages_of(run, plain)}
+    assert "--top-k 16 --top-k-responses chosen" in str(stages["score-tokens-qwen"].job)
+    assert stages["fuse-fusellm"].after == (
+        "prepare-sft", "score-tokens-pivot", "score-tokens-qwen"
+    )  # fmt: skip
+    assert "--soft-targets out/tokens/targets/fusellm" in str(stages["fusellm"].job)
+    content = sources_yaml(run, "pivot", split="sft")
+    assert content["sources"] == [{"name": "qwen", "logprobs": "../tokens/qwen"}]
+
+
+def test_all_commands_read_their_words(folder, plain):
+    run = read_run("run.yaml")
+    check_words(run, stages_of(run, plain), "run.yaml")
+
+
+def test_a_flag_that_is_none(folder, plain):
+    text = (folder / "run.yaml").read_text().replace("clip-grad: 0.5", "clip-gradient: 0.5")
+    (folder / "run.yaml").write_text(text)
+    run = read_run("run.yaml")
+    said = r"run.yaml:10: train\[1\].flags: the stage infifpo: .*--clip-gradient"
+    with pytest.raises(UserError, match=said):
+        check_words(run, stages_of(run, plain), "run.yaml")
+
+
+def test_layouts_are_planned(folder, monkeypatch):
+    """On eight GPUs a 14B model gets a layout that fits; a small source one GPU."""
+    from megatron_infifpo.families import PUBLISHED
+    from megatron_infifpo.run import layouts
+
+    monkeypatch.setattr(layouts, "count_gpus", lambda: 8)
+    tiny.save_model(folder / "qwen", "qwen2", seed=1)
+    real = layouts._architecture
+
+    def architecture(model):
+        from megatron_infifpo.families import megatron_args
+
+        return megatron_args(PUBLISHED["phi-4"]) if model == "pivot" else real(model)
+
+    monkeypatch.setattr(layouts, "_architecture", architecture)
+    run = base(precision="bf16", train=[{"method": "infifpo"}])
+    found = choose_layouts(run)
+    words = found.training["infifpo"]
+    assert "--tensor-model-parallel-size" in words or "--pipeline-model-parallel-size" in words
+    assert found.scoring == {"pivot": Layout(), "qwen": Layout()}
+    small = base(
+        precision="bf16", train=[{"method": "infifpo"}], cluster={"ranks": 1, "gpu_memory": 24}
+    )
+    with pytest.raises(UserError, match="fits no layout of 1 GPUs of 24 GiB"):
+        choose_layouts(small)
+
+
+def test_paths(folder):
+    names = Names(folder)
+    assert names.logprobs("heldout", "a") == folder / "logprobs/heldout/a"
