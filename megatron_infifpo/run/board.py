@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from megatron_infifpo.run.names import Names
-from megatron_infifpo.run.stages import Stage
+from megatron_infifpo.run.stage import Stage
 from megatron_infifpo.run.stamps import LOG, progress
 
 DONE, RUNNING, FAILED, WAITING = "done", "running", "failed", "waits"

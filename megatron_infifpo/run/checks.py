@@ -18,6 +18,7 @@ def wrong_in(run: Run) -> Iterator[Wrong]:
     yield from _sources(run)
     yield from _data(run)
     yield from _trainings(run)
+    yield from _merges(run)
     if run.cluster.executor == "slurm" and run.cluster.ranks is None:
         yield ("cluster",), "ranks is missing: the ranks of a node, one a GPU, that jobs ask for"
     if run.cluster.executor == "local" and run.cluster.nodes > 1:
@@ -94,8 +95,24 @@ def _trainings(run: Run) -> Iterator[Wrong]:
             yield (*place, "start"), _unknown("training before it", training.start, before)
         if training.data == "sft" and method.reference is not None:
             yield (*place, "data"), f"{training.method} is trained on preference records"
+        known = [source.name for source in run.sources]
+        for position, name in enumerate(training.sources or ()):
+            if name not in known:
+                yield (*place, "sources", position), _unknown("source", name, known)
         if method.reference == "fused" and not run.sources:
             yield place, f"{training.method} needs sources, and there are none"
         if method.soft_targets and not run.sources:
             yield place, f"{training.method} learns from sources, and there are none"
         before.append(names[number])
+
+
+def _merges(run: Run) -> Iterator[Wrong]:
+    trained = [name_of(training) for training in run.train]
+    taken = [*trained, *RESERVED]
+    for number, merge in enumerate(run.merge):
+        if merge.name in taken:
+            yield ("merge", number, "name"), f"the name {merge.name} is used twice"
+        taken.append(merge.name)
+        for position, name in enumerate(merge.models):
+            if name not in trained:
+                yield ("merge", number, "models", position), _unknown("training", name, trained)

@@ -20,9 +20,10 @@ from megatron_infifpo.recipes.job import Job, split_words
 from megatron_infifpo.recipes.processes import Start, begun, stoppable
 from megatron_infifpo.run.board import Board
 from megatron_infifpo.run.layouts import on_gpus, ranks_of, threads_of
-from megatron_infifpo.run.names import PIVOT, Names
+from megatron_infifpo.run.names import Names
 from megatron_infifpo.run.schema import Run
-from megatron_infifpo.run.stages import Stage, sources_yaml
+from megatron_infifpo.run.plan import Layouts, Plan, sources_yaml
+from megatron_infifpo.run.stage import Stage
 from megatron_infifpo.run.stamps import LOG, Known, begin, finish, know, put_away, read_stamp
 from megatron_infifpo.storage.aside import make_folder, write_text
 from megatron_infifpo.training.lock import RunLock
@@ -147,11 +148,9 @@ def redo(run: Run, stages: Sequence[Stage], asked: Sequence[str]) -> list[str]:
 
 
 def write_sources(run: Run, names: Names) -> None:
-    """Write the sources.yaml of every start, and of soft targets (JSON is YAML, too)."""
-    for start in (PIVOT, *(one.name or one.method for one in run.train)):
-        content = sources_yaml(run, start)
-        _write(names.sources(start), content)
-    _write(names.sources("tokens"), sources_yaml(run, PIVOT, split="sft"))
+    """Write the sources.yaml of every training (JSON is YAML, too)."""
+    for training, content in sources_yaml(Plan(run, Layouts({}, {}))).items():
+        _write(names.sources(training), content)
 
 
 def _write(path: Path, content: object) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.run.stages import Stage
+from megatron_infifpo.run.stage import Stage
 
 # Flags whose value, or presence, says how the work is divided.
 _DIVISION = (

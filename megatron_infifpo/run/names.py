@@ -3,10 +3,11 @@
     OUT/run.yaml                    what the run is, as its stages read it
     OUT/responses/NAME.jsonl        sampled responses of a model, and records.jsonl from a judge
     OUT/data/sft.*, preference.*, heldout.*     records that were split, and token data sets
-    OUT/sources/START.yaml          the sources, and the initial pivot that trainings start from
+    OUT/sources/TRAINING.yaml       the sources of a training, and the initial pivot that it has
     OUT/logprobs/NAME.*             log-prob data sets of the preference records
     OUT/logprobs/heldout/NAME.*     and of the held-out ones, by model
-    OUT/tokens/...                  log-probs with top-k of the SFT records, and soft targets
+    OUT/tokens/SPLIT/NAME.*         log-probs with top-k of a split's chosen responses
+    OUT/tokens/targets/TRAINING.*   and soft targets, fused from them
     OUT/NAME, OUT/NAME-hf           a training's checkpoints, and the exported model
     OUT/stages/STAGE/               stamp.json: what it was made of; log: what it printed
     OUT/evaluation, OUT/heldout.json, OUT/heldout.md
@@ -41,14 +42,17 @@ class Names:
         """Prefix of a split's token data set."""
         return self.output / "data" / split
 
-    def sources(self, start: str) -> Path:
-        """The sources.yaml of trainings that start from one checkpoint."""
-        return self.output / "sources" / f"{start}.yaml"
+    def sources(self, training: str) -> Path:
+        """The sources.yaml of a training."""
+        return self.output / "sources" / f"{training}.yaml"
 
     def logprobs(self, split: str, name: str) -> Path:
-        """Prefix of a model's log-probs; those of SFT records have top-k, too."""
-        folder = {"preference": "logprobs", "heldout": "logprobs/heldout", "sft": "tokens"}[split]
-        return self.output / folder / name
+        """Prefix of a model's log-probs."""
+        return self.output / "logprobs" / ("heldout" if split == "heldout" else "") / name
+
+    def top(self, split: str, name: str) -> Path:
+        """Prefix of a model's log-probs with top-k."""
+        return self.output / "tokens" / split / name
 
     def targets(self, training: str) -> Path:
         """Prefix of a training's soft targets."""

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_infifpo.run.checks import PIVOT, name_of
 from megatron_infifpo.run.names import Names
 from megatron_infifpo.run.schema import Run
-from megatron_infifpo.run.stages import Stage
+from megatron_infifpo.run.stage import Stage
 from megatron_infifpo.storage.aside import write_text
 
 
@@ -23,8 +23,8 @@ def outcome(run: Run, stages: Sequence[Stage]) -> str:
         write_text(names.heldout, json.dumps(rows, indent=1) + "\n")
         lines += ["", f"held-out records: {names.heldout}", *_table(rows)]
     for stage in stages:
-        if stage.job.arguments[0] in ("export", "report", "evaluate") and stage.made is not None:
-            made = stage.made.parent if stage.job.arguments[0] == "export" else stage.made
+        if stage.job.arguments[0] in ("export", "merge", "report", "evaluate") and stage.made is not None:
+            made = stage.made.parent if stage.made.name == "config.json" else stage.made
             lines.append(f"{stage.name}: {made}")
     return "\n".join(lines)
 
@@ -43,7 +43,7 @@ def heldout(run: Run, names: Names) -> list[dict[str, Any]]:
 
     logging.getLogger("megatron.core").setLevel(logging.WARNING)  # of every file that it opens
     models = [source.name for source in run.sources if run.evaluation.sources]
-    models += [PIVOT, *(name_of(one) for one in run.train)]
+    models += [PIVOT, *(name_of(one) for one in run.train), *(each.name for each in run.merge)]
     stores = {name: LogprobStore(names.logprobs("heldout", name)) for name in models}
     domains = {source.name: source.domains for source in run.sources}
     tokens = TokenDataset(names.tokens("heldout"))

@@ -148,6 +148,8 @@ class Training(Part):
     """`pivot`, or the name of an earlier training; without it the first SFT before it."""
     data: Literal["sft", "preference"] | None = None
     """Which records; without it those that the method is meant for."""
+    sources: list[str] | None = Field(None, min_length=1)
+    """Names of those that it learns from; without it all."""
     epochs: PositiveInt = 1
     """Passes over the records."""
     lr: Positive = 1e-7
@@ -168,6 +170,19 @@ class Training(Part):
     """To Hugging Face; without it where no other training starts from this one."""
     flags: Flags = {}
     """Further ones of `infifpo train`, Megatron's included."""
+
+
+class Merge(Part):
+    """Exported trainings merged into one model; see `infifpo merge`."""
+
+    name: Name
+    """Of the merged model: OUT/NAME-hf."""
+    models: list[str] = Field(min_length=2)
+    """Names of trainings."""
+    method: str = "sce"
+    """A value of `infifpo merge --method`."""
+    flags: Flags = {}
+    """Further ones of `infifpo merge`."""
 
 
 class Evaluation(Part):
@@ -229,5 +244,6 @@ class Run(Part):
     labels: Labels | None = None
     train: list[Training] = Field(TRAININGS, min_length=1)
     """Trainings, in order; the usual ones are the paper's: SFT, then InfiFPO from its result."""
+    merge: list[Merge] = []
     evaluation: Evaluation = Evaluation()
     cluster: Cluster = Cluster()

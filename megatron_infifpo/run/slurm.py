@@ -15,7 +15,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.recipes.job import PROGRAM, SHELL, flag_words
 from megatron_infifpo.run.names import Names
 from megatron_infifpo.run.schema import Run
-from megatron_infifpo.run.stages import Stage
+from megatron_infifpo.run.stage import Stage
 from megatron_infifpo.run.stamps import Known, know
 from megatron_infifpo.storage.aside import make_folder, write_text
 

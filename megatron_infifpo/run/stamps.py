@@ -16,7 +16,7 @@ from typing import Any
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.run.fingerprints import Contents, Made, difference, key_of, made_of
 from megatron_infifpo.run.names import Names
-from megatron_infifpo.run.stages import Stage
+from megatron_infifpo.run.stage import Stage
 from megatron_infifpo.storage.aside import make_folder, write_text
 
 STAMP, LOG, OLD = "stamp.json", "log", "old"
@@ -127,25 +127,25 @@ def put_away(names: Names, stages: Sequence[Stage], others: Sequence[Stage]) -> 
     number = 1 + sum(1 for _ in (names.output / OLD).glob("*"))
     folder = names.output / OLD / f"{number:03d}"
     prefixes = {path: stage for stage in (*others, *stages) for path in stage.outputs}
+    prefixes |= {names.stage(stage.name): stage for stage in (*others, *stages)}
     for stage in stages:
         for path in (*stage.outputs, names.stage(stage.name)):
-            # Of a prefix all files, whose names go on after a dot; qwen2.5 is none of qwen2.
-            files = [path] if path.exists() else []
-            files += [each for each in path.parent.glob(f"{path.name}.*") if each not in prefixes]
-            for found in files:
-                if _owner(found, prefixes, stage) is stage:
+            # Of a prefix all files, but those of a longer one: qwen2.5 is none of qwen2.
+            for found in list(path.parent.glob(f"{path.name}*")):
+                if _owner(found, prefixes) is stage:
                     target = folder / found.relative_to(names.output)
                     make_folder(target.parent)
                     shutil.move(found, target)
     return folder
 
 
-def _owner(path: Path, prefixes: Mapping[Path, Stage], stage: Stage) -> Stage:
-    """The stage whose prefix is the longest one that a path begins with; else this one."""
+def _owner(path: Path, prefixes: Mapping[Path, Stage]) -> Stage | None:
+    """The stage whose prefix is the longest one that a path begins with; else nobody's."""
     found = [
         prefix
         for prefix in prefixes
-        if path == prefix
-        or (prefix.parent == path.parent and path.name.startswith(f"{prefix.name}."))
+        if prefix.parent == path.parent
+        and path.name.startswith(prefix.name)
+        and path.name[len(prefix.name) :][:1] in ("", ".", "_")
     ]
-    return prefixes[max(found, key=lambda prefix: len(prefix.name))] if found else stage
+    return prefixes[max(found, key=lambda prefix: len(prefix.name))] if found else None

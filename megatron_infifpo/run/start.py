@@ -11,7 +11,9 @@ from megatron_infifpo.run.layouts import choose_layouts
 from megatron_infifpo.run.names import Names
 from megatron_infifpo.run.reading import make_run, read_run
 from megatron_infifpo.run.schema import Run
-from megatron_infifpo.run.stages import Stage, stages_of
+from megatron_infifpo.run.plan import Plan
+from megatron_infifpo.run.stage import Stage
+from megatron_infifpo.run.stages import stages_of
 from megatron_infifpo.storage.aside import make_folder, write_text
 
 
@@ -54,7 +56,7 @@ def plan(run: Run) -> list[Stage]:
     Raises:
         UserError: nothing fits.
     """
-    return stages_of(run, choose_layouts(run), report=can_report())
+    return stages_of(Plan(run, choose_layouts(run)), report=can_report())
 
 
 def can_report() -> bool:

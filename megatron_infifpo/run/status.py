@@ -9,7 +9,7 @@ from megatron_infifpo.run.board import DONE, FAILED, RUNNING, WAITING, left, tab
 from megatron_infifpo.run.names import Names
 from megatron_infifpo.run.schema import Run
 from megatron_infifpo.run.slurm import JOB, state
-from megatron_infifpo.run.stages import Stage
+from megatron_infifpo.run.stage import Stage
 from megatron_infifpo.run.stamps import LOG, Known, know, progress
 from megatron_infifpo.training.lock import held
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_infifpo.run import layouts
 from megatron_infifpo.run.schema import Layout
-from megatron_infifpo.run.stages import Layouts
+from megatron_infifpo.run.plan import Layouts
 
 TEXT = """\
 output: out

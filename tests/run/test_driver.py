@@ -17,7 +17,7 @@ from megatron_infifpo.run.board import table
 from megatron_infifpo.run.driver import redo, run_here, run_stages
 from megatron_infifpo.run.names import Names
 from megatron_infifpo.run.reading import read_run
-from megatron_infifpo.run.stages import Stage
+from megatron_infifpo.run.stage import Stage
 from megatron_infifpo.run.stamps import know, progress, put_away
 from megatron_infifpo.run.status import status
 from support.launcher import ROOT
@@ -228,14 +228,14 @@ def test_names_that_begin_alike_are_kept(folder):
     """The files of qwen2.5 are none of qwen2."""
     logprobs = Path("out/logprobs")
     logprobs.mkdir(parents=True)
-    for name in ("qwen2.json", "qwen2.bin", "qwen2.5.json", "qwen2.5.bin"):
+    for name in ("qwen2.json", "qwen2_sums.npy", "qwen2.5.json", "qwen2.5_sums.npy"):
         (logprobs / name).touch()
     both = [
         Stage(Job(name, ()), (), logprobs / f"{name}.json", (), (logprobs / name,))
         for name in ("qwen2", "qwen2.5")
     ]
     put_away(Names(Path("out")), both[:1], both[1:])
-    assert sorted(path.name for path in logprobs.iterdir()) == ["qwen2.5.bin", "qwen2.5.json"]
+    assert sorted(path.name for path in logprobs.iterdir()) == ["qwen2.5.json", "qwen2.5_sums.npy"]
     put_away(Names(Path("out")), both[1:], both[:1])
     assert not list(logprobs.iterdir())
 

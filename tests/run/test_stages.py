@@ -10,14 +10,15 @@ from megatron_infifpo.run.layouts import choose_layouts
 from megatron_infifpo.run.names import Names
 from megatron_infifpo.run.reading import make_run, read_run
 from megatron_infifpo.run.schema import Layout
-from megatron_infifpo.run.stages import sources_yaml, stages_of
+from megatron_infifpo.run.plan import Layouts, Plan, sources_yaml
+from megatron_infifpo.run.stages import stages_of
 from support import tiny
 
 TEMPLATE = """'--chat-template-options' '{"enable_thinking": false, "budget": 512}'"""
 
 
 def lines(run, plain) -> dict[str, str]:
-    return {stage.name: str(stage.job) for stage in stages_of(run, plain)}
+    return {stage.name: str(stage.job) for stage in stages_of(Plan(run, plain))}
 
 
 def test_commands(folder, plain):
@@ -47,7 +48,7 @@ def test_commands(folder, plain):
     assert "--pretrained-checkpoint pivot --save out/sft " in found["sft"]
     assert "--preference-epochs 3 --lr 1e-06" in found["sft"]
     for name in ("infifpo", "dpo"):
-        assert "--preference-sources out/sources/sft.yaml" in found[name]
+        assert f"--preference-sources out/sources/{name}.yaml" in found[name]
         assert f"--pretrained-checkpoint out/sft --save out/{name} " in found[name]
     words = shlex.split(found["infifpo"])
     assert words[words.index("--clip-grad") + 1] == "0.5"
@@ -56,7 +57,7 @@ def test_commands(folder, plain):
 
 
 def test_order(folder, plain):
-    stages = stages_of(read_run("run.yaml"), plain)
+    stages = stages_of(Plan(read_run("run.yaml"), plain))
     seen = set()
     for stage in stages:
         assert set(stage.after) <= seen, stage.name
@@ -74,7 +75,7 @@ def test_order(folder, plain):
 
 def test_sources_yaml(folder):
     run = read_run("run.yaml")
-    assert sources_yaml(run, "sft") == {
+    assert sources_yaml(Plan(run, Layouts({}, {})))["infifpo"] == {
         "initial": "../logprobs/sft",
         "sources": [
             {"name": "qwen2", "logprobs": "../logprobs/qwen2"},
@@ -95,7 +96,7 @@ def test_without_sft(folder, plain):
     found = lines(run, plain)
     assert list(found)[:4] == ["prepare-preference", "score-qwen", "score-pivot", "infifpo"]
     assert "--input pairs.jsonl" in found["prepare-preference"]
-    assert "--preference-sources out/sources/pivot.yaml" in found["infifpo"]
+    assert "--preference-sources out/sources/infifpo.yaml" in found["infifpo"]
     assert "--pretrained-checkpoint pivot " in found["infifpo"]
 
 
@@ -105,7 +106,7 @@ def test_from_prompts(folder, plain):
         data={"prompts": ["pairs.jsonl=5"]}, labels={"program": "judge.py:score"},
         train=[{"method": "infifpo"}],
     )  # fmt: skip
-    stages = {stage.name: stage for stage in stages_of(run, plain)}
+    stages = {stage.name: stage for stage in stages_of(Plan(run, plain))}
     assert str(stages["sample-qwen"].job) == (
         "infifpo sample --model qwen --name qwen --engine transformers --count 4 "
         "--output out/responses/qwen.jsonl --input pairs.jsonl=5"
@@ -121,19 +122,47 @@ def test_from_prompts(folder, plain):
 def test_token_fusion(folder, plain):
     run = base(train=[{"method": "fusellm"}])
     plain.training["fusellm"] = ()
-    stages = {stage.name: stage for stage in stages_of(run, plain)}
-    assert "--top-k 16 --top-k-responses chosen" in str(stages["score-tokens-qwen"].job)
+    stages = {stage.name: stage for stage in stages_of(Plan(run, plain))}
+    assert "--top-k 16 --top-k-responses chosen" in str(stages["score-tokens-sft-qwen"].job)
     assert stages["fuse-fusellm"].after == (
-        "prepare-sft", "score-tokens-pivot", "score-tokens-qwen"
+        "prepare-sft", "score-tokens-sft-pivot", "score-tokens-sft-qwen"
     )  # fmt: skip
     assert "--soft-targets out/tokens/targets/fusellm" in str(stages["fusellm"].job)
-    content = sources_yaml(run, "pivot", split="sft")
-    assert content["sources"] == [{"name": "qwen", "logprobs": "../tokens/qwen"}]
+    content = sources_yaml(Plan(run, Layouts({}, {})))["fusellm"]
+    assert content["sources"] == [{"name": "qwen", "logprobs": "../tokens/sft/qwen"}]
+
+
+def test_fusechat(folder, plain):
+    """A model of each source, merged; all of them start from the SFT result, on the other half."""
+    sources = [{"name": name, "model": name} for name in ("qwen", "coder")]
+    more = [
+        {"name": f"chat-{s['name']}", "method": "fusechat", "data": "preference",
+         "sources": [s["name"]]}
+        for s in sources
+    ]  # fmt: skip
+    run = base(
+        sources=sources, train=[{"method": "sft"}, *more],
+        merge=[{"name": "chat", "models": ["chat-qwen", "chat-coder"]}],
+        data={"pairs": ["pairs.jsonl"], "heldout": ["heldout.jsonl"]},
+    )  # fmt: skip
+    plain.training.update({"chat-qwen": (), "chat-coder": ()})
+    stages = {stage.name: stage for stage in stages_of(Plan(run, plain))}
+    assert "--model out/sft" in str(stages["score-tokens-sft"].job)
+    assert stages["fuse-chat-coder"].after == (
+        "prepare-preference", "score-tokens-sft", "score-tokens-coder"
+    )  # fmt: skip
+    assert "score-qwen" not in stages  # nothing reads log-probs without top-k
+    assert str(stages["merge-chat"].job) == (
+        "infifpo merge --method sce --base pivot --models out/chat-qwen-hf out/chat-coder-hf "
+        "--output out/chat-hf"
+    )
+    heldout = stages["score-heldout-chat"]
+    assert "merge-chat" in heldout.after and heldout.inputs == ("heldout.jsonl",)
 
 
 def test_all_commands_read_their_words(folder, plain):
     run = read_run("run.yaml")
-    check_words(run, stages_of(run, plain), "run.yaml")
+    check_words(run, stages_of(Plan(run, plain)), "run.yaml")
 
 
 def test_a_flag_that_is_none(folder, plain):
@@ -142,7 +171,7 @@ def test_a_flag_that_is_none(folder, plain):
     run = read_run("run.yaml")
     said = r"run.yaml:10: train\[1\].flags: the stage infifpo: .*--clip-gradient"
     with pytest.raises(UserError, match=said):
-        check_words(run, stages_of(run, plain), "run.yaml")
+        check_words(run, stages_of(Plan(run, plain)), "run.yaml")
 
 
 def test_layouts_are_planned(folder, monkeypatch):
