@@ -17,7 +17,6 @@ import random
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,15 +25,14 @@ import torch
 from tqdm import tqdm
 
 from megatron_infifpo.commands.entry import run
-from megatron_infifpo.errors import UserError
 from megatron_infifpo.references.soft_target_writer import SoftTargetWriter
 from megatron_infifpo.references.soft_targets import SoftTargetStore
 from megatron_infifpo.tokens.dataset import TokenDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "demo")]
-from job import PROGRAM, Job  # noqa: E402
 
+from examples.baselines.rule_job import RuleJob  # noqa: E402
 from examples.baselines.rule_language import Language, write_records  # noqa: E402
 from examples.baselines.rule_models import KINDS, make  # noqa: E402
 
@@ -74,33 +72,6 @@ TARGETS = {
 }
 
 
-class RuleJob(Job):
-    """Everything of one seed; its commands write into files, and a bar counts them."""
-
-    def __init__(self, folder: Path, bar: tqdm):
-        """Work in a folder."""
-        super().__init__(folder, {split: folder / f"{split}.jsonl" for split in SIZES})
-        self.bar = bar
-
-    def command(self, *words: object, ranks: int = 0, log: Path | None = None) -> None:
-        """Run `infifpo WORDS` in one process."""
-        assert log is not None
-        log.parent.mkdir(exist_ok=True)
-        argv = [sys.executable, *PROGRAM, *map(str, words)]
-        env = {**self.env, "OMP_NUM_THREADS": "1"}
-        with open(log, "w", encoding="utf-8") as file:
-            code = subprocess.run(argv, env=env, stdout=file, stderr=file).returncode
-        if code:
-            raise UserError(f"infifpo {words[0]} failed with exit code {code}; see {log}")
-
-    def infifpo(self, name: str, *words: object) -> Path:
-        """Run a command once; return the file of what it prints."""
-        log = self.folder / "logs" / f"{name}.log"
-        self.once(name, *words, log=log)
-        self.bar.update()
-        return log
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,7 +94,7 @@ def main() -> None:
         ThreadPoolExecutor(max(1, min(args.seeds, os.cpu_count() or 1))) as pool,
     ):
         folders = [args.output / f"seed-{seed}" for seed in range(args.seeds)]
-        jobs = [RuleJob(folder, bar) for folder in folders]
+        jobs = [RuleJob(folder, list(SIZES), bar) for folder in folders]
         asked = [pool.submit(study, job, seed, chosen) for seed, job in enumerate(jobs)]
         found = [one.result() for one in asked]
     if "source" in targets:
@@ -186,7 +157,7 @@ def fuse(job: RuleJob, target: str) -> None:
     name, flags = TARGETS[target]
     job.infifpo(
         fused(target), "fuse-targets", "--data", job.folder / "data" / "train",
-        "--sources", job.sources("train", "pivot", [name], {}),
+        "--sources", job.sources("train", "pivot", [name]),
         "--output", job.folder / "targets" / target, *flags,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Fuse models into a pivot, from Hugging Face to Hugging Face: every stage of a run, in one command.
+"""Fuse models into a pivot, from Hugging Face to Hugging Face: a whole run in one command.
 
     infifpo fuse run.yaml
     infifpo fuse --pivot models/phi-4 --source models/qwen --source code=models/qwen-coder \\
@@ -62,7 +62,9 @@ def read(args: argparse.Namespace) -> tuple[Any, str | None]:
 
     given = [f"--{name}" for name in ("pivot", "source", "pairs") if getattr(args, name)]
     if args.file is not None and given:
-        raise UserError(f"{', '.join(given)} and {args.file}: expected a file, or what it would say")
+        raise UserError(
+            f"{', '.join(given)} and {args.file}: expected a file, or what it would say"
+        )
     if args.file is None:
         if missing := [f"--{name}" for name in FLAGS if not getattr(args, name)]:
             raise UserError(f"expected RUN.yaml, or {', '.join(missing)}, too")

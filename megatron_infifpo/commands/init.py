@@ -1,7 +1,7 @@
 """Write a run.yaml, with a comment on everything that it can say.
 
-    infifpo init run.yaml --pivot models/phi-4 --source models/qwen --source code=models/qwen-coder \\
-        --pairs pairs.jsonl --output runs/phi4
+    infifpo init run.yaml --pivot models/phi-4 --source models/qwen \\
+        --source code=models/qwen-coder --pairs pairs.jsonl --output runs/phi4
 
 What no flag says is asked for on a terminal. infifpo fuse run.yaml makes the run.
 """

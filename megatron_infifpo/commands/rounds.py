@@ -28,8 +28,8 @@ from megatron_infifpo.commands.flags import fields_of, take_defaults
 from megatron_infifpo.commands.main import make_parser
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import positive, whole
-from megatron_infifpo.references.sources import INITIAL
 from megatron_infifpo.recipes.ends import StageError, StoppedError
+from megatron_infifpo.references.sources import INITIAL
 from megatron_infifpo.rounds.inputs import check_inputs
 from megatron_infifpo.rounds.job import OPTIMIZERS, STAGES, RoundsJob
 from megatron_infifpo.rounds.run import all_done, dry_run, run_rounds

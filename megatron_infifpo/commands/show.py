@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", metavar="RUN.yaml")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--schema", action="store_true", help="the JSON Schema of such files")
-    form.add_argument(
-        "--shell", action="store_true", help="as variables of examples/slurm/env.sh"
-    )
+    form.add_argument("--shell", action="store_true", help="as variables of examples/slurm/env.sh")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Say how a run stands: every stage, how far it is, how long it takes yet, and its SLURM job.
 
-    infifpo status run.yaml
+infifpo status run.yaml
 """
 
 import argparse
@@ -8,7 +8,9 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the run."""
-    parser.add_argument("file", metavar="RUN.yaml", help="as infifpo fuse was given it, or OUT/run.yaml")
+    parser.add_argument(
+        "file", metavar="RUN.yaml", help="as infifpo fuse was given it, or OUT/run.yaml"
+    )
     parser.add_argument("--output", metavar="DIR", help="folder of the run (default: the file's)")
 
 

@@ -19,6 +19,7 @@ import nemo_run as run
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.recipes.job import SHELL
 
+
 def local(nodes: int, ranks: int) -> run.LocalExecutor:
     """Run on this machine, under torchrun where there are several ranks.
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_infifpo.errors import UserError, user_errors
-from megatron_infifpo.recipes.job import split_words
 from megatron_infifpo.recipes.ends import TAIL, StageError
+from megatron_infifpo.recipes.job import split_words
 from megatron_infifpo.recipes.processes import found
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ from typing import Any
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.recipes.job import PROGRAM, Job, split_words
+from megatron_infifpo.recipes.processes import Start, begun, stoppable
 from megatron_infifpo.responses.prompts import Prompt, read_prompts
 from megatron_infifpo.rounds.clean import remove_old
 from megatron_infifpo.rounds.ends import check_end
 from megatron_infifpo.rounds.job import RoundsJob
-from megatron_infifpo.recipes.processes import Start, begun, stoppable
 from megatron_infifpo.rounds.prompts import plan_round, pool_sha256, write_prompts
 from megatron_infifpo.rounds.settings import claim
 from megatron_infifpo.rounds.stages import (

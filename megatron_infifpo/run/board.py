@@ -65,9 +65,7 @@ class Board:
     def __init__(self, names: Names, stages: Sequence[Stage], done: Collection[str]) -> None:
         """Take all stages; those that are done are skipped."""
         self.names = names
-        self.rows = {
-            stage.name: Row(DONE if stage.name in done else WAITING) for stage in stages
-        }
+        self.rows = {stage.name: Row(DONE if stage.name in done else WAITING) for stage in stages}
         self.live = sys.stdout.isatty()
         self.drawn, self.said = 0, time.monotonic()
 

@@ -21,8 +21,8 @@ from megatron_infifpo.recipes.processes import Start, begun, stoppable
 from megatron_infifpo.run.board import Board
 from megatron_infifpo.run.layouts import on_gpus, ranks_of, threads_of
 from megatron_infifpo.run.names import Names
-from megatron_infifpo.run.schema import Run
 from megatron_infifpo.run.plan import Layouts, Plan, sources_yaml
+from megatron_infifpo.run.schema import Run
 from megatron_infifpo.run.stage import Stage
 from megatron_infifpo.run.stamps import LOG, Known, begin, finish, know, put_away, read_stamp
 from megatron_infifpo.storage.aside import make_folder, write_text
@@ -89,7 +89,9 @@ def run_here(run: Run, stages: Sequence[Stage], name: str, rank: int) -> None:
         words = [sys.executable, "-u", *stage.job.python_words]
         code = start(words, log)
         if code:
-            refuse(f"rank {rank} of {name} ended with {code}, see {log}", name, code, log, begun(words))
+            refuse(
+                f"rank {rank} of {name} ended with {code}, see {log}", name, code, log, begun(words)
+            )
 
 
 def _chosen(known: Mapping[str, Known], only: str | None) -> list[Known]:
@@ -206,9 +208,7 @@ def _environment(run: Run) -> dict[str, str]:
 class _Driver:
     """Runs stages, several at a time, in threads that wait for their processes."""
 
-    def __init__(
-        self, run: Run, names: Names, known: Mapping[str, Known], start: Start
-    ) -> None:
+    def __init__(self, run: Run, names: Names, known: Mapping[str, Known], start: Start) -> None:
         self.settings, self.names, self.known, self.start = run, names, known, start
 
     def run(self, chosen: Sequence[Known]) -> None:
@@ -229,7 +229,9 @@ class _Driver:
                 for each in ready[: free if failure is None else 0]:
                     waiting.remove(each)
                     board.begin(each.stage)
-                    running[pool.submit(run_one, self.settings, self.names, each, self.start)] = each
+                    running[pool.submit(run_one, self.settings, self.names, each, self.start)] = (
+                        each
+                    )
                 if not running:
                     break
                 for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:

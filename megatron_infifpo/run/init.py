@@ -95,7 +95,9 @@ def ask(question: str, *, several: bool = False) -> list[str]:
     found: list[str] = []
     while True:
         try:
-            answer = input(f"{question}{' (empty: no more)' if several and found else ''}: ").strip()
+            answer = input(
+                f"{question}{' (empty: no more)' if several and found else ''}: "
+            ).strip()
         except EOFError:
             raise UserError("no answer: give flags in place of answers, see --help") from None
         if answer:

@@ -14,8 +14,8 @@ from megatron_infifpo.planning.flags import training_flags
 from megatron_infifpo.planning.plan import GIB
 from megatron_infifpo.run.checks import name_of
 from megatron_infifpo.run.names import PIVOT
-from megatron_infifpo.run.schema import Layout, Run, Training
 from megatron_infifpo.run.plan import Layouts
+from megatron_infifpo.run.schema import Layout, Run, Training
 
 ROOM = 0.6  # of a GPU for weights in scoring: the rest is for rows and the head
 

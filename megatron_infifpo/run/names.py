@@ -1,16 +1,16 @@
 """Where everything of a run lies.
 
-    OUT/run.yaml                    what the run is, as its stages read it
-    OUT/responses/NAME.jsonl        sampled responses of a model, and records.jsonl from a judge
-    OUT/data/sft.*, preference.*, heldout.*     records that were split, and token data sets
-    OUT/sources/TRAINING.yaml       the sources of a training, and the initial pivot that it has
-    OUT/logprobs/NAME.*             log-prob data sets of the preference records
-    OUT/logprobs/heldout/NAME.*     and of the held-out ones, by model
-    OUT/tokens/SPLIT/NAME.*         log-probs with top-k of a split's chosen responses
-    OUT/tokens/targets/TRAINING.*   and soft targets, fused from them
-    OUT/NAME, OUT/NAME-hf           a training's checkpoints, and the exported model
-    OUT/stages/STAGE/               stamp.json: what it was made of; log: what it printed
-    OUT/evaluation, OUT/heldout.json, OUT/heldout.md
+OUT/run.yaml                    what the run is, as its stages read it
+OUT/responses/NAME.jsonl        sampled responses of a model, and records.jsonl from a judge
+OUT/data/sft.*, preference.*, heldout.*     records that were split, and token data sets
+OUT/sources/TRAINING.yaml       the sources of a training, and the initial pivot that it has
+OUT/logprobs/NAME.*             log-prob data sets of the preference records
+OUT/logprobs/heldout/NAME.*     and of the held-out ones, by model
+OUT/tokens/SPLIT/NAME.*         log-probs with top-k of a split's chosen responses
+OUT/tokens/targets/TRAINING.*   and soft targets, fused from them
+OUT/NAME, OUT/NAME-hf           a training's checkpoints, and the exported model
+OUT/stages/STAGE/               stamp.json: what it was made of; log: what it printed
+OUT/evaluation, OUT/heldout.json, OUT/heldout.md
 """
 
 from dataclasses import dataclass

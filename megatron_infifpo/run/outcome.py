@@ -23,14 +23,19 @@ def outcome(run: Run, stages: Sequence[Stage]) -> str:
         write_text(names.heldout, json.dumps(rows, indent=1) + "\n")
         lines += ["", f"held-out records: {names.heldout}", *_table(rows)]
     for stage in stages:
-        if stage.job.arguments[0] in ("export", "merge", "report", "evaluate") and stage.made is not None:
+        if (
+            stage.job.arguments[0] in ("export", "merge", "report", "evaluate")
+            and stage.made is not None
+        ):
             made = stage.made.parent if stage.made.name == "config.json" else stage.made
             lines.append(f"{stage.name}: {made}")
     return "\n".join(lines)
 
 
 def heldout(run: Run, names: Names) -> list[dict[str, Any]]:
-    """Compare models on held-out records: how often the chosen response has the higher mean log-prob.
+    """Compare models on held-out records: how often they prefer the chosen response.
+
+    It is preferred where its mean log-prob is the higher one.
 
     Records that one of the models is masked for (a text exceeds its context) are left out for all.
 
@@ -59,7 +64,8 @@ def heldout(run: Run, names: Names) -> list[dict[str, Any]]:
         mean = np.array([store.sums(i)[:2] / store.counts(i)[:2] for i in own])
         gap = mean[:, 0] - mean[:, 1]
         by_domain = {
-            str(each): float((gap[where[own] == each] > 0).mean()) for each in sorted(set(where[own]))
+            str(each): float((gap[where[own] == each] > 0).mean())
+            for each in sorted(set(where[own]))
         }
         rows.append(
             {"model": name, "records": len(own), "accuracy": float((gap > 0).mean()),

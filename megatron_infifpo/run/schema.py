@@ -210,7 +210,7 @@ class Cluster(Part):
     at_once: PositiveInt = 1
     """Stages of the local executor at the same time, each with `ranks`."""
     launcher: str | None = None
-    """What starts the ranks of a stage, up to `-m megatron_infifpo`; without it torchrun, or srun."""
+    """What starts the ranks of a stage, up to `-m megatron_infifpo`; without it torchrun."""
     sbatch: Flags = {}
     """Flags of every job: {account: research, partition: h100, time: "04:00:00"}."""
     setup: str = ""

@@ -42,7 +42,7 @@ def as_shell(run: Run) -> str:
         "TRAIN": _options(last), "PREPARE": _flags(run.pivot.prepare_flags),
         "INITIAL": _flags(run.pivot.flags),
     }  # fmt: skip
-    return "".join(f": \"${{{k}:={_quoted(v)}}}\"\n" for k, v in values.items() if v)
+    return "".join(f': "${{{k}:={_quoted(v)}}}"\n' for k, v in values.items() if v)
 
 
 def _quoted(text: str) -> str:

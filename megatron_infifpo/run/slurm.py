@@ -1,4 +1,4 @@
-"""A run as a chain of SLURM jobs: a stage each, which starts when those it waits for have succeeded.
+"""A run as a chain of SLURM jobs: one a stage, which starts when those before it have succeeded.
 
 A job's script is OUT/stages/STAGE/job.sh; its ranks are started by srun.
 """
@@ -39,7 +39,9 @@ resumable
 """
 
 
-def submit(run: Run, stages: Sequence[Stage], file: Path, *, dry_run: bool = False) -> dict[str, str]:
+def submit(
+    run: Run, stages: Sequence[Stage], file: Path, *, dry_run: bool = False
+) -> dict[str, str]:
     """Submit what is not done, and not queued already; return the job of every stage.
 
     Args:

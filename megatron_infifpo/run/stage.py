@@ -62,9 +62,7 @@ def stage(
 
 def words_of(flags: Flags) -> list[str]:
     """Words of flags by name, with dashes or underscores."""
-    return [
-        word for name, value in flags.items() for word in flag_words(_flag(name)[2:], value)
-    ]
+    return [word for name, value in flags.items() for word in flag_words(_flag(name)[2:], value)]
 
 
 def without(words: Sequence[str], flags: Flags) -> list[str]:

@@ -1,7 +1,7 @@
 """What is known of every stage: what it was made of, whether it is done, how far it is.
 
-    OUT/stages/STAGE/stamp.json     made: what it is made of; key; seconds, once it is done
-    OUT/stages/STAGE/log            what its attempts printed
+OUT/stages/STAGE/stamp.json     made: what it is made of; key; seconds, once it is done
+OUT/stages/STAGE/log            what its attempts printed
 """
 
 import json
@@ -100,7 +100,7 @@ def finish(names: Names, known: Known, seconds: float) -> None:
 
 
 def progress(log: Path) -> float | None:
-    """How much of a stage is done, 0 to 1, by what it printed last; None where that says nothing."""
+    """How much of a stage is done, 0 to 1, by what it printed last; None where nobody knows."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL))

@@ -9,9 +9,9 @@ from typing import Any
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.run.layouts import choose_layouts
 from megatron_infifpo.run.names import Names
+from megatron_infifpo.run.plan import Plan
 from megatron_infifpo.run.reading import make_run, read_run
 from megatron_infifpo.run.schema import Run
-from megatron_infifpo.run.plan import Plan
 from megatron_infifpo.run.stage import Stage
 from megatron_infifpo.run.stages import stages_of
 from megatron_infifpo.storage.aside import make_folder, write_text

@@ -28,7 +28,7 @@ def status(run: Run, stages: Sequence[Stage]) -> list[str]:
 
 
 def _stands(names: Names, name: str, known: Known) -> tuple[str, float | None, float | None]:
-    """State of a stage, how much of it is done, and its seconds: taken, or those that it takes yet."""
+    """State of a stage, how much of it is done, and seconds: that it took, or takes yet."""
     if known.done:
         return DONE, None, known.stamp["seconds"]
     folder = names.stage(name)

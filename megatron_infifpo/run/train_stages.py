@@ -97,6 +97,4 @@ def merge_stage(plan: Plan, merge: Merge) -> Stage:
     words += [*map(plan.names.exported, merge.models), "--output", save, *words_of(merge.flags)]
     after, made = [f"export-{name}" for name in merge.models], save / "config.json"
     title = f"merge-{merge.name}"
-    return stage(
-        "merge", words, after=after, made=made, inputs=[pivot], outputs=[save], name=title
-    )
+    return stage("merge", words, after=after, made=made, inputs=[pivot], outputs=[save], name=title)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.rounds import run
 from megatron_infifpo.recipes.ends import StageError, StoppedError
+from megatron_infifpo.rounds import run
 from megatron_infifpo.rounds.run import run_rounds
 from support.round_stages import Killed, StandIn, content
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_infifpo.run import layouts
-from megatron_infifpo.run.schema import Layout
 from megatron_infifpo.run.plan import Layouts
+from megatron_infifpo.run.schema import Layout
 
 TEXT = """\
 output: out

@@ -1,4 +1,4 @@
-"""Stages as processes: skipped where they are done, refused where they are others, killed, resumed."""
+"""Stages as processes: skipped where they are done, refused where they are others, resumed."""
 
 import os
 import signal
@@ -48,7 +48,12 @@ def stage(name: str, *after: str, inputs=(), more=()) -> Stage:
 
 def chain(**more) -> list[Stage]:
     first = stage("first", inputs=("pairs.jsonl",))
-    return [first, stage("left", "first", **more), stage("right", "first"), stage("last", "left", "right")]
+    return [
+        first,
+        stage("left", "first", **more),
+        stage("right", "first"),
+        stage("last", "left", "right"),
+    ]
 
 
 @pytest.fixture
@@ -250,7 +255,11 @@ def test_progress(tmp_path):
 
 
 def test_table():
-    rows = [("a", "done", None, 3725.0), ("longer", "running", 0.25, 187.0), ("b", "waits", None, None)]
+    rows = [
+        ("a", "done", None, 3725.0),
+        ("longer", "running", 0.25, 187.0),
+        ("b", "waits", None, None),
+    ]
     assert table(rows) == [
         "stage   state     progress      time",
         "a       done                 1:02:05",

@@ -16,7 +16,8 @@ from support.launcher import ROOT
 WRONG = {
     "a name that is none": ("pivot: {model", "pivto: {model", [
         "run.yaml:3: pivto is no field, did you mean pivot?"]),
-    "inside of a list": ("lr: 1e-6", "learning: 1e-6", ["run.yaml:9: train[0].learning is no field"]),
+    "inside of a list": ("lr: 1e-6", "learning: 1e-6", [
+        "run.yaml:9: train[0].learning is no field"]),
     "a type": ("epochs: 3", "epochs: three", ["run.yaml:9: train[0].epochs is 'three'"]),
     "a range": ("epochs: 3", "epochs: 0", ["run.yaml:9: train[0].epochs is '0'", "greater than 0"]),
     "a choice": ("precision: fp32", "precision: fp8", ["run.yaml:2: precision is 'fp8'", "bf16"]),
@@ -32,7 +33,8 @@ WRONG = {
         "run.yaml:4: there are weights, but not of pivot, qwen2.5"]),
     "a reserved name": ("name: dpo", "name: logprobs", ["run.yaml:11: logprobs is a name"]),
     "no sources": ("sources:\n", "sourced:\n", ["run.yaml:4: sourced is no field, did you mean"]),
-    "twice": ("output: out", "output: out\noutput: in", ["output is given twice, in lines 1 and 2"]),
+    "twice": ("output: out", "output: out\noutput: in", [
+        "output is given twice, in lines 1 and 2"]),
 }  # fmt: skip
 
 
@@ -60,7 +62,7 @@ def test_all_at_once(folder):
 
 
 def test_values_as_they_are_meant(folder):
-    """YAML 1.1 would take 04:00:00 for seconds, 1e-6 for a text; a template's numbers are numbers."""
+    """YAML 1.1 would take 04:00:00 for seconds, 1e-6 for a text; a template has numbers."""
     with open("run.yaml", "a") as file:
         file.write("cluster: {executor: slurm, ranks: 8, sbatch: {time: 04:00:00, account: 010}}\n")
     run = read_run("run.yaml")

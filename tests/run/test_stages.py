@@ -8,9 +8,9 @@ from megatron_infifpo.commands.fuse import check_words
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.run.layouts import choose_layouts
 from megatron_infifpo.run.names import Names
+from megatron_infifpo.run.plan import Layouts, Plan, sources_yaml
 from megatron_infifpo.run.reading import make_run, read_run
 from megatron_infifpo.run.schema import Layout
-from megatron_infifpo.run.plan import Layouts, Plan, sources_yaml
 from megatron_infifpo.run.stages import stages_of
 from support import tiny
 

@@ -1,14 +1,12 @@
 """The sbatch scripts on a real SLURM: a whole run, preemption, a lost node, a dead array task."""
 
-import os
 import re
-import signal
 
 import pytest
 from safetensors.torch import load_file
 
 from support.launcher import ROOT
-from support.slurm_cluster import NODES, Cluster, wait_until
+from support.slurm_cluster import NODES, Cluster, kill, wait_until
 
 pytestmark = pytest.mark.slurm
 SCRIPTS = ROOT / "examples" / "slurm"

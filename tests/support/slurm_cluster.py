@@ -158,7 +158,7 @@ class Cluster:
 
 
 def kill(*pids: int) -> None:
-    """End processes at once; one may have ended by itself, such as a shell whose child is killed."""
+    """End processes at once; one may have ended by itself, as a shell whose child is killed."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
