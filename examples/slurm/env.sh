@@ -5,6 +5,10 @@
 #   TRAIN='micro_batch_tokens=4096 flags="--recompute-granularity full --recompute-method uniform"'
 #   TRAIN=(micro_batch_tokens=4096 flags="--recompute-granularity full --recompute-method uniform")
 
+# With RUN_FILE=run.yaml, what that file says comes first (docs/one-file.md): nodes, ranks, pivot, method,
+# options of trainings. infifpo fuse makes the same run without these scripts.
+[ -z "${RUN_FILE:-}" ] || eval "$(python -m megatron_infifpo show "$RUN_FILE" --shell)"
+
 # Whom to charge and where to run; sbatch reads these itself. Leave out what your cluster defaults.
 #export SBATCH_ACCOUNT=research SBATCH_PARTITION=h100 SBATCH_QOS=normal
 
