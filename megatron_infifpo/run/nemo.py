@@ -56,7 +56,7 @@ def _local(ranks: int = 1) -> nemo_run.LocalExecutor:
 
 @nemo_run.cli.factory(target=nemo_run.Executor, target_arg="executor", name="infifpo_slurm")
 def _slurm(nodes: int = 1, ranks: int = 8, account: str = "") -> nemo_run.SlurmExecutor:
-    return slurm(nodes, ranks, **({"account": account} if account else {}))
+    return slurm(nodes, ranks, account=account) if account else slurm(nodes, ranks)
 
 
 @nemo_run.cli.entrypoint(namespace="infifpo", type="experiment")

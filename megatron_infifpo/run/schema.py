@@ -11,6 +11,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=80)]
 """Of a model or of a training: it becomes the name of files."""
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Some = Annotated[list[str], Field(min_length=1)]
 Flag = str | bool | int | float | list[str | int | float] | dict[str, Any]
 Flags = dict[str, Flag]
 
@@ -66,7 +67,7 @@ class Source(Model):
 
     name: Name
     """Unique, for files, metrics and reports."""
-    domains: list[str] | None = Field(None, min_length=1)
+    domains: Some | None = None
     """Of the records that it takes part in; without them all."""
     backend: Literal["megatron", "transformers", "vllm"] = "megatron"
     """What scores it."""
@@ -148,7 +149,7 @@ class Training(Part):
     """`pivot`, or the name of an earlier training; without it the first SFT before it."""
     data: Literal["sft", "preference"] | None = None
     """Which records; without it those that the method is meant for."""
-    sources: list[str] | None = Field(None, min_length=1)
+    sources: Some | None = None
     """Names of those that it learns from; without it all."""
     epochs: PositiveInt = 1
     """Passes over the records."""
@@ -177,7 +178,7 @@ class Merge(Part):
 
     name: Name
     """Of the merged model: OUT/NAME-hf."""
-    models: list[str] = Field(min_length=2)
+    models: Annotated[list[str], Field(min_length=2)]
     """Names of trainings."""
     method: str = "sce"
     """A value of `infifpo merge --method`."""
@@ -219,7 +220,7 @@ class Cluster(Part):
     """An image for pyxis."""
     mounts: str | None = None
     """Of the container, separated by commas; without it the working folder."""
-    retries: int = Field(3, ge=0)
+    retries: Annotated[int, Field(ge=0)] = 3
     """How often a job that died is queued again."""
 
 
@@ -242,7 +243,7 @@ class Run(Part):
     data: Data
     sampling: Sampling = Sampling()
     labels: Labels | None = None
-    train: list[Training] = Field(TRAININGS, min_length=1)
+    train: Annotated[list[Training], Field(min_length=1)] = TRAININGS
     """Trainings, in order; the usual ones are the paper's: SFT, then InfiFPO from its result."""
     merge: list[Merge] = []
     evaluation: Evaluation = Evaluation()

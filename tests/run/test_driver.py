@@ -162,7 +162,7 @@ def test_one_driver_at_a_time(run):
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
-        assert holder.stdout.readline() == b"held\n"
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match="output out is in use by"):
             run_stages(run, chain())
     finally:

@@ -58,7 +58,7 @@ def test_commands(folder, plain):
 
 def test_order(folder, plain):
     stages = stages_of(Plan(read_run("run.yaml"), plain))
-    seen = set()
+    seen: set[str] = set()
     for stage in stages:
         assert set(stage.after) <= seen, stage.name
         seen.add(stage.name)
@@ -85,7 +85,7 @@ def test_sources_yaml(folder):
 
 
 def base(**more):
-    given = {"output": "out", "precision": "fp32", "pivot": {"model": "pivot"}}
+    given: dict[str, object] = {"output": "out", "precision": "fp32", "pivot": {"model": "pivot"}}
     given["sources"] = [{"name": "qwen", "model": "qwen"}]
     return make_run(given | {"data": {"pairs": ["pairs.jsonl"]}} | more, "a run")
 

@@ -184,7 +184,7 @@ def free_ports(count: int) -> list[int]:
 
 def output(environment: dict[str, str], *command: str) -> str:
     """Output of a command; what it printed is shown if it fails."""
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     if done.returncode:
         print(done.stdout, done.stderr, file=sys.stderr)
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}")
