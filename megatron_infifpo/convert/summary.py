@@ -49,7 +49,7 @@ def describe(directory: str | Path, iteration: int | None = None) -> dict[str, s
 
 def _flags_of_its_own(args: dict[str, Any]) -> list[str]:
     """Flags that Megatron-LM itself needs beside --use-checkpoint-args, which leaves them out."""
-    if args["extras"]:
+    if args["extras"] or "rope" in args:
         return ["none: Megatron-LM's GPT model lacks this family's layers"]
     flags = [f"--norm-epsilon {args['layernorm_epsilon']!r}"]
     if args["qk_layernorm"]:

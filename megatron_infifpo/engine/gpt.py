@@ -23,7 +23,7 @@ from megatron_infifpo.engine.layer_kind import LayerKind, choose_kind
 from megatron_infifpo.engine.packed import RowRope
 from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.families import FAMILIES
+from megatron_infifpo.families import FAMILIES, rotary
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.ranks import rank_and_size
 
@@ -64,12 +64,17 @@ def model_config(values: Mapping[str, Any], kind: LayerKind) -> GPTModelConfig:
     config.transformer.layer_kind = kind
     family, extras = FAMILIES[values["family"]].layers(), values["extras"]
     family.configure(config, extras)
+    rope = values.get("rope")
+    if rope is not None:
+        rotary.configure(config, [rope])
 
     def block(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         return kind.block(family, config.transformer, vp_stage)
 
     def complete(models: list[GPTModel]) -> list[GPTModel]:
         for model in models:
+            if rope is not None:
+                rotary.set_rope(model, rope)
             family.complete(model, extras)
             if kind.rotates_by_row:
                 model.rotary_pos_emb = RowRope(model.rotary_pos_emb)

@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -26,7 +27,7 @@ from megatron_infifpo.engine.kept import LAYERS, LayerTraits
 from megatron_infifpo.engine.layers import OutputRMSNorm, PackedAttention, RMSNorm
 from megatron_infifpo.engine.packed import row_params, te_params
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.families.common import FamilyLayers
+from megatron_infifpo.families.common import FamilyLayers, LayerParts
 from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.layout import RowLayout
 
@@ -43,7 +44,8 @@ class LayerKind:
         name: its key in `KINDS`, and in `kept.LAYERS`.
         arguments: Megatron arguments that it leaves no choice about.
         layer: specification of a layer, from the configuration.
-        norm: of what is normalised outside of a linear layer: heads, outputs, the last layer.
+        parts: the norm of what is normalised outside of a linear layer (heads, outputs, the last
+            layer), and a linear layer without a norm in it.
         params: from a collated row to what the layers are told of it.
         rotates_by_row: whether `params` has every token's position, else Megatron counts.
     """
@@ -51,7 +53,7 @@ class LayerKind:
     name: str
     arguments: Mapping[str, Any]
     layer: Callable[[TransformerConfig], ModuleSpec]
-    norm: Callable[[], Any]
+    parts: Callable[[], LayerParts]
     params: Callable[[Row], PackedSeqParams]
     rotates_by_row: bool
 
@@ -97,10 +99,10 @@ class LayerKind:
         self, family: FamilyLayers, config: TransformerConfig, vp_stage: int | None
     ) -> TransformerBlockSubmodules:
         """Layers of this pipeline stage, and the norm after the last."""
-        norm = self.norm()
-        layer = family.adapt(self.layer(config), norm)
+        parts = self.parts()
+        layer = family.adapt(self.layer(config), parts)
         count = get_num_layers_to_build(config, vp_stage)
-        return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+        return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=parts.norm)
 
 
 def _local_layer(config: TransformerConfig) -> ModuleSpec:
@@ -129,10 +131,10 @@ def _te_layer(config: TransformerConfig) -> ModuleSpec:
     return layer
 
 
-def _te_norm() -> Any:
-    from megatron.core.extensions.transformer_engine import TENorm
+def _te_parts() -> LayerParts:
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
-    return TENorm
+    return LayerParts(TENorm, TEColumnParallelLinear)
 
 
 _TE: dict[str, Any] = {"transformer_impl": "transformer_engine"}
@@ -149,7 +151,7 @@ _ALL = (
         name="te",
         arguments=_TE,
         layer=_te_layer,
-        norm=_te_norm,
+        parts=_te_parts,
         params=row_params,
         rotates_by_row=True,
     ),
@@ -157,7 +159,7 @@ _ALL = (
         name="te-attention",
         arguments=_TE,
         layer=_te_attention_layer,
-        norm=_te_norm,
+        parts=_te_parts,
         params=te_params,
         rotates_by_row=False,
     ),
@@ -165,7 +167,7 @@ _ALL = (
         name="local",
         arguments=_LOCAL,
         layer=_local_layer,
-        norm=lambda: OutputRMSNorm,
+        parts=lambda: LayerParts(OutputRMSNorm, ColumnParallelLinear),
         params=row_params,
         rotates_by_row=True,
     ),

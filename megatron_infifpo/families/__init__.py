@@ -8,7 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.families import gemma3, llama, mistral, phi3, qwen2, qwen3
+from megatron_infifpo.families import (
+    gemma3,
+    glm4,
+    granite,
+    llama,
+    mistral,
+    mistral3,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from megatron_infifpo.families.common import Family, FamilyLayers
 from megatron_infifpo.families.mapping import WeightMapping
 
@@ -16,8 +28,13 @@ from megatron_infifpo.families.mapping import WeightMapping
 FAMILIES: dict[str, Family] = {
     "gemma3": gemma3.FAMILY,
     "gemma3_text": gemma3.FAMILY,
+    "glm4": glm4.FAMILY,
+    "granite": granite.FAMILY,
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
+    "mistral3": mistral3.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "olmo3": olmo3.FAMILY,
     "phi3": phi3.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,

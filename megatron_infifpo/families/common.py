@@ -2,17 +2,26 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families.mapping import Row
+from megatron_infifpo.families.ropes import LLAMA3_ROPE, canonical
 
-# Megatron hard-codes these of Llama 3's rope scaling; only the factor is an argument.
-LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+# Scalings whose frequencies do not depend on the length of a text.
+SCALED = ("default", "linear", "llama3", "yarn")
+
+
+class LayerParts(NamedTuple):
+    """What layers of a kind are made of.
+
+    Attributes:
+        norm: of heads and of outputs, built with the configuration, a size and eps.
+        column: a column-parallel linear layer without a norm in it.
+    """
+
+    norm: Any
+    column: Any
 
 
 @dataclass(frozen=True)
@@ -20,14 +29,14 @@ class FamilyLayers:
     """Where the layers of a model family differ from GPT layers of any kind; by default nowhere.
 
     Attributes:
-        adapt: changes a layer's `ModuleSpec`, given the norm of the kind of layers.
+        adapt: changes a layer's `ModuleSpec`, given the parts of the kind of layers.
         configure: sets in a `GPTModelConfig` what has no Megatron argument, from `extras`.
         complete: changes a built `GPTModel`, from `extras`.
         embedding_scale: what `complete` makes embeddings be multiplied by, rounded to their dtype,
             from `extras`.
     """
 
-    adapt: Callable[[Any, Any], Any] = lambda layer, norm: layer
+    adapt: Callable[[Any, LayerParts], Any] = lambda layer, parts: layer
     configure: Callable[[Any, Mapping[str, Any]], None] = lambda config, extras: None
     complete: Callable[[Any, Mapping[str, Any]], None] = lambda model, extras: None
     embedding_scale: Callable[[Mapping[str, Any]], float] = lambda extras: 1.0
@@ -67,6 +76,25 @@ def required(config: Mapping[str, Any], field: str) -> Any:
             "take the file from the model's original repository"
         )
     return config[field]
+
+
+def inner_text(config: Mapping[str, Any], model_type: str, architecture: str) -> dict[str, Any]:
+    """Return config.json of the language model inside a model that also reads images.
+
+    Args:
+        config: with a text_config.
+        model_type, architecture: of the language model.
+    """
+    outer = ("eos_token_id", "bos_token_id", "pad_token_id", "torch_dtype", "dtype")
+    text = {name: config[name] for name in outer if name in config} | config["text_config"]
+    return text | {"model_type": model_type, "architectures": [architecture]}
+
+
+def language_name(name: str) -> str | None:
+    """Name of a tensor in a text-only checkpoint, from that in one of a model with images."""
+    if any(part in name for part in ("vision_tower.", "multi_modal_projector.")):
+        return None
+    return name.removeprefix("language_model.").replace("model.language_model.", "model.")
 
 
 def refuse(config: Mapping[str, Any], field: str, *, unless: Sequence[Any], reason: str) -> None:
@@ -127,60 +155,95 @@ def sliding_layers(config: Mapping[str, Any]) -> list[bool]:
 
 
 def rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rope parameters in the form of transformers 5, also from files of transformers 4."""
-    # Where a file has both, rope_scaling is what somebody added, and transformers follows it.
-    parameters = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
-    for name in ("rope_theta", "partial_rotary_factor"):
-        if parameters.get(name) is None:
-            parameters[name] = config.get(name)
-    parameters["rope_theta"] = parameters["rope_theta"] or 10000.0
-    parameters["partial_rotary_factor"] = parameters["partial_rotary_factor"] or 1.0
+    """Rope parameters in the form of transformers 5, also from files of transformers 4.
+
+    Raises:
+        UserError: a file has both forms, and a field in the one that is not followed.
+    """
+    scaling, known = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    # Where a file has both, rope_scaling is what somebody added, and transformers follows it alone.
+    parameters = dict(scaling or known)
+    if scaling and known.get("rope_theta") not in (None, _theta(config, scaling)):
+        raise UserError(
+            "config.json has rope_scaling and rope_parameters, and transformers would leave out "
+            f"rope_theta {known['rope_theta']!r} of the latter: put all of it into rope_parameters"
+        )
+    parameters["rope_theta"] = _theta(config, parameters) or 10000.0
+    if parameters.get("partial_rotary_factor") is None:
+        parameters["partial_rotary_factor"] = config.get("partial_rotary_factor") or 1.0
     parameters["rope_type"] = parameters.get("rope_type") or parameters.get("type") or "default"
+    if config.get("original_max_position_embeddings") is not None:
+        # transformers follows it wherever it stands beside the rope's own.
+        parameters["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     return parameters
 
 
+def _theta(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> Any:
+    found = parameters.get("rope_theta")
+    return config.get("rope_theta") if found is None else found
+
+
 def rope_args(
-    config: Mapping[str, Any], *, types: Sequence[str] = ("default",), partial: bool = False
+    config: Mapping[str, Any],
+    *,
+    types: Sequence[str] = SCALED,
+    partial: bool = False,
+    megatrons: bool = True,
 ) -> dict[str, Any]:
     """Megatron arguments of the rotary embedding.
 
     Args:
-        types: rope types that the family may have: default, llama3.
+        types: rope types that the family may have.
         partial: the family may rotate only a part of each head.
+        megatrons: by Megatron's arguments alone, where that is possible.
+
+    Returns:
+        With an entry `rope` where Megatron has no arguments for it: see `families/ropes.py`.
 
     Raises:
-        UserError: a rope that Megatron's GPTModel would compute otherwise.
+        UserError: a rope that the family does not have.
     """
     parameters = rope(config)
     kind, percent = parameters["rope_type"], parameters["partial_rotary_factor"]
-    refuse(
-        parameters,
-        "rope_type",
-        unless=types,
-        reason="longrope needs factors per frequency and a switch at run time, and Megatron's "
-        "GPTModel has neither"
-        if kind in ("longrope", "su")
-        else "Megatron's rotary embedding would compute other angles",
-    )
-    if kind == "llama3":
-        for field, value in LLAMA3_ROPE.items():
-            refuse(parameters, field, unless=[value], reason="Megatron hard-codes this value")
+    refuse(parameters, "rope_type", unless=types, reason=_other_rope(kind))
     if not partial and percent != 1.0:
         raise UserError(
             f"config.json: partial_rotary_factor is {percent}, expected 1.0: "
             f"{config['model_type']} models rotate whole heads"
         )
+    if kind == "default":
+        parameters.pop("original_max_position_embeddings", None)
+    heads = required(config, "num_attention_heads")
+    head = config.get("head_dim") or required(config, "hidden_size") // heads
+    own = canonical(
+        parameters,
+        context=required(config, "max_position_embeddings"),
+        rotated=int(head * float(percent)),
+    )
+    # Megatron hard-codes all but the factor.
+    as_megatron = (
+        megatrons and kind == "llama3" and all(own[k] == v for k, v in LLAMA3_ROPE.items())
+    )
     theta = parameters["rope_theta"]
-    return {
+    args = {
         "position_embedding_type": "rope",
         "use_rotary_position_embeddings": True,
         "add_position_embedding": True,
         # Megatron's flag is an integer; a fraction would be one only in a broken file.
         "rotary_base": int(theta) if theta == int(theta) else theta,
         "rotary_percent": float(percent),
-        "use_rope_scaling": kind == "llama3",
-        "rope_scaling_factor": float(required(parameters, "factor")) if kind == "llama3" else 8.0,
+        "use_rope_scaling": as_megatron,
+        "rope_scaling_factor": own["factor"] if as_megatron else 8.0,
     }
+    return args if kind == "default" or as_megatron else args | {"rope": own}
+
+
+def _other_rope(kind: str) -> str:
+    if kind == "dynamic":
+        return "its angles would depend on the longest text of a row"
+    if kind in ("longrope", "su"):
+        return "this family has no factors per frequency"
+    return "Megatron's rotary embedding would compute other angles"
 
 
 def dense_args(config: Mapping[str, Any], activations: Sequence[str] = ("silu", "swish")) -> dict:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_infifpo.families.common import Family, dense_args, refuse, rope_args
-from megatron_infifpo.families.mapping import Row
+from megatron_infifpo.families.mapping import OUTPUT_LAYER, Row
 from megatron_infifpo.families.transforms import GATE_UP, QKV
 
 
@@ -12,7 +12,7 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron arguments of a `llama` config.json."""
     for field in ("attention_bias", "mlp_bias"):
         refuse(config, field, unless=[False, None], reason="biased projections are not supported")
-    return dense_args(config) | rope_args(config, types=("default", "llama3"))
+    return dense_args(config) | rope_args(config)
 
 
 ROWS = (
@@ -54,7 +54,12 @@ ROWS = (
         ("hidden", "ffn"),
     ),
     Row("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",)),
-    Row("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden")),
+    Row(
+        OUTPUT_LAYER,
+        ("lm_head.weight",),
+        ("vocab", "hidden"),
+        needs="untie_embeddings_and_output_weights",
+    ),
 )
 
 FAMILY = Family(

@@ -23,12 +23,14 @@ class Row:
         hf_names: names in the Hugging Face folder, `{}` standing for the layer.
         shape: names of `Dims` sizes, for one layer.
         transform: the layout that joins them.
+        needs: a Megatron argument that is false in models without this tensor.
     """
 
     key: str
     hf_names: tuple[str, ...]
     shape: tuple[str, ...]
     transform: Transform = IDENTITY
+    needs: str | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -76,8 +78,7 @@ class WeightMapping:
 
         A model that ties its output layer to the embedding has no row for the output layer.
         """
-        untied = args["untie_embeddings_and_output_weights"]
-        self.rows = {row.key: row for row in rows if untied or row.key != OUTPUT_LAYER}
+        self.rows = {row.key: row for row in rows if row.needs is None or args[row.needs]}
         self.dims = Dims.from_args(args)
         self.num_layers: int = args["num_layers"]
 

@@ -33,6 +33,7 @@ ROWS = (
         ),
         ("qkv",),
         QKV,
+        needs="add_qkv_bias",
     ),
 )
 
@@ -61,5 +62,12 @@ TINY: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "max_window_layers": 2,
     },
-}
+    "qwen2-yarn": {
+        "model_type": "qwen2",
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
+}  # fmt: skip
 FAMILY = Family(megatron_args, ROWS, TINY, PUBLISHED)

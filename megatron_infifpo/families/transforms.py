@@ -30,6 +30,11 @@ class Dims:
         return self.heads * self.head_dim
 
     @property
+    def keys(self) -> int:
+        """Width of all key heads."""
+        return self.groups * self.head_dim
+
+    @property
     def qkv(self) -> int:
         """Rows of Megatron's linear_qkv: all query, key and value heads."""
         return (self.heads + 2 * self.groups) * self.head_dim

@@ -14,6 +14,8 @@ from megatron_infifpo.families import llama
 from megatron_infifpo.families.common import (
     Family,
     dense_args,
+    inner_text,
+    language_name,
     refuse,
     sliding_layers,
     window_args,
@@ -42,10 +44,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `gemma3_text` config.json of any Gemma 3 config.json."""
     if "text_config" not in config:
         return dict(config)
-    outer = ("eos_token_id", "bos_token_id", "pad_token_id", "torch_dtype", "dtype")
-    text = {name: config[name] for name in outer if name in config} | config["text_config"]
-    text |= {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
-    return _complete(text)
+    return _complete(inner_text(config, "gemma3_text", "Gemma3ForCausalLM"))
 
 
 def _complete(text: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,14 +105,6 @@ def _ropes(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return local, whole
 
 
-def hf_name(name: str) -> str | None:
-    """Name of a tensor in a text-only checkpoint, from that in any Gemma 3 checkpoint."""
-    if any(part in name for part in ("vision_tower.", "multi_modal_projector.")):
-        return None
-    name = name.removeprefix("language_model.").replace("model.language_model.", "model.")
-    return name
-
-
 def _norm(key: str, name: str) -> Row:
     return Row(f"decoder.layers.{key}", (f"model.layers.{{}}.{name}.weight",), ("hidden",))
 
@@ -166,4 +157,4 @@ TINY: dict[str, dict[str, Any]] = {
         },
     },
 }
-FAMILY = Family(megatron_args, ROWS, TINY, PUBLISHED, text_config, hf_name, _layers)
+FAMILY = Family(megatron_args, ROWS, TINY, PUBLISHED, text_config, language_name, _layers)
