@@ -77,8 +77,9 @@ def layer_logprobs(
     return both[0], both[1], layer
 
 
-def _target_logprobs(hidden: Tensor, head: Tensor, text: np.ndarray) -> Tensor:
-    logprobs = (hidden[:-1] @ head.t()).float().log_softmax(-1)
+def _at_targets(logits: Tensor, text: np.ndarray) -> Tensor:
+    """Log-probs of all tokens but the first."""
+    logprobs = logits[:-1].float().log_softmax(-1)
     return logprobs.gather(1, torch.from_numpy(text[1:]).long()[:, None]).squeeze(1)
 
 
@@ -113,12 +114,19 @@ class _HfLayers:
         return self.models[kind]
 
     def embed(self, ids: list[np.ndarray]) -> list[Tensor]:
-        embedding, table = self._model(0).get_input_embeddings(), self._weight(_EMBEDDING)
-        states = []
-        for text in ids:  # transformers scales embeddings where a model does
+        model, table = self._model(0), self._weight(_EMBEDDING)
+        states: list[Tensor] = []
+
+        def keep(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            states.append(inputs[0][0])
+
+        # What enters the first layer: transformers scales embeddings where a model does.
+        hook = model.model.layers[0].register_forward_pre_hook(keep)
+        for text in ids:
             rows = table[torch.from_numpy(text).long()].to(self.dtype)
-            embedding.weight = torch.nn.Parameter(rows)
-            states.append(embedding(torch.arange(len(text))))
+            model.get_input_embeddings().weight = torch.nn.Parameter(rows)
+            model.model(torch.arange(len(text))[None], use_cache=False)
+        hook.remove()
         return states
 
     def _weight(self, key: str) -> Tensor:
@@ -134,16 +142,35 @@ class _HfLayers:
             if name.startswith(prefix)
         }
         model.model.layers[0].load_state_dict(state)
-        return [
-            model.model(inputs_embeds=hidden[None], use_cache=False).last_hidden_state[0]
-            for hidden in states
-        ]
+
+        def enter(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return hidden[None], *inputs[1:]
+
+        hook = model.model.layers[0].register_forward_pre_hook(enter)
+        outputs = []
+        for hidden in states:
+            found = model.model(inputs_embeds=hidden[None], use_cache=False)
+            outputs.append(found.last_hidden_state[0])
+        hook.remove()
+        return outputs
 
     def logprobs(self, states: list[Tensor], ids: list[np.ndarray]) -> list[Tensor]:
-        norm = self._model(0).final_norm
-        norm.load_state_dict({"weight": self._weight(_FINAL_NORM).to(self.dtype)})
+        model = self._model(0)
+        model.model.norm = model.final_norm
+        model.model.norm.load_state_dict({"weight": self._weight(_FINAL_NORM).to(self.dtype)})
         head = self._weight(_head_key(self.mapping)).to(self.dtype)
-        return [_target_logprobs(norm(h), head, t) for h, t in zip(states, ids, strict=True)]
+        model.get_output_embeddings().weight = torch.nn.Parameter(head)
+
+        def leave(*_: Any) -> Tensor:
+            return hidden[None]
+
+        # What leaves the last layer: the model's own head follows, with whatever it does to logits.
+        model.model.layers[0].register_forward_hook(leave)
+        found = []
+        for hidden, text in zip(states, ids, strict=True):
+            logits = model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+            found.append(_at_targets(logits, text))
+        return found
 
 
 class _MegatronLayers:
@@ -223,7 +250,7 @@ class _MegatronLayers:
         head = read_entry(self.checkpoint, entry).to(self.dtype)
         device = torch.cuda.current_device()
         normed = [norm(hidden.to(device)).cpu() for hidden in states]
-        return [_target_logprobs(h, head, t) for h, t in zip(normed, ids, strict=True)]
+        return [_at_targets(h @ head.t(), t) for h, t in zip(normed, ids, strict=True)]
 
 
 def _hidden_states(*, hidden_states: Tensor, **_: Mapping[str, Any]) -> Tensor:

@@ -99,11 +99,13 @@ def test_verify_at_a_parallel_layout(ranks, models):
     assert sum("equal within" in log for log in ranks.logs) == 1
 
 
-@pytest.mark.parametrize(
-    "family, tp", [("gemma3", 1), ("gemma3", 2), ("qwen2-window", 1), ("llama-tied", 2)]
-)
+BY_LAYERS = [("gemma3", 1), ("gemma3", 2), ("qwen2-window", 1), ("llama-tied", 2)]
+BY_LAYERS += [("granite", 1), ("olmo3", 2), ("glm4", 1), ("phi3-longrope", 1)]
+
+
+@pytest.mark.parametrize("family, tp", BY_LAYERS)
 def test_verify_by_layers(ranks, models, family, tp):
-    """One layer in memory: local and global layers, a window on some, tied and untied heads."""
+    """One layer in memory: local and global layers, a window on some, tied heads, multipliers."""
     hf, megatron = models(family)
     flags = ["--hf", str(hf), "--load", str(megatron), "--by-layers", "--tolerance", "1e-4"]
     flags += ["--tensor-model-parallel-size", str(tp)]

@@ -66,12 +66,16 @@ def expected(data, hf) -> tuple[float, float]:
     return total / count, norm / count
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3", "mistral-window"])
+FAMILIES = ["llama", "gemma3", "qwen3", "mistral-window", "granite", "olmo2", "olmo3", "glm4"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradients(setup, ranks, pivots, data, family):
-    """Norms of heads, norms after layers, windows, two ropes: loss and gradient at every layout."""
+    """Norms of heads or of all of them, norms after layers, windows, ropes, multipliers."""
     hf, pivot = pivots(family)
     loss, norm = expected(data, hf)
     layouts = ["tp1", "tp2", "tp2-sp", "pp2"] if family != "llama" else ["tp1"]
+    layouts += ["cp2"] if family == "olmo3" else []
     for layout in layouts:
         world, more = LAYOUTS[layout]
         got = ranks(world, "support.training:train", flags(setup, data, pivot, *more))
