@@ -172,9 +172,17 @@ def verify(job: VerificationJob) -> Verification:
     Raises:
         UserError: unusable folders, layout or texts.
     """
-    _check_same_model(job.hf, job.load)
+    context = _check_same_model(job.hf, job.load)["max_position_embeddings"]
     tokenizer = load_tokenizer(job.hf)
-    ids = _tokenize(tokenizer, TEXTS if job.texts is None else _read_texts(job.texts))
+    if job.texts is None:
+        ids = [tokens[:context] for tokens in _tokenize(tokenizer, TEXTS)]
+    else:
+        ids = _tokenize(tokenizer, _read_texts(job.texts))
+        if (longest := max(map(len, ids))) > context:
+            raise UserError(
+                f"--texts {job.texts} has a text of {longest} tokens, but the model is made for "
+                f"{context} (max_position_embeddings, or what its rope is made for)"
+            )
     found = _by_layers(job, ids) if job.by_layers else _whole(job, ids)
     failed, result = False, Verification(True)
     if found is not None:
@@ -195,15 +203,20 @@ def verify(job: VerificationJob) -> Verification:
     return replace(result, passed=not verdict.item())
 
 
-def _check_same_model(hf_dir: str, load_dir: str) -> None:
-    """Refuse to compare models of other sizes: half of them may well be equal."""
+def _check_same_model(hf_dir: str, load_dir: str) -> dict[str, Any]:
+    """Refuse to compare models of other sizes: half of them may well be equal.
+
+    Returns:
+        Megatron arguments of both.
+    """
     ours, theirs = (megatron_args(read_hf_config(folder)) for folder in (load_dir, hf_dir))
-    for name, value in theirs.items():
-        if ours.get(name) != value:
+    for name in {**theirs, **ours}:
+        if ours.get(name) != theirs.get(name):
             raise UserError(
                 f"{load_dir} is another model than {hf_dir}: its {name} is {ours.get(name)!r}, "
-                f"expected {value!r}"
+                f"expected {theirs.get(name)!r}"
             )
+    return ours
 
 
 def _whole(

@@ -11,12 +11,18 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from megatron_infifpo.convert.hf_folder import open_files, some
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.families import FAMILIES
 from megatron_infifpo.families.architecture import read_hf_config
 from megatron_infifpo.ranks import rank
 
@@ -43,7 +49,11 @@ def load_causal_lm(
         UserError: no such model, a tensor that is missing, unknown or of another shape, or a
             package that is not installed.
     """
-    return _load(AutoModelForCausalLM, _CAUSAL, directory, dtype, trust_remote_code, placement)
+    kind = check_folder(directory).get("model_type")
+    # Those that also read images, of families that are known to be causal where there are none.
+    images = kind in FAMILIES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto = AutoModelForImageTextToText if images else AutoModelForCausalLM
+    return _load(auto, _CAUSAL, directory, dtype, trust_remote_code, placement)
 
 
 def load_classifier(
@@ -267,8 +277,11 @@ def _needed(unknown: Sequence[str], model: Any, config: Mapping[str, Any]) -> li
 def _check_tied(directory: str | Path, model: Any) -> None:
     """Refuse an output layer of its own where config.json ties it to the embedding.
 
-    transformers 5 takes both as they are, older ones and other programs take the embedding.
+    transformers 5 takes both as they are, older ones and other programs take the embedding. Of a
+    model that also reads images the language model's word counts: the outer one is a default.
     """
+    if not model.config.get_text_config().tie_word_embeddings:
+        return
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     for name in sorted(tied.keys() - model.all_tied_weights_keys.keys()):
         raise UserError(

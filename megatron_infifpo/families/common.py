@@ -5,11 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.families.fields import refuse, required
 from megatron_infifpo.families.mapping import Row
-from megatron_infifpo.families.ropes import LLAMA3_ROPE, canonical
-
-# Scalings whose frequencies do not depend on the length of a text.
-SCALED = ("default", "linear", "llama3", "yarn")
 
 
 class LayerParts(NamedTuple):
@@ -68,16 +65,6 @@ class Family:
     layers: Callable[[], FamilyLayers] = FamilyLayers
 
 
-def required(config: Mapping[str, Any], field: str) -> Any:
-    """Return a field that `config.json` must have."""
-    if config.get(field) is None:
-        raise UserError(
-            f"config.json of this {config.get('model_type')} model has no {field}: "
-            "take the file from the model's original repository"
-        )
-    return config[field]
-
-
 def inner_text(config: Mapping[str, Any], model_type: str, architecture: str) -> dict[str, Any]:
     """Return config.json of the language model inside a model that also reads images.
 
@@ -95,15 +82,6 @@ def language_name(name: str) -> str | None:
     if any(part in name for part in ("vision_tower.", "multi_modal_projector.")):
         return None
     return name.removeprefix("language_model.").replace("model.language_model.", "model.")
-
-
-def refuse(config: Mapping[str, Any], field: str, *, unless: Sequence[Any], reason: str) -> None:
-    """Raise UserError if a field has another value than these."""
-    if config.get(field) not in unless:
-        expected = " or ".join(repr(value) for value in unless if value is not None) or "none"
-        raise UserError(
-            f"config.json: {field} is {config.get(field)!r}, expected {expected}: {reason}"
-        )
 
 
 def window_args(config: Mapping[str, Any], layers: Sequence[bool] | None = None) -> dict[str, Any]:
@@ -152,98 +130,6 @@ def sliding_layers(config: Mapping[str, Any]) -> list[bool]:
                 "full_attention: Megatron has no other kind"
             )
     return [kind == "sliding_attention" for kind in kinds]
-
-
-def rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rope parameters in the form of transformers 5, also from files of transformers 4.
-
-    Raises:
-        UserError: a file has both forms, and a field in the one that is not followed.
-    """
-    scaling, known = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    # Where a file has both, rope_scaling is what somebody added, and transformers follows it alone.
-    parameters = dict(scaling or known)
-    if scaling and known.get("rope_theta") not in (None, _theta(config, scaling)):
-        raise UserError(
-            "config.json has rope_scaling and rope_parameters, and transformers would leave out "
-            f"rope_theta {known['rope_theta']!r} of the latter: put all of it into rope_parameters"
-        )
-    parameters["rope_theta"] = _theta(config, parameters) or 10000.0
-    if parameters.get("partial_rotary_factor") is None:
-        parameters["partial_rotary_factor"] = config.get("partial_rotary_factor") or 1.0
-    parameters["rope_type"] = parameters.get("rope_type") or parameters.get("type") or "default"
-    if config.get("original_max_position_embeddings") is not None:
-        # transformers follows it wherever it stands beside the rope's own.
-        parameters["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-    return parameters
-
-
-def _theta(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> Any:
-    found = parameters.get("rope_theta")
-    return config.get("rope_theta") if found is None else found
-
-
-def rope_args(
-    config: Mapping[str, Any],
-    *,
-    types: Sequence[str] = SCALED,
-    partial: bool = False,
-    megatrons: bool = True,
-) -> dict[str, Any]:
-    """Megatron arguments of the rotary embedding.
-
-    Args:
-        types: rope types that the family may have.
-        partial: the family may rotate only a part of each head.
-        megatrons: by Megatron's arguments alone, where that is possible.
-
-    Returns:
-        With an entry `rope` where Megatron has no arguments for it: see `families/ropes.py`.
-
-    Raises:
-        UserError: a rope that the family does not have.
-    """
-    parameters = rope(config)
-    kind, percent = parameters["rope_type"], parameters["partial_rotary_factor"]
-    refuse(parameters, "rope_type", unless=types, reason=_other_rope(kind))
-    if not partial and percent != 1.0:
-        raise UserError(
-            f"config.json: partial_rotary_factor is {percent}, expected 1.0: "
-            f"{config['model_type']} models rotate whole heads"
-        )
-    if kind == "default":
-        parameters.pop("original_max_position_embeddings", None)
-    heads = required(config, "num_attention_heads")
-    head = config.get("head_dim") or required(config, "hidden_size") // heads
-    own = canonical(
-        parameters,
-        context=required(config, "max_position_embeddings"),
-        rotated=int(head * float(percent)),
-    )
-    # Megatron hard-codes all but the factor.
-    as_megatron = (
-        megatrons and kind == "llama3" and all(own[k] == v for k, v in LLAMA3_ROPE.items())
-    )
-    theta = parameters["rope_theta"]
-    args = {
-        "position_embedding_type": "rope",
-        "use_rotary_position_embeddings": True,
-        "add_position_embedding": True,
-        # Megatron's flag is an integer; a fraction would be one only in a broken file.
-        "rotary_base": int(theta) if theta == int(theta) else theta,
-        "rotary_percent": float(percent),
-        "use_rope_scaling": as_megatron,
-        "rope_scaling_factor": own["factor"] if as_megatron else 8.0,
-    }
-    return args if kind == "default" or as_megatron else args | {"rope": own}
-
-
-def _other_rope(kind: str) -> str:
-    if kind == "dynamic":
-        return "its angles would depend on the longest text of a row"
-    if kind in ("longrope", "su"):
-        return "this family has no factors per frequency"
-    return "Megatron's rotary embedding would compute other angles"
 
 
 def dense_args(config: Mapping[str, Any], activations: Sequence[str] = ("silu", "swish")) -> dict:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_infifpo.families import phi3, qwen2
-from megatron_infifpo.families.common import Family, FamilyLayers, dense_args, rope_args
+from megatron_infifpo.families.common import Family, FamilyLayers, dense_args
 from megatron_infifpo.families.mapping import Row
+from megatron_infifpo.families.ropes import rope_args
 from megatron_infifpo.families.transforms import QKV
 
 # Defaults of transformers.

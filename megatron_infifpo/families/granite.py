@@ -7,7 +7,9 @@ import torch
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import llama
-from megatron_infifpo.families.common import Family, FamilyLayers, dense_args, refuse, rope_args
+from megatron_infifpo.families.common import Family, FamilyLayers, dense_args
+from megatron_infifpo.families.fields import refuse
+from megatron_infifpo.families.ropes import rope_args
 
 # Of transformers, which changes nothing where a file leaves them out, attention's products too.
 _NUMBERS = dict.fromkeys(

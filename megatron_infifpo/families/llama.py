@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_infifpo.families.common import Family, dense_args, refuse, rope_args
+from megatron_infifpo.families.common import Family, dense_args
+from megatron_infifpo.families.fields import refuse
 from megatron_infifpo.families.mapping import OUTPUT_LAYER, Row
+from megatron_infifpo.families.ropes import rope_args
 from megatron_infifpo.families.transforms import GATE_UP, QKV
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_infifpo.families import llama
-from megatron_infifpo.families.common import Family, dense_args, rope_args, window_args
+from megatron_infifpo.families.common import Family, dense_args, window_args
+from megatron_infifpo.families.ropes import rope_args
 
 
 def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_infifpo.families import llama, mistral
-from megatron_infifpo.families.common import Family, inner_text, language_name, refuse
+from megatron_infifpo.families.common import Family, inner_text, language_name
+from megatron_infifpo.families.fields import refuse
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from typing import Any
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import olmo2
-from megatron_infifpo.families.common import Family, refuse, rope_args, sliding_layers, window_args
-from megatron_infifpo.families.ropes import plain
+from megatron_infifpo.families.common import Family, sliding_layers, window_args
+from megatron_infifpo.families.fields import refuse
+from megatron_infifpo.families.ropes import plain, rope_args
 
 _THETA = 500_000.0  # transformers' default
 

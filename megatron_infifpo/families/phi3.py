@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_infifpo.families import llama
-from megatron_infifpo.families.common import Family, dense_args, rope, rope_args, window_args
+from megatron_infifpo.families.common import Family, dense_args, window_args
 from megatron_infifpo.families.mapping import Row
+from megatron_infifpo.families.ropes import rope, rope_args
 from megatron_infifpo.families.transforms import FUSED_QKV
 
 

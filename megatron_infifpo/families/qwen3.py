@@ -4,15 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_infifpo.families import llama
-from megatron_infifpo.families.common import (
-    Family,
-    dense_args,
-    refuse,
-    rope_args,
-    window_args,
-    windowed_layers,
-)
+from megatron_infifpo.families.common import Family, dense_args, window_args, windowed_layers
+from megatron_infifpo.families.fields import refuse
 from megatron_infifpo.families.mapping import Row
+from megatron_infifpo.families.ropes import rope_args
 
 
 def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,18 @@
-"""Frequencies of rotary embeddings, as transformers computes them, from canonical parameters.
+"""Rotary embeddings: from config.json to Megatron's arguments, or to frequencies of transformers.
 
 A rope is a dictionary of plain values: `rope_type`, `rope_theta`, `attention_factor` (what cosines
-and sines are multiplied by), and what its type needs. `canonical` makes it of a config.json.
+and sines are multiplied by), and what its type needs.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.families.fields import refuse, required
 
 # Megatron hard-codes these of Llama 3's rope scaling; only the factor is an argument.
 LLAMA3_ROPE = {
@@ -19,6 +20,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# Scalings whose frequencies do not depend on the length of a text.
+SCALED = ("default", "linear", "llama3", "yarn")
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
 _KNOWN = {
     "default": (),
@@ -34,6 +37,98 @@ _KNOWN = {
     ),
 }  # fmt: skip
 _OF_ALL = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
+def rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rope parameters in the form of transformers 5, also from files of transformers 4.
+
+    Raises:
+        UserError: a file has both forms, and a field in the one that is not followed.
+    """
+    scaling, known = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    # Where a file has both, rope_scaling is what somebody added, and transformers follows it alone.
+    parameters = dict(scaling or known)
+    if scaling and known.get("rope_theta") not in (None, _theta(config, scaling)):
+        raise UserError(
+            "config.json has rope_scaling and rope_parameters, and transformers would leave out "
+            f"rope_theta {known['rope_theta']!r} of the latter: put all of it into rope_parameters"
+        )
+    parameters["rope_theta"] = _theta(config, parameters) or 10000.0
+    if parameters.get("partial_rotary_factor") is None:
+        parameters["partial_rotary_factor"] = config.get("partial_rotary_factor") or 1.0
+    parameters["rope_type"] = parameters.get("rope_type") or parameters.get("type") or "default"
+    if config.get("original_max_position_embeddings") is not None:
+        # transformers follows it wherever it stands beside the rope's own.
+        parameters["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+    return parameters
+
+
+def _theta(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> Any:
+    found = parameters.get("rope_theta")
+    return config.get("rope_theta") if found is None else found
+
+
+def rope_args(
+    config: Mapping[str, Any],
+    *,
+    types: Sequence[str] = SCALED,
+    partial: bool = False,
+    megatrons: bool = True,
+) -> dict[str, Any]:
+    """Megatron arguments of the rotary embedding.
+
+    Args:
+        types: rope types that the family may have.
+        partial: the family may rotate only a part of each head.
+        megatrons: by Megatron's arguments alone, where that is possible.
+
+    Returns:
+        With an entry `rope` where Megatron has no arguments for it: see `families/ropes.py`.
+
+    Raises:
+        UserError: a rope that the family does not have.
+    """
+    parameters = rope(config)
+    kind, percent = parameters["rope_type"], parameters["partial_rotary_factor"]
+    refuse(parameters, "rope_type", unless=types, reason=_other_rope(kind))
+    if not partial and percent != 1.0:
+        raise UserError(
+            f"config.json: partial_rotary_factor is {percent}, expected 1.0: "
+            f"{config['model_type']} models rotate whole heads"
+        )
+    if kind == "default":
+        parameters.pop("original_max_position_embeddings", None)
+    heads = required(config, "num_attention_heads")
+    head = config.get("head_dim") or required(config, "hidden_size") // heads
+    own = canonical(
+        parameters,
+        context=required(config, "max_position_embeddings"),
+        rotated=int(head * float(percent)),
+    )
+    # Megatron hard-codes all but the factor.
+    as_megatron = (
+        megatrons and kind == "llama3" and all(own[k] == v for k, v in LLAMA3_ROPE.items())
+    )
+    theta = parameters["rope_theta"]
+    args = {
+        "position_embedding_type": "rope",
+        "use_rotary_position_embeddings": True,
+        "add_position_embedding": True,
+        # Megatron's flag is an integer; a fraction would be one only in a broken file.
+        "rotary_base": int(theta) if theta == int(theta) else theta,
+        "rotary_percent": float(percent),
+        "use_rope_scaling": as_megatron,
+        "rope_scaling_factor": own["factor"] if as_megatron else 8.0,
+    }
+    return args if kind == "default" or as_megatron else args | {"rope": own}
+
+
+def _other_rope(kind: str) -> str:
+    if kind == "dynamic":
+        return "its angles would depend on the longest text of a row"
+    if kind in ("longrope", "su"):
+        return "this family has no factors per frequency"
+    return "Megatron's rotary embedding would compute other angles"
 
 
 def plain(theta: float) -> dict[str, Any]:

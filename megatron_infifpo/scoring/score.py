@@ -12,6 +12,7 @@ import transformers
 from megatron_infifpo import __version__
 from megatron_infifpo.convert.fingerprint import weights_fingerprint
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.families import megatron_args
 from megatron_infifpo.families.architecture import read_hf_config
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.ranks import rank
@@ -124,7 +125,8 @@ def _device() -> str:
 def _limits(job: ScoringJob) -> Limits:
     """Read the model's context from its config.json, and check the flags against it."""
     config = read_hf_config(job.model)
-    context = config.get("text_config", config).get("max_position_embeddings")
+    text = megatron_args(config) if job.backend == "megatron" else config.get("text_config", config)
+    context = text.get("max_position_embeddings")
     spare = BACKENDS[job.backend].spare
     most = None if context is None else int(context) - spare
     length = job.context_length or most

@@ -125,14 +125,14 @@ def test_head_of_a_tied_model(tmp_path):
     [
         (
             {"model_type": "gpt2"},
-            "model_type is 'gpt2', expected one of gemma3, gemma3_text, llama",
+            "model_type is 'gpt2', expected one of gemma3, gemma3_text, glm4",
         ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
         ({"quantization": {"bits": 4}}, "config.json has a quantization: quantized weights"),
         ({"hidden_size": None}, "no hidden_size"),
         ({"hidden_act": None}, "hidden_act is None"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type is 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope_type is 'dynamic'"),
         (
             {"use_sliding_window": True, "layer_types": ["full_attention"] * 3},
             "layer_types has 3 entries for 4 layers",

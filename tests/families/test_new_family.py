@@ -15,8 +15,10 @@ from megatron_infifpo.convert.hf_export import export_checkpoint
 from megatron_infifpo.convert.hf_import import import_checkpoint
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import FAMILIES, llama, megatron_args, one_layer, weight_mapping
-from megatron_infifpo.families.common import Family, dense_args, refuse, rope_args
+from megatron_infifpo.families.common import Family, dense_args
+from megatron_infifpo.families.fields import refuse
 from megatron_infifpo.families.mapping import Row
+from megatron_infifpo.families.ropes import rope_args
 from megatron_infifpo.families.transforms import Dims, Transform
 from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint
 

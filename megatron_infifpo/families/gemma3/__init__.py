@@ -16,10 +16,10 @@ from megatron_infifpo.families.common import (
     dense_args,
     inner_text,
     language_name,
-    refuse,
     sliding_layers,
     window_args,
 )
+from megatron_infifpo.families.fields import refuse
 from megatron_infifpo.families.mapping import Row
 
 # Defaults of transformers, which published files leave out.
