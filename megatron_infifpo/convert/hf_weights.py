@@ -8,11 +8,14 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
+from megatron_infifpo.convert.block_fp8 import open_scored
 from megatron_infifpo.convert.hf_folder import check_weights, open_hf
 from megatron_infifpo.families.mapping import WeightMapping
 
 
-def load_into_model(models: Sequence[torch.nn.Module], hf_dir: str | Path) -> None:
+def load_into_model(
+    models: Sequence[torch.nn.Module], hf_dir: str | Path, *, scored: bool = False
+) -> None:
     """Copy Hugging Face weights into this rank's model chunks, in place.
 
     Works at any tensor, pipeline and virtual pipeline layout: Megatron itself says which part of
@@ -22,11 +25,12 @@ def load_into_model(models: Sequence[torch.nn.Module], hf_dir: str | Path) -> No
     Args:
         models: GPTModel chunks of this rank, one a virtual pipeline stage.
         hf_dir: config.json and safetensors.
+        scored: for scoring alone, where weights may be in FP8 with scales of blocks.
 
     Raises:
         UserError: an unsupported model, or tensors that do not fit config.json.
     """
-    weights, mapping, _ = open_hf(hf_dir)
+    weights, mapping = open_scored(hf_dir) if scored else open_hf(hf_dir)[:2]
     check_weights(weights, mapping)
 
     def read(key: str, layer: int | None) -> Tensor:

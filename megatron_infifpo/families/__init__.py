@@ -75,8 +75,8 @@ def family(hf_config: Mapping[str, Any]) -> Family:
         method = (known and quantization.get("quant_method")) or "an unknown method"
         raise UserError(
             f"config.json has a quantization_config ({method}): quantized weights are not "
-            "supported by Megatron: use the original checkpoint, dequantize it first, or score it "
-            "with --backend transformers"
+            "supported in a pivot, so take the original checkpoint; a source's may be: score it "
+            "with --backend transformers, or with megatron if it is FP8 with a weight_block_size"
         )
     return FAMILIES[model_type]
 

@@ -12,6 +12,7 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
+from megatron_infifpo.convert.block_fp8 import scored_config  # noqa: E402
 from megatron_infifpo.convert.hf_weights import load_into_model  # noqa: E402
 from megatron_infifpo.engine.gpt import build_model  # noqa: E402
 from megatron_infifpo.engine.layer_kind import LayerKind  # noqa: E402
@@ -23,7 +24,6 @@ from megatron_infifpo.families import (  # noqa: E402
     check_tensor_parallel,
     megatron_args,
 )
-from megatron_infifpo.families.architecture import read_hf_config  # noqa: E402
 from megatron_infifpo.rows import Row  # noqa: E402
 from megatron_infifpo.storage.checkpoints import find_checkpoint  # noqa: E402
 from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint  # noqa: E402
@@ -65,7 +65,7 @@ class MegatronBackend:
         Raises:
             UserError: an unknown architecture, an illegal layout, or unreadable weights.
         """
-        architecture = megatron_args(read_hf_config(directory))
+        architecture = megatron_args(scored_config(directory))
         check_tensor_parallel(architecture, tensor_parallel)
         check_pipeline_parallel(architecture, pipeline_parallel)
         layout = ModelLayout(
@@ -73,7 +73,7 @@ class MegatronBackend:
         )
         self.models = build_model(architecture, layout)
         if (Path(directory) / "config.json").is_file():
-            load_into_model(self.models, directory)
+            load_into_model(self.models, directory, scored=True)
         else:
             load_megatron_checkpoint(self.models, directory)
         self.vocab_size: int = architecture["padded_vocab_size"]

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from megatron_infifpo import __version__
+from megatron_infifpo.convert.block_fp8 import scored_config
 from megatron_infifpo.convert.fingerprint import weights_fingerprint
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import megatron_args
@@ -124,8 +125,11 @@ def _device() -> str:
 
 def _limits(job: ScoringJob) -> Limits:
     """Read the model's context from its config.json, and check the flags against it."""
-    config = read_hf_config(job.model)
-    text = megatron_args(config) if job.backend == "megatron" else config.get("text_config", config)
+    if job.backend == "megatron":
+        text = megatron_args(scored_config(job.model))
+    else:
+        config = read_hf_config(job.model)
+        text = config.get("text_config", config)
     context = text.get("max_position_embeddings")
     spare = BACKENDS[job.backend].spare
     most = None if context is None else int(context) - spare

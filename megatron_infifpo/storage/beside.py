@@ -52,8 +52,9 @@ def check_quantized(directory: Path, config: Mapping[str, Any]) -> None:
     if keys or files:
         where = f"config.json has a {keys[0]}" if keys else f"there is a {files[0]}"
         raise UserError(
-            f"{directory}: {where}: quantized weights are not supported, use the original "
-            "checkpoint or save a dequantized one"
+            f"{directory}: {where}: quantized weights are not supported here, use the original "
+            "checkpoint or save a dequantized one; as a source, score it with --backend "
+            "transformers"
         )
 
 

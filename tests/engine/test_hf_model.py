@@ -156,7 +156,9 @@ def test_folders_that_are_no_model(edited, tmp_path):
         load(folder)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "torchao", "hqq", "nope", None])
+@pytest.mark.parametrize(
+    "method", ["gptq", "awq", "bitsandbytes", "torchao", "hqq", "compressed-tensors", "nope", None]
+)
 def test_quantized_without_its_package(edited, method):
     """Names the method; the fingerprint needs no package."""
     more = {"load_in_4bit": True} if method == "bitsandbytes" else {"bits": 4}

@@ -1,11 +1,18 @@
 """Per-token log-probs of Megatron and transformers on the same packed rows, in float32."""
 
+import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from megatron_infifpo.convert.block_fp8 import open_scored
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.families import megatron_args
 from megatron_infifpo.scoring.transformers_backend import TransformersBackend
 from support import tiny
 
@@ -89,3 +96,59 @@ def test_smollm2(smollm2, ranks, shared_data, tmp_path, tp, pp):
 def test_gemma(gemma, ranks, shared_data, tmp_path, tp, pp):
     rows = [real_row(gemma, shared_data)]
     assert compare(ranks, gemma, rows, tp, pp, tmp_path) <= TOLERANCE
+
+
+def in_fp8(hf: Path, folder: Path, block: int) -> Path:
+    """The same model with projections in FP8 and a scale for each block, as Qwen publishes it."""
+    shutil.copytree(hf, folder)
+    stored: dict[str, torch.Tensor] = {}
+    for name, weight in tiny.load_weights(hf).items():
+        stored[name] = weight
+        if "proj" not in name or name.endswith("bias"):
+            continue
+        rows, columns = (-(-size // block) for size in weight.shape)
+        scale = torch.empty(rows, columns)
+        stored[name] = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+        for row, column in itertools.product(range(rows), range(columns)):
+            part = tuple(slice(i * block, (i + 1) * block) for i in (row, column))
+            scale[row, column] = weight[part].abs().max() / 448
+            stored[name][part] = (weight[part] / scale[row, column]).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    how = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    config = json.loads((hf / "config.json").read_text())
+    config["quantization_config"] = {**how, "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_source_in_fp8(ranks, models, tmp_path):
+    """Both backends compute with the numbers that weights and scales stand for."""
+    generator = torch.Generator().manual_seed(9)
+    rows = [make_row([torch.randint(307, (n,), generator=generator).tolist() for n in (40, 9)])]
+    hf = in_fp8(models["qwen2"], tmp_path / "fp8", 32)
+    assert compare(ranks, hf, rows, 2, 1, tmp_path) < TOLERANCE
+    exact = TransformersBackend.load(models["qwen2"])(rows)
+    assert float((TransformersBackend.load(hf)(rows)[0] - exact[0]).abs().max()) > 100 * TOLERANCE
+    with pytest.raises(UserError, match=r"quantized weights are not supported .*score it with"):
+        megatron_args(json.loads((hf / "config.json").read_text()))
+
+
+def test_fp8_without_its_scales(models, tmp_path):
+    hf = in_fp8(models["qwen2"], tmp_path / "fp8", 32)
+    weights = tiny.load_weights(hf)
+    name = "model.layers.1.mlp.up_proj.weight"
+    cases = {
+        f"{name} has no scale": {f"{name}_scale_inv": None},
+        r"_scale_inv has shape \[3, 1\], expected \[3, 2\]": {
+            f"{name}_scale_inv": torch.ones(3, 1)
+        },
+        "norm.weight has a scale, but is not in FP8": {
+            "model.norm.weight_scale_inv": torch.ones(2)
+        },
+    }
+    for match, change in cases.items():
+        found = {k: v for k, v in (weights | change).items() if v is not None}
+        save_file(found, hf / "model.safetensors")
+        with pytest.raises(UserError, match=match):
+            open_scored(hf)
