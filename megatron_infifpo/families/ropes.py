@@ -53,7 +53,7 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
             "config.json has rope_scaling and rope_parameters, and transformers would leave out "
             f"rope_theta {known['rope_theta']!r} of the latter: put all of it into rope_parameters"
         )
-    parameters["rope_theta"] = _theta(config, parameters) or 10000.0
+    parameters["rope_theta"] = _theta(config, parameters)
     if parameters.get("partial_rotary_factor") is None:
         parameters["partial_rotary_factor"] = config.get("partial_rotary_factor") or 1.0
     parameters["rope_type"] = parameters.get("rope_type") or parameters.get("type") or "default"
@@ -65,7 +65,7 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _theta(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> Any:
     found = parameters.get("rope_theta")
-    return config.get("rope_theta") if found is None else found
+    return (config.get("rope_theta") if found is None else found) or 10000.0
 
 
 def rope_args(

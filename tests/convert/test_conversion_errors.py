@@ -142,7 +142,7 @@ def test_head_of_a_tied_model(tmp_path):
             "layer_types has 'chunked_attention'",
         ),
         ({"num_key_value_heads": 3}, "8 is not a multiple of num_key_value_heads 3"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4}}, "rope_type is 'dynamic'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     ],
 )

@@ -11,6 +11,9 @@ from support import tiny
 # 7.2e-6 and 5.2e-6.
 LOGPROBS, GRADIENTS = 1.5e-5, 1e-5
 KINDS = ("local", "te")
+# Whose cosines and sines are scaled, or neighbouring channels rotated: Transformer Engine's kernel
+# does only the latter, and is left out for both.
+UNFUSED = ("glm4", "glm4-unbiased", "olmo3", "phi3-longrope", "qwen2-yarn")
 LAYERS = tiny.SHAPE["num_hidden_layers"]
 
 
@@ -31,11 +34,12 @@ def test_family(te_ranks, tmp_path, family):
     assert set(products.values()) == {12 * LAYERS}
     for run, kernels in calls.items():
         if run[0] != "local":  # queries and keys, both ways
-            assert kernels["rope"] == 4 * LAYERS, run
+            fused = 0 if family in UNFUSED else 4 * LAYERS
+            assert kernels.get("rope", 0) == fused, run
             assert kernels.get("attention", 0) == (LAYERS if run[0] == "te-attention" else 0), run
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "olmo2"])
 def test_loading(te_ranks, tmp_path, family):
     """Norms of heads, norms after layers: each has an extra state that some kinds expect."""
     (different,) = te_ranks(1, "support.te_layers:reload", str(tmp_path), family)
@@ -45,7 +49,8 @@ def test_loading(te_ranks, tmp_path, family):
 
 @pytest.mark.parametrize(
     "family",
-    ["llama-tied", "qwen2", "phi3-partial", "qwen2-window", "qwen3", "mistral-window", "gemma3"],
+    ["llama-tied", "qwen2", "phi3-partial", "qwen2-window", "qwen3", "mistral-window", "gemma3"]
+    + ["glm4", "granite", "olmo3", "phi3-longrope"],
 )
 def test_on_meta(newest_te_ranks, tmp_path, family):
     """Whole models, shared prompts included, never touch the host: `meta` stands for CUDA."""
