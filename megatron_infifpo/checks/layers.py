@@ -100,14 +100,20 @@ class _HfLayers:
 
     def _model(self, layer: int) -> Any:
         """A model of one layer, of this layer's kind."""
-        kinds = getattr(self.config, "layer_types", None)
-        kind = kinds[layer] if kinds else ""
+        layers = self.config.num_hidden_layers
+        # Kinds of layers, and which ones are rotated: lists with a value a layer.
+        own = {
+            name: [value[layer]]
+            for name, value in self.config.to_dict().items()
+            if isinstance(value, list) and len(value) == layers
+        }
+        kind = str(own)
         if kind not in self.models:
             config = copy.deepcopy(self.config)
             config.num_hidden_layers, config.vocab_size = 1, _SMALL_VOCABULARY
+            for name, value in own.items():
+                setattr(config, name, value)
             config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-            if kinds:
-                config.layer_types = [kind]
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
             model.final_norm, model.model.norm = model.model.norm, torch.nn.Identity()
             self.models[kind] = model

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import (
     gemma3,
+    glm,
     glm4,
     granite,
     llama,
@@ -20,6 +21,7 @@ from megatron_infifpo.families import (
     phi3,
     qwen2,
     qwen3,
+    smollm3,
 )
 from megatron_infifpo.families.common import Family, FamilyLayers
 from megatron_infifpo.families.mapping import WeightMapping
@@ -28,6 +30,7 @@ from megatron_infifpo.families.mapping import WeightMapping
 FAMILIES: dict[str, Family] = {
     "gemma3": gemma3.FAMILY,
     "gemma3_text": gemma3.FAMILY,
+    "glm": glm.FAMILY,
     "glm4": glm4.FAMILY,
     "granite": granite.FAMILY,
     "llama": llama.FAMILY,
@@ -38,6 +41,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": phi3.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "smollm3": smollm3.FAMILY,
 }
 
 # What the families know of published models and of tiny ones, by name; and of the tiny ones one of

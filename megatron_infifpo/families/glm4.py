@@ -1,45 +1,21 @@
-"""GLM-4 (0414): norms before and after each sublayer, and neighbouring channels rotated in part."""
+"""GLM-4 (0414): GLM with norms after each sublayer, too."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from megatron_infifpo.families import phi3, qwen2
-from megatron_infifpo.families.common import Family, FamilyLayers, dense_args
+from megatron_infifpo.families import glm
+from megatron_infifpo.families.common import Family, FamilyLayers
 from megatron_infifpo.families.mapping import Row
-from megatron_infifpo.families.ropes import rope_args
-from megatron_infifpo.families.transforms import QKV
-
-# Defaults of transformers.
-_DEFAULTS = {"attention_bias": True, "head_dim": 128, "num_key_value_heads": 2}
-
-
-def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Megatron arguments of a `glm4` config.json."""
-    config = {**_DEFAULTS, "partial_rotary_factor": 0.5, **config}
-    return (
-        dense_args(config)
-        | rope_args(config, partial=True)
-        | {"add_qkv_bias": bool(config["attention_bias"]), "extras": {"interleaved": True}}
-    )
 
 
 def _norm(key: str, name: str) -> Row:
     return Row(f"decoder.layers.{key}", (f"model.layers.{{}}.{name}.weight",), ("hidden",))
 
 
-_BIAS = "decoder.layers.self_attention.linear_qkv.bias"
-_OWN = (
-    Row(
-        "decoder.layers.self_attention.linear_qkv.weight",
-        tuple(f"model.layers.{{}}.self_attn.{part}_proj.weight" for part in "qkv"),
-        ("qkv", "hidden"),
-        QKV,
-    ),
-    *(row for row in qwen2.ROWS if row.key == _BIAS),
+ROWS = (
+    *glm.ROWS,
     _norm("self_attention.linear_proj.post_layernorm.weight", "post_self_attn_layernorm"),
     _norm("mlp.linear_fc2.post_layernorm.weight", "post_mlp_layernorm"),
 )
-ROWS = tuple({row.key: row for row in (*phi3.ROWS, *_OWN)}.values())
 
 
 def _layers() -> FamilyLayers:
@@ -66,4 +42,4 @@ TINY: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 1.0,
     },
 }
-FAMILY = Family(megatron_args, ROWS, TINY, PUBLISHED, layers=_layers)
+FAMILY = Family(glm.megatron_args, ROWS, TINY, PUBLISHED, layers=_layers)

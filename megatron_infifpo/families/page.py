@@ -38,7 +38,7 @@ TYPES: dict[str, tuple[str, str]] = {
     "gemma3": ("Gemma 3 4B, 12B, 27B", ""),
     "gemma3_text": ("Gemma 3 270M, 1B", ""),
     "gemma3n": ("Gemma 3n", "layers with streams beside them"),
-    "glm": ("GLM-4-9B (-hf)", _NOT_YET),
+    "glm": ("GLM-4-9B (-hf)", ""),
     "glm4": ("GLM-4-9B, 32B (0414), GLM-Z1", ""),
     "glm4_moe": ("GLM-4.5, 4.6", _EXPERTS),
     "gpt2": ("GPT-2", _LAYER_NORM),
@@ -87,7 +87,7 @@ TYPES: dict[str, tuple[str, str]] = {
     "qwen3_next": ("Qwen3-Next", _RECURRENT),
     "qwen3_vl": ("Qwen3-VL", _IMAGES),
     "seed_oss": ("Seed-OSS", _NOT_YET),
-    "smollm3": ("SmolLM3", "layers without positions"),
+    "smollm3": ("SmolLM3", ""),
     "stablelm": ("StableLM 2", _LAYER_NORM),
     "starcoder2": ("StarCoder2", _LAYER_NORM),
 }

@@ -86,6 +86,12 @@ def with_post_norms(layer: ModuleSpec, parts: LayerParts) -> ModuleSpec:
     return layer
 
 
+def with_layer_ropes(layer: ModuleSpec, parts: LayerParts) -> ModuleSpec:
+    """Let attention take its own layer's angles; changes the layer."""
+    layer.submodules.self_attention.module = rotary.LayerRopeAttention
+    return layer
+
+
 def without_pre_norms(layer: ModuleSpec, parts: LayerParts) -> ModuleSpec:
     """Leave out the norms before attention and MLP; changes the layer."""
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp

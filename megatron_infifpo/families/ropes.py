@@ -36,6 +36,8 @@ _KNOWN = {
         "long_factor",
     ),
 }  # fmt: skip
+# A rope that rotates nothing.
+NONE = {"rope_type": "none", "rope_theta": 1.0, "attention_factor": 1.0}
 _OF_ALL = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
@@ -247,6 +249,8 @@ def inverse_frequencies(rope: Mapping[str, Any], rotated: int) -> Tensor:
     kind, base = rope["rope_type"], rope["rope_theta"]
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
     unscaled = 1.0 / base**exponents
+    if kind == "none":
+        return torch.zeros_like(unscaled)
     if kind == "linear":
         return unscaled / rope["factor"]
     if kind == "llama3":

@@ -125,7 +125,7 @@ def test_head_of_a_tied_model(tmp_path):
     [
         (
             {"model_type": "gpt2"},
-            "model_type is 'gpt2', expected one of gemma3, gemma3_text, glm4",
+            "model_type is 'gpt2', expected one of gemma3, gemma3_text, glm",
         ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),

@@ -100,7 +100,7 @@ def test_verify_at_a_parallel_layout(ranks, models):
 
 
 BY_LAYERS = [("gemma3", 1), ("gemma3", 2), ("qwen2-window", 1), ("llama-tied", 2)]
-BY_LAYERS += [("granite", 1), ("olmo3", 2), ("glm4", 1), ("phi3-longrope", 1)]
+BY_LAYERS += [("granite", 1), ("olmo3", 2), ("glm4", 1), ("phi3-longrope", 1), ("smollm3", 1)]
 
 
 @pytest.mark.parametrize("family, tp", BY_LAYERS)

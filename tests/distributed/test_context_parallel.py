@@ -66,7 +66,7 @@ def test_layouts(run, expected, layout):
     assert_same(run(world, *flags), expected)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mistral-window", "phi3-partial"])
+@pytest.mark.parametrize("family", ["gemma3", "mistral-window", "phi3-partial", "olmo3"])
 def test_families(run, pivots, family):
     """Windows that a cut runs through, two ropes, partial rotation."""
     _, pivot = pivots(family)

@@ -40,7 +40,7 @@ def test_layouts(setup, ranks, unshared, method, layout):
 
 
 @pytest.mark.parametrize(
-    "family", ["gemma3", "qwen3", "mistral-window", "qwen2-window", "phi3-partial"]
+    "family", ["gemma3", "qwen3", "mistral-window", "qwen2-window", "phi3-longrope", "olmo3"]
 )
 def test_families(setup, ranks, pivots, family):
     """Windows that end inside the prompt or before it, two ropes, partial rotation."""

@@ -11,6 +11,7 @@ from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.tokens.tokenization import ChatTokenizer, TokenizedRecord
 from megatron_infifpo.tokens.writer import write_token_dataset
 from support.runs import LAYOUTS, steps_of
+from support.tiny import load_weights
 
 
 class HalfScored(ChatTokenizer):
@@ -81,3 +82,20 @@ def test_gradients(setup, ranks, pivots, data, family):
         got = ranks(world, "support.training:train", flags(setup, data, pivot, *more))
         assert steps_of(got)[0]["loss"] == pytest.approx(loss, abs=1e-5), layout
         assert got[0]["norms"][0] == pytest.approx(norm, rel=1e-4), layout
+
+
+def test_norms_over_all_heads_are_saved(setup, ranks, pivots, data, tmp_path):
+    """Of which each rank has a part: what two ranks save is what one does, and each part moved."""
+    hf, pivot = pivots("olmo2")
+    weights = []
+    for layout in ("tp1", "tp2-sp"):
+        world, more = LAYOUTS[layout]
+        saved = ["--save", str(tmp_path / layout), "--export", str(tmp_path / f"{layout}-hf")]
+        argv = flags(setup, data, pivot, *more, *saved, "--lr", "1e-2", "--min-lr", "1e-2")
+        ranks(world, "support.training:train", argv)
+        weights.append(load_weights(tmp_path / f"{layout}-hf"))
+    before = load_weights(hf)
+    for name, one in weights[0].items():
+        torch.testing.assert_close(weights[1][name], one, atol=2e-5, rtol=0)
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            assert (one - before[name]).abs().min() > 1e-3

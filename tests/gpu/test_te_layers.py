@@ -13,7 +13,7 @@ LOGPROBS, GRADIENTS = 1.5e-5, 1e-5
 KINDS = ("local", "te")
 # Whose cosines and sines are scaled, or neighbouring channels rotated: Transformer Engine's kernel
 # does only the latter, and is left out for both.
-UNFUSED = ("glm4", "glm4-unbiased", "olmo3", "phi3-longrope", "qwen2-yarn")
+UNFUSED = ("glm", "glm4", "glm4-unbiased", "olmo3", "phi3-longrope", "qwen2-yarn")
 LAYERS = tiny.SHAPE["num_hidden_layers"]
 
 

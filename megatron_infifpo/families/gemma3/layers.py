@@ -37,8 +37,7 @@ def complete(model: GPTModel, extras: Mapping[str, Any]) -> None:
 
 def adapt_layer(layer: ModuleSpec, made_of: LayerParts) -> ModuleSpec:
     """Turn a GPT layer spec, in place, into Gemma 3's."""
-    layer.submodules.self_attention.module = rotary.LayerRopeAttention
-    return parts.with_post_norms(layer, made_of)
+    return parts.with_post_norms(parts.with_layer_ropes(layer, made_of), made_of)
 
 
 LAYERS = FamilyLayers(adapt_layer, configure, complete, parts.embedding_scale)
