@@ -227,7 +227,7 @@ def _factors(parameters: Mapping[str, Any], name: str, rotated: int) -> tuple[fl
 
 
 def _number(parameters: Mapping[str, Any], name: str) -> float:
-    found = parameters.get(name)
+    found: Any = parameters.get(name)
     if type(found) not in (int, float) or not 0 < found < math.inf:
         got = "has no" if found is None else f"has {found!r} as"
         raise UserError(

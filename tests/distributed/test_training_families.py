@@ -96,6 +96,6 @@ def test_norms_over_all_heads_are_saved(setup, ranks, pivots, data, tmp_path):
         weights.append(load_weights(tmp_path / f"{layout}-hf"))
     before = load_weights(hf)
     for name, one in weights[0].items():
-        torch.testing.assert_close(weights[1][name], one, atol=2e-5, rtol=0)
+        torch.testing.assert_close(weights[1][name], one, atol=1e-4, rtol=0)
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             assert (one - before[name]).abs().min() > 1e-3
