@@ -27,9 +27,10 @@ def block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     how = config.get("quantization_config")
     if not isinstance(how, dict) or how.get("quant_method") != "fp8":
         return None
-    size = how.get("weight_block_size")
-    known = isinstance(size, list) and len(size) == 2 and all(type(n) is int for n in size)
-    return (size[0], size[1]) if known and min(size) > 0 else None
+    size: Any = how.get("weight_block_size")
+    if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int for n in size):
+        return None
+    return (size[0], size[1]) if min(size) > 0 else None
 
 
 class BlockFp8Weights(HfWeights):

@@ -87,7 +87,7 @@ def test_both_compute_the_same(ranks, hf, tmp_path):
 
 
 def test_another_model_inside_is_refused():
-    config: dict[str, Any] = PUBLISHED["mistral-small-3.1-24b"]
+    config: dict[str, Any] = {**PUBLISHED["mistral-small-3.1-24b"]}
     for inner in ({**config["text_config"], "model_type": "ministral3"}, None):
         with pytest.raises(UserError, match="model_type is .*, expected 'mistral': of models that"):
             megatron_args({**config, "text_config": inner})

@@ -11,7 +11,7 @@ from megatron_infifpo.families import PUBLISHED, megatron_args
 from megatron_infifpo.families.ropes import inverse_frequencies
 
 QWEN: dict[str, Any] = {**PUBLISHED["qwen2.5-math-7b"], "max_position_embeddings": 32768}
-MINI = PUBLISHED["phi-4-mini"]
+MINI: dict[str, Any] = {**PUBLISHED["phi-4-mini"]}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 OLD_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}

@@ -138,7 +138,7 @@ def test_fp8_without_its_scales(models, tmp_path):
     hf = in_fp8(models["qwen2"], tmp_path / "fp8", 32)
     weights = tiny.load_weights(hf)
     name = "model.layers.1.mlp.up_proj.weight"
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         f"{name} has no scale": {f"{name}_scale_inv": None},
         r"_scale_inv has shape \[3, 1\], expected \[3, 2\]": {
             f"{name}_scale_inv": torch.ones(3, 1)
