@@ -46,7 +46,8 @@ def set_layer_ropes(
 
 
 def _turn(embedding: RotaryEmbedding, rope: Mapping[str, Any]) -> None:
-    embedding.inv_freq = inverse_frequencies(rope, 2 * len(embedding.inv_freq))
+    before = embedding.inv_freq
+    embedding.inv_freq = inverse_frequencies(rope, 2 * len(before)).to(before.device)
 
 
 def _scale(attention: SelfAttention, rope: Mapping[str, Any]) -> None:
