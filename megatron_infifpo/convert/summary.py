@@ -23,8 +23,8 @@ def describe(directory: str | Path, iteration: int | None = None) -> dict[str, s
         dtypes = set(check_weights(weights, mapping))
         facts = {"format": "Hugging Face safetensors"}
     else:
-        checkpoint, mapping, config = open_checkpoint(directory, iteration)
-        dtypes = {checkpoint.dtype(key) for key in mapping.rows}
+        opened, mapping, config = open_checkpoint(directory, iteration)
+        dtypes = {opened.dtype(key) for key in mapping.rows}
         facts = {
             "format": "Megatron torch_dist",
             "iteration": find_checkpoint(directory, iteration).name,
