@@ -55,7 +55,9 @@ class AdaptedLinear(torch.nn.Module):
         assert isinstance(weight, Tensor)
         self.lora_group = get_tensor_model_parallel_group_if_none(tp_group)
         ranks = self.lora_group.size()
-        self.by_rows = weight.shape[0] != self.entry.shape[0]  # column-parallel, in Megatron's words
+        self.by_rows = (
+            weight.shape[0] != self.entry.shape[0]
+        )  # column-parallel, in Megatron's words
         self.by_columns = ranks > 1 and not self.by_rows
         self.by_tokens = ranks > 1 and config.sequence_parallel
         for name, shape in self.lora.shapes(self.entry).items():

@@ -30,6 +30,7 @@ from megatron_infifpo.training.data import (
 )
 from megatron_infifpo.training.export import check_export, export_finished, exported_at_end
 from megatron_infifpo.training.failures import explained
+from megatron_infifpo.training.folders import Folders
 from megatron_infifpo.training.identity import identity
 from megatron_infifpo.training.lock import RunLock
 from megatron_infifpo.training.lora import lora_of
@@ -48,7 +49,6 @@ from megatron_infifpo.training.resume import check_batch, nothing_left, schedule
 from megatron_infifpo.training.sampler_check import check_samples, read_samples
 from megatron_infifpo.training.schedule import get_training_schedule
 from megatron_infifpo.training.settings import Run
-from megatron_infifpo.training.folders import Folders
 from megatron_infifpo.training.start import Start, find_start
 from megatron_infifpo.training.step import TrainingStep
 from megatron_infifpo.training.token_check import check_tokens

@@ -9,8 +9,8 @@ from typing import Any, Self
 from megatron_infifpo.families.lora import Lora
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.training.config import RunConfig
-from megatron_infifpo.training.rates import Schedule
 from megatron_infifpo.training.folders import Folders
+from megatron_infifpo.training.rates import Schedule
 
 
 @dataclass(frozen=True)
