@@ -1,4 +1,4 @@
-"""A model's weights as Megatron has them, wherever they lie: read one tensor of one layer at a time."""
+"""A model's weights as Megatron has them, wherever they lie: one tensor of one layer at a time."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""PEFT's folders of low-rank adapters: written from a run's checkpoint, merged into what is imported."""
+"""PEFT's folders of low-rank adapters: made of a run's checkpoint, merged into an import."""
 
 import json
 import math

@@ -50,7 +50,7 @@ class AdaptedLinear(torch.nn.Module):
 
     def __init__(self, *args: Any, config: Any, tp_group: Any = None, **options: Any):
         """Take the arguments of Megatron's and Transformer Engine's linear layers."""
-        super().__init__(*args, config=config, tp_group=tp_group, **options)  # type: ignore[call-arg]
+        super().__init__(*args, config=config, tp_group=tp_group, **options)
         weight = self.weight
         assert isinstance(weight, Tensor)
         self.lora_group = get_tensor_model_parallel_group_if_none(tp_group)
