@@ -168,6 +168,6 @@ def test_memory(ranks, flags):
     own = layers * rank * (4 * hidden + 2 * (hidden + kv) + 3 * (hidden + ffn))
     for lora, frozen, trained in ((LORA, base, own), ([], 0, base)):
         (held,) = ranks(1, "support.lora:held_bytes", flags("--bf16", lora=lora))
-        assert held["parameters"] == 2 * (frozen + trained)
-        assert held["gradients"] == 4 * trained
-        assert held["others"] == pytest.approx(12 * trained, abs=100_000)
+        assert held["parameters"] == pytest.approx(2 * (frozen + trained), abs=512)  # padding
+        assert held["gradients"] == pytest.approx(4 * trained, abs=512)
+        assert held["others"] == pytest.approx(12 * trained, abs=50_000)
