@@ -97,7 +97,7 @@ class AdaptedLinear(torch.nn.Module):
 
     def forward(self, inputs: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         """Return what the layer does, plus the adapters' part; and its bias where it has one."""
-        output, bias = super().forward(inputs, *args, **options)  # type: ignore[misc]
+        output, bias = super().forward(inputs, *args, **options)
         if isinstance(output, tuple):
             output, inputs = output  # the norm's output is what was multiplied
         return (output + self._delta(inputs) if self.adapted else output), bias
