@@ -24,7 +24,7 @@ class Factors(NamedTuple):
     """The adapter of one Hugging Face linear layer."""
 
     name: str
-    """The layer's name: `model.layers.0.self_attn.q_proj`."""
+    """The layer's name, with those of all modules around it, as weights of it are called."""
     a: Tensor
     """`[rank, in]`."""
     b: Tensor
