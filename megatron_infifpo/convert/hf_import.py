@@ -13,7 +13,8 @@ from tqdm import tqdm
 from megatron_infifpo.convert.hf_folder import HfWeights, check_weights, only_dtype, open_hf
 from megatron_infifpo.convert.peft import MergedFolder
 from megatron_infifpo.convert.vocabulary import warn_of_tokens_beyond
-from megatron_infifpo.families import megatron_args
+from megatron_infifpo.families import family, megatron_args
+from megatron_infifpo.families.architecture import read_hf_config
 from megatron_infifpo.families.mapping import Row, WeightMapping
 from megatron_infifpo.storage.beside import other_formats
 from megatron_infifpo.storage.checkpoints import (
@@ -54,7 +55,7 @@ def import_checkpoint(
     weights, mapping, config = open_hf(hf_dir)
     dtypes = check_weights(weights, mapping)
     if adapter is not None:
-        weights = MergedFolder(weights, adapter)
+        weights = MergedFolder(weights, adapter, family(read_hf_config(hf_dir)).hf_name)
     share = Share()
     dtype = dtype or only_dtype(dtypes, hf_dir)
     if share.first and (others := other_formats(Path(hf_dir))):

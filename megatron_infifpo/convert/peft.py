@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,19 @@ from megatron_infifpo.storage.share import Share
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-# Settings of PEFT that would make another sum of W + alpha / rank * B A; unset or one of these.
+# Settings without which B A is another thing: with some beginnings the base was changed, too.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "lora_bias": (False,),
-    "fan_in_fan_out": (False,),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
-    "modules_to_save": ([],),
-    "layer_replication": (),
-    "megatron_config": (),
-    "target_parameters": ([],),
-    "trainable_token_indices": (),
-    "alora_invocation_tokens": (),
+    "init_lora_weights": (True, False, "gaussian"),
 }
+# What the sum does not depend on once it is trained, and what is read; all others must be unset.
+_FREE = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "r",
+    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
 
 
 def export_adapter(
@@ -97,19 +94,22 @@ def _config(lora: Lora, base: str) -> dict[str, Any]:
 class MergedFolder(HfWeights):
     """A Hugging Face folder's tensors with the adapters of a PEFT folder merged into them."""
 
-    def __init__(self, weights: HfWeights, folder: str | Path):
+    def __init__(
+        self, weights: HfWeights, folder: str | Path, rename: Callable[[str], str | None] = str
+    ):
         """Read the adapters.
 
         Args:
             weights: of the base.
             folder: adapter_config.json and adapter_model.safetensors.
+            rename: from names in the base's files to those of its family, as `Family.hf_name`.
 
         Raises:
             UserError: files that are missing or broken, adapters of another kind than LoRA's, or of
                 another model.
         """
         self.directory, self._files = weights.directory, weights._files
-        self.scale, self.adapters = _read(Path(folder), weights)
+        self.scale, self.adapters = _read(Path(folder), weights, rename)
 
     def load(self, name: str, scratch: Scratch | None = None) -> Tensor:
         """Return a tensor, with its adapter where it has one, added in float32."""
@@ -118,7 +118,9 @@ class MergedFolder(HfWeights):
         return weight if pair is None else merged(weight, *pair, self.scale)
 
 
-def _read(folder: Path, weights: HfWeights) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+def _read(
+    folder: Path, weights: HfWeights, rename: Callable[[str], str | None]
+) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
     """Read a PEFT folder: the scale, and A and B by the name of the weight they belong to."""
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(
@@ -131,9 +133,10 @@ def _read(folder: Path, weights: HfWeights) -> tuple[float, dict[str, tuple[Tens
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for key in sorted(file.shapes):
         ending = _B if key.endswith(_B) else _A
-        name = f"{key.removeprefix(_PREFIX).removesuffix(ending)}.weight"
+        name = rename(f"{key.removeprefix(_PREFIX).removesuffix(ending)}.weight")
         other = key.removesuffix(ending) + (_A if ending == _B else _B)
-        if not key.endswith(ending) or other not in file.shapes or name not in names:
+        whole = key.endswith(ending) and other in file.shapes
+        if name is None or name not in names or not whole:
             raise UserError(
                 f"{folder / WEIGHTS}: {key} belongs to no linear layer of {weights.directory}: "
                 "expected lora_A and lora_B of its layers; merge it with peft"
@@ -157,11 +160,12 @@ def _scale(path: Path) -> float:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        for name, usual in _PLAIN.items():
-            if config.get(name) is not None and config[name] not in usual:
+        for name, value in ({"peft_type": None} | config).items():
+            other = value not in _PLAIN[name] if name in _PLAIN else bool(value)
+            if other and name not in _FREE:
                 raise UserError(
-                    f"{path}: {name} is {config[name]!r}, which is no plain LoRA: merge it with "
-                    "peft (merge_and_unload), and import the result"
+                    f"{path}: {name} is {value!r}, which is no plain LoRA: merge it with peft "
+                    "(merge_and_unload), and import the result"
                 )
         rank, alpha = config["r"], config["lora_alpha"]
         return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))

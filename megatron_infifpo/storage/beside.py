@@ -35,8 +35,8 @@ def check_adapters(directory: Path) -> None:
         raise UserError(
             f"{directory} holds an adapter ({', '.join(adapters[:3])}), which would be left out: "
             "merge it into its base model first (infifpo import --hf BASE --adapter DIR, each in a "
-            "folder of its own; or peft: model.merge_and_unload(), then save_pretrained), or remove "
-            "these files if the weights have it already"
+            "folder of its own; or peft: model.merge_and_unload(), then save_pretrained), or "
+            "remove these files if the weights have it already"
         )
 
 

@@ -134,6 +134,8 @@ def test_folders_that_are_no_plain_lora(trained, tmp_path):
     name = "base_model.model.model.layers.1.mlp.down_proj"
     refused("use_dora is True, which is no plain LoRA", {"use_dora": True})
     refused("rank_pattern is ", {"rank_pattern": {"o_proj": 2}})
+    refused("init_lora_weights is 'pissa'", {"init_lora_weights": "pissa"})
+    refused("of_tomorrow is True, which is no plain LoRA", {"of_tomorrow": True})
     refused("cannot be read", {"lora_alpha": None})
     refused("lora_A.weight belongs to no linear layer", tensors={f"{name}.lora_B.weight": None})
     refused("of another model", tensors={f"{name}.lora_A.weight": torch.zeros(4, 5)})
