@@ -31,6 +31,7 @@ from megatron.core.transformer.utils import (
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.families.lora import A, B, Lora, is_adapter, path_of
 from megatron_infifpo.families.mapping import Entry, WeightMapping
 
@@ -196,7 +197,15 @@ def train_adapters(models: list[Any], seed: int) -> list[Any]:
         models: this rank's GPTModel chunks, not wrapped, with `adapt_layer`'s layers and the base's
             weights.
         seed: of the run.
+
+    Raises:
+        UserError: this rank's pipeline stage has nothing to train.
     """
+    if not any(True for _ in _adapted(models)):
+        raise UserError(
+            "a pipeline stage has no layers, and so no adapters to train: leave out what splits "
+            "the stages unevenly, or train without --lora-rank"
+        )
     for model in models:
         model.requires_grad_(False)
         for layer in model.decoder.layers:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_infifpo.convert.hf_export import export_checkpoint
+from megatron_infifpo.convert.summary import describe
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint
 from megatron_infifpo.training.config import RunConfig
@@ -132,13 +134,19 @@ def test_base_is_found_again(setup, flags, run):
     assert adapters.targets[:2] == ("down_proj", "gate_proj") and adapters.scale == 3.0
 
 
-def test_other_base_is_refused(ranks, flags, run, tmp_path):
+def test_other_base_is_refused(setup, ranks, flags, run, tmp_path):
     """One of the same shapes; not even --allow-changed-run lets it pass."""
     other = tiny.save_model(tmp_path / "other", "llama", seed=99)
     argv = flags("--save", str(run), "--allow-changed-run")
     argv[argv.index("--pretrained-checkpoint") + 1] = str(other)
     said = refused(ranks, "megatron_infifpo.train", argv)
     assert "has other weights" in said and "than the base that the adapters were trained on" in said
+    with pytest.raises(UserError, match="has other weights .* give that one"):
+        export_checkpoint(run, tmp_path / "out", base=other)
+    with pytest.raises(UserError, match="--base has no effect: .* holds whole weights"):
+        export_checkpoint(setup.pivot, tmp_path / "out", base=other)
+    export_checkpoint(run, tmp_path / "out", base=setup.hf)  # what the pivot was imported from
+    assert describe(run)["adapters"].startswith("rank 4, alpha 12, of down_proj, gate_proj")
 
 
 def test_whole_run_is_no_run_of_adapters(ranks, flags, tmp_path):

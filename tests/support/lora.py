@@ -19,10 +19,11 @@ PLAIN = [
 
 
 def export(checkpoint: str, folder: str, iteration: int) -> None:
-    """Write a PEFT folder of a run's checkpoint."""
-    from megatron_infifpo.convert.peft import export_adapter
+    """Write a PEFT folder of a run's checkpoint, as the command line does."""
+    from support.tools import run_tool
 
-    export_adapter(checkpoint, folder, iteration)
+    words = ["--load", checkpoint, "--save", folder, "--iteration", str(iteration)]
+    run_tool("convert_checkpoint", ["export", *words, "--adapter-only"])
 
 
 def adapters(folder: Path) -> dict[str, Tensor]:
