@@ -38,7 +38,7 @@ class Lora:
     Attributes:
         rank: columns of B.
         alpha: B A is scaled by alpha / rank.
-        targets: Hugging Face's names of the linear layers that have one, sorted: `q_proj`.
+        targets: Hugging Face's names of the linear layers that have one, sorted, such as q_proj.
     """
 
     rank: int
@@ -100,12 +100,12 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def module_name(hf_name: str) -> str:
-    """Hugging Face's name of a linear layer, as PEFT takes it: `q_proj` of `....q_proj.weight`."""
+    """Hugging Face's name of a linear layer, as PEFT takes it (q_proj), from its weight's."""
     return hf_name.split(".")[-2]
 
 
 def path_of(row: Row) -> str:
-    """Where Megatron's layer has the linear layer of a row: `self_attention.linear_qkv`."""
+    """Where Megatron's layer has the linear layer of a row: self_attention.linear_qkv, say."""
     return row.key.removeprefix(LAYER_PREFIX).removesuffix(".weight")
 
 
