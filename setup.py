@@ -59,6 +59,7 @@ setup(
             "accelerate",
             "hypothesis",
             "mypy",
+            "peft>=0.17",
             "pre-commit",
             "pyarrow",
             "pytest",

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_infifpo.convert.hf_export import open_checkpoint, read_entry
+from megatron_infifpo.convert.hf_export import open_checkpoint
 from megatron_infifpo.convert.hf_folder import open_hf
 from megatron_infifpo.convert.hf_weights import fill
 from megatron_infifpo.engine.gpt import build_model
@@ -183,7 +183,7 @@ class _MegatronLayers:
     """Megatron's layers at a tensor-parallel size, one in memory."""
 
     def __init__(self, directory: str | Path, tensor_parallel: int, bf16: bool):
-        self.checkpoint, self.mapping, config = open_checkpoint(directory)
+        self.weights, self.mapping, config = open_checkpoint(directory)
         kind = family(config)
         self.rows, self.args = kind.rows, megatron_args(config)
         self.scale = kind.layers().embedding_scale(self.args["extras"])
@@ -217,14 +217,14 @@ class _MegatronLayers:
             if index is None and key != _FINAL_NORM:
                 return torch.zeros(small.entry(key).shape)
             entry = self.mapping.entry(key, None if index is None else layer)
-            return read_entry(self.checkpoint, entry)
+            return self.weights.read(entry)
 
         fill([model], small, read)
         model.decoder.final_layernorm = None
         return model, norm
 
     def embed(self, ids: list[np.ndarray]) -> list[Tensor]:
-        table = read_entry(self.checkpoint, self.mapping.entry(_EMBEDDING))
+        table = self.weights.read(self.mapping.entry(_EMBEDDING))
         # Rounded to the weights' dtype first, as the model does.
         factor = torch.tensor(self.scale, dtype=self.dtype)
         return [table[torch.from_numpy(text).long()].to(self.dtype) * factor for text in ids]
@@ -253,7 +253,7 @@ class _MegatronLayers:
     def logprobs(self, states: list[Tensor], ids: list[np.ndarray]) -> list[Tensor]:
         _, norm = self._fill(self.mapping.num_layers - 1)
         entry = self.mapping.entry(_head_key(self.mapping))
-        head = read_entry(self.checkpoint, entry).to(self.dtype)
+        head = self.weights.read(entry).to(self.dtype)
         device = torch.cuda.current_device()
         normed = [norm(hidden.to(device)).cpu() for hidden in states]
         return [_at_targets(h @ head.t(), t) for h, t in zip(normed, ids, strict=True)]

@@ -13,9 +13,9 @@ from megatron_infifpo.storage.safetensors_io import bytes_of
 def worst_tensor(hf_dir: str | Path, load_dir: str | Path) -> str:
     """Compare the weights themselves, as Hugging Face names them; a sentence about the worst."""
     weights, mapping, _ = open_hf(hf_dir)
-    checkpoint, _, _ = open_checkpoint(load_dir)
+    opened, _, _ = open_checkpoint(load_dir)
     worst, where = 0.0, ""
-    for group in hf_tensors(checkpoint, mapping):
+    for group in hf_tensors(opened, mapping):
         for name, ours in group.items():
             relative = _gap(weights.load(name), ours)
             if not relative <= worst:  # NaN is the worst of all

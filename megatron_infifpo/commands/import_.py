@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save", required=True, metavar="DIR", help="new folder; Megatron loads it with --load"
     )
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="a PEFT folder of adapters, to merge into the weights"
+    )
     add_dtype(parser)
 
 
@@ -35,5 +38,5 @@ def run(args: argparse.Namespace) -> None:
     from megatron_infifpo.convert.hf_import import import_checkpoint
 
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    import_checkpoint(args.hf, args.save, dtype)
+    import_checkpoint(args.hf, args.save, dtype, args.adapter)
     print(f"{args.hf} -> {args.save}")

@@ -119,8 +119,8 @@ def _hf_tensors(
 def _megatron_tensors(
     directory: str | Path,
 ) -> Iterator[tuple[str, str, tuple[int, ...], Tensor]]:
-    checkpoint, mapping, _ = open_checkpoint(directory)
-    for group in hf_tensors(checkpoint, mapping):
+    opened, mapping, _ = open_checkpoint(directory)
+    for group in hf_tensors(opened, mapping):
         for name, tensor in group.items():
             yield name, str(tensor.dtype), tuple(tensor.shape), bytes_of(tensor.contiguous())
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_infifpo.convert.hf_folder import HfWeights, check_weights, only_dtype, open_hf
+from megatron_infifpo.convert.peft import MergedFolder
 from megatron_infifpo.convert.vocabulary import warn_of_tokens_beyond
-from megatron_infifpo.families import megatron_args
+from megatron_infifpo.families import family, megatron_args
+from megatron_infifpo.families.architecture import read_hf_config
 from megatron_infifpo.families.mapping import Row, WeightMapping
 from megatron_infifpo.storage.beside import other_formats
 from megatron_infifpo.storage.checkpoints import (
@@ -29,7 +31,10 @@ from megatron_infifpo.storage.torch_dist_writer import LazyTensor, write
 
 
 def import_checkpoint(
-    hf_dir: str | Path, save_dir: str | Path, dtype: torch.dtype | None = None
+    hf_dir: str | Path,
+    save_dir: str | Path,
+    dtype: torch.dtype | None = None,
+    adapter: str | Path | None = None,
 ) -> None:
     """Convert a Hugging Face folder into a Megatron checkpoint.
 
@@ -41,6 +46,7 @@ def import_checkpoint(
         hf_dir: config.json, safetensors, tokenizer files.
         save_dir: must not exist, or be empty.
         dtype: of the Megatron weights; default: that of the Hugging Face weights, if it is one.
+        adapter: a PEFT folder of low-rank adapters, to be merged into the weights.
 
     Raises:
         UserError: an unsupported model, tensors that do not fit config.json, or nowhere to write.
@@ -48,6 +54,8 @@ def import_checkpoint(
     check_free(save_dir)
     weights, mapping, config = open_hf(hf_dir)
     dtypes = check_weights(weights, mapping)
+    if adapter is not None:
+        weights = MergedFolder(weights, adapter, family(read_hf_config(hf_dir)).hf_name)
     share = Share()
     dtype = dtype or only_dtype(dtypes, hf_dir)
     if share.first and (others := other_formats(Path(hf_dir))):

@@ -1,4 +1,4 @@
-"""Fill a built, parallel GPTModel from a Hugging Face folder, without a checkpoint in between."""
+"""Fill a built, parallel GPTModel with weights that Megatron itself does not load."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -8,15 +8,15 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
-from megatron_infifpo.convert.block_fp8 import open_scored
-from megatron_infifpo.convert.hf_folder import check_weights, open_hf
+from megatron_infifpo.convert.hf_export import open_weights
+from megatron_infifpo.families.lora import is_adapter
 from megatron_infifpo.families.mapping import WeightMapping
 
 
 def load_into_model(
-    models: Sequence[torch.nn.Module], hf_dir: str | Path, *, scored: bool = False
+    models: Sequence[torch.nn.Module], directory: str | Path, *, scored: bool = False
 ) -> None:
-    """Copy Hugging Face weights into this rank's model chunks, in place.
+    """Copy weights into this rank's model chunks, in place; adapters that these have are left.
 
     Works at any tensor, pipeline and virtual pipeline layout: Megatron itself says which part of
     which tensor each parameter is. Weights are cast to the parameters' dtype; rows of the padded
@@ -24,20 +24,14 @@ def load_into_model(
 
     Args:
         models: GPTModel chunks of this rank, one a virtual pipeline stage.
-        hf_dir: config.json and safetensors.
+        directory: a Hugging Face folder, or a checkpoint, of adapters too: with their base.
         scored: for scoring alone, where weights may be in FP8 with scales of blocks.
 
     Raises:
         UserError: an unsupported model, or tensors that do not fit config.json.
     """
-    weights, mapping = open_scored(hf_dir) if scored else open_hf(hf_dir)[:2]
-    check_weights(weights, mapping)
-
-    def read(key: str, layer: int | None) -> Tensor:
-        entry = mapping.entry(key, layer)
-        return entry.to_megatron([weights.load(name) for name in entry.hf_names])
-
-    fill(models, mapping, read)
+    weights, mapping = open_weights(directory, scored=scored)
+    fill(models, mapping, lambda key, layer: weights.read(mapping.entry(key, layer)))
 
 
 def fill(
@@ -65,11 +59,11 @@ def fill(
 
 
 def _shards(model: torch.nn.Module) -> Iterator[ShardedTensor]:
-    """Every parameter of a chunk, with its place in the whole tensor."""
+    """Every parameter of a chunk but adapters, with its place in the whole tensor."""
     state = model.sharded_state_dict()  # type: ignore[operator]
     apply_factories(state)
     for value in nested_values(state):
-        if isinstance(value, ShardedTensor):
+        if isinstance(value, ShardedTensor) and not is_adapter(value.key):
             yield value
 
 

@@ -7,6 +7,7 @@ import torch
 
 from megatron_infifpo.convert.hf_export import open_checkpoint
 from megatron_infifpo.convert.hf_folder import check_weights, open_hf
+from megatron_infifpo.convert.model_weights import AdaptedWeights
 from megatron_infifpo.families import megatron_args, tensor_parallel_sizes
 from megatron_infifpo.storage.checkpoints import find_checkpoint
 
@@ -23,12 +24,16 @@ def describe(directory: str | Path, iteration: int | None = None) -> dict[str, s
         dtypes = set(check_weights(weights, mapping))
         facts = {"format": "Hugging Face safetensors"}
     else:
-        checkpoint, mapping, config = open_checkpoint(directory, iteration)
-        dtypes = {checkpoint.dtype(key) for key in mapping.rows}
+        opened, mapping, config = open_checkpoint(directory, iteration)
+        dtypes = {opened.dtype(key) for key in mapping.rows}
         facts = {
             "format": "Megatron torch_dist",
             "iteration": find_checkpoint(directory, iteration).name,
         }
+        if isinstance(opened, AdaptedWeights):
+            lora = opened.lora
+            targets = ", ".join(lora.targets)
+            facts["adapters"] = f"rank {lora.rank}, alpha {lora.alpha:g}, of {targets}"
     args = megatron_args(config)
     parameters = sum(torch.Size(entry.shape).numel() for entry in mapping.entries())
     tied = not args["untie_embeddings_and_output_weights"]

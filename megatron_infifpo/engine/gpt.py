@@ -14,16 +14,20 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
+from megatron_infifpo.engine.adapters import adapt_layer
 from megatron_infifpo.engine.layer_kind import LayerKind, choose_kind
 from megatron_infifpo.engine.packed import RowRope
 from megatron_infifpo.engine.parallel import ModelLayout, initialize_parallel
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import FAMILIES, rotary
+from megatron_infifpo.families.lora import Lora
+from megatron_infifpo.families.mapping import WeightMapping
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.ranks import rank_and_size
 
@@ -44,7 +48,9 @@ def fixed_arguments(kind: LayerKind) -> dict[str, Any]:
     return fixed
 
 
-def model_config(values: Mapping[str, Any], kind: LayerKind) -> GPTModelConfig:
+def model_config(
+    values: Mapping[str, Any], kind: LayerKind, lora: Lora | None = None
+) -> GPTModelConfig:
     """Megatron's model configuration for packed rows.
 
     Args:
@@ -53,6 +59,7 @@ def model_config(values: Mapping[str, Any], kind: LayerKind) -> GPTModelConfig:
             multiple of `--make-vocab-size-divisible-by` times TP, and our log-prob head ignores
             the padding.
         kind: of its layers.
+        lora: their adapters, where they have some.
     """
     config = gpt_config_from_args(argparse.Namespace(**values))
     config.should_pad_vocab = True
@@ -68,8 +75,13 @@ def model_config(values: Mapping[str, Any], kind: LayerKind) -> GPTModelConfig:
     if rope is not None:
         rotary.configure(config, [rope])
 
+    def adapt(layer: ModuleSpec) -> ModuleSpec:
+        if lora is None:
+            return layer
+        return adapt_layer(layer, lora, WeightMapping(FAMILIES[values["family"]].rows, values))
+
     def block(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-        return kind.block(family, config.transformer, vp_stage)
+        return kind.block(family, config.transformer, vp_stage, adapt)
 
     def complete(models: list[GPTModel]) -> list[GPTModel]:
         for model in models:

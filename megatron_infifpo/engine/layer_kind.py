@@ -96,11 +96,22 @@ class LayerKind:
         return RowLayout(tensor_parallel, products, shared, context_parallel)
 
     def block(
-        self, family: FamilyLayers, config: TransformerConfig, vp_stage: int | None
+        self,
+        family: FamilyLayers,
+        config: TransformerConfig,
+        vp_stage: int | None,
+        adapt: Callable[[ModuleSpec], ModuleSpec] = lambda layer: layer,
     ) -> TransformerBlockSubmodules:
-        """Layers of this pipeline stage, and the norm after the last."""
+        """Layers of this pipeline stage, and the norm after the last.
+
+        Args:
+            family: adapts the layers, after `adapt`: it may add to what a linear layer returns.
+            config: of the model.
+            vp_stage: virtual pipeline stage, where there are some.
+            adapt: changes a layer of this kind.
+        """
         parts = self.parts()
-        layer = family.adapt(self.layer(config), parts)
+        layer = family.adapt(adapt(self.layer(config)), parts)
         count = get_num_layers_to_build(config, vp_stage)
         return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=parts.norm)
 

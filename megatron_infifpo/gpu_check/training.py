@@ -94,15 +94,18 @@ def make_plan(*, te: bool, fp8: bool, exact: bool) -> Plan:
     if not te:
         reason = "Transformer Engine is not installed, or there is no GPU"
         plan.skipped = dict.fromkeys(
-            ("FusedAdam", "local layers -> te", "te -> local layers", "FP8"), reason
+            ("FusedAdam", "local layers -> te", "te -> local layers", "adapters", "FP8"), reason
         )
         return plan
     te_flags, local_flags = ("--bf16", MOVES), (*LOCAL, "--bf16", MOVES)
+    adapters = ("--lora-rank", "8")
     first += [Run("te", te_flags), Run("fused", local_flags)]
+    first += [Run("te-lora", (*te_flags, *adapters)), Run("lora", (*local_flags, *adapters))]
     second += [
         Run("te-resumed", te_flags, source="te"),
         Run("local-to-te", te_flags, source="fused"),
         Run("te-to-local", local_flags, source="te"),
+        Run("lora-resumed", (*te_flags, *adapters), source="te-lora"),
     ]
     plan.comparisons += [
         Comparison("FusedAdam, te: resumed", "te-resumed", "te", OTHER),
@@ -110,6 +113,8 @@ def make_plan(*, te: bool, fp8: bool, exact: bool) -> Plan:
         Comparison("FusedAdam beside PyTorch's Adam", "fused", "bf16", OTHER),
         Comparison("local layers -> te", "local-to-te", "te", OTHER),
         Comparison("te -> local layers", "te-to-local", "fused", OTHER),
+        Comparison("adapters, te beside local layers", "te-lora", "lora", OTHER),
+        Comparison("adapters, te: resumed", "lora-resumed", "te-lora", OTHER),
     ]
     if fp8:
         first.append(Run("fp8", ("--bf16", "--fp8-format", "hybrid")))

@@ -92,7 +92,9 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         upstream = grad_outputs[0].to(logsumexp.dtype)
         total, upstream = -upstream.sum(dim=1, keepdim=True), upstream * here
         shard, grad_hidden = weight[: ctx.valid], torch.zeros_like(hidden)
-        accumulator, grad_weight = weight_gradient(ctx.weight, logsumexp.dtype)
+        accumulator = grad_weight = None
+        if ctx.needs_input_grad[1]:  # not of a frozen weight
+            accumulator, grad_weight = weight_gradient(ctx.weight, logsumexp.dtype)
 
         def add(part: slice, grad: Tensor) -> None:
             """Propagate one chunk, given the part of its logits' gradient that has p(v)."""
@@ -100,7 +102,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             grad.scatter_add_(1, places[part], upstream[part])
             grad = grad.to(hidden.dtype)
             grad_hidden[part] = product(grad, shard)
-            add_product(accumulator[: ctx.valid], grad.t(), hidden[part])
+            if accumulator is not None:
+                add_product(accumulator[: ctx.valid], grad.t(), hidden[part])
 
         rest = hidden
         if ctx.last is not None:
@@ -112,7 +115,9 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             del exponentials  # before the others get a buffer
         for part, logits in logit_chunks(rest, shard, ctx.chunk_bytes):
             add(part, logits.sub_(logsumexp[part, None]).exp_().mul_(total[part]))
-        return grad_hidden, grad_weight.to(weight.dtype), *[None] * 6
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, *[None] * 6
 
 
 class _Top:

@@ -12,6 +12,7 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
+from megatron_infifpo.convert.adapters import holds_adapters  # noqa: E402
 from megatron_infifpo.convert.block_fp8 import scored_config  # noqa: E402
 from megatron_infifpo.convert.hf_weights import load_into_model  # noqa: E402
 from megatron_infifpo.engine.gpt import build_model  # noqa: E402
@@ -33,6 +34,9 @@ def load_megatron_checkpoint(models: list[GPTModel], directory: str | Path) -> N
     """Fill built model chunks from a torch_dist checkpoint, whatever layout saved it."""
     path = str(find_checkpoint(directory))
     checkpoint = TorchDistCheckpoint(Path(path))  # refused before PyTorch unpickles it
+    if holds_adapters(checkpoint):
+        load_into_model(models, directory)
+        return
     accept_older(checkpoint, models)
     for model in models:
         # Nested, since the checkpoint's common state arrives beside the weights.

@@ -34,8 +34,9 @@ def check_adapters(directory: Path) -> None:
     if adapters := _matching(directory, _ADAPTERS):
         raise UserError(
             f"{directory} holds an adapter ({', '.join(adapters[:3])}), which would be left out: "
-            "merge it into its base model first (peft: model.merge_and_unload(), then "
-            "save_pretrained), or remove these files if the weights have it already"
+            "merge it into its base model first (infifpo import --hf BASE --adapter DIR, each in a "
+            "folder of its own; or peft: model.merge_and_unload(), then save_pretrained), or "
+            "remove these files if the weights have it already"
         )
 
 

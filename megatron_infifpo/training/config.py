@@ -16,9 +16,10 @@ from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 from megatron_infifpo.engine.environment import ShowEnvironment  # noqa: E402
 from megatron_infifpo.errors import UserError  # noqa: E402
-from megatron_infifpo.flag_types import check_number, check_positive, flag, positive  # noqa: E402
+from megatron_infifpo.flag_types import flag, positive  # noqa: E402
 from megatron_infifpo.megatron_flags.check import defaults, mend, unsupported  # noqa: E402
 from megatron_infifpo.methods import Method, add_method_flags, method_from_options  # noqa: E402
+from megatron_infifpo.training.config_checks import check_config  # noqa: E402
 from megatron_infifpo.training.config_file import CONFIG, with_file  # noqa: E402
 
 
@@ -28,13 +29,6 @@ def _flag(help: str, default: Any = None, **how: Any) -> Any:
 
 
 _CHECK = {"choices": ["error", "warn", "off"]}
-# Flags that only some runs have a use for.
-_OF_SOURCES = ("preference_sources", "preference_valid_sources")
-_OF_REFERENCES = ("reference_check", "reference_probes", "reference_tolerance")
-_OF_TARGETS = ("soft_targets", "valid_soft_targets")
-_OF_VALIDATION = ("preference_valid_sources", "valid_soft_targets")
-_COUNTS = ("micro_batch_size", "global_batch_size", "train_iters", "train_samples")
-MOST_SEED = 2**31 - 1  # NumPy's generators take 32 bits, and Megatron adds to it by rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +120,22 @@ class RunConfig:
         default="error",
         **_CHECK,
     )
+    lora_rank: int | None = _flag(
+        "train low-rank adapters of this rank and leave the pivot's own weights as they are",
+        type=positive,
+        metavar="R",
+    )
+    lora_alpha: float | None = _flag(
+        "adapters count alpha / rank times (default: alpha is twice the rank)",
+        type=float,
+        metavar="X",
+    )
+    lora_targets: list[str] | None = _flag(
+        "linear layers with adapters, by their Hugging Face names: q_proj v_proj (default: "
+        "all-linear, all of every layer)",
+        nargs="+",
+        metavar="NAME",
+    )
     stop_at: int | None = _flag(
         "save and end once N steps of the run are done; its schedule is that of --train-iters "
         "(default: all steps)",
@@ -179,62 +189,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what needs neither data nor checkpoint."""
-        if self.preference_data is None:
-            raise UserError("--preference-data is missing: the prefix of the pivot's token dataset")
-        self._check_data()
-        self._check_batch()
-        for name in ("reference_tolerance", "sampler_tolerance"):
-            check_number(self, name)
-        if self.sampler_tolerance is not None and self.sampler_logprobs is None:
-            raise UserError("--sampler-tolerance has no effect without --sampler-logprobs")
-        check_positive(self, "stop_at")
-        if self.stop_at is not None and self.flags["exit_interval"] is not None:
-            raise UserError("give one of --stop-at (once) and --exit-interval (at its multiples)")
-        if self.share_prompt is not None and self.method.responses == 1:
-            raise UserError(
-                f"--share-prompt has no effect: {self.method.objective} sees one response"
-            )
-
-    def _check_data(self) -> None:
-        name, method = f"--method {self.flags['method']}", self.method
-        alone = f"with {name}, which has no reference"
-        for fields_, useless, why in (
-            (_OF_SOURCES, not method.reads_logprobs, alone),
-            (_OF_REFERENCES, method.reference is None, alone),
-            (_OF_TARGETS, not method.soft_targets, f"with {name}, which reads none"),
-            (_OF_VALIDATION, self.preference_valid_data is None, "without --preference-valid-data"),
-        ):
-            for each in fields_ if useless else ():
-                if getattr(self, each) is not None:
-                    raise UserError(f"{flag(each)} has no effect {why}: leave it out")
-        if method.soft_targets and self.soft_targets is None:
-            made = f"infifpo fuse-targets writes of {self.preference_data} and its sources"
-            raise UserError(f"--soft-targets is missing: {name} learns from what {made}")
-        both = (self.preference_data, self.preference_valid_data)
-        for data, sources in zip(both, _OF_SOURCES, strict=True):
-            if data and method.reads_logprobs and getattr(self, sources) is None:
-                raise UserError(
-                    f"{flag(sources)} is missing: sources.yaml names the log-probs of {data}"
-                )
-
-    def _check_batch(self) -> None:
-        if (self.flags["micro_batch_size"] is None) == (self.micro_batch_tokens is None):
-            raise UserError("give one of --micro-batch-size (pairs) and --micro-batch-tokens")
-        if self.flags["global_batch_size"] is None:
-            raise UserError("give --global-batch-size, in pairs")
-        for name in ("preference_epochs", *_COUNTS):
-            value = self.named()[name]
-            if value is not None and value < 1:
-                raise UserError(f"{flag(name)} is {value}, expected at least 1")
-        if not 0 <= self.flags["seed"] <= MOST_SEED:
-            raise UserError(
-                f"--seed is {self.flags['seed']}, expected a whole number from 0 to {MOST_SEED}"
-            )
-        for name in ("train_iters", "train_samples"):
-            if self.preference_epochs is not None and self.flags[name] is not None:
-                raise UserError(
-                    f"--preference-epochs has no effect with {flag(name)}: give one of them"
-                )
+        check_config(self)
 
     @property
     def checks_reference(self) -> bool:

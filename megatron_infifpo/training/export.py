@@ -11,9 +11,9 @@ from megatron_infifpo.convert.hf_export import RUN_COPY, export_checkpoint
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.storage.checkpoints import TRACKER, check_free
 from megatron_infifpo.storage.share import Share
+from megatron_infifpo.training.folders import check_writable
 from megatron_infifpo.training.provenance import read_run
 from megatron_infifpo.training.settings import Run
-from megatron_infifpo.training.start import check_writable
 
 # The first rank may write for longer than ranks wait for each other in training.
 _PATIENCE = datetime.timedelta(days=1)

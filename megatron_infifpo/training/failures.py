@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.storage.checkpoints import TRACKER
+from megatron_infifpo.training.folders import Folders
 from megatron_infifpo.training.megatron_args import current_step
-from megatron_infifpo.training.start import Folders
 from megatron_infifpo.training.step import TrainingStep, way_on
 
 _NOT_FINITE = (EXIT_CODE_RESUME_TO_DISAMBIGUATE, EXIT_CODE_FAILED_ON_RESULT_VALIDATION)

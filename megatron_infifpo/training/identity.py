@@ -1,5 +1,6 @@
 """What must stay the same from the first step of a run to its last, and how two of it differ."""
 
+from dataclasses import asdict
 from typing import Any
 
 from megatron_infifpo import pair_weights
@@ -28,6 +29,8 @@ def identity(run: Run, train: PreferenceDataset) -> dict[str, Any]:
         SCHEDULE_KEY: schedule_identity(arguments),
         "data": data_identity(train, scores=method.uses_scores(listed=train.tokens.listed)),
     }
+    if run.lora is not None:
+        found["lora"] = {**asdict(run.lora), "targets": list(run.lora.targets)}
     if train.references is not None and "source_weights" in FUSIONS[method.fusion].reads:
         names = (*train.source_names, "initial")
         weights = train.references.weights.tolist()

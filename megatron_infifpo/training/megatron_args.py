@@ -18,9 +18,10 @@ from megatron_infifpo.ranks import rank_and_size
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.training.config import RunConfig, run_parser
 from megatron_infifpo.training.data import Datasets, lengths
+from megatron_infifpo.training.folders import Folders
 from megatron_infifpo.training.rates import Schedule
 from megatron_infifpo.training.resume import settled_schedule, stop
-from megatron_infifpo.training.start import Folders, Start
+from megatron_infifpo.training.start import Start
 
 
 def layers_of(config: RunConfig) -> LayerKind:

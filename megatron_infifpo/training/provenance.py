@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_infifpo import __version__
+from megatron_infifpo.convert.adapters import Adapters
 from megatron_infifpo.convert.fingerprint import weights_fingerprint
 from megatron_infifpo.convert.hf_export import RUN_COPY
 from megatron_infifpo.convert.hf_folder import check_weights, open_hf
@@ -153,6 +154,9 @@ def record_run(run: Run, content: dict[str, Any], start: Start, lock: RunLock) -
     lock.take()
     with Aside() as files:
         FORMAT.write(save / RUN_FILE.removesuffix(".json"), content, files)
+    if run.lora is not None:
+        assert start.own is not None
+        Adapters(run.lora, start.own.resolve(), start.own_weights.sha256).write(save)
     if not (save / HF_FOLDER).exists():
         with whole_folder(save / HF_FOLDER) as folder:
             _carry(start, folder, run.arguments["params_dtype"])

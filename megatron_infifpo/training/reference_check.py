@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from megatron.training import print_rank_0
 
+from megatron_infifpo.engine.adapters import adapters_off
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.losses import CHOSEN, REJECTED
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
@@ -29,6 +30,7 @@ def check_initial_logprobs(
 
     At step 0 its log-probs must be the initial pivot's; equal files do not show that, since layers,
     flags and layouts lie between weights and log-probs. Later it says how far training has moved.
+    A run of adapters still has the initial pivot in memory, so that it is checked at every start.
 
     Args:
         run: that is about to start.
@@ -42,14 +44,18 @@ def check_initial_logprobs(
     initial = dataset.initial
     if initial is None or not run.config.checks_reference:
         return
-    found = compare(run, models, dataset)
-    records = len({difference.index for difference in found})
     if start.step > 0:
+        found = compare(run, models, dataset)
+        records = len({difference.index for difference in found})
         print_rank_0(
             f"reference check: on {records} records the pivot has moved by {moved(found, dataset)} "
             "responses since step 0"
         )
-        return
+        if run.lora is None:
+            return
+    with adapters_off(models):
+        found = compare(run, models, dataset)
+    records = len({difference.index for difference in found})
     tolerance, dtype = run.config.reference_tolerance, run.precision.dtype
     if tolerance is None:  # the coarser type decides; of imported log-probs it is not known
         types = [initial.manifest["dtype"], dtype]

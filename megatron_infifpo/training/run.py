@@ -14,6 +14,7 @@ from megatron.training import pretrain, print_rank_0
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.global_vars import set_global_variables
 
+from megatron_infifpo.engine.adapters import train_adapters
 from megatron_infifpo.engine.gpt import model_config, refusals
 from megatron_infifpo.engine.parallel import one_rank_by_default
 from megatron_infifpo.patches import learning_rate, training_loop
@@ -29,8 +30,10 @@ from megatron_infifpo.training.data import (
 )
 from megatron_infifpo.training.export import check_export, export_finished, exported_at_end
 from megatron_infifpo.training.failures import explained
+from megatron_infifpo.training.folders import Folders
 from megatron_infifpo.training.identity import identity
 from megatron_infifpo.training.lock import RunLock
+from megatron_infifpo.training.lora import lora_of
 from megatron_infifpo.training.megatron_args import (
     layers_of,
     megatron_args,
@@ -46,7 +49,7 @@ from megatron_infifpo.training.resume import check_batch, nothing_left, schedule
 from megatron_infifpo.training.sampler_check import check_samples, read_samples
 from megatron_infifpo.training.schedule import get_training_schedule
 from megatron_infifpo.training.settings import Run
-from megatron_infifpo.training.start import Folders, Start, find_start
+from megatron_infifpo.training.start import Start, find_start
 from megatron_infifpo.training.step import TrainingStep
 from megatron_infifpo.training.token_check import check_tokens
 from megatron_infifpo.training.weights_check import begin_weights_check
@@ -65,17 +68,18 @@ def train(config: RunConfig) -> None:
         UserError: something that the user gave is wrong, at the start or in a step.
     """
     one_rank_by_default()
-    start = find_start(Folders.read(config.flags))
+    start = find_start(Folders.read(config.flags), lora=config.lora_rank is not None)
+    lora = lora_of(config, start)
     datasets, kind = open_datasets(config), layers_of(config)
     since = round_began(start, datasets.train, config.method)
     datasets = replace(datasets, since=since)
     check_batch(config.flags["global_batch_size"], start)
     args = megatron_args(config, start, datasets, kind)
-    run = Run.read(config, vars(args), rows_of(config, kind))
+    run = Run.read(config, vars(args), rows_of(config, kind), lora)
     check_optimizer_state(run.arguments, start)
     check_rates(run.schedule, start.step, warn=run.layout.rank == 0)
     with refusals():
-        model = model_config(run.arguments, kind)
+        model = model_config(run.arguments, kind, lora)
     finished = nothing_left(run.schedule, start, config.stop_at)
     check_export(run, finished=finished is not None)
     accepted = accept_on_first_rank(run, start, datasets, finished=finished is not None)
@@ -87,6 +91,8 @@ def train(config: RunConfig) -> None:
     start.verify(run.layout.rank, run.layout.world_size)
     provider = DatasetsProvider(run, datasets, checks, accepted.record)
     model.pre_wrap_hooks.append(start.fill)
+    if lora is not None:
+        model.pre_wrap_hooks.append(partial(train_adapters, seed=run.batch.seed))
     model.post_wrap_hooks.append(provider.keep_models)
     set_global_variables(args, build_tokenizer=False)
     print_rank_0(introduction(run, start, datasets, accepted), rank=run.layout.rank)
@@ -124,7 +130,12 @@ def introduction(run: Run, start: Start, datasets: Datasets, accepted: Accepted)
     if targets is not None:
         names = ", ".join(targets.sources)
         lines.append(f"soft targets {targets.prefix}: --fusion {targets.fusion} of {names}")
-    if start.is_hf:
+    if run.lora is not None:
+        lines.append(
+            f"adapters of rank {run.lora.rank}, alpha {run.lora.alpha:g}, of "
+            f"{', '.join(run.lora.targets)}, on the weights in {start.own}"
+        )
+    elif start.is_hf:
         lines.append(f"weights of the Hugging Face folder {start.folder}, in {run.precision.dtype}")
     if changes := schedule_changes(run.arguments, start):
         lines.append(f"from step {start.step + 1} on: {', '.join(changes)}")

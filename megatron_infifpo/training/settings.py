@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self
 
+from megatron_infifpo.families.lora import Lora
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.training.config import RunConfig
+from megatron_infifpo.training.folders import Folders
 from megatron_infifpo.training.rates import Schedule
-from megatron_infifpo.training.start import Folders
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Run:
         vocab_size: rows of the model's vocabulary, without padding.
         arguments: all of Megatron's, by name, read only: to build the model, and to compare with
             those of a checkpoint and of an earlier attempt.
+        lora: the adapters that are trained in place of the whole model, if any.
     """
 
     config: RunConfig
@@ -89,9 +91,16 @@ class Run:
     save_interval: int | None
     vocab_size: int
     arguments: Mapping[str, Any]
+    lora: Lora | None = None
 
     @classmethod
-    def read(cls, config: RunConfig, values: Mapping[str, Any], rows: RowLayout) -> Self:
+    def read(
+        cls,
+        config: RunConfig,
+        values: Mapping[str, Any],
+        rows: RowLayout,
+        lora: Lora | None = None,
+    ) -> Self:
         """Read it off Megatron's validated arguments, by name."""
         return cls(
             config=config,
@@ -122,4 +131,5 @@ class Run:
             save_interval=values["save_interval"],
             vocab_size=values["padded_vocab_size"],
             arguments=MappingProxyType(dict(values)),
+            lora=lora,
         )

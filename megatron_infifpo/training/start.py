@@ -1,11 +1,9 @@
-"""What a run begins with: the folders that it may read and write, and the checkpoint in them."""
+"""What a run begins with: the checkpoint in its folders, or the weights of another."""
 
 import functools
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.serialization import (
@@ -15,6 +13,8 @@ from megatron.core.dist_checkpointing.serialization import (
 from megatron.core.rerun_state_machine import RerunState
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_infifpo.convert.adapters import Adapters, holds_adapters
+from megatron_infifpo.convert.fingerprint import Weights, read_weights
 from megatron_infifpo.convert.hf_folder import check_weights, open_hf
 from megatron_infifpo.convert.hf_weights import load_into_model
 from megatron_infifpo.engine.older import accept_older
@@ -23,34 +23,7 @@ from megatron_infifpo.ranks import rank
 from megatron_infifpo.storage.checkpoints import TRACKER, find_checkpoint
 from megatron_infifpo.storage.checksums import verify_share
 from megatron_infifpo.storage.torch_dist import BROKEN_PICKLE, TorchDistCheckpoint
-
-
-@dataclass(frozen=True)
-class Folders:
-    """What a run may read and write, as the flags name it.
-
-    Attributes:
-        save: where its checkpoints go, if anywhere.
-        load: what it goes on from, where that is not `save`.
-        pretrained: the pivot that a new run starts from.
-        finetune: take the weights alone, whatever is loaded.
-    """
-
-    save: str | None
-    load: str | None
-    pretrained: str | None
-    finetune: bool
-
-    @classmethod
-    def read(cls, flags: Mapping[str, Any]) -> Self:
-        """Take them from a run's flags."""
-        names = ("save", "load", "pretrained_checkpoint", "finetune")
-        return cls(*(flags[name] for name in names))
-
-    @property
-    def loaded(self) -> str | None:
-        """What Megatron is to load if there is a checkpoint: so one command starts and resumes."""
-        return self.load or self.save
+from megatron_infifpo.training.folders import Folders, check_folders, is_hf_folder
 
 
 @dataclass(frozen=True)
@@ -63,12 +36,15 @@ class Start:
         tracker: what the tracker names, a number or `release`; that of a Hugging Face folder.
         files: the checkpoint's, in torch_dist; None of a Hugging Face folder.
         resumed: whether the run goes on with the checkpoint's step, or takes its weights alone.
+        own: the folder of weights that Megatron cannot load, since they are no checkpoint of the
+            whole model: a Hugging Face folder, a base with adapters, the base of a run's adapters.
     """
 
     folder: Path
     tracker: str
     files: TorchDistCheckpoint | None
     resumed: bool
+    own: Path | None = None
 
     @property
     def is_hf(self) -> bool:
@@ -90,9 +66,9 @@ class Start:
 
     def loaded_by_megatron(self, folders: Folders) -> dict[str, str | None]:
         """Megatron's arguments that say what it loads."""
-        if self.is_hf:
-            return {"load": None, "pretrained_checkpoint": None}
-        return {"load": folders.loaded, "pretrained_checkpoint": folders.pretrained}
+        if self.own is None:
+            return {"load": folders.loaded, "pretrained_checkpoint": folders.pretrained}
+        return {"load": folders.loaded if self.resumed else None, "pretrained_checkpoint": None}
 
     def verify(self, rank: int, world: int) -> None:
         """Check this rank's share of the checkpoint's files by their checksums.
@@ -104,17 +80,43 @@ class Start:
             verify_share(self.files.checksums, rank, world)
 
     def fill(self, models: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """Hook of Megatron's model builder: load a Hugging Face folder, or let Megatron load.
+        """Hook of Megatron's model builder: load what Megatron cannot, or let Megatron load.
 
         It comes before the chunks are wrapped: the optimizer makes its own parameters of theirs.
 
         Raises:
             UserError: weights that do not fit config.json.
         """
-        if self.files is None:
-            load_into_model(models, self.folder)
+        if self.own is not None:
+            load_into_model(models, self.own)
             return models
-        return accept_older(self.files, models)
+        return accept_older(self.checkpoint, models)
+
+    @functools.cached_property
+    def adapters(self) -> Adapters | None:
+        """What the checkpoint's adapters are made for; None where it is whole.
+
+        Raises:
+            UserError: nothing beside it says so.
+        """
+        if self.files is None or not holds_adapters(self.files):
+            return None
+        return Adapters.read(self.folder)
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """What the weights in its folder are; with their base, where they are adapters.
+
+        Raises:
+            UserError: they cannot be read, or their base is another one.
+        """
+        return read_weights(self.folder)
+
+    @functools.cached_property
+    def own_weights(self) -> Weights:
+        """What the weights are that Megatron cannot load; errors as `weights`."""
+        assert self.own is not None
+        return self.weights if self.own == self.folder else read_weights(self.own)
 
     @functools.cached_property
     def state(self) -> dict[str, Any]:
@@ -162,29 +164,64 @@ class Start:
         return int(self.saved["consumed_train_samples"]) if self.resumed else 0
 
 
-def find_start(folders: Folders) -> Start:
+def find_start(folders: Folders, *, lora: bool = False) -> Start:
     """Find the checkpoint, or the Hugging Face folder, that a run begins with.
 
     Nothing in the checkpoint is unpickled before its metadata was looked through.
 
+    Args:
+        folders: that the run may read and write.
+        lora: whether it trains adapters.
+
     Raises:
         UserError: a folder means two things, or is not there, or holds no checkpoint; a model that
-            import would refuse.
+            import would refuse; a run is to go on that trains something else.
     """
-    _check_folders(folders)
+    check_folders(folders)
     folder = _pivot_directory(folders.loaded, folders.pretrained)
     if not (folder / TRACKER).is_file():
         weights, mapping, _ = open_hf(folder)
         if rank() == 0:
             check_weights(weights, mapping)
-        return Start(folder, "release", None, resumed=False)
+        return Start(folder, "release", None, resumed=False, own=folder)
     tracker = (folder / TRACKER).read_text(encoding="utf-8").strip()
     new = folders.finetune or tracker == "release"
     resumed = not new and (folders.pretrained is None or folder != Path(folders.pretrained))
     checkpoint = TorchDistCheckpoint(find_checkpoint(folder))
     if rank() == 0:
         checkpoint.check_sizes()
-    return Start(folder, tracker, checkpoint, resumed)
+    own = folder if lora or holds_adapters(checkpoint) else None
+    start = Start(folder, tracker, checkpoint, resumed, own)
+    return _with_base(start, folders, lora) if resumed else start
+
+
+def _with_base(start: Start, folders: Folders, lora: bool) -> Start:
+    """Let a run of adapters go on with its base; others as they are.
+
+    Raises:
+        UserError: it was trained whole, and adapters are asked for, or the other way round.
+    """
+    before = start.adapters
+    if before is None and lora:
+        raise UserError(
+            f"the run in {start.folder} trains the whole model: leave --lora-rank out to go on "
+            "with it, or choose another --save to train adapters"
+        )
+    if before is None:
+        return start
+    if not lora:
+        raise UserError(
+            f"the run in {start.folder} trains adapters of rank {before.lora.rank}: give "
+            f"--lora-rank {before.lora.rank} to go on with it, or choose another --save and give "
+            "this folder to --pretrained-checkpoint to train the whole model"
+        )
+    base = before.base if folders.pretrained is None else Path(folders.pretrained)
+    if not base.is_dir():
+        raise UserError(
+            f"the base of the adapters in {start.folder} is not in {base}: say with "
+            "--pretrained-checkpoint where it is"
+        )
+    return replace(start, own=base)
 
 
 def _pivot_directory(load: str | None, pretrained: str | None) -> Path:
@@ -201,74 +238,9 @@ def _pivot_directory(load: str | None, pretrained: str | None) -> Path:
     for directory in candidates:
         if (directory / TRACKER).is_file():
             return directory
-    if pretrained is not None and _is_hf(Path(pretrained)):
+    if pretrained is not None and is_hf_folder(Path(pretrained)):
         return Path(pretrained)
     raise UserError(
         f"no checkpoint in {' or '.join(map(str, candidates))}: give --pretrained-checkpoint the "
         "pivot's Hugging Face folder, with config.json, or what infifpo import made of it"
     )
-
-
-def _is_hf(directory: Path) -> bool:
-    return (directory / "config.json").is_file()
-
-
-def check_writable(folder: Path, what: str) -> None:
-    """Refuse a folder that cannot be made or written.
-
-    Args:
-        folder: absolute; it need not be there.
-        what: the flag and what was given to it.
-
-    Raises:
-        UserError: something above it is a file, or may not be written to.
-    """
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        reason = "may not be written to" if there.is_dir() else "is a file"
-        raise UserError(f"{what} cannot be made or written: {there} {reason}")
-
-
-def _check_folders(folders: Folders) -> None:
-    """Refuse folders that would be two things at once, and --load of nothing."""
-    save, load, pretrained = (
-        None if path is None else Path(path).resolve()
-        for path in (folders.save, folders.load, folders.pretrained)
-    )
-    if pretrained is not None and pretrained in (save, load):
-        flag = "--save" if pretrained == save else "--load"
-        raise UserError(
-            f"{flag} and --pretrained-checkpoint are both {pretrained}: give the folder to --save "
-            "alone to go on with the run in it, or --pretrained-checkpoint with another --save to "
-            "start a new run from its weights"
-        )
-    if load is not None and load != save and not (load / TRACKER).is_file():
-        raise UserError(
-            f"--load {folders.load} has no checkpoint: it has no {TRACKER}. Mend the path; to "
-            "start from a pivot give --pretrained-checkpoint, and leave --load out: a run is "
-            "resumed from its --save"
-        )
-    if save is not None:
-        check_writable(save, f"--save {folders.save}")
-        if _is_hf(save):
-            raise UserError(
-                f"--save {folders.save} is a Hugging Face folder: give it to "
-                "--pretrained-checkpoint, and another folder to --save"
-            )
-    if save is None or not (save / TRACKER).is_file():
-        return
-    if load is not None and load != save:
-        raise UserError(
-            f"--save {folders.save} holds a run already, which would be mixed with the one in "
-            f"--load {folders.load}: leave --load out to go on with it, or choose another --save"
-        )
-    if folders.finetune:
-        raise UserError(
-            f"--finetune would start a new run in --save {folders.save}, which holds one: choose "
-            "another --save, or leave --finetune out to go on"
-        )
-    if (save / TRACKER).read_text(encoding="utf-8").strip() == "release":
-        raise UserError(
-            f"--save {folders.save} is a converted pivot, and a run there would take its place: "
-            "give it to --pretrained-checkpoint, and another folder to --save"
-        )

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from megatron.training import print_rank_0
 
-from megatron_infifpo.convert.fingerprint import Weights, read_weights
+from megatron_infifpo.convert.fingerprint import Weights
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.tokens.measured import MeasuredResponse
@@ -43,9 +43,11 @@ def begin_weights_check(
     """
     if run.layout.rank != 0:
         return lambda: None
-    comparisons: list[Callable[[Weights], None]] = []
+    comparisons: list[Callable[[], None]] = []
+    if run.lora is not None:
+        comparisons.append(lambda: _compare_base(start))
     if _knows_pivot(run, start, dataset):
-        comparisons.append(lambda found: _compare_pivot(run, start, dataset, found))
+        comparisons.append(lambda: _compare_pivot(run, start, dataset, start.weights))
     if samples and begins:
         if samples[0].weights_sha256 is None:
             print(
@@ -53,17 +55,32 @@ def begin_weights_check(
                 "sampled; log-probs alone are compared"
             )
         else:
-            comparisons.append(lambda found: compare_sampled(run, start, samples, found))
+            comparisons.append(lambda: compare_sampled(run, start, samples, start.weights))
     if not comparisons:
         return lambda: None
-    reading = ThreadPoolExecutor(1).submit(read_weights, start.folder)
+    # What the thread reads, the start keeps.
+    needed = [lambda: start.own_weights] if run.lora is not None else []
+    if len(comparisons) > len(needed):
+        needed.append(lambda: start.weights)
+    reading = ThreadPoolExecutor(1).submit(lambda: [read() for read in needed])
 
     def check() -> None:
-        found = reading.result()
+        reading.result()
         for compare in comparisons:
-            compare(found)
+            compare()
 
     return check
+
+
+def _compare_base(start: Start) -> None:
+    """Refuse to go on with adapters on another base than they were trained on.
+
+    Raises:
+        UserError: it has other weights.
+    """
+    assert start.own is not None
+    if start.resumed and start.adapters is not None:
+        start.adapters.check_base(start.own, start.own_weights.sha256)
 
 
 def _knows_pivot(run: Run, start: Start, dataset: PreferenceDataset) -> bool:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.training.start import Folders, find_start
+from megatron_infifpo.training.folders import Folders
+from megatron_infifpo.training.start import find_start
 from support import tiny
 from support.launcher import refused
 from support.runs import BOTH, LAYOUTS, steps_of

@@ -54,6 +54,8 @@ FIRST = (
     "tests/distributed/test_soak.py",
     "tests/rounds/test_rounds.py",
     "tests/distributed/test_rounds.py",
+    "tests/distributed/test_lora.py",
+    "tests/distributed/test_lora_peft.py",
     "tests/distributed/test_enumerable.py",
     "tests/responses/test_evaluate.py",
     "tests/study/test_whole_study.py",

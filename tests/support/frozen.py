@@ -94,6 +94,9 @@ def formats(setup: Setup, ranks: Ranks, folder: Path) -> dict[str, Any]:
     sources = setup.sources("frozen", "{name: qwen, logprobs: qwen}", "{name: phi, logprobs: phi}")
     run = folder / "run"
     ranks(1, "support.training:train", setup.flags(sources, "--save", str(run)))
+    adapters = folder / "adapters"
+    few = ["--lora-rank", "2", "--stop-at", "1", "--save", str(adapters)]
+    ranks(1, "support.training:train", setup.flags(sources, *few))
     scoring = ["--backend", "megatron", "--model", str(setup.hf), "--input", str(setup.records)]
     ranks(1, "support.scoring:score", [*scoring, "--output", str(folder / "top"), "--top-k", "4"])
     soft = _soft_targets(setup, folder)
@@ -107,6 +110,8 @@ def formats(setup: Setup, ranks: Ranks, folder: Path) -> dict[str, Any]:
         "run.json": json_format(run / "run.json"),
         "imported checkpoint": checkpoint_format(setup.pivot),
         "trained checkpoint": checkpoint_format(run),
+        "lora.json": json_format(adapters / "lora.json"),
+        "checkpoint of adapters": checkpoint_format(adapters),
     }
 
 

@@ -12,9 +12,10 @@ from megatron_infifpo.engine.layer_kind import KINDS, choose_kind
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.training.config import RunConfig, run_parser
 from megatron_infifpo.training.data import open_datasets
+from megatron_infifpo.training.folders import Folders
 from megatron_infifpo.training.megatron_args import megatron_args, rows_of
 from megatron_infifpo.training.settings import Run
-from megatron_infifpo.training.start import Folders, find_start
+from megatron_infifpo.training.start import find_start
 
 WORDS = ["--preference-data", "pairs", "--preference-sources", "sources.yaml", "--lr", "1e-7",
          "--global-batch-size", "8", "--micro-batch-size", "2"]  # fmt: skip

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.training.folders import Folders
 from megatron_infifpo.training.lock import RunLock
-from megatron_infifpo.training.start import Folders, find_start
+from megatron_infifpo.training.start import find_start
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Samples of other weights than a round starts from are refused, where their bytes can tell."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from megatron_infifpo.convert.fingerprint import Weights
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.tokens.measured import MeasuredResponse
-from megatron_infifpo.training import weights_check
+from megatron_infifpo.training import start
 from megatron_infifpo.training.weights_check import begin_weights_check
 
 OWN = Weights("a" * 64, "bfloat16")
@@ -24,16 +25,17 @@ def check(monkeypatch, capsys):
         read.append(folder)
         return OWN
 
-    monkeypatch.setattr(weights_check, "read_weights", read_weights)
+    monkeypatch.setattr(start, "read_weights", read_weights)
 
     def run(*weights, begins=True, rank=0):
         config = SimpleNamespace(sampler_logprobs="r.measured", reference_check="off")
-        given: Any = SimpleNamespace(config=config, layout=SimpleNamespace(rank=rank))
-        start: Any = SimpleNamespace(folder="pivot", resumed=True, how_to_sample="sample with it")
+        given: Any = SimpleNamespace(config=config, layout=SimpleNamespace(rank=rank), lora=None)
+        files: Any = "of a checkpoint"
+        pivot = start.Start(Path("pivot"), "2", files, resumed=True)
         data: Any = SimpleNamespace(initial=None)
         ids, values = np.ones(2, np.int32), np.zeros(2, np.float32)
         samples = [MeasuredResponse("p", ids, ids, values, "policy", *each) for each in weights]
-        begin_weights_check(given, start, data, samples, begins=begins)()
+        begin_weights_check(given, pivot, data, samples, begins=begins)()
         return capsys.readouterr().out, len(read)
 
     return run

@@ -1,0 +1,101 @@
+"""A model's weights as Megatron has them, wherever they lie: one tensor of one layer at a time."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_infifpo.convert.hf_folder import HfWeights
+from megatron_infifpo.families.lora import A, B, Lora, key_of
+from megatron_infifpo.families.mapping import Entry, WeightMapping
+from megatron_infifpo.storage.safetensors_io import Scratch
+from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint
+
+
+class ModelWeights(Protocol):
+    """What converters read weights from."""
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Dtype that a Megatron tensor is stored in."""
+
+    def read(self, entry: Entry, scratch: Scratch | None = None) -> Tensor:
+        """Read a Megatron tensor: of one layer, and without vocabulary padding.
+
+        It is in memory of its own, or in the scratch memory.
+        """
+
+
+class MegatronWeights:
+    """Those of a checkpoint."""
+
+    def __init__(self, checkpoint: TorchDistCheckpoint):
+        """Take the checkpoint's files."""
+        self.checkpoint = checkpoint
+
+    def dtype(self, key: str) -> torch.dtype:
+        """See `ModelWeights`."""
+        return self.checkpoint.dtype(key)
+
+    def read(self, entry: Entry, scratch: Scratch | None = None) -> Tensor:
+        """See `ModelWeights`."""
+        return read_tensor(self.checkpoint, entry.row.key, entry.layer, entry.shape, scratch)
+
+
+class FolderWeights:
+    """Those of a Hugging Face folder, in Megatron's layout."""
+
+    def __init__(self, weights: HfWeights, mapping: WeightMapping):
+        """Take the folder's tensors, and which of them form which of Megatron's."""
+        self.weights, self.mapping = weights, mapping
+
+    def dtype(self, key: str) -> torch.dtype:
+        """See `ModelWeights`."""
+        layer = 0 if self.mapping.rows[key].per_layer else None
+        return self.weights.dtype(self.mapping.entry(key, layer).hf_names[0])
+
+    def read(self, entry: Entry, scratch: Scratch | None = None) -> Tensor:
+        """See `ModelWeights`."""
+        return entry.to_megatron([self.weights.load(name, scratch) for name in entry.hf_names])
+
+
+class AdaptedWeights:
+    """Those of a base with low-rank adapters that a checkpoint holds."""
+
+    def __init__(self, base: ModelWeights, adapters: TorchDistCheckpoint, lora: Lora):
+        """Take the base, the checkpoint of adapters, and what they are."""
+        self.base, self.adapters, self.lora = base, adapters, lora
+
+    def dtype(self, key: str) -> torch.dtype:
+        """See `ModelWeights`: the base's."""
+        return self.base.dtype(key)
+
+    def read(self, entry: Entry, scratch: Scratch | None = None) -> Tensor:
+        """See `ModelWeights`: added in float32."""
+        weight = self.base.read(entry, scratch)
+        pair = self.adapters_of(entry)
+        return weight if pair is None else self.lora.merge(entry, weight, *pair)
+
+    def adapters_of(self, entry: Entry) -> tuple[Tensor, Tensor] | None:
+        """A and B of a Megatron tensor, in its layout; None where it has none."""
+        if key_of(entry.row, A) not in self.adapters.names():
+            return None
+        shapes = self.lora.shapes(entry)
+        a, b = (
+            read_tensor(self.adapters, key_of(entry.row, name), entry.layer, shapes[name])
+            for name in (A, B)
+        )
+        return a, b
+
+
+def read_tensor(
+    checkpoint: TorchDistCheckpoint,
+    key: str,
+    layer: int | None,
+    shape: tuple[int, ...],
+    scratch: Scratch | None = None,
+) -> Tensor:
+    """Read a whole tensor of this shape, or that of one layer."""
+    rest = (0,) * len(shape)
+    if layer is None:
+        return checkpoint.read(key, rest, shape, scratch)
+    return checkpoint.read(key, (layer, *rest), (1, *shape), scratch).squeeze(0)
