@@ -9,7 +9,7 @@ from megatron_infifpo.families import FAMILIES
 from megatron_infifpo.families.mapping import WeightMapping
 
 ALL_LINEAR = "all-linear"
-# Megatron's linear layers that split their outputs over tensor-parallel ranks; others, their inputs.
+# Megatron's linear layers whose outputs are split over tensor-parallel ranks; of others, inputs.
 _BY_COLUMNS = ("linear_qkv.weight", "linear_fc1.weight")
 
 

@@ -27,7 +27,7 @@ class PlanningJob:
         gpus, gpus_per_node: how many.
         gpu_memory: GiB.
         gpu_tflops, mfu: a GPU's peak, and the share of it that training reaches.
-        gpu_bandwidth: GB/s at which a GPU gets what other ranks of its row have, or its experts' rows.
+        gpu_bandwidth: GB/s at which a GPU gets what others of its node have.
         host_memory: GiB of a node, beside its GPUs.
         host_bandwidth: GB/s at which a node's processors read and write its memory, all together.
         host_link: GB/s between a GPU and the host, either way, while all of a node's GPUs do so.
