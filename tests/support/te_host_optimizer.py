@@ -96,7 +96,5 @@ def held(models: Any, optimizer: Any) -> dict[str, int]:
             for x in tensors
             if torch.is_tensor(x) and x.dim() and x.data_ptr() not in own
         }
-    parameters = sum(parameter.numel() for model in models for parameter in model.parameters())
-    return {place: sum(sizes.values()) for place, sizes in found.items()} | {
-        "parameters": parameters
-    }
+    count = sum(parameter.numel() for model in models for parameter in model.parameters())
+    return {place: sum(sizes.values()) for place, sizes in found.items()} | {"parameters": count}
