@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_choice
 from megatron_infifpo.planning.estimate import RESERVED, Estimate, Hours, estimate, estimate_at
-from megatron_infifpo.planning.flags import all_training_flags
+from megatron_infifpo.planning.flags import all_training_flags, training_flags
 from megatron_infifpo.planning.job import PlanningJob
 from megatron_infifpo.planning.layout import Layout
 from megatron_infifpo.planning.plan import GIB, NONE, SELECTIVE, Memory
@@ -88,6 +88,11 @@ class Fitted:
     def spent(self) -> Hours:
         """Hours, by what they go into."""
         return self.estimate.spent
+
+    @property
+    def chosen_flags(self) -> tuple[str, ...]:
+        """Flags of `infifpo train` for what was chosen, and the length of rows, word by word."""
+        return tuple(training_flags(self.job, self.estimate).split())
 
     @property
     def flags(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_infifpo.patches.host_optimizer import alone
+from megatron_infifpo.planning.estimate import LINK_BYTES
 from megatron_infifpo.planning.precision import PRECISIONS
 from support import te_training as te_jobs
 from support.launcher import RankError
@@ -220,6 +221,8 @@ def test_planned_state(six, name):
     for place, size in (("device", planned.optimizer), ("host", planned.host)):
         # Whole parameters go to the host, and few are here.
         assert found[place] == pytest.approx(size * found["parameters"], rel=0.15), place
+    moved = LINK_BYTES * planned.offloaded * found["parameters"]
+    assert found["moved"] == pytest.approx(moved, rel=0.15)
 
 
 @pytest.mark.parametrize("state", [PARTS, WHOLE], ids=["parts", "whole"])

@@ -76,7 +76,8 @@ def counts(optimizer: Any) -> dict[str, Any]:
 def held(models: Any, optimizer: Any) -> dict[str, int]:
     """Bytes that an optimizer holds on either side beside the model, and the model's parameters.
 
-    Gradients on the GPU are the model's; what is on the host has its own there.
+    Gradients on the GPU are the model's; what is on the host has its own there. `moved`: bytes that
+    a step copies to the host, gradients, and into the GPU's parameters.
     """
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
@@ -88,6 +89,10 @@ def held(models: Any, optimizer: Any) -> dict[str, int]:
         parts = [("host", part) for part in inner.cpu_optimizers]
         parts += [("device", inner.gpu_optimizer)] if inner.gpu_optimizer else []
         found["host"] = {x.data_ptr(): x.nbytes for x in inner.cpu_copy_map_grad.values()}
+    moved = sum(found["host"].values())
+    for part in getattr(inner, "cpu_optimizers", []):
+        copies = [parameter for group in part.param_groups for parameter in group["params"]]
+        moved += sum(inner.cpu_copys_map_gpu_param[copy].nbytes for copy in copies)
     for place, part in parts:
         tensors = [parameter.data for group in part.param_groups for parameter in group["params"]]
         tensors += [x for state in part.state.values() for x in state.values()]
@@ -97,4 +102,7 @@ def held(models: Any, optimizer: Any) -> dict[str, int]:
             if torch.is_tensor(x) and x.dim() and x.data_ptr() not in own
         }
     count = sum(parameter.numel() for model in models for parameter in model.parameters())
-    return {place: sum(sizes.values()) for place, sizes in found.items()} | {"parameters": count}
+    return {place: sum(sizes.values()) for place, sizes in found.items()} | {
+        "parameters": count,
+        "moved": moved,
+    }
