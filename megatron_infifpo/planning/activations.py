@@ -57,8 +57,8 @@ class Activations:
         """
         experts = self.sizes.experts
         assert experts is not None
-        rows = experts.chosen * (2 * self.sizes.hidden + self.kept.mlp * experts.ffn)
-        rows *= IMBALANCE if spread else 1.0
+        each = 2 * self.sizes.hidden + self.kept.mlp * experts.ffn
+        rows = each * experts.chosen * (IMBALANCE if spread else 1.0)
         return (rows + self.kept.mlp * experts.shared) * self.weight + 8.0 * experts.count
 
     def of_end(self) -> float:

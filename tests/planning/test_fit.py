@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_infifpo.commands.main import make_parser
 from megatron_infifpo.errors import UserError
@@ -192,3 +193,10 @@ def test_the_command(ranks, capsys):
     assert any(line.startswith("optimizer on the host: 98.6 GiB less, 9.2 hours") for line in lines)
     assert lines[-2] == "infifpo train ... \\"
     assert lines[-1].split() == list(fit(job("llama-3.3-70b")).flags)
+
+
+def test_a_second_moment_in_bfloat16_stands_still():
+    """Why it is not taken by itself: nothing is left of Megatron's default decay."""
+    moments = torch.logspace(-20, 2, 200).bfloat16()
+    assert torch.equal((moments.float() * 0.999).bfloat16(), moments)
+    assert (moments.float() * 0.95).bfloat16().lt(moments).all()

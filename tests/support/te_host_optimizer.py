@@ -83,7 +83,8 @@ def held(models: Any, optimizer: Any) -> dict[str, int]:
 
     own = {parameter.data_ptr() for model in models for parameter in model.parameters()}
     (outer,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner, found = outer.optimizer, {"device": {}, "host": {}}
+    inner = outer.optimizer
+    found: dict[str, dict[int, int]] = {"device": {}, "host": {}}
     parts = [("device", inner)]
     if isinstance(inner, HybridDeviceOptimizer):
         parts = [("host", part) for part in inner.cpu_optimizers]
