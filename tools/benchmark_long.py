@@ -129,7 +129,9 @@ def planned(args: argparse.Namespace, tokens: float) -> float:
     """MiB that a rank's layers keep of so many tokens, with attention computed again, on paper."""
     kept = LAYERS["local"].kept if on_gpu() else replace(ON_CPU, query=ON_CPU.query - 1)
     plan = Plan(megatron_args(read_hf_config(args.folder / "model")), "fp32", kept)
-    return tokens * (plan.layers * plan.activation_bytes() + plan.end_bytes()) / MIB
+    return (
+        tokens * (plan.sizes.layers * plan.activations.of_layer() + plan.activations.of_end()) / MIB
+    )
 
 
 if __name__ == "__main__":

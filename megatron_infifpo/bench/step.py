@@ -190,4 +190,4 @@ def model_operations(job: StepJob, *, shared: bool) -> float:
         attended += copies * prompt**2 + (responses * (2 * prompt + responses)).sum()
     scored = data.scored_lengths.sum()
     layers = plan.operations(tokens, 0.0, attended / tokens)
-    return float(layers + 6.0 * plan.table_parameters * scored)
+    return float(layers + 6.0 * plan.sizes.table * scored)

@@ -2,6 +2,7 @@
 
     infifpo plan --model phi-4 --gpus 16 --gpu-memory 80
     infifpo plan --model phi-4 --gpus 8 --gpu-memory 80 --seq-length 131072
+    infifpo plan --model mistral-small-24b --fit 8 --gpu-memory 80
 
 The three best layouts are printed, each with flags for `infifpo train`: the fastest ones that fit,
 then those that need least memory. GiB is the most at once: of a step, of the optimizer's update, or
@@ -11,6 +12,11 @@ memory of a node, beside its GPUs, that a save takes, and an optimizer that is t
 With --seq-length memory is that of the longest text's pair, or list, and ranks may share a row
 (context parallelism, CP); tensor and context parallel groups are kept inside a node.
 
+With --fit N the planner also chooses what makes memory go further: layers computed again, an Adam
+that keeps less of a parameter, a share of the optimizer on the host. It prints the fastest plan
+that fits, what each of these saves and costs, and all flags for `infifpo train`; or, if nothing
+fits, what would. With --lora-rank adapters alone are trained, here and in all layouts.
+
 Hours are for the paper's run by default: three epochs of SFT on 75,000 responses and one of
 preference optimization on 75,000 pairs. They follow from floating-point operations and --mfu, the
 share of a GPU's peak that training reaches. To measure yours, divide the operations by the seconds
@@ -19,23 +25,16 @@ of some steps (Megatron's --log-throughput counts a pair as one text of --seq-le
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 from megatron_infifpo.commands.flags import fields_of, hidden_alias, take_defaults
 from megatron_infifpo.engine.kept import LAYERS
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.families import PUBLISHED, megatron_args
-from megatron_infifpo.families.architecture import read_hf_config
 from megatron_infifpo.flag_types import positive, real, whole
-from megatron_infifpo.planning.estimate import (
-    MOMENTS,
-    SAVINGS,
-    Estimate,
-    PlanningJob,
-    best,
-    estimate,
-)
+from megatron_infifpo.planning.estimate import Estimate, best, estimate
+from megatron_infifpo.planning.fit import EXACT, MEASURES, Fitted, fit
 from megatron_infifpo.planning.flags import training_flags
+from megatron_infifpo.planning.job import MOMENTS, SAVINGS, PlanningJob
+from megatron_infifpo.planning.models import NAMES, planned_model
 from megatron_infifpo.planning.plan import GIB
 from megatron_infifpo.planning.precision import PRECISIONS
 
@@ -43,10 +42,11 @@ from megatron_infifpo.planning.precision import PRECISIONS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model, the machine and the run."""
     parser.add_argument(
-        "--model", required=True, help=f"Hugging Face folder, or one of {', '.join(PUBLISHED)}"
+        "--model", required=True, help=f"Hugging Face folder, or one of {', '.join(NAMES)}"
     )
     _add_machine(parser)
     _add_state(parser)
+    _add_adapters(parser)
     _add_run(parser)
     take_defaults(parser, PlanningJob)
     parser.add_argument("--all", action="store_true", help="print every layout after that")
@@ -54,7 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     some = real(0.001)
-    parser.add_argument("--gpus", type=whole(1, 100_000), required=True)
+    gpus = parser.add_mutually_exclusive_group(required=True)
+    gpus.add_argument("--gpus", type=whole(1, 100_000), help="print the best layouts of so many")
+    gpus.add_argument(
+        "--fit", type=gpu_count, metavar="N", help="print the fastest way that fits so many GPUs"
+    )
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        choices=MEASURES,
+        help=f"what --fit may take (default: {' '.join(EXACT)}; moments, in bfloat16, are less "
+        "exact)",
+    )
     parser.add_argument("--gpus-per-node", type=positive, help="(default: %(default)s)")
     parser.add_argument("--gpu-memory", type=some, help="GiB (default: %(default)g)")
     parser.add_argument("--gpu-tflops", type=some, help="(default: %(default)g, H100 bf16)")
@@ -63,7 +74,22 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         "--gpu-bandwidth",
         type=some,
         metavar="GB/S",
-        help="of a GPU that gathers keys under context parallelism (default: %(default)g, NVLink)",
+        help="of a GPU that gathers keys under context parallelism, or sends rows to experts "
+        "(default: %(default)g, NVLink)",
+    )
+    parser.add_argument("--host-memory", type=some, help="GiB of a node (default: %(default)g)")
+    parser.add_argument(
+        "--host-bandwidth",
+        type=some,
+        metavar="GB/S",
+        help="of all of a node's processors to its memory, for an optimizer that is there; they "
+        "need OMP_NUM_THREADS (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--host-link",
+        type=some,
+        metavar="GB/S",
+        help="between each GPU and the host, all at once (default: %(default)g)",
     )
 
 
@@ -83,6 +109,12 @@ def _add_state(parser: argparse.ArgumentParser) -> None:
         "--grad-reduce-in-bf16", action="store_true", help="gradients in bfloat16, as in training"
     )
     parser.add_argument(
+        "--precision-aware",
+        action="store_true",
+        help="training's --use-precision-aware-optimizer: 10 bytes a parameter in place of 12; "
+        "needs Transformer Engine",
+    )
+    parser.add_argument(
         "--adam-moments",
         choices=MOMENTS,
         help="bf16: training's --use-precision-aware-optimizer with --exp-avg-dtype and "
@@ -100,6 +132,22 @@ def _add_state(parser: argparse.ArgumentParser) -> None:
         choices=list(SAVINGS),
         help="as it is saved: by-name is training's --dist-ckpt-optim-fully-reshardable, sparing "
         "--distrib-optim-fully-reshardable-mem-efficient (default: %(default)s, as in training)",
+    )
+    parser.add_argument(
+        "--async-save", action="store_true", help="as in training: copies what is on the host, too"
+    )
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Add what is trained where the model is frozen."""
+    parser.add_argument(
+        "--lora-rank", type=positive, metavar="R", help="train adapters alone, as in training"
+    )
+    parser.add_argument(
+        "--lora-targets",
+        nargs="+",
+        metavar="NAME",
+        help="linear layers that have adapters, such as q_proj (default: all)",
     )
 
 
@@ -134,36 +182,79 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def gpu_count(text: str) -> int:
+    """Read a number of GPUs: `8` or `8-gpus`."""
+    return whole(1, 100_000)(text.removesuffix("-gpus"))
+
+
 def run(args: argparse.Namespace) -> None:
-    """Print the best layouts, or all.
+    """Print the best layouts, or all; or the fastest way that fits.
 
     Raises:
-        UserError: there is no legal one.
+        UserError: there is no legal layout, or nothing fits.
     """
-    name = args.model
-    known = name in PUBLISHED and not Path(name).is_dir()
-    model = megatron_args(PUBLISHED[name] if known else read_hf_config(name))
-    job = PlanningJob(**fields_of(args, PlanningJob) | {"model": model})
+    if args.fit is None and args.measures:
+        raise UserError("--measures has no effect without --fit")
+    if args.fit is not None and args.all:
+        raise UserError("--all has no effect with --fit: ask for all layouts with --gpus")
+    given = {"model": planned_model(args.model), "gpus": args.fit or args.gpus}
+    job = PlanningJob(**fields_of(args, PlanningJob) | given)
+    for text in introduction(args.model, job):
+        print(text)
+    if args.fit is not None:
+        for text in fitted(fit(job, measures=args.measures or EXACT)):
+            print(text)
+        return
     found = estimate(job)
     if not found:
-        raise UserError(f"{job.gpus} GPUs fit no legal layout of {name}; see --help")
-    for text in introduction(name, job):
-        print(text)
-    print(HEADER)
+        raise UserError(f"{job.gpus} GPUs fit no legal layout of {args.model}; see --help")
+    header = columns(job)
+    print(header)
     for one in best(found):
-        print(f"{line(one)}\n    {training_flags(job, one)}")
+        print(f"{line(job, one)}\n    {training_flags(job, one)}")
     if not found[0].fits:
-        print("what needs less: --grad-reduce-in-bf16, --adam-moments bf16, --optimizer-offload 1")
+        print(f"what needs less: infifpo plan --fit {job.gpus} looks for it")
     if args.all:
-        print(f"\n{HEADER}")
+        print(f"\n{header}")
         for one in found:
-            print(line(one))
+            print(line(job, one))
+
+
+def fitted(found: Fitted) -> Iterator[str]:
+    """Say what was chosen, what it costs, and with which flags training does it."""
+    yield columns(found.job)
+    yield line(found.job, found.estimate)
+    for measure in found.measures:
+        instead = "nothing fits" if measure.without is None else f"{measure.without:.1f} hours"
+        yield (
+            f"{LONG[measure.name]}: {measure.saves / GIB:.1f} GiB less, "
+            f"{measure.costs:.1f} hours; without it {instead}"
+        )
+    if found.spent.waiting:
+        yield f"pipeline stages wait {found.spent.waiting:.1f} hours"
+    if found.spent.exchanging:
+        yield f"ranks exchange rows for {found.spent.exchanging:.1f} hours"
+    yield "infifpo train ... \\"
+    yield f"    {' '.join(found.flags)}"
+
+
+LONG = {
+    "recompute": "layers computed again",
+    "precision-aware": "16 bits of a parameter beside its bfloat16, exact",
+    "moments": "Adam's moments in bfloat16, less exact",
+    "offload": "optimizer on the host",
+}
 
 
 def introduction(name: str, job: PlanningJob) -> Iterator[str]:
     """Say what is planned."""
+    plan, used = job.plan, ""
+    if plan.adapters:
+        used = f", {plan.trained / 1e6:.1f} million trained"
+    if plan.sizes.experts:
+        used = f", {(plan.sizes.multiplied + plan.sizes.table) / 1e9:.2f} used by a token"
     yield (
-        f"{name}: {job.plan.parameters / 1e9:.2f} billion parameters, {job.precision}, "
+        f"{name}: {plan.sizes.parameters / 1e9:.2f} billion parameters{used}, {job.precision}, "
         f"rows of {job.row_tokens} tokens"
     )
     if job.seq_length is None:
@@ -180,18 +271,22 @@ def introduction(name: str, job: PlanningJob) -> Iterator[str]:
         )
 
 
-HEADER = (
-    f"{'TP':>3}{'PP':>4}{'CP':>4}{'DP':>4}  recompute{'weights':>9}{'grads':>8}{'optim.':>8}"
-    f"{'activ.':>8}{'attn.':>7}{'head':>6}{'GiB':>7}{'host':>7}{'hours':>9}"
-)
+def columns(job: PlanningJob) -> str:
+    """Names of the table's columns."""
+    expert = f"{'EP':>4}" if job.plan.sizes.experts else ""
+    return (
+        f"{'TP':>3}{'PP':>4}{'CP':>4}{'DP':>4}{expert}  recompute{'weights':>9}{'grads':>8}"
+        f"{'optim.':>8}{'activ.':>8}{'attn.':>7}{'head':>6}{'GiB':>7}{'host':>7}{'hours':>9}"
+    )
 
 
-def line(one: Estimate) -> str:
+def line(job: PlanningJob, one: Estimate) -> str:
     """A row of the table."""
     layout, memory = one.layout, one.memory
     parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
+    expert = f"{layout.expert:>4}" if job.plan.sizes.experts else ""
     text = (
-        f"{layout.tensor:>3}{layout.pipeline:>4}{layout.context:>4}{layout.data:>4}"
+        f"{layout.tensor:>3}{layout.pipeline:>4}{layout.context:>4}{layout.data:>4}{expert}"
         f"{one.recompute:>11}"
         + "".join(f"{x / GIB:>{9 if i == 0 else 8}.1f}" for i, x in enumerate(parts))
         + f"{memory.attention / GIB:>7.1f}{memory.head / GIB:>6.1f}{memory.total / GIB:>7.1f}"

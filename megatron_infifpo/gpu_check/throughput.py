@@ -21,7 +21,8 @@ from megatron_infifpo.bench.step import (
 from megatron_infifpo.gpu_check import processes
 from megatron_infifpo.gpu_check.records import MISSED, Options, Recorder, Result
 from megatron_infifpo.gpu_check.shapes import SHAPES, make_pairs, save_shape
-from megatron_infifpo.planning.plan import GIB, Layout, Memory, Plan
+from megatron_infifpo.planning.layout import Layout
+from megatron_infifpo.planning.plan import GIB, Memory, Plan
 
 # Dense bfloat16 products, TFLOP/s, as NVIDIA states them; the first pattern that is found.
 PEAKS = (
@@ -141,9 +142,9 @@ class Shape:
         for layers in range(self.whole, 0, -1):
             plan = self.make_plan(layers)
             tokens = 2 * self.work.at_once * self.work.text
-            kept = PEER_KEPT * layers * plan.activation_bytes() * tokens
-            logits = 6.0 * tokens * plan.vocabulary  # in bfloat16, then in float32
-            states = PEER_BYTES * plan.parameters
+            kept = PEER_KEPT * layers * plan.activations.of_layer() * tokens
+            logits = 6.0 * tokens * plan.sizes.vocabulary  # in bfloat16, then in float32
+            states = PEER_BYTES * plan.sizes.parameters
             peers = states + kept + logits if installed(TRL) else 0.0
             if max(self.planned(plan).total, peers) <= room:
                 return layers
@@ -181,7 +182,7 @@ class Shape:
     def flags(self) -> list[str]:
         """Flags of our run; it saves at its end where the disk takes it."""
         flags = ["--use-distributed-optimizer"]
-        size = 14 * self.plan.parameters
+        size = 14 * self.plan.sizes.parameters
         if size <= LARGEST_SAVE and 3 * size <= shutil.disk_usage(self.folder).free:
             flags += ["--save", str(self.folder / "run")]
             flags += ["--save-interval", str(self.work.steps + 1)]
@@ -235,7 +236,7 @@ class Shape:
                 self.figure("peak memory of a save", found["later_mib"], "MiB")
                 self.figure("a save's peak beside the plan's", ratio, "ratio")
             else:
-                reason = f"a checkpoint of {14 * self.plan.parameters / GIB:.0f} GiB"
+                reason = f"a checkpoint of {14 * self.plan.sizes.parameters / GIB:.0f} GiB"
                 self.record.skip(f"{self.name}: peak memory of a save", reason)
 
     def beside(self, peer: str) -> None:

@@ -1,6 +1,6 @@
 """What a training run costs, on paper: memory of a GPU by layout, floating-point operations, hours.
 
-Counts follow from shapes. Symbols: `T` tokens of a row, `L` layers, `P` parameters.
+Counts follow from shapes.
 """
 
 from collections.abc import Mapping
@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_infifpo.engine.kept import LAYERS, Kept
-from megatron_infifpo.logprobs import CHUNK_BYTES
+from megatron_infifpo.planning.activations import Activations
+from megatron_infifpo.planning.adapters import Adapters
+from megatron_infifpo.planning.layout import Layout
 from megatron_infifpo.planning.precision import PRECISIONS
-from megatron_infifpo.planning.saves import BY_RANK, Saving
+from megatron_infifpo.planning.saves import BY_RANK, SAVED, Saving
+from megatron_infifpo.planning.sizes import Sizes
 
 GIB = 2**30
 # What is computed again in the backward pass: nothing, attention, all of a layer.
@@ -20,29 +23,12 @@ FLASH = 3.5
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a model is spread over ranks: tensor, pipeline, data and context parallel sizes.
-
-    `data` is the ranks, or groups of ranks, that have rows of their own.
-    """
-
-    tensor: int
-    pipeline: int
-    data: int
-    context: int = 1
-
-    @property
-    def shards(self) -> int:
-        """Ranks that the optimizer's state of a parameter is spread over."""
-        return self.data * self.context
-
-
-@dataclass(frozen=True)
 class Memory:
     """Bytes on the fullest rank.
 
     Attributes:
-        attention: what the backward pass of a layer's attention adds for a moment.
+        attention: what the backward pass of a layer's attention adds for a moment, or of its
+            experts, if that is more.
         head: what log-probs add, before that.
         update: what the optimizer's step adds for a moment.
         save: what a save adds for a moment.
@@ -65,6 +51,47 @@ class Memory:
         return lasting + max(step, self.update, self.save)
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank gets of others. What is computed again is sent again.
+
+    Attributes:
+        tensor: with sequence parallelism attention and an MLP each gather rows and scatter sums
+            forward, and so they do backward, where they gather once more for their gradients.
+        context: keys and values of ranks that share its rows are gathered forward, and their
+            gradients scattered backward; gathered again where attention is computed again.
+        expert: rows go to their experts and back, and so do their gradients.
+    """
+
+    tensor: float
+    context: float
+    expert: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.tensor + self.context + self.expert
+
+
+@dataclass(frozen=True)
+class Share:
+    """Parameters of a rank.
+
+    Attributes:
+        trained: that all data-parallel ranks have alike.
+        experts: trained ones that only some of them have.
+        frozen: that are not trained.
+    """
+
+    trained: float
+    experts: float
+    frozen: float
+
+    def sharded(self, layout: Layout) -> float:
+        """Parameters whose optimizer state the rank has."""
+        return self.trained / layout.shards + self.experts / layout.expert_shards
+
+
 class Plan:
     """A model's cost, from the Megatron arguments of its architecture."""
 
@@ -73,38 +100,25 @@ class Plan:
         model: Mapping[str, Any],
         precision: str = "bf16",
         kept: Kept = LAYERS["te"].kept,
+        adapters: Adapters | None = None,
         **lighter: Any,
     ):
         """Take `megatron_args(config)`, a key of `PRECISIONS`, and what a layer keeps.
 
-        `lighter` are arguments of `Precision.lighter`.
+        With `adapters` they are trained and nothing else is. `lighter` are arguments of
+        `Precision.lighter`.
         """
-        self.hidden: int = model["hidden_size"]
-        self.layers: int = model["num_layers"]
-        self.ffn: int = model["ffn_hidden_size"]
-        self.vocabulary: int = model["padded_vocab_size"]
-        self.untied: bool = model["untie_embeddings_and_output_weights"]
-        self.head: int = model["kv_channels"]
-        self.query: int = self.head * model["num_attention_heads"]
-        self.key: int = self.head * model["num_query_groups"]
-        self.kept = kept
+        self.sizes = Sizes.of(model)
+        self.adapters = adapters
         self.bytes = PRECISIONS[precision].lighter(**lighter)
+        self.activations = Activations(self.sizes, kept, self.bytes.weight, adapters is not None)
 
     @property
-    def layer_parameters(self) -> int:
-        """Parameters of a layer's products; norms and biases do not show."""
-        attention = self.hidden * (2 * self.query + 2 * self.key)
-        return attention + 3 * self.hidden * self.ffn
-
-    @property
-    def table_parameters(self) -> int:
-        """Parameters of the embedding, or of the output layer."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """All parameters."""
-        return self.layers * self.layer_parameters + (1 + self.untied) * self.table_parameters
+    def trained(self) -> float:
+        """Parameters that are trained."""
+        if self.adapters is None:
+            return self.sizes.parameters
+        return self.sizes.layers * self.adapters.parameters
 
     def memory(self, layout: Layout, row_tokens: int, micro_batches: int, **options: Any) -> Memory:
         """Memory of the fullest rank, with the distributed optimizer; arguments of `stages`."""
@@ -134,100 +148,103 @@ class Plan:
             fused_adam: Transformer Engine's or Apex's, else PyTorch's.
             saving: how checkpoints are saved.
         """
-        layers = self.layers / layout.pipeline
-        tokens = row_tokens / (layout.tensor * layout.context)
-        # Ranks that share a row each select among the keys of all of it.
-        own, whole = self.activation_bytes(), self.activation_bytes(gathered * layout.context)
-        kept = {NONE: whole, SELECTIVE: own, FULL: self.hidden * self.bytes.weight}[recompute]
-        attention = self._attention(layout, row_tokens * max(gathered, 1.0), row_tokens)
-        if recompute == SELECTIVE:
-            selected = self.kept.gathered * gathered * self.key * self.bytes.weight
-            attention += selected * row_tokens / layout.tensor
-        quantized = layers * self.layer_parameters / layout.tensor * self.bytes.quantized
         # PyTorch's Adam takes the roots of all second moments before it uses them.
         update = self.bytes.update + (0.0 if fused_adam else 4.0)
         found = []
         for stage in range(layout.pipeline):
-            parameters = self._parameters_of(layout, stage)
-            share = parameters / layout.shards
+            parameters, last = self._share(layout, stage), stage == layout.pipeline - 1
+            share, trained = parameters.sharded(layout), parameters.trained + parameters.experts
             in_flight = min(micro_batches, layout.pipeline - stage)
+            kept, moment = self._layers(layout, stage, row_tokens, gathered, recompute, in_flight)
+            weights = (trained + parameters.frozen) * self.bytes.weight
+            saved = saving.gpu(parameters.trained, layout.shards)
+            saved += saving.gpu(parameters.experts, layout.expert_shards)
             memory = Memory(
-                weights=parameters * self.bytes.weight + quantized,
-                gradients=parameters * self.bytes.gradient,
+                weights=weights + self._quantized(layout, stage),
+                gradients=trained * self.bytes.gradient,
                 optimizer=share * self.bytes.optimizer,
-                activations=tokens * (layers * kept * in_flight + whole * (recompute == FULL)),
-                attention=attention,
-                head=self._head(layout, row_tokens) if stage == layout.pipeline - 1 else 0.0,
+                activations=kept,
+                attention=moment,
+                head=self.activations.head(layout, row_tokens) if last else 0.0,
                 update=share * update,
-                save=share * self.bytes.save + saving.gpu(parameters, layout.shards),
+                save=share * self.bytes.save + saved,
             )
             found.append(memory)
         return found
 
-    def host_memory(self, layout: Layout, saving: Saving, gpus_per_node: int) -> float:
+    def _layers(
+        self,
+        layout: Layout,
+        stage: int,
+        row_tokens: int,
+        gathered: float,
+        recompute: str,
+        in_flight: int,
+    ) -> tuple[float, float]:
+        """Bytes that a stage's layers keep, and what the backward pass of one adds for a moment.
+
+        Ranks that share a row each select among the keys of all of it.
+        """
+        tokens = row_tokens / (layout.tensor * layout.context)
+        spread, kinds = layout.expert > 1, self.sizes.sparse_of(layout, stage)
+
+        inner = self.adapters.rows(layout.tensor) * self.bytes.weight if self.adapters else 0
+
+        def of_layer(keys: float, sparse: bool) -> float:
+            return self.activations.of_layer(keys, sparse=sparse, spread=spread) + inner
+
+        whole = {kind: of_layer(gathered * layout.context, kind) for kind in set(kinds)}
+        kept = {
+            NONE: whole,
+            SELECTIVE: {kind: of_layer(0.0, kind) for kind in whole},
+            FULL: dict.fromkeys(whole, float(self.sizes.hidden * self.bytes.weight)),
+        }[recompute]
+        keys = row_tokens * max(gathered, 1.0)
+        moment = self.activations.attention(layout, keys, row_tokens)
+        if recompute == SELECTIVE:
+            selected = self.activations.kept.gathered * gathered * self.sizes.key
+            moment += selected * self.bytes.weight * row_tokens / layout.tensor
+        if True in whole:  # gradients of all that experts keep
+            moment = max(moment, tokens * self.activations.of_experts(spread))
+        again = max(whole.values()) if recompute == FULL else 0.0
+        return tokens * (in_flight * sum(kept[kind] for kind in kinds) + again), moment
+
+    def _quantized(self, layout: Layout, stage: int) -> float:
+        """Bytes of what linear layers of a stage multiply with in place of their parameters."""
+        if not self.bytes.quantized:
+            return 0.0
+        kinds = self.sizes.sparse_of(layout, stage)
+        return self.bytes.quantized * sum(sum(self.sizes.layer(x).on_rank(layout)) for x in kinds)
+
+    def host_memory(
+        self, layout: Layout, saving: Saving, gpus_per_node: int, *, asynchronous: bool = False
+    ) -> float:
         """Bytes of host memory that a save and the optimizer take on the fullest node.
 
         Megatron counts ranks along tensor, context, data and pipeline parallelism, in this order.
+        Its writer copies what is on GPUs; an `asynchronous` one, what is on the host, too.
         """
-        tensor, data = layout.tensor, layout.shards
+        ranks = layout.tensor * layout.shards
         nodes: dict[int, float] = {}
-        for rank in range(tensor * data * layout.pipeline):
-            parameters = self._parameters_of(layout, rank // (tensor * data))
-            first = rank // tensor % data == 0
-            host = saving.host(parameters, data, self.bytes.weight, first=first)
-            host += self.bytes.host * parameters / data
+        for rank in range(ranks * layout.pipeline):
+            share, within = self._share(layout, rank // ranks), rank % ranks
+            first = within // layout.tensor == 0, within // layout.expert == 0
+            weight = self.bytes.weight
+            host = saving.host(share.trained, layout.shards, weight, first=first[0])
+            host += saving.host(share.experts, layout.expert_shards, weight, first=first[1])
+            there = 0.0 if saving.gathers or asynchronous else SAVED * self.bytes.offloaded
+            host += (self.bytes.host - there) * share.sharded(layout)
             node = rank // gpus_per_node
             nodes[node] = nodes.get(node, 0.0) + host
         return max(nodes.values())
 
-    def _parameters_of(self, layout: Layout, stage: int) -> float:
+    def _share(self, layout: Layout, stage: int) -> Share:
         """Parameters of a rank of a pipeline stage."""
-        first, last = stage == 0, stage == layout.pipeline - 1
-        tables = first + last if self.untied or layout.pipeline > 1 else 1
-        layers = self.layers / layout.pipeline * self.layer_parameters
-        return (layers + tables * self.table_parameters) / layout.tensor
-
-    def _head(self, layout: Layout, row_tokens: int) -> float:
-        """Bytes that the last stage needs for log-probs, on a GPU.
-
-        A chunk of float32 logits, and in bfloat16 its gradient for two products; autograd's
-        stand-in for the weight's gradient; what the last norm and the head keep of the row.
-        """
-        table, tokens = self.table_parameters / layout.tensor, row_tokens / layout.context
-        logits = 4.0 * tokens * self.vocabulary / layout.tensor
-        chunk = min(logits, CHUNK_BYTES["cuda"]) * (1 + (self.bytes.weight == 2) / 2)
-        return chunk + table * self.bytes.weight + tokens * self.end_bytes() / layout.tensor
-
-    def _attention(self, layout: Layout, keys: float, row_tokens: int) -> float:
-        """Bytes of gradients that a layer's attention makes at once, for so many keys of a rank.
-
-        Where heads share keys, PyTorch's flash kernel first makes one gradient a query head. Under
-        context parallelism those of the whole row's keys come after that; the forward pass holds
-        less, the keys themselves.
-        """
-        spread = self.query * keys if self.query > self.key else 0.0
-        whole = self.key * row_tokens if layout.context > 1 else 0.0
-        gradients = 2.0 * (self.key * keys + max(spread, whole))  # of keys and of values
-        return gradients * self.bytes.weight / layout.tensor
-
-    def activation_bytes(self, gathered: float = 0.0) -> float:
-        """Bytes that a layer keeps of one token for its backward pass, as `Kept` says.
-
-        `gathered`: keys that attention selects for it; 0 where it takes them as they are, or is
-        computed again.
-        """
-        kept = self.kept
-        if gathered:
-            attention = kept.query * self.query + kept.gathered * gathered * self.key
-        else:
-            attention = (kept.query + kept.joint) * self.query
-            attention += (kept.key + 2 * kept.joint) * self.key
-        rows = kept.hidden * self.hidden + attention + kept.mlp * self.ffn + kept.rope * self.head
-        return rows * self.bytes.weight
-
-    def end_bytes(self) -> float:
-        """Bytes that the last norm keeps of one token, and the head of a scored one."""
-        return (self.kept.hidden / 2 + 1) * self.hidden * self.bytes.weight
+        split, experts = self.sizes.stage(layout, stage).on_rank(layout)
+        if self.adapters is None:
+            return Share(split, experts, 0.0)
+        layers = self.sizes.layers / layout.pipeline
+        return Share(layers * self.adapters.on_rank(layout.tensor), 0.0, split + experts)
 
     def operations(
         self,
@@ -240,9 +257,10 @@ class Plan:
     ) -> float:
         """Floating-point operations of training on so many tokens, so many of them scored.
 
-        Two a parameter and token forward, four backward. Attention's own products, causal in texts
-        of `length` tokens, make `length x query` parameters a token: that is `4 A query` forward,
-        where A is the sum of `P L + L^2 / 2` over segments of L tokens that see P others.
+        Two a parameter and token forward, four backward; two of these where it is frozen.
+        Attention's own products, causal in texts of `length` tokens, make `length x query`
+        parameters a token: that is `4 A query` forward, where A is the sum of `P L + L^2 / 2` over
+        segments of L tokens that see P others.
 
         Args:
             tokens: of rows.
@@ -252,43 +270,24 @@ class Plan:
             attention: its passes, forward and backward, in units of the forward one; `FLASH` counts
                 what a fused kernel computes again.
         """
-        again = attention + (recompute != NONE)
-        products = self.layer_parameters * (4.0 if recompute == FULL else 3.0)
-        layers = 2.0 * self.layers * (products + again * length * self.query) * tokens
-        # The head computes its logits twice: eight a parameter.
-        return layers + 8.0 * self.table_parameters * scored
+        sizes, again = self.sizes, attention + (recompute != NONE)
+        forward = 1.0 + (recompute == FULL)
+        products = (forward + (1.0 if self.adapters else 2.0)) * sizes.multiplied
+        if self.adapters:
+            products += (forward + 2.0) * self.trained
+        layers = 2.0 * (products + sizes.layers * again * length * sizes.query) * tokens
+        # The head computes its logits twice: eight a parameter, six of a frozen one.
+        return layers + (6.0 if self.adapters else 8.0) * sizes.table * scored
 
-    def communication(self, layout: Layout, tokens: float, recompute: str) -> float:
-        """Bytes of others' keys and values that a rank gets while its group trains on `tokens`.
-
-        They are gathered forward, and their gradients scattered backward; gathered again where
-        attention is computed again.
-        """
-        passes, others = 2 + (recompute != NONE), 1 - 1 / layout.context
-        row = 2.0 * self.key * self.bytes.weight * tokens / layout.tensor
-        return passes * self.layers / layout.pipeline * others * row
-
-
-def layouts(
-    gpus: int,
-    tensor_sizes: list[int],
-    layers: int,
-    gpus_per_node: int,
-    global_batch_size: int,
-    *,
-    contexts: bool = False,
-) -> list[Layout]:
-    """Every legal layout: ranks of a row inside a node, equal stages, equal shares of a batch.
-
-    A tensor x context parallel size that does not divide the node's would let some groups straddle
-    two, over a slower network. `contexts`: context parallelism is an option.
-    """
-    found = [
-        Layout(tensor, pipeline, gpus // (tensor * pipeline * context), context)
-        for tensor in tensor_sizes
-        for context in range(1, min(gpus, gpus_per_node) + 1 if contexts else 2)
-        if gpus_per_node % (tensor * context) == 0 or gpus <= gpus_per_node
-        for pipeline in range(1, layers + 1)
-        if layers % pipeline == 0 and gpus % (tensor * pipeline * context) == 0
-    ]
-    return [layout for layout in found if global_batch_size % layout.data == 0]
+    def communication(self, layout: Layout, tokens: float, recompute: str) -> Traffic:
+        """Bytes that a rank gets of others while its group trains on `tokens`."""
+        sizes, full = self.sizes, recompute == FULL
+        rank = self.bytes.weight * tokens / (layout.tensor * layout.pipeline)
+        shared = bool(sizes.experts and sizes.experts.shared)
+        sublayers = 2 * sizes.layers - sum(sizes.sparse) * (not shared)
+        rows = (5 + 2 * full) * (layout.tensor - 1) * sublayers * sizes.hidden / layout.context
+        keys = (2 + (recompute != NONE)) * (1 - 1 / layout.context) * sizes.layers * 2.0 * sizes.key
+        sent = sum(sizes.sparse) * sizes.hidden / layout.context
+        sent *= sizes.experts.chosen if sizes.experts else 0
+        sent *= (4 + 2 * full) * (1 - 1 / layout.expert)
+        return Traffic(rank * rows, rank * keys, rank * sent)

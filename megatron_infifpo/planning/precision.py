@@ -11,6 +11,7 @@ class Precision:
         quantized: bytes of what linear layers multiply with in place of a parameter, beside it.
         update, save: bytes of float32 copies that a fused Adam's step makes, and a save.
         host: bytes of a parameter's optimizer state in host memory.
+        offloaded: share of the parameters whose optimizer state is there.
     """
 
     weight: int
@@ -20,26 +21,35 @@ class Precision:
     update: int = 0
     save: int = 0
     host: float = 0.0
+    offloaded: float = 0.0
 
     def lighter(
-        self, *, gradients: bool = False, moments: bool = False, offload: float = 0.0
+        self,
+        *,
+        gradients: bool = False,
+        aware: bool = False,
+        moments: bool = False,
+        offload: float = 0.0,
     ) -> "Precision":
         """Return what makes training lighter, as Megatron 0.19 and Transformer Engine do it.
 
         Args:
             gradients: they are in bfloat16, and made float32 for the optimizer's step.
-            moments: both of Adam's are in bfloat16. Then Transformer Engine's Adam keeps of a
-                parameter only the 16 bits that bfloat16 lacks, and reads gradients as they are.
+            aware: Transformer Engine's Adam keeps of a parameter only the 16 bits that bfloat16
+                lacks, and reads gradients as they are.
+            moments: that, and both of Adam's are in bfloat16.
             offload: share of the parameters whose optimizer state is in host memory, with their
                 gradients in float32. What was made float32 of the others' remains there.
         """
         found = replace(self, gradient=2, update=4) if gradients else self
+        if aware:
+            found = replace(found, optimizer=10, update=0)
         if moments:
             found = replace(found, optimizer=6, update=8, save=8)
         if offload:
             stays = (1 - offload) * (found.optimizer + found.update)
             host = offload * (self.optimizer + 4)
-            found = replace(found, optimizer=stays, update=0, host=host)
+            found = replace(found, optimizer=stays, update=0, host=host, offloaded=offload)
         return found
 
 

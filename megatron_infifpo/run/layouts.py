@@ -9,8 +9,8 @@ from typing import Any
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import megatron_args
 from megatron_infifpo.families.architecture import read_hf_config
-from megatron_infifpo.planning.estimate import PlanningJob, best, estimate
-from megatron_infifpo.planning.flags import training_flags
+from megatron_infifpo.planning.fit import fit
+from megatron_infifpo.planning.job import PlanningJob
 from megatron_infifpo.planning.plan import GIB
 from megatron_infifpo.run.checks import name_of
 from megatron_infifpo.run.names import PIVOT
@@ -68,14 +68,14 @@ def _scoring(run: Run, model: str, ranks: int) -> Layout:
     size = 2 if run.precision == "bf16" else 4
     sizes = [n for n in _tensor_sizes(model) if ranks % n == 0]
     for tensor in sizes:
-        if plan.parameters * size / tensor <= ROOM * run.cluster.gpu_memory * GIB:
+        if plan.sizes.parameters * size / tensor <= ROOM * run.cluster.gpu_memory * GIB:
             return Layout(tensor=tensor)
     tensor = sizes[-1]
     return Layout(tensor=tensor, pipeline=ranks // tensor)
 
 
 def _training(run: Run, training: Training, gpus: int) -> tuple[str, ...]:
-    """Flags of a training's layout: the given one, or the planner's fastest that fits."""
+    """Flags of a training's layout: the given one, or the planner's fastest way that fits."""
     rows = ("--micro-batch-tokens", str(training.micro_batch_tokens))
     if training.layout is not None or not on_gpus(run):
         return (*_flags(training.layout or Layout()), *rows)
@@ -85,14 +85,13 @@ def _training(run: Run, training: Training, gpus: int) -> tuple[str, ...]:
         micro_batch_tokens=training.micro_batch_tokens,
         global_batch_size=training.global_batch_size,
     )  # fmt: skip
-    found = best(estimate(plan), 1)
-    if not found or not found[0].fits:
+    try:
+        return fit(plan).chosen_flags
+    except UserError as error:
         raise UserError(
-            f"training {name_of(training)} fits no layout of {gpus} GPUs of "
-            f"{run.cluster.gpu_memory:g} GiB: infifpo plan --model {run.pivot.model} --gpus {gpus} "
-            "says what would; then give train its layout and flags"
-        )
-    return tuple(training_flags(plan, found[0]).split())
+            f"training {name_of(training)}: {error}\n(infifpo plan --model {run.pivot.model} "
+            f"--fit {gpus} says so, too; or give train a layout and flags)"
+        ) from None
 
 
 def _flags(layout: Layout) -> tuple[str, ...]:

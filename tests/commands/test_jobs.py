@@ -11,7 +11,7 @@ from megatron_infifpo.checks.inspection import InspectionJob
 from megatron_infifpo.commands.flags import read_folders
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.methods import resolve
-from megatron_infifpo.planning.estimate import PlanningJob
+from megatron_infifpo.planning.job import PlanningJob
 from megatron_infifpo.recipes.launch import Launch
 from megatron_infifpo.report.report import ReportJob
 from megatron_infifpo.responses.completing import Wanted

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from megatron_infifpo.patches.host_optimizer import alone
+from megatron_infifpo.planning.estimate import LINK_BYTES
+from megatron_infifpo.planning.precision import PRECISIONS
 from support import te_training as te_jobs
 from support.launcher import RankError
 
@@ -207,6 +209,20 @@ def test_optimizers_train_alike(six):
     for number, step in enumerate(six["host"]["host"], start=1):
         assert step["host"] == pytest.approx(step["device"], rel=0.1)
         assert step["host steps"] == step["device steps"] == {number}
+
+
+LIGHTER = {"plain": {}, "bits": {"aware": True}, "host": {"offload": 0.5}}
+
+
+@pytest.mark.parametrize("name", LIGHTER)
+def test_planned_state(six, name):
+    """What the optimizer holds, on either side, is what the planner counts."""
+    found, planned = six[name]["held"], PRECISIONS["bf16"].lighter(**LIGHTER[name])
+    for place, size in (("device", planned.optimizer), ("host", planned.host)):
+        # Whole parameters go to the host, and few are here.
+        assert found[place] == pytest.approx(size * found["parameters"], rel=0.15), place
+    moved = LINK_BYTES * planned.offloaded * found["parameters"]
+    assert found["moved"] == pytest.approx(moved, rel=0.15)
 
 
 @pytest.mark.parametrize("state", [PARTS, WHOLE], ids=["parts", "whole"])

@@ -26,8 +26,8 @@ def test_kept(setup, ranks, layout, share):
     stages = 2 if layout == "pp2" else 1
     for rank, found in enumerate(results):
         gathered = found["keys"] / found["tokens"] if share == "--share-prompt" else 0.0
-        token = plan.layers / stages * plan.activation_bytes(gathered)
-        token += plan.end_bytes() * (rank >= stages - 1)
+        token = plan.sizes.layers / stages * plan.activations.of_layer(gathered)
+        token += plan.activations.of_end() * (rank >= stages - 1)
         planned = found["tokens"] * token / (2 if layout == "tp2-sp" else 1)
         assert found["kept"] == pytest.approx(planned, rel=0.15), (rank, found)
 
@@ -48,7 +48,9 @@ def test_recomputed_attention(setup, ranks, flags, share):
     copies = size == 2 or share == "--share-prompt"
     for rank, found in enumerate(results):
         assert (found["keys"] > found["tokens"]) == copies
-        planned = found["tokens"] * (plan.layers * plan.activation_bytes() + plan.end_bytes())
+        planned = found["tokens"] * (
+            plan.sizes.layers * plan.activations.of_layer() + plan.activations.of_end()
+        )
         assert found["kept"] == pytest.approx(planned, rel=0.04), (rank, found)
 
 
@@ -58,7 +60,9 @@ def test_recomputed(setup, ranks, flags):
     argv = setup.flags(setup.sources("both", *BOTH), *RECOMPUTE, *flags)
     plan = Plan(megatron_args(read_hf_config(setup.hf)), "fp32", ON_CPU)
     for found in ranks(2 if flags else 1, "support.training:kept_bytes", argv):
-        planned = found["tokens"] * (plan.layers * plan.hidden * 4 + plan.end_bytes())
+        planned = found["tokens"] * (
+            plan.sizes.layers * plan.sizes.hidden * 4 + plan.activations.of_end()
+        )
         assert found["kept"] == pytest.approx(planned, rel=0.15)
 
 

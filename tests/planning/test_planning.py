@@ -12,8 +12,10 @@ from megatron_infifpo.engine.kept import LAYERS
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import PUBLISHED, megatron_args, tensor_parallel_sizes
 from megatron_infifpo.flag_types import flag as spelled
-from megatron_infifpo.planning.estimate import PlanningJob, estimate
-from megatron_infifpo.planning.plan import FLASH, FULL, NONE, SELECTIVE, Layout, Plan, layouts
+from megatron_infifpo.planning.estimate import estimate
+from megatron_infifpo.planning.job import PlanningJob
+from megatron_infifpo.planning.layout import Layout, layouts
+from megatron_infifpo.planning.plan import FLASH, FULL, NONE, SELECTIVE, Plan
 from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SPARING
 from support.saves import LiveBytes
 
@@ -23,7 +25,9 @@ SIZES = {"phi-4": 14_659_507_200, "mistral-small-24b": 23_572_403_200}
 @pytest.mark.parametrize("name", SIZES)
 def test_parameters(name):
     """Norms and biases, which are left out, are less than a thousandth."""
-    assert Plan(megatron_args(PUBLISHED[name])).parameters == pytest.approx(SIZES[name], rel=1e-3)
+    assert Plan(megatron_args(PUBLISHED[name])).sizes.parameters == pytest.approx(
+        SIZES[name], rel=1e-3
+    )
 
 
 def test_every_rank_holds_its_share():
@@ -36,9 +40,9 @@ def test_every_rank_holds_its_share():
         assert layout.tensor * layout.pipeline * layout.data * layout.context == 16
         stages = plan.stages(layout, 1000, 8)
         weights = layout.tensor * sum(stage.weights for stage in stages)
-        assert weights == pytest.approx(2 * plan.parameters)
+        assert weights == pytest.approx(2 * plan.sizes.parameters)
         optimizer = layout.tensor * layout.shards * sum(stage.optimizer for stage in stages)
-        assert optimizer == pytest.approx(12 * plan.parameters)
+        assert optimizer == pytest.approx(12 * plan.sizes.parameters)
 
 
 def test_what_shrinks_memory():
@@ -126,16 +130,16 @@ def test_fp8():
     model = megatron_args(PUBLISHED["phi-4"])
     plans = [Plan(model, precision, LAYERS["te"].kept) for precision in ("bf16", "fp8")]
     weights = [plan.memory(Layout(1, 1, 1), 8192, 1).weights for plan in plans]
-    assert weights[1] - weights[0] == 2 * plans[0].layers * plans[0].layer_parameters
+    assert weights[1] - weights[0] == 2 * plans[0].sizes.multiplied
 
 
 def test_operations():
     """Six a parameter and token, attention's own, and the head's eight for scored tokens only."""
     plan = Plan(megatron_args(PUBLISHED["phi-4"]))
-    layers = plan.layers * plan.layer_parameters
+    layers = plan.sizes.multiplied
     assert plan.operations(1000, 0, 0) == 6 * layers * 1000
     head = plan.operations(1000, 100, 0) - plan.operations(1000, 0, 0)
-    assert head == 8 * plan.table_parameters * 100
+    assert head == 8 * plan.sizes.table * 100
     attention = plan.operations(1000, 0, 4000) / plan.operations(1000, 0, 0) - 1
     assert attention == pytest.approx(0.060, abs=0.001)
     flash = plan.operations(1000, 0, 4000, attention=FLASH) / plan.operations(1000, 0, 0) - 1
@@ -200,7 +204,7 @@ def test_lists(share, responses):
     scored = 1000 * responses * 600
     work = job.plan.operations(1000 * tokens, scored, seen / tokens, attention=FLASH)
     found = [one for one in estimate(job) if (one.layout, one.recompute) == (Layout(2, 1, 4), NONE)]
-    assert found[0].hours == pytest.approx(work / (8 * 989e12 * 0.35) / 3600)
+    assert found[0].spent.computing == pytest.approx(work / (8 * 989e12 * 0.35) / 3600)
     gathered = responses * 1000 / tokens if share else 0.0
     row = max(8192, tokens)
     expected = job.plan.memory(Layout(2, 1, 4), row, 1, gathered=gathered)

@@ -197,7 +197,7 @@ def test_layouts_are_planned(folder, monkeypatch):
     small = base(
         precision="bf16", train=[{"method": "infifpo"}], cluster={"ranks": 1, "gpu_memory": 24}
     )
-    with pytest.raises(UserError, match="fits no layout of 1 GPUs of 24 GiB"):
+    with pytest.raises(UserError, match="training infifpo: nothing fits 1 GPUs of 24 GiB"):
         choose_layouts(small)
 
 

@@ -71,3 +71,39 @@ def counts(optimizer: Any) -> dict[str, Any]:
         "host steps": {float(state["step"]) for _, state in host},
         "device steps": {float(group["step"]) for group in device},
     }
+
+
+def held(models: Any, optimizer: Any) -> dict[str, int]:
+    """Bytes that an optimizer holds on either side beside the model, and the model's parameters.
+
+    Gradients on the GPU are the model's; what is on the host has its own there. `moved`: bytes that
+    a step copies to the host, gradients, and into the GPU's parameters.
+    """
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    own = {parameter.data_ptr() for model in models for parameter in model.parameters()}
+    (outer,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    inner = outer.optimizer
+    found: dict[str, dict[int, int]] = {"device": {}, "host": {}}
+    parts = [("device", inner)]
+    if isinstance(inner, HybridDeviceOptimizer):
+        parts = [("host", part) for part in inner.cpu_optimizers]
+        parts += [("device", inner.gpu_optimizer)] if inner.gpu_optimizer else []
+        found["host"] = {x.data_ptr(): x.nbytes for x in inner.cpu_copy_map_grad.values()}
+    moved = sum(found["host"].values())
+    for part in getattr(inner, "cpu_optimizers", []):
+        copies = [parameter for group in part.param_groups for parameter in group["params"]]
+        moved += sum(inner.cpu_copys_map_gpu_param[copy].nbytes for copy in copies)
+    for place, part in parts:
+        tensors = [parameter.data for group in part.param_groups for parameter in group["params"]]
+        tensors += [x for state in part.state.values() for x in state.values()]
+        found[place] |= {
+            x.data_ptr(): x.nbytes
+            for x in tensors
+            if torch.is_tensor(x) and x.dim() and x.data_ptr() not in own
+        }
+    count = sum(parameter.numel() for model in models for parameter in model.parameters())
+    return {place: sum(sizes.values()) for place, sizes in found.items()} | {
+        "parameters": count,
+        "moved": moved,
+    }

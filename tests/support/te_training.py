@@ -43,8 +43,10 @@ def train(argv: list[str], kind: str | None, old: bool = False) -> dict[str, Any
         old: save what local layers saved before their norms had an extra state.
 
     Returns:
-        What `training.train` does, the calls of emulated kernels, and `te_host_optimizer.STEPS`.
+        What `training.train` does, the calls of emulated kernels, `te_host_optimizer.STEPS`, and
+        `te_host_optimizer.held` after the last step.
     """
+    import megatron.training.training as loop
     from megatron.training import get_args
 
     import megatron_infifpo.training.megatron_args as program
@@ -60,8 +62,17 @@ def train(argv: list[str], kind: str | None, old: bool = False) -> dict[str, Any
         program.choose_kind = lambda **_: KINDS[kind]
     if old:
         del OutputRMSNorm.get_extra_state
+    step, held = loop.train_step, {}
+
+    def train_step(*args: Any, **options: Any) -> Any:
+        result = step(*args, **options)
+        held.update(te_host_optimizer.held(args[2], args[3]))
+        return result
+
+    loop.train_step = train_step
     record = training.train(argv)
     return record | {
+        "held": held,
         "calls": dict(te_emulation.CALLS),
         "kind": get_args().layer_kind,
         "host": te_host_optimizer.STEPS,
