@@ -105,8 +105,8 @@ class _HfLayers:
             config = copy.deepcopy(self.config)
             config.num_hidden_layers, config.vocab_size = 1, _SMALL_VOCABULARY
             config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-            if kinds:
-                config.layer_types = [kind]
+            for field, value in own.items():
+                setattr(config, field, value)
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
             model.final_norm, model.model.norm = model.model.norm, torch.nn.Identity()
             self.models[kind] = model

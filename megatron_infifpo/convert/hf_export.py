@@ -111,20 +111,19 @@ def open_checkpoint(
     checkpoint = TorchDistCheckpoint(path)
     checkpoint.check_sizes()
     found = set(checkpoint.names())
-    for key in sorted(mapping.rows.keys() - found):
+    for key in sorted(mapping.tensors.keys() - found):
         raise UserError(f"{path}: tensor {key} is missing: hf/config.json asks for it")
-    for key in sorted(found - mapping.rows.keys()):
+    for key in sorted(found - mapping.tensors.keys()):
         raise UserError(
             f"{path}: tensor {key} is unknown: hf/config.json describes a model without it"
         )
-    for row in mapping.rows.values():
-        shape, expected = checkpoint.shape(row.key), mapping.entry(row.key).shape
-        if row.per_layer:
-            expected = (mapping.num_layers, *expected)
-        padded = row.shape[0] == "vocab" and shape[0] >= expected[0] and shape[1:] == expected[1:]
+    for key, (entry, *_) in mapping.tensors.items():
+        shape, expected = checkpoint.shape(key), entry.whole
+        vocabulary = entry.row.shape[0] == "vocab"
+        padded = vocabulary and shape[0] >= expected[0] and shape[1:] == expected[1:]
         if shape != expected and not padded:
             raise UserError(
-                f"{path}: tensor {row.key} has shape {list(shape)}, but hf/config.json asks for "
+                f"{path}: tensor {key} has shape {list(shape)}, but hf/config.json asks for "
                 f"{list(expected)}"
             )
     return checkpoint, mapping, config
@@ -133,11 +132,8 @@ def open_checkpoint(
 def read_entry(
     checkpoint: TorchDistCheckpoint, entry: Entry, scratch: Scratch | None = None
 ) -> Tensor:
-    """Read one Megatron tensor: of one layer, and without vocabulary padding."""
-    key, rest = entry.row.key, (0,) * len(entry.shape)
-    if entry.layer is None:
-        return checkpoint.read(key, rest, entry.shape, scratch)
-    return checkpoint.read(key, (entry.layer, *rest), (1, *entry.shape), scratch).squeeze(0)
+    """Read one Megatron tensor: of one layer or expert, and without vocabulary padding."""
+    return checkpoint.read(entry.key, entry.offset, entry.chunk, scratch).view(entry.shape)
 
 
 def hf_tensors(

@@ -22,6 +22,8 @@ class ModelLayout:
         tensor_parallel, pipeline_parallel: ranks a tensor and layers are spread over.
         virtual_pipeline: model chunks a pipeline rank, or None.
         context_parallel: ranks that each compute a part of a row.
+        expert_parallel, expert_tensor_parallel: ranks that the experts of a layer, and each expert,
+            are spread over.
         bf16: weights and activations in bfloat16, else float32.
     """
 
@@ -29,6 +31,8 @@ class ModelLayout:
     pipeline_parallel: int = 1
     virtual_pipeline: int | None = None
     context_parallel: int = 1
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
     bf16: bool = False
 
 
@@ -59,5 +63,7 @@ def initialize_parallel(layout: ModelLayout) -> None:
             layout.pipeline_parallel,
             layout.virtual_pipeline,
             context_parallel_size=layout.context_parallel,
+            expert_model_parallel_size=layout.expert_parallel,
+            expert_tensor_parallel_size=layout.expert_tensor_parallel,
         )
         model_parallel_cuda_manual_seed(_SEED)
