@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.patches import cpu
 
 # Ranks of a scoring job drift apart, and all wait while the first reads or merges: the usual ten
@@ -34,6 +35,23 @@ class ModelLayout:
     expert_parallel: int = 1
     expert_tensor_parallel: int = 1
     bf16: bool = False
+
+    def check_experts_of_a_row(self) -> None:
+        """Raise UserError where ranks of several rows would have to compute in step.
+
+        A layer's experts are asked by all ranks that share them at once. Rows of data-parallel
+        ranks are not as many, so these must not share experts.
+        """
+        sharing, row = self.expert_parallel * self.expert_tensor_parallel, self.tensor_parallel
+        row *= self.context_parallel
+        if row % sharing:
+            raise UserError(
+                f"--expert-model-parallel-size is {self.expert_parallel}, with "
+                f"--expert-tensor-parallel-size {self.expert_tensor_parallel}, but {row} ranks "
+                "compute a row together (tensor x context parallel size), expected that the "
+                f"product divides them: raise --tensor-model-parallel-size or "
+                "--context-parallel-size, or spread experts over fewer ranks"
+            )
 
 
 def one_rank_by_default() -> None:

@@ -33,3 +33,12 @@ def score_jobs(jobs: list[list[str]]) -> None:
     """Score several models one after the other, at one layout."""
     for argv in jobs:
         score(argv)
+
+
+def megatron_logprobs_at(hf: str, rows: str, layout: dict[str, int]) -> list[torch.Tensor] | None:
+    """The same at any layout: options of the backend."""
+    from megatron_infifpo.scoring.megatron_backend import MegatronBackend
+
+    backend = MegatronBackend(hf, **layout)
+    output = backend(torch.load(rows))
+    return output if backend.is_writer else None
