@@ -46,6 +46,9 @@ OWN_LAYERS = tuple(
     )
 )
 
+# Arguments of Megatron's that may be lists with an entry for each layer.
+PER_LAYER = ("window_attn_skip_freq", "moe_layer_freq")
+
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "num_experts",
@@ -118,8 +121,7 @@ def one_layer(args: Mapping[str, Any], layer: int) -> dict[str, Any]:
         return [value[layer]] if isinstance(value, list) else value
 
     extras = {name: of_layer(value) for name, value in args["extras"].items()}
-    lists = ("window_attn_skip_freq", "moe_layer_freq")
-    own = {name: of_layer(args[name]) for name in lists if name in args}
+    own = {name: of_layer(args[name]) for name in PER_LAYER if name in args}
     return {**args, **own, "num_layers": 1, "extras": extras}
 
 

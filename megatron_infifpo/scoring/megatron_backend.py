@@ -44,8 +44,6 @@ def load_megatron_checkpoint(models: list[GPTModel], directory: str | Path) -> N
 class MegatronBackend:
     """A source model, or the pivot, run forward by Megatron at a parallel layout."""
 
-    facts: dict[str, Any] = {}
-
     def __init__(
         self,
         directory: str | Path,
@@ -88,8 +86,10 @@ class MegatronBackend:
             load_into_model(self.models, directory)
         else:
             load_megatron_checkpoint(self.models, directory)
+        config = get_model_config(self.models[0])
+        self.facts = {"router_dtype": config.moe_router_dtype} if config.num_moe_experts else {}
         self.vocab_size: int = architecture["padded_vocab_size"]
-        kind: LayerKind = get_model_config(self.models[0]).layer_kind
+        kind: LayerKind = config.layer_kind
         self.layout = kind.row_layout(tensor_parallel, context_parallel=context_parallel)
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
