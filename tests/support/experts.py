@@ -1,11 +1,20 @@
 """Training models with experts as one of several ranks, and what of it is compared."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from support.launcher import ROOT
+
+
+def golden_keys() -> dict[str, list[int]]:
+    """Names in a checkpoint of the tiny `qwen3_moe-mixed`: shapes of tensors, shards of states."""
+    found: dict[str, list[int]] = json.loads((ROOT / "tests/golden/expert_keys.json").read_text())
+    return found
 
 
 def train_noting_rows(argv: list[str]) -> list[list[list[int]]]:
