@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_infifpo.convert.hf_export import open_checkpoint
 from megatron_infifpo.convert.hf_folder import check_weights, open_hf
 from megatron_infifpo.families import megatron_args, tensor_parallel_sizes

@@ -49,7 +49,7 @@ class Row:
 class Place(NamedTuple):
     """Where a tensor lies along an axis that a checkpoint puts before its own."""
 
-    index: int
+    start: int
     size: int
 
 
@@ -84,7 +84,7 @@ class Entry:
     @property
     def offset(self) -> tuple[int, ...]:
         """Where it begins in that."""
-        return (*(place.index for place in self.places), *(0 for _ in self.row.shape))
+        return (*(place.start for place in self.places), *(0 for _ in self.row.shape))
 
     @property
     def chunk(self) -> tuple[int, ...]:

@@ -85,7 +85,9 @@ MODEL: dict[str, Group] = {
             LOGITS: "qk_clip*",
             UNPROVEN: """pipeline_model_parallel_comm_backend fused_residual_rmsnorm
                 use_transformer_engine_op_fuser use_te_activation_func use_kitchen_attention
-                kitchen_attention_backend batch_invariant_mode fp8_quantizer_factory fp4* moe_*
+                kitchen_attention_backend batch_invariant_mode fp8_quantizer_factory fp4*
+                moe_router_padding_* moe_single_grouped_* moe_paged_stash* moe_per_layer_logging
+                moe_permute_fusion moe_router_fusion
                 use_grouped_gemm_for_shared_expert use_grouped_gemm_for_dense_mlp
                 delay_wgrad_compute expert_tensor_parallel_num_weight_shards""",
             "the log-prob head takes hidden states in the model's precision": """

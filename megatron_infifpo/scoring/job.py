@@ -222,12 +222,10 @@ class ScoringJob:
             ("pipeline", self.pipeline_model_parallel_size),
             ("context", self.context_parallel_size),
             ("expert", self.expert_model_parallel_size),
-            ("expert_tensor", self.expert_tensor_parallel_size),
+            ("expert tensor", self.expert_tensor_parallel_size),
         ):
-            if size != 1 and f"{kind}_parallel" not in takes:
-                raise UserError(
-                    f"--backend {self.backend} has no {kind.replace('_', ' ')} parallelism: use megatron"
-                )
+            if size != 1 and f"{kind.replace(' ', '_')}_parallel" not in takes:
+                raise UserError(f"--backend {self.backend} has no {kind} parallelism: use megatron")
 
     def _check_server(self, takes: Sequence[str]) -> None:
         """Refuse what has no effect without a server, or with one."""

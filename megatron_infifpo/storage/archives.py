@@ -12,6 +12,7 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+
 class _Part(io.RawIOBase):
     """Some bytes of a file as if they were one; PyTorch's own counts from its end wrongly."""
 

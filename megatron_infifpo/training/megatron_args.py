@@ -74,7 +74,8 @@ def megatron_args(
 
     Raises:
         UserError: a flag contradicts the checkpoint or the layers, has no effect, or Megatron
-            refuses it; ranks that experts cannot be spread over; a batch cannot be laid out; a resumed run has another schedule.
+            refuses it; experts cannot be spread over the ranks; a batch cannot be laid out; a
+            resumed run has another schedule.
     """
     usual, rows = defaults(run_parser()), rows_of(config, kind)
     values = copy.deepcopy(config.named())  # Megatron changes some of the lists

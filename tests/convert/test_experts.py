@@ -1,4 +1,4 @@
-"""Mixtures of experts in conversion: names in checkpoints, what is said of them, what is refused."""
+"""Mixtures of experts in conversion: names in checkpoints, what is said, what is refused."""
 
 import json
 

@@ -67,7 +67,7 @@ def test_on_meta(newest_te_ranks, tmp_path, family):
 
 @pytest.mark.parametrize("kind", ["local", "te"])
 def test_keys_of_experts(newest_te_ranks, tmp_path, kind):
-    """What a checkpoint is to hold, written down: `tests/convert/test_experts.py` holds import to it."""
+    """What a checkpoint is to hold, written down; import is held to the same file."""
     (found,) = newest_te_ranks(1, "support.te_layers:keys", str(tmp_path), "qwen3_moe-mixed", kind)
     assert found == experts.golden_keys()
 
