@@ -88,8 +88,8 @@ def in_transformers(
     logprobs = torch.cat(found)
     (logprobs * token_weights(len(logprobs)).to(logprobs)).sum().backward()
     gradients = as_saved(model, {name: p.grad for name, p in model.named_parameters()})
-    found = {name: gradient.double().cpu() for name, gradient in gradients.items()}
-    return Values(logprobs.detach().double().cpu(), found)
+    exact = {name: gradient.double().cpu() for name, gradient in gradients.items()}
+    return Values(logprobs.detach().double().cpu(), exact)
 
 
 def compare(

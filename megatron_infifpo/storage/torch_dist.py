@@ -207,7 +207,8 @@ class TorchDistCheckpoint:
         if not shape or shape[0] != 1:
             return tensor
         if key not in self._chunks:
-            self._chunks[key] = by_first = {}
+            by_first: dict[int | None, list[ChunkStorageMetadata]] = {}
+            self._chunks[key] = by_first
             for chunk in tensor.chunks:
                 first = (chunk.offsets[0], chunk.sizes[0])
                 by_first.setdefault(first[0] if first[1] == 1 else None, []).append(chunk)

@@ -103,11 +103,11 @@ def test_published_model():
 )
 def test_configurations_that_are_refused(change, sentence):
     with pytest.raises(UserError, match=sentence):
-        megatron_args(QWEN | change)
+        megatron_args({**QWEN, **change})
 
 
 def test_noise_in_a_router_is_refused():
     with pytest.raises(UserError, match="router_jitter_noise is 0.1, .* would depend on chance"):
-        megatron_args(PUBLISHED["mixtral-8x7b"] | {"router_jitter_noise": 0.1})
+        megatron_args({**PUBLISHED["mixtral-8x7b"], "router_jitter_noise": 0.1})
     with pytest.raises(UserError, match="use_sliding_window is True"):
-        megatron_args(tiny.SHAPE | tiny.FAMILIES["qwen2_moe"] | {"use_sliding_window": True})
+        megatron_args({**tiny.SHAPE, **tiny.FAMILIES["qwen2_moe"], "use_sliding_window": True})
