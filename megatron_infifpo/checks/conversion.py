@@ -69,6 +69,7 @@ class VerificationJob:
         hf: Hugging Face folder.
         load: Megatron checkpoint, or another Hugging Face folder.
         tensor_model_parallel_size, pipeline_model_parallel_size: layout of Megatron's model.
+        expert_model_parallel_size, expert_tensor_parallel_size: of its experts.
         by_layers: hold one layer of each model in memory at a time, on the CPU.
         bf16: compute in bfloat16, else float32.
         tolerance: largest difference of a token's log-prob; None: `TOLERANCES` of the dtype.
@@ -79,6 +80,8 @@ class VerificationJob:
     load: str
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
     by_layers: bool = False
     bf16: bool = False
     tolerance: float | None = None
@@ -90,11 +93,23 @@ class VerificationJob:
         Raises:
             UserError: a value out of its range, or one without effect.
         """
-        check_positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        layout = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
+        check_positive(self, *(f"{kind}_parallel_size" for kind in layout))
         check_types(self)
         check_number(self, "tolerance")
         if self.by_layers and self.pipeline_model_parallel_size != 1:
             raise UserError("--pipeline-model-parallel-size has no effect with --by-layers")
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How Megatron's model lies on ranks, and in which precision, as backends name it."""
+        return {
+            "tensor_parallel": self.tensor_model_parallel_size,
+            "pipeline_parallel": self.pipeline_model_parallel_size,
+            "expert_parallel": self.expert_model_parallel_size,
+            "expert_tensor_parallel": self.expert_tensor_parallel_size,
+            "bf16": self.bf16,
+        }
 
     @property
     def dtype(self) -> torch.dtype:
@@ -223,12 +238,7 @@ def _whole(
     job: VerificationJob, ids: list[np.ndarray]
 ) -> tuple[list[Tensor], list[Tensor], None] | None:
     """Log-probs of both models, each whole in memory, on the rank that has them."""
-    backend = MegatronBackend(
-        job.load,
-        tensor_parallel=job.tensor_model_parallel_size,
-        pipeline_parallel=job.pipeline_model_parallel_size,
-        bf16=job.bf16,
-    )
+    backend = MegatronBackend(job.load, **job.layout)
     megatron = backend([collate_text(tokens[:1], tokens[1:], backend.layout) for tokens in ids])
     if backend.is_writer and backend.data_parallel_rank == 0:
         return hf_logprobs(job.hf, ids, job.dtype), [observed(one) for one in megatron], None
@@ -241,9 +251,7 @@ def _by_layers(
     """The same, one layer in memory at a time, with the layer in which the sides part most."""
     from megatron_infifpo.checks.layers import layer_logprobs
 
-    return layer_logprobs(
-        job.hf, job.load, ids, tensor_parallel=job.tensor_model_parallel_size, bf16=job.bf16
-    )
+    return layer_logprobs(job.hf, job.load, ids, job.layout)
 
 
 @torch.no_grad()

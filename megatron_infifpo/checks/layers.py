@@ -19,10 +19,18 @@ from megatron_infifpo.convert.hf_export import open_checkpoint
 from megatron_infifpo.convert.hf_folder import open_hf
 from megatron_infifpo.convert.hf_weights import fill
 from megatron_infifpo.engine.gpt import build_model
+from megatron_infifpo.engine.hf_names import load_tensors
 from megatron_infifpo.engine.packed import packed_params
 from megatron_infifpo.engine.parallel import ModelLayout
-from megatron_infifpo.families import check_tensor_parallel, family, megatron_args, one_layer
-from megatron_infifpo.families.mapping import OUTPUT_LAYER, WeightMapping
+from megatron_infifpo.families import (
+    PER_LAYER,
+    check_expert_parallel,
+    check_tensor_parallel,
+    family,
+    megatron_args,
+    one_layer,
+)
+from megatron_infifpo.families.mapping import OUTPUT_LAYER, Entry, WeightMapping
 
 _EMBEDDING, _FINAL_NORM = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
 _SMALL_VOCABULARY = 128  # of models whose embedding is never used
@@ -33,9 +41,7 @@ def layer_logprobs(
     hf_dir: str | Path,
     load_dir: str | Path,
     ids: list[np.ndarray],
-    *,
-    tensor_parallel: int = 1,
-    bf16: bool = False,
+    layout: Mapping[str, Any],
 ) -> tuple[list[Tensor], list[Tensor], str] | None:
     """Log-probs `[tokens - 1]` of each text under both models, on the first rank; else None.
 
@@ -44,15 +50,13 @@ def layer_logprobs(
     Args:
         hf_dir, load_dir: Hugging Face folder and Megatron checkpoint.
         ids: token ids of each text.
-        tensor_parallel: ranks that share Megatron's layers.
-        bf16: compute in bfloat16, else float32.
+        layout: of Megatron's layers, as `ModelLayout` takes it; both sides compute in its type.
 
     Raises:
         UserError: unusable folders or layout.
     """
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    theirs = _HfLayers(hf_dir, dtype)
-    ours = _MegatronLayers(load_dir, tensor_parallel, bf16)
+    ours = _MegatronLayers(load_dir, ModelLayout(**layout))
+    theirs = _HfLayers(hf_dir, ours.dtype)
     first = torch.distributed.get_rank() == 0
     states = [side.embed(ids) for side in (theirs, ours)]
     gaps = []
@@ -92,7 +96,7 @@ class _HfLayers:
     """transformers' layers, one in memory."""
 
     def __init__(self, directory: str | Path, dtype: torch.dtype):
-        self.weights, self.mapping, _ = open_hf(directory)
+        self.weights, self.mapping, self.fields = open_hf(directory)
         config = AutoConfig.from_pretrained(directory)
         self.config = config.get_text_config()
         self.dtype = dtype
@@ -100,13 +104,14 @@ class _HfLayers:
 
     def _model(self, layer: int) -> Any:
         """A model of one layer, of this layer's kind."""
-        layers = self.config.num_hidden_layers
         # Kinds of layers, and which ones are rotated: lists with a value a layer.
+        layers = self.config.num_hidden_layers
         own = {
             name: [value[layer]]
             for name, value in self.config.to_dict().items()
             if isinstance(value, list) and len(value) == layers
         }
+        own |= family(self.fields).one_layer(self.fields, layer)
         kind = str(own)
         if kind not in self.models:
             config = copy.deepcopy(self.config)
@@ -141,13 +146,16 @@ class _HfLayers:
         return self.weights.load(name)
 
     def run(self, layer: int, states: list[Tensor]) -> list[Tensor]:
-        model, prefix = self._model(layer), f"model.layers.{layer}."
-        state = {
-            name.removeprefix(prefix): self.weights.load(name).to(self.dtype)
-            for name in self.weights.names()
-            if name.startswith(prefix)
-        }
-        model.model.layers[0].load_state_dict(state)
+        model, prefix, first = self._model(layer), f"model.layers.{layer}.", "model.layers.0."
+        missing = load_tensors(
+            model,
+            {
+                name.replace(prefix, first, 1): self.weights.load(name).to(self.dtype)
+                for name in self.weights.names()
+                if name.startswith(prefix)
+            },
+        )
+        assert not any(name.startswith(first) for name in missing), missing
 
         def enter(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return hidden[None], *inputs[1:]
@@ -182,14 +190,15 @@ class _HfLayers:
 class _MegatronLayers:
     """Megatron's layers at a tensor-parallel size, one in memory."""
 
-    def __init__(self, directory: str | Path, tensor_parallel: int, bf16: bool):
+    def __init__(self, directory: str | Path, layout: ModelLayout):
         self.weights, self.mapping, config = open_checkpoint(directory)
         kind = family(config)
         self.rows, self.args = kind.rows, megatron_args(config)
         self.scale = kind.layers().embedding_scale(self.args["extras"])
-        self.layout = ModelLayout(tensor_parallel, bf16=bf16)
-        check_tensor_parallel(self.args, tensor_parallel)
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.layout = layout
+        check_tensor_parallel(self.args, layout.tensor_parallel)
+        check_expert_parallel(self.args, layout.expert_parallel, layout.expert_tensor_parallel)
+        self.dtype = torch.bfloat16 if layout.bf16 else torch.float32
         self.models: dict[str, Any] = {}
         self._model(0)  # and with it the process groups
 
@@ -201,7 +210,7 @@ class _MegatronLayers:
     def _model(self, layer: int) -> tuple[Any, Any, WeightMapping]:
         """A model of one layer, of this layer's kind; its final norm apart; its mapping."""
         args = self._one_layer(layer)
-        kind = str((args["window_attn_skip_freq"], args["extras"]))
+        kind = str([args.get(name) for name in PER_LAYER] + [args["extras"]])
         if kind not in self.models:
             (model,) = build_model(args, self.layout)
             self.models[kind] = (model, model.decoder.final_layernorm, args)
@@ -213,11 +222,12 @@ class _MegatronLayers:
         """Load a layer, and the final norm; the embedding of such a model is not used."""
         model, norm, small = self._model(layer)
 
-        def read(key: str, index: int | None) -> Tensor:
-            if index is None and key != _FINAL_NORM:
-                return torch.zeros(small.entry(key).shape)
-            entry = self.mapping.entry(key, None if index is None else layer)
-            return self.weights.read(entry)
+        def read(entry: Entry) -> Tensor:
+            key = entry.row.key
+            if entry.layer is None and key != _FINAL_NORM:
+                return torch.zeros(entry.shape)
+            place = None if entry.layer is None else layer
+            return self.weights.read(self.mapping.entry(key, place, entry.expert))
 
         fill([model], small, read)
         model.decoder.final_layernorm = None

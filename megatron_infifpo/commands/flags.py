@@ -45,6 +45,19 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         hidden_alias(parser, f"--preference-{flag}", f"--{flag}")
 
 
+def add_expert_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how experts are spread over the ranks that compute a row together."""
+    parser.add_argument(
+        "--expert-model-parallel-size", type=positive, metavar="N",
+        help="ranks that share the experts of a layer, of those that compute a row together "
+        "(tensor x context parallel size)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--expert-tensor-parallel-size", type=positive, metavar="N",
+        help="ranks that share each of them (default: 1, whatever the tensor-parallel size)",
+    )  # fmt: skip
+
+
 def add_record_flags(parser: argparse.ArgumentParser, *, lists: bool = True) -> None:
     """Add the flags that say which records to read, and with `lists` how rated ones are."""
     parser.add_argument(

@@ -18,6 +18,7 @@ With --top-k the most probable tokens are kept at each scored one, for token-lev
 import argparse
 
 from megatron_infifpo.commands.flags import (
+    add_expert_flags,
     add_record_flags,
     add_server_flags,
     add_tokenizer_flags,
@@ -103,6 +104,7 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
         "--context-parallel-size", type=positive, metavar="N",
         help="ranks that share the tokens of a text, with --backend megatron: for long ones",
     )  # fmt: skip
+    add_expert_flags(parser)
     parser.add_argument(
         "--bf16", action="store_true", help="weights in bfloat16 (default: float32)"
     )

@@ -9,7 +9,7 @@ log-prob differs by more than the tolerance.
 
 import argparse
 
-from megatron_infifpo.commands.flags import fields_of
+from megatron_infifpo.commands.flags import add_expert_flags, fields_of
 from megatron_infifpo.flag_types import positive, real
 
 
@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tensor-model-parallel-size", type=positive, default=1, metavar="N")
     parser.add_argument("--pipeline-model-parallel-size", type=positive, default=1, metavar="N")
+    add_expert_flags(parser)
+    parser.set_defaults(expert_model_parallel_size=1, expert_tensor_parallel_size=1)
     parser.add_argument(
         "--by-layers",
         action="store_true",

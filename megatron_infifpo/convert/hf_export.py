@@ -172,20 +172,19 @@ def _open_base(adapters: Adapters, given: Path | None) -> ModelWeights:
 def _check_tensors(checkpoint: TorchDistCheckpoint, mapping: WeightMapping) -> None:
     """Refuse a checkpoint of another model than its config.json describes."""
     path, found = checkpoint.directory, set(checkpoint.names())
-    for key in sorted(mapping.rows.keys() - found):
+    for key in sorted(mapping.tensors.keys() - found):
         raise UserError(f"{path}: tensor {key} is missing: hf/config.json asks for it")
-    for key in sorted(found - mapping.rows.keys()):
+    for key in sorted(found - mapping.tensors.keys()):
         raise UserError(
             f"{path}: tensor {key} is unknown: hf/config.json describes a model without it"
         )
-    for row in mapping.rows.values():
-        shape, expected = checkpoint.shape(row.key), mapping.entry(row.key).shape
-        if row.per_layer:
-            expected = (mapping.num_layers, *expected)
-        padded = row.shape[0] == "vocab" and shape[0] >= expected[0] and shape[1:] == expected[1:]
+    for key, (entry, *_) in mapping.tensors.items():
+        shape, expected = checkpoint.shape(key), entry.whole
+        vocabulary = entry.row.shape[0] == "vocab"
+        padded = vocabulary and shape[0] >= expected[0] and shape[1:] == expected[1:]
         if shape != expected and not padded:
             raise UserError(
-                f"{path}: tensor {row.key} has shape {list(shape)}, but hf/config.json asks for "
+                f"{path}: tensor {key} has shape {list(shape)}, but hf/config.json asks for "
                 f"{list(expected)}"
             )
 

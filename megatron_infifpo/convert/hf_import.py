@@ -15,7 +15,7 @@ from megatron_infifpo.convert.peft import MergedFolder
 from megatron_infifpo.convert.vocabulary import warn_of_tokens_beyond
 from megatron_infifpo.families import family, megatron_args
 from megatron_infifpo.families.architecture import read_hf_config
-from megatron_infifpo.families.mapping import Row, WeightMapping
+from megatron_infifpo.families.mapping import Entry, WeightMapping
 from megatron_infifpo.storage.beside import other_formats
 from megatron_infifpo.storage.checkpoints import (
     HF_FOLDER,
@@ -107,10 +107,10 @@ def _lazy_tensors(
     """This rank's chunks of all tensors: whole layers, and every so many of the other tensors."""
     tensors = {}
     scratch = Scratch()
-    for number, row in enumerate(mapping.rows.values()):
-        layers = [layer for layer in range(mapping.num_layers) if share.mine(layer)]
-        if layers if row.per_layer else share.mine(number):
-            tensors[row.key] = _lazy_tensor(row, mapping, weights, dtype, layers, scratch, bar)
+    for number, (key, entries) in enumerate(mapping.tensors.items()):
+        mine = [e for e in entries if share.mine(number if e.layer is None else e.layer)]
+        if mine:
+            tensors[key] = _lazy_tensor(mine, weights, dtype, scratch, bar)
     return tensors
 
 
@@ -130,27 +130,21 @@ def common_state(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lazy_tensor(
-    row: Row,
-    mapping: WeightMapping,
+    entries: list[Entry],
     weights: HfWeights,
     dtype: torch.dtype,
-    layers: list[int],
     scratch: Scratch,
     bar: tqdm,
 ) -> LazyTensor:
-    shape = mapping.entry(row.key).shape
-    rest = (0,) * len(shape)
+    """Chunks of one tensor, an entry each."""
+    at = {entry.offset: entry for entry in entries}
+    first = entries[0]
 
     def load(offset: tuple[int, ...]) -> Tensor:
-        entry = mapping.entry(row.key, offset[0] if row.per_layer else None)
+        entry = at[offset]
         scratch.clear()  # chunks are written one after the other
         parts = [weights.load(name, scratch) for name in entry.hf_names]
-        tensor = entry.to_megatron(parts).to(dtype)
         bar.update()
-        return tensor.unsqueeze(0).contiguous() if row.per_layer else tensor.contiguous()
+        return entry.to_megatron(parts).to(dtype).view(entry.chunk).contiguous()
 
-    if row.per_layer:
-        offsets = [(layer, *rest) for layer in layers]
-        whole, chunk = (mapping.num_layers, *shape), (1, *shape)
-        return LazyTensor(whole, offsets, chunk, dtype, load)
-    return LazyTensor(shape, [rest], shape, dtype, load)
+    return LazyTensor(first.whole, list(at), first.chunk, dtype, load)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_infifpo.convert.hf_export import open_weights
 from megatron_infifpo.families.lora import is_adapter
-from megatron_infifpo.families.mapping import WeightMapping
+from megatron_infifpo.families.mapping import Entry, WeightMapping
 
 
 def load_into_model(
@@ -31,31 +31,31 @@ def load_into_model(
         UserError: an unsupported model, or tensors that do not fit config.json.
     """
     weights, mapping = open_weights(directory, scored=scored)
-    fill(models, mapping, lambda key, layer: weights.read(mapping.entry(key, layer)))
+    fill(models, mapping, weights.read)
 
 
 def fill(
     models: Sequence[torch.nn.Module],
     mapping: WeightMapping,
-    read: Callable[[str, int | None], Tensor],
+    read: Callable[[Entry], Tensor],
 ) -> None:
     """Copy whole Megatron tensors into this rank's part of a model.
 
     Args:
         models: GPTModel chunks of this rank.
         mapping: of the model.
-        read: returns the tensor of a key, at a layer if it is one of the layers'.
+        read: returns the tensor of an entry.
     """
     shards = [shard for model in models for shard in _shards(model)]
+    parts = [(shard, _entry(shard, mapping)) for shard in shards]
     # The gate and the up projection are two shards of one tensor: neighbours share one reading.
-    shards.sort(key=lambda shard: (_layer(shard, mapping) or 0, shard.key))
-    where: tuple[str, int | None] | None = None
-    for shard in shards:
-        if where != (shard.key, _layer(shard, mapping)):
-            where = (shard.key, _layer(shard, mapping))
-            tensor = read(*where)
-        prefix = 0 if where[1] is None else 1
-        _copy_part(shard.data, tensor, shard.global_offset[prefix:])
+    parts.sort(key=lambda part: (part[1].layer or 0, part[1].key, part[1].offset))
+    last: Entry | None = None
+    for shard, entry in parts:
+        if entry != last:
+            tensor = read(entry)
+            last = entry
+        _copy_part(shard.data, tensor, shard.global_offset[len(entry.places) :])
 
 
 def _shards(model: torch.nn.Module) -> Iterator[ShardedTensor]:
@@ -67,9 +67,9 @@ def _shards(model: torch.nn.Module) -> Iterator[ShardedTensor]:
             yield value
 
 
-def _layer(shard: ShardedTensor, mapping: WeightMapping) -> int | None:
-    assert shard.key in mapping.rows, f"parameter {shard.key} has no row in the model's family"
-    return int(shard.global_offset[0]) if mapping.rows[shard.key].per_layer else None
+def _entry(shard: ShardedTensor, mapping: WeightMapping) -> Entry:
+    assert shard.key in mapping.tensors, f"parameter {shard.key} has no row in the model's family"
+    return mapping.at(shard.key, shard.global_offset)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ class ModelWeights(Protocol):
         """Dtype that a Megatron tensor is stored in."""
 
     def read(self, entry: Entry, scratch: Scratch | None = None) -> Tensor:
-        """Read a Megatron tensor: of one layer, and without vocabulary padding.
+        """Read a Megatron tensor: of one layer or expert, and without vocabulary padding.
 
         It is in memory of its own, or in the scratch memory.
         """
@@ -38,7 +38,8 @@ class MegatronWeights:
 
     def read(self, entry: Entry, scratch: Scratch | None = None) -> Tensor:
         """See `ModelWeights`."""
-        return read_tensor(self.checkpoint, entry.row.key, entry.layer, entry.shape, scratch)
+        part = self.checkpoint.read(entry.key, entry.offset, entry.chunk, scratch)
+        return part.view(entry.shape)
 
 
 class FolderWeights:
@@ -50,8 +51,7 @@ class FolderWeights:
 
     def dtype(self, key: str) -> torch.dtype:
         """See `ModelWeights`."""
-        layer = 0 if self.mapping.rows[key].per_layer else None
-        return self.weights.dtype(self.mapping.entry(key, layer).hf_names[0])
+        return self.weights.dtype(self.mapping.tensors[key][0].hf_names[0])
 
     def read(self, entry: Entry, scratch: Scratch | None = None) -> Tensor:
         """See `ModelWeights`."""
@@ -79,23 +79,9 @@ class AdaptedWeights:
         """A and B of a Megatron tensor, in its layout; None where it has none."""
         if key_of(entry.row, A) not in self.adapters.names():
             return None
-        shapes = self.lora.shapes(entry)
-        a, b = (
-            read_tensor(self.adapters, key_of(entry.row, name), entry.layer, shapes[name])
-            for name in (A, B)
-        )
-        return a, b
-
-
-def read_tensor(
-    checkpoint: TorchDistCheckpoint,
-    key: str,
-    layer: int | None,
-    shape: tuple[int, ...],
-    scratch: Scratch | None = None,
-) -> Tensor:
-    """Read a whole tensor of this shape, or that of one layer."""
-    rest = (0,) * len(shape)
-    if layer is None:
-        return checkpoint.read(key, rest, shape, scratch)
-    return checkpoint.read(key, (layer, *rest), (1, *shape), scratch).squeeze(0)
+        shapes, found = self.lora.shapes(entry), []
+        assert entry.layer is not None
+        for name in (A, B):  # those of all layers lie in one tensor
+            whole, part = (entry.layer, 0, 0), (1, *shapes[name])
+            found.append(self.adapters.read(key_of(entry.row, name), whole, part).squeeze(0))
+        return found[0], found[1]

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_infifpo.convert.hf_export import open_checkpoint
 from megatron_infifpo.convert.hf_folder import check_weights, open_hf
 from megatron_infifpo.convert.model_weights import AdaptedWeights
@@ -25,7 +23,7 @@ def describe(directory: str | Path, iteration: int | None = None) -> dict[str, s
         facts = {"format": "Hugging Face safetensors"}
     else:
         opened, mapping, config = open_checkpoint(directory, iteration)
-        dtypes = {opened.dtype(key) for key in mapping.rows}
+        dtypes = {opened.dtype(key) for key in mapping.tensors}
         facts = {
             "format": "Megatron torch_dist",
             "iteration": find_checkpoint(directory, iteration).name,
@@ -35,20 +33,35 @@ def describe(directory: str | Path, iteration: int | None = None) -> dict[str, s
             targets = ", ".join(lora.targets)
             facts["adapters"] = f"rank {lora.rank}, alpha {lora.alpha:g}, of {targets}"
     args = megatron_args(config)
-    parameters = sum(torch.Size(entry.shape).numel() for entry in mapping.entries())
     tied = not args["untie_embeddings_and_output_weights"]
     return facts | {
         "family": config["model_type"],
         "layers": str(args["num_layers"]),
         "hidden size": f"{args['hidden_size']}, MLP {args['ffn_hidden_size']}",
+        **_experts(args),
         "heads": f"{args['num_attention_heads']} of {args['kv_channels']}, "
         f"{args['num_query_groups']} key-value",
         "vocabulary": f"{args['padded_vocab_size']}, {'tied' if tied else 'untied'}",
         "context": str(args["max_position_embeddings"]),
-        "parameters": f"{parameters:,}",
+        "parameters": f"{mapping.parameters:,}",
         "dtype": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
         "flags": " ".join(_flags_of_its_own(args)),
         "legal TP": ", ".join(map(str, tensor_parallel_sizes(args))),
+    }
+
+
+def _experts(args: dict[str, Any]) -> dict[str, str]:
+    """What experts a model has, and over how many ranks they can be spread; nothing without."""
+    if not (experts := args.get("num_experts")):
+        return {}
+    sparse = sum(args["moe_layer_freq"])
+    shared = args["moe_shared_expert_intermediate_size"]
+    also = f", and a shared one of {shared}" if shared else ""
+    sizes = [str(size) for size in range(1, experts + 1) if experts % size == 0]
+    return {
+        "experts": f"{experts} of {args['moe_ffn_hidden_size']} in {sparse} layers, "
+        f"{args['moe_router_topk']} a token{also}",
+        "legal EP": ", ".join(sizes),
     }
 
 
@@ -66,4 +79,17 @@ def _flags_of_its_own(args: dict[str, Any]) -> list[str]:
         flags.append(f"--window-attn-skip-freq [{pattern}]")
     if args["use_rope_scaling"]:
         flags.append("--use-rope-scaling")
+    if args.get("num_experts"):
+        flags += _flags_of_experts(args)
+    return flags
+
+
+def _flags_of_experts(args: dict[str, Any]) -> list[str]:
+    """The same of experts."""
+    pattern = ",".join(map(str, args["moe_layer_freq"]))
+    flags = [f"--moe-layer-freq [{pattern}]"]
+    if args["moe_router_pre_softmax"]:
+        flags.append("--moe-router-pre-softmax")
+    if args["moe_shared_expert_gate"]:
+        flags.append("--moe-shared-expert-gate")
     return flags

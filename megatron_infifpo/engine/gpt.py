@@ -39,8 +39,10 @@ def fixed_arguments(kind: LayerKind) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "calculate_per_token_loss": True,
         "dataloader_type": "external",
-        # Only a mixture of experts has a dispatcher, but the default one forbids variable lengths.
+        # Only experts have a dispatcher, but the default one forbids variable lengths.
         "moe_token_dispatcher_type": "alltoall",
+        # A router's choice of experts is a step: rounded, it would be another one more often.
+        "moe_router_dtype": "fp32",
     }
     fixed |= kind.arguments
     if cpu.is_enabled():
@@ -69,6 +71,7 @@ def model_config(
     # It works around a mistake of PyTorch older than ours, with a wait for the GPU every time.
     config.transformer.batch_p2p_sync = False
     config.transformer.layer_kind = kind
+    config.transformer.moe_grouped_gemm = bool(values["num_experts"]) and kind.groups_experts
     family, extras = FAMILIES[values["family"]].layers(), values["extras"]
     family.configure(config, extras)
     rope = values.get("rope")
@@ -141,6 +144,10 @@ def _forward_only(
         "pipeline_model_parallel_size": layout.pipeline_parallel,
         "num_virtual_stages_per_pipeline_rank": layout.virtual_pipeline,
         "context_parallel_size": layout.context_parallel,
+        "expert_model_parallel_size": layout.expert_parallel,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel,
+        # Where tensors are split, layers with experts would compute each token on every rank.
+        "sequence_parallel": bool(values["num_experts"]) and layout.tensor_parallel > 1,
         "micro_batch_size": 1,
         "seq_length": megatron_length(
             architecture["max_position_embeddings"], layout.context_parallel

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_infifpo.engine.kept import LAYERS, LayerTraits
 from megatron_infifpo.engine.layers import OutputRMSNorm, PackedAttention, RMSNorm
@@ -43,19 +44,21 @@ class LayerKind:
     Attributes:
         name: its key in `KINDS`, and in `kept.LAYERS`.
         arguments: Megatron arguments that it leaves no choice about.
-        layer: specification of a layer, from the configuration.
+        layer: specification of a layer, from the configuration and whether it has experts.
         parts: the norm of what is normalised outside of a linear layer (heads, outputs, the last
             layer), and a linear layer without a norm in it.
         params: from a collated row to what the layers are told of it.
         rotates_by_row: whether `params` has every token's position, else Megatron counts.
+        groups_experts: whether a layer's experts are one grouped product, else one after the other.
     """
 
     name: str
     arguments: Mapping[str, Any]
-    layer: Callable[[TransformerConfig], ModuleSpec]
+    layer: Callable[[TransformerConfig, bool], ModuleSpec]
     parts: Callable[[], LayerParts]
     params: Callable[[Row], PackedSeqParams]
     rotates_by_row: bool
+    groups_experts: bool
 
     @property
     def traits(self) -> LayerTraits:
@@ -111,18 +114,37 @@ class LayerKind:
             adapt: changes a layer of this kind.
         """
         parts = self.parts()
-        layer = family.adapt(adapt(self.layer(config)), parts)
+        first = get_transformer_layer_offset(config, vp_stage)
         count = get_num_layers_to_build(config, vp_stage)
-        return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=parts.norm)
+        sparse = sparse_layers(config)[first : first + count]
+        kinds = {
+            kind: family.adapt(adapt(self.layer(config, kind)), parts) for kind in set(sparse)
+        }
+        specs = [kinds[kind] for kind in sparse]
+        return TransformerBlockSubmodules(layer_specs=specs, layer_norm=parts.norm)
 
 
-def _local_layer(config: TransformerConfig) -> ModuleSpec:
+def sparse_layers(config: TransformerConfig) -> list[bool]:
+    """Which layers of a whole model have experts."""
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    assert isinstance(config.moe_layer_freq, list)
+    return [bool(sparse) for sparse in config.moe_layer_freq]
+
+
+def _local_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
     """Megatron's local modules, our norm and our attention."""
     layer: ModuleSpec = get_gpt_layer_local_spec(
-        normalization=config.normalization, qk_layernorm=config.qk_layernorm
+        num_experts=config.num_moe_experts if experts else None,
+        normalization=config.normalization,
+        qk_layernorm=config.qk_layernorm,
     )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    if experts:
+        # Transformer Engine fuses it with no linear layer then; Megatron names it as if it did.
+        layer.submodules.pre_mlp_layernorm = OutputRMSNorm
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
@@ -130,14 +152,18 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
     return layer
 
 
-def _te_attention_layer(config: TransformerConfig) -> ModuleSpec:
+def _te_attention_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
     """Transformer Engine's modules, its attention included."""
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if experts else None,
+        moe_grouped_gemm=experts,
+        qk_layernorm=config.qk_layernorm,
+    )
 
 
-def _te_layer(config: TransformerConfig) -> ModuleSpec:
+def _te_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
     """Transformer Engine's modules, and our attention."""
-    layer = _te_attention_layer(config)
+    layer = _te_attention_layer(config, experts)
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
     return layer
 
@@ -165,6 +191,7 @@ _ALL = (
         parts=_te_parts,
         params=row_params,
         rotates_by_row=True,
+        groups_experts=True,
     ),
     LayerKind(
         name="te-attention",
@@ -173,6 +200,7 @@ _ALL = (
         parts=_te_parts,
         params=te_params,
         rotates_by_row=False,
+        groups_experts=True,
     ),
     LayerKind(
         name="local",
@@ -181,6 +209,7 @@ _ALL = (
         parts=lambda: LayerParts(OutputRMSNorm, ColumnParallelLinear),
         params=row_params,
         rotates_by_row=True,
+        groups_experts=False,
     ),
 )
 KINDS = {kind.name: kind for kind in _ALL}

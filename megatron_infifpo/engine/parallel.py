@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.patches import cpu
 
 # Ranks of a scoring job drift apart, and all wait while the first reads or merges: the usual ten
@@ -22,6 +23,8 @@ class ModelLayout:
         tensor_parallel, pipeline_parallel: ranks a tensor and layers are spread over.
         virtual_pipeline: model chunks a pipeline rank, or None.
         context_parallel: ranks that each compute a part of a row.
+        expert_parallel, expert_tensor_parallel: ranks that the experts of a layer, and each expert,
+            are spread over.
         bf16: weights and activations in bfloat16, else float32.
     """
 
@@ -29,7 +32,26 @@ class ModelLayout:
     pipeline_parallel: int = 1
     virtual_pipeline: int | None = None
     context_parallel: int = 1
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
     bf16: bool = False
+
+    def check_experts_of_a_row(self) -> None:
+        """Raise UserError where ranks of several rows would have to compute in step.
+
+        A layer's experts are asked by all ranks that share them at once. Rows of data-parallel
+        ranks are not as many, so these must not share experts.
+        """
+        sharing, row = self.expert_parallel * self.expert_tensor_parallel, self.tensor_parallel
+        row *= self.context_parallel
+        if row % sharing:
+            raise UserError(
+                f"--expert-model-parallel-size is {self.expert_parallel}, with "
+                f"--expert-tensor-parallel-size {self.expert_tensor_parallel}, but {row} ranks "
+                "compute a row together (tensor x context parallel size), expected that the "
+                f"product divides them: raise --tensor-model-parallel-size or "
+                "--context-parallel-size, or spread experts over fewer ranks"
+            )
 
 
 def one_rank_by_default() -> None:
@@ -59,5 +81,7 @@ def initialize_parallel(layout: ModelLayout) -> None:
             layout.pipeline_parallel,
             layout.virtual_pipeline,
             context_parallel_size=layout.context_parallel,
+            expert_model_parallel_size=layout.expert_parallel,
+            expert_tensor_parallel_size=layout.expert_tensor_parallel,
         )
         model_parallel_cuda_manual_seed(_SEED)

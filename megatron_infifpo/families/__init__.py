@@ -16,11 +16,14 @@ from megatron_infifpo.families import (
     llama,
     mistral,
     mistral3,
+    mixtral,
     olmo2,
     olmo3,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 from megatron_infifpo.families.common import Family, FamilyLayers
@@ -36,11 +39,14 @@ FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
     "mistral3": mistral3.FAMILY,
+    "mixtral": mixtral.FAMILY,
     "olmo2": olmo2.FAMILY,
     "olmo3": olmo3.FAMILY,
     "phi3": phi3.FAMILY,
     "qwen2": qwen2.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
     "smollm3": smollm3.FAMILY,
 }
 
@@ -54,9 +60,14 @@ OWN_LAYERS = tuple(
     )
 )
 
+# Arguments of Megatron's that may be lists with an entry for each layer.
+PER_LAYER = ("window_attn_skip_freq", "moe_layer_freq")
+
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "num_experts",
+    "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+    "shared_expert_intermediate_size",
 )  # fmt: skip
 _LARGEST = 1 << 27
 
@@ -124,8 +135,8 @@ def one_layer(args: Mapping[str, Any], layer: int) -> dict[str, Any]:
         return [value[layer]] if isinstance(value, list) else value
 
     extras = {name: of_layer(value) for name, value in args["extras"].items()}
-    window = of_layer(args["window_attn_skip_freq"])
-    return {**args, "num_layers": 1, "window_attn_skip_freq": window, "extras": extras}
+    own = {name: of_layer(args[name]) for name in PER_LAYER if name in args}
+    return {**args, **own, "num_layers": 1, "extras": extras}
 
 
 def tensor_parallel_sizes(args: Mapping[str, Any]) -> list[int]:
@@ -136,8 +147,16 @@ def tensor_parallel_sizes(args: Mapping[str, Any]) -> list[int]:
     """
     # Above the number of key-value heads Megatron gathers k and v on every rank in every layer:
     # no memory is saved where it works, so those sizes are left out.
-    sizes = (args["num_attention_heads"], args["num_query_groups"], args["ffn_hidden_size"])
+    sizes = (args["num_attention_heads"], args["num_query_groups"], *split_widths(args))
     return [tp for tp in range(1, min(sizes) + 1) if all(size % tp == 0 for size in sizes)]
+
+
+def split_widths(args: Mapping[str, Any]) -> list[int]:
+    """Inner widths of the MLPs that tensor parallelism splits: not those of experts."""
+    dense = not args.get("num_experts") or 0 in args["moe_layer_freq"]
+    found = [args["ffn_hidden_size"]] if dense else []
+    shared = args.get("moe_shared_expert_intermediate_size")
+    return found if shared is None else [*found, shared]
 
 
 def check_pipeline_parallel(args: Mapping[str, Any], pp: int, virtual: int = 1) -> None:
@@ -168,8 +187,41 @@ def check_tensor_parallel(args: Mapping[str, Any], tp: int) -> None:
     """Raise UserError, naming the legal sizes, if the model cannot be split over `tp` ranks."""
     legal = tensor_parallel_sizes(args)
     if tp not in legal:
+        units = "".join(f" and {width} MLP units" for width in split_widths(args))
+        heads = f"{args['num_attention_heads']} attention heads"
+        heads += f"{',' if units else ' and'} {args['num_query_groups']} key-value heads"
         raise UserError(
             f"--tensor-model-parallel-size is {tp}, expected one of {', '.join(map(str, legal))}: "
-            f"it must divide the model's {args['num_attention_heads']} attention heads, "
-            f"{args['num_query_groups']} key-value heads and {args['ffn_hidden_size']} MLP units"
+            f"it must divide the model's {heads}{units}"
         )
+
+
+def check_expert_parallel(
+    args: Mapping[str, Any], expert: int, expert_tensor: int | None = None
+) -> None:
+    """Raise UserError, naming the legal sizes, if experts cannot be split over ranks.
+
+    Args:
+        args: Megatron arguments.
+        expert: ranks that the experts of a layer are spread over.
+        expert_tensor: ranks that each expert is split over; None: 1.
+    """
+    experts = args.get("num_experts")
+    for flag, size in (
+        ("--expert-model-parallel-size", expert),
+        ("--expert-tensor-parallel-size", expert_tensor or 1),
+    ):
+        if not experts:
+            if size > 1:
+                raise UserError(f"{flag} is {size}, but the model has no experts: leave it out")
+            continue
+        whole, what = experts, f"{experts} experts of a layer"
+        if "tensor" in flag:
+            whole = args["moe_ffn_hidden_size"]
+            what = f"{whole} units of an expert"
+        if whole % size:
+            legal = [str(n) for n in range(1, whole + 1) if whole % n == 0]
+            raise UserError(
+                f"{flag} is {size}, expected one of {', '.join(legal)}: it must divide the "
+                f"model's {what}"
+            )

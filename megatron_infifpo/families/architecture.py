@@ -7,10 +7,12 @@ from typing import Any
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import (
+    check_expert_parallel,
     check_pipeline_parallel,
     check_tensor_parallel,
     megatron_args,
 )
+from megatron_infifpo.families.experts import NO_EXPERTS
 from megatron_infifpo.flag_types import flag
 from megatron_infifpo.storage.beside import check_adapters
 from megatron_infifpo.storage.checkpoints import HF_FOLDER
@@ -75,9 +77,9 @@ def architecture(
 
     Raises:
         UserError: a flag on the command line contradicts the checkpoint, or the tensor- or
-            pipeline-parallel size is not legal for the model.
+            pipeline-parallel size, or those of experts, are not legal for the model.
     """
-    found = megatron_args(read_hf_config(checkpoint))
+    found = NO_EXPERTS | megatron_args(read_hf_config(checkpoint))
     for name, value in found.items():
         asked = given.get(name)
         if name not in _FREE and asked not in (defaults.get(name), value):
@@ -86,6 +88,8 @@ def architecture(
                 f"{value!r}: leave architecture flags out, they come from the checkpoint"
             )
     check_tensor_parallel(found, given["tensor_model_parallel_size"])
+    sizes = given["expert_model_parallel_size"], given["expert_tensor_parallel_size"]
+    check_expert_parallel(found, *sizes)
     if all(given[name] == defaults[name] for name in _OWN_STAGES):
         virtual = given["num_virtual_stages_per_pipeline_rank"] or 1
         check_pipeline_parallel(found, given["pipeline_model_parallel_size"], virtual)

@@ -54,6 +54,8 @@ class Family:
             is no part of the language model.
         layers: where its layers differ from GPT layers. Called when a model is built: conversion
             and planning do not load Megatron's modules.
+        one_layer: what differs in the config.json of a model that has just one layer of another
+            one, from that one's and the layer; beside num_hidden_layers and layer_types.
     """
 
     megatron_args: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -63,6 +65,7 @@ class Family:
     text_config: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     hf_name: Callable[[str], str | None] = str
     layers: Callable[[], FamilyLayers] = FamilyLayers
+    one_layer: Callable[[Mapping[str, Any], int], dict[str, Any]] = lambda config, layer: {}
 
 
 def inner_text(config: Mapping[str, Any], model_type: str, architecture: str) -> dict[str, Any]:

@@ -140,8 +140,11 @@ def choose(
         targets: names of Hugging Face's linear layers, or `all-linear`, the default.
 
     Raises:
-        UserError: a name that no layer has, or a rank that is too large for one.
+        UserError: a name that no layer has, a rank that is too large for one, or a model with
+            experts.
     """
+    if mapping.dims.experts:
+        raise UserError("--lora-rank: models with experts are trained whole, leave it out")
     rows = linear_rows(mapping.rows)
     names = list(dict.fromkeys(module_name(name) for row in rows for name in row.hf_names))
     given = names if not targets or list(targets) == [ALL_LINEAR] else list(targets)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ class Dims:
     Attributes:
         heads, groups, head_dim: query heads, key-value heads, and the size of each.
         hidden, ffn, vocab: model width, inner width of the MLP, vocabulary without padding.
+        experts: of a layer that has some, each with an MLP of its own; 0 where none has.
+        expert_ffn, shared_ffn: inner widths of such an MLP, and of the one that all tokens go to.
     """
 
     heads: int
@@ -23,6 +25,10 @@ class Dims:
     hidden: int
     ffn: int
     vocab: int
+    experts: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+    one: ClassVar[int] = 1
 
     @property
     def attention(self) -> int:
@@ -44,6 +50,16 @@ class Dims:
         """Rows of Megatron's linear_fc1: the gate, then the up projection."""
         return 2 * self.ffn
 
+    @property
+    def expert_gate_up(self) -> int:
+        """The same of an expert."""
+        return 2 * self.expert_ffn
+
+    @property
+    def shared_gate_up(self) -> int:
+        """The same of the expert that all tokens go to."""
+        return 2 * self.shared_ffn
+
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> "Dims":
         """Take the sizes from Megatron arguments, as a family's `megatron_args` returns them."""
@@ -54,6 +70,9 @@ class Dims:
             hidden=args["hidden_size"],
             ffn=args["ffn_hidden_size"],
             vocab=args["padded_vocab_size"],
+            experts=args.get("num_experts") or 0,
+            expert_ffn=args.get("moe_ffn_hidden_size") or 0,
+            shared_ffn=args.get("moe_shared_expert_intermediate_size") or 0,
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_infifpo.families import OWN_LAYERS, TINY, megatron_args
+from megatron_infifpo.families.mapping import Entry
 from megatron_infifpo.gpu_check.records import Options, Recorder, Result
 from megatron_infifpo.gpu_check.rows import random_pairs
 from megatron_infifpo.patches import cpu
@@ -74,6 +75,8 @@ def in_transformers(
     """Values of the Hugging Face model, text by text; gradients under its names, on the CPU."""
     from transformers import AutoModelForCausalLM
 
+    from megatron_infifpo.engine.hf_names import as_saved
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).train()
     found = []
     for pair in pairs:
@@ -84,8 +87,9 @@ def in_transformers(
             found.append(logits.gather(1, ids[0, len(pair.prompt_ids) :, None])[:, 0])
     logprobs = torch.cat(found)
     (logprobs * token_weights(len(logprobs)).to(logprobs)).sum().backward()
-    gradients = {name: p.grad.double().cpu() for name, p in model.named_parameters()}
-    return Values(logprobs.detach().double().cpu(), gradients)
+    gradients = as_saved(model, {name: p.grad for name, p in model.named_parameters()})
+    exact = {name: gradient.double().cpu() for name, gradient in gradients.items()}
+    return Values(logprobs.detach().double().cpu(), exact)
 
 
 def compare(
@@ -152,8 +156,7 @@ def in_megatron(
     gradients = {name: collected(p).double().cpu() for name, p in model.named_parameters()}
     mapping = open_hf(folder)[1]
 
-    def read(key: str, layer: int | None) -> Tensor:
-        entry = mapping.entry(key, layer)
+    def read(entry: Entry) -> Tensor:
         return entry.to_megatron([exact.gradients[name] for name in entry.hf_names])
 
     model.float()

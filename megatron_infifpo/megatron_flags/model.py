@@ -3,8 +3,10 @@
 from megatron_infifpo.megatron_flags.group import (
     ARCHITECTURE,
     BUFFERS,
+    CAPACITY,
+    CHANCE,
     CONTEXT,
-    EXPERTS,
+    DISPATCH,
     FSDP,
     GRAPHS,
     HEAD,
@@ -12,6 +14,7 @@ from megatron_infifpo.megatron_flags.group import (
     LOGITS,
     NO_EFFECT,
     OPTIMIZER,
+    ROUTER,
     SHARD,
     SOFTMAX,
     UNPROVEN,
@@ -24,7 +27,8 @@ _OFFLOADING = f"{UNPROVEN}; use --recompute-granularity"
 MODEL: dict[str, Group] = {
     "transformer configuration": Group(
         works="""tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel
-            context_parallel_size
+            context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
+            moe_z_loss_coeff
             perform_initialization fp16 bf16 overlap_p2p_comm_warmup_flush
             microbatch_group_size_per_vp_stage account_for_embedding_in_pipeline_split
             account_for_loss_in_pipeline_split recompute_granularity recompute_method
@@ -36,19 +40,31 @@ MODEL: dict[str, Group] = {
             num_layers_at_end_in_bf16""",
         checkpoint="""num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size
             kv_channels layernorm_epsilon layernorm_zero_centered_gamma add_bias_linear add_qkv_bias
-            normalization qk_layernorm""",
+            normalization qk_layernorm moe_ffn_hidden_size moe_router_topk moe_router_pre_softmax
+            moe_shared_expert_intermediate_size moe_shared_expert_gate""",
         fixed="""hidden_dropout attention_dropout calculate_per_token_loss
-            moe_token_dispatcher_type""",
+            moe_token_dispatcher_type moe_router_dtype""",
         device={WEIGHTS: "use_cpu_initialization"},
         refused={
             CONTEXT: """hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank
                 hybrid_context_parallel""",
-            EXPERTS: """moe_* expert_model_parallel_size expert_tensor_parallel_size
-                expert_tensor_parallel_num_weight_shards overlap_moe_expert_parallel_comm
-                delay_wgrad_compute overlap_dispatch_backward_with_experts_wgrad
-                ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream
-                use_grouped_gemm_for_shared_expert use_grouped_gemm_for_dense_mlp
-                use_fused_weighted_squared_relu""",
+            ROUTER: """moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor
+                moe_router_score_function moe_router_enable_expert_bias moe_router_bias_update_rate
+                moe_router_quantile_balancing_ema moe_apply_probs_on_input moe_latent_size
+                moe_shared_expert_glu_interleave_size moe_mlp_glu_interleave_size
+                moe_enable_routing_replay use_fused_weighted_squared_relu""",
+            CHANCE: """moe_input_jitter_eps moe_router_force_load_balancing
+                moe_router_force_biased""",
+            CAPACITY: """moe_expert_capacity_factor moe_expert_rank_capacity_factor
+                moe_pad_expert_input_to_capacity moe_token_drop_policy
+                moe_pad_experts_for_cuda_graph_inference""",
+            DISPATCH: """moe_enable_deepep moe_flex_* moe_deepep_* moe_hybridep_* moe_ncclep_*
+                moe_permute_fusion_into_hybridep overlap_moe_expert_parallel_comm
+                overlap_dispatch_backward_with_experts_wgrad moe_shared_expert_overlap
+                ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream""",
+            "the layers decide it: Transformer Engine's group experts, local ones do not": """
+                moe_grouped_gemm""",
+            "use --recompute-modules moe": "moe_layer_recompute",
             ARCHITECTURE: """mtp_* dsa_* linear_* mup_* mamba_* use_mup use_mamba_mem_eff_path
                 multi_latent_attention experimental_attention_variant is_hybrid_model
                 mrope_section softmax_type apply_residual_connection_post_layernorm
@@ -69,7 +85,11 @@ MODEL: dict[str, Group] = {
             LOGITS: "qk_clip*",
             UNPROVEN: """pipeline_model_parallel_comm_backend fused_residual_rmsnorm
                 use_transformer_engine_op_fuser use_te_activation_func use_kitchen_attention
-                kitchen_attention_backend batch_invariant_mode fp8_quantizer_factory fp4*""",
+                kitchen_attention_backend batch_invariant_mode fp8_quantizer_factory fp4*
+                moe_router_padding_* moe_single_grouped_* moe_paged_stash* moe_per_layer_logging
+                moe_permute_fusion moe_router_fusion
+                use_grouped_gemm_for_shared_expert use_grouped_gemm_for_dense_mlp
+                delay_wgrad_compute expert_tensor_parallel_num_weight_shards""",
             "the log-prob head takes hidden states in the model's precision": """
                 fp32_residual_connection""",
             "it needs a PyTorch with ring exchange, which no release has": "use_ring_exchange_p2p",
@@ -139,7 +159,15 @@ MODEL: dict[str, Group] = {
     ),
     "biencoder": Group(rest=ARCHITECTURE),
     "vision": Group(rest=ARCHITECTURE),
-    "moe": Group(rest=EXPERTS),
+    "moe": Group(
+        works="moe_aux_loss_coeff",
+        checkpoint="num_experts moe_layer_freq",
+        refused={
+            "it is aux_loss with --moe-aux-loss-coeff, and none without": """
+                moe_router_load_balancing_type"""
+        },
+        rest=WEIGHTS,
+    ),
     "mla": Group(rest=ARCHITECTURE),
     "experimental_attention_variant": Group(rest=ARCHITECTURE),
     "heterogeneous architecture": Group(rest=ARCHITECTURE),

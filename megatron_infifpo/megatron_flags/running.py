@@ -3,7 +3,6 @@
 from megatron_infifpo.megatron_flags.group import (
     ARCHITECTURE,
     BUFFERS,
-    EXPERTS,
     FSDP,
     GRAPHS,
     HEAD,
@@ -11,6 +10,7 @@ from megatron_infifpo.megatron_flags.group import (
     NO_EFFECT,
     OPTIMIZER,
     PRIVATE,
+    UNPROVEN,
     Group,
 )
 
@@ -105,7 +105,7 @@ RUNNING: dict[str, Group] = {
             "a converted pivot has no integrity.json": "verify_integrity",
             "Megatron's hooks for it fail without Transformer Engine": """
                 save_activations_interval save_dgrads_interval""",
-            EXPERTS: """save_tokens_per_expert_interval ckpt_fully_parallel_save_process_group
+            UNPROVEN: """save_tokens_per_expert_interval ckpt_fully_parallel_save_process_group
                 ckpt_fully_parallel_load_process_group""",
             "Megatron vouches for broadcast only": "ckpt_fully_parallel_load_exchange_algo",
             "it is for --async-strategy nvrx": "async_ckpt_use_cpu_shm",
@@ -136,7 +136,7 @@ RUNNING: dict[str, Group] = {
             log_num_zeros_in_grad barrier_with_L1_time log_world_size_to_tensorboard wandb_project
             wandb_exp_name wandb_save_dir wandb_entity logging_level""",
         gpu="log_device_memory_used log_energy",
-        refused={LOGITS: "log_max_attention_logit", EXPERTS: "moe_routing_trace_*"},
+        refused={LOGITS: "log_max_attention_logit", UNPROVEN: "moe_routing_trace_*"},
     ),
     "experimental": Group(
         gpu="""use_precision_aware_optimizer main_grads_dtype main_params_dtype exp_avg_dtype

@@ -167,6 +167,28 @@ class _Stream:
     def wait_stream(self, other):
         pass
 
+    def record_event(self, event=None):
+        return event or _Event()
+
+    def wait_event(self, event):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+class _Event:
+    """A point of such a stream, which is always past."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, stream=None):
+        pass
+
+    def wait(self, stream=None):
+        pass
+
     def synchronize(self):
         pass
 
@@ -199,6 +221,7 @@ def _patch_torch_cuda() -> None:
     cuda.synchronize = lambda device=None: None
     cuda.empty_cache = lambda: None
     cuda.Stream = _Stream
+    cuda.Event = _Event
     cuda.current_stream = lambda device=None: _Stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.manual_seed = generator.manual_seed
@@ -222,3 +245,13 @@ def _patch_megatron() -> None:
     rng_module: Any = rng
     rng_module._get_cuda_rng_state = lambda *args, **kwargs: torch.cuda.get_rng_state()
     rng_module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.cuda.set_rng_state(state)
+
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    dispatcher_module: Any = dispatcher
+    dispatcher_module.maybe_move_tensor_to_cpu = _as_on_the_host
+
+
+def _as_on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What Megatron makes of numbers that the host is to know: it asks whether they are on CUDA."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

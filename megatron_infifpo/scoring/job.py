@@ -88,7 +88,15 @@ def _vllm(directory: str, **options: Any) -> ScoringModel:
 
 BACKENDS = {
     "megatron": Backend(
-        _megatron, ("tensor_parallel", "pipeline_parallel", "context_parallel", "bf16")
+        _megatron,
+        (
+            "tensor_parallel",
+            "pipeline_parallel",
+            "context_parallel",
+            "expert_parallel",
+            "expert_tensor_parallel",
+            "bf16",
+        ),
     ),
     "transformers": Backend(_transformers, ("tensor_parallel", "bf16", "trust_remote_code")),
     "vllm": Backend(
@@ -122,6 +130,8 @@ class ScoringJob:
         name: the model's name in the manifest; None: its folder's.
         tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: layout; the
             other ranks are data parallel.
+        expert_model_parallel_size, expert_tensor_parallel_size: of those that compute a row
+            together, ranks that the experts of a layer, and each of them, are spread over.
         bf16: weights in bfloat16, else float32.
         domains: score records of these alone and mask the others; None: all.
         absent_domains: "error" where no record is of one of `domains`, or "mask" whatever is left.
@@ -152,6 +162,8 @@ class ScoringJob:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
     bf16: bool = False
     domains: Sequence[str] | None = None
     absent_domains: str = "error"
@@ -189,6 +201,8 @@ class ScoringJob:
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
             "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
             "context_length",
             "micro_batch_tokens",
             "max_row_tokens",
@@ -207,8 +221,10 @@ class ScoringJob:
         for kind, size in (
             ("pipeline", self.pipeline_model_parallel_size),
             ("context", self.context_parallel_size),
+            ("expert", self.expert_model_parallel_size),
+            ("expert tensor", self.expert_tensor_parallel_size),
         ):
-            if size != 1 and f"{kind}_parallel" not in takes:
+            if size != 1 and f"{kind.replace(' ', '_')}_parallel" not in takes:
                 raise UserError(f"--backend {self.backend} has no {kind} parallelism: use megatron")
 
     def _check_server(self, takes: Sequence[str]) -> None:
@@ -242,6 +258,8 @@ class ScoringJob:
             "tensor_parallel": self.tensor_model_parallel_size,
             "pipeline_parallel": self.pipeline_model_parallel_size,
             "context_parallel": self.context_parallel_size,
+            "expert_parallel": self.expert_model_parallel_size,
+            "expert_tensor_parallel": self.expert_tensor_parallel_size,
             "bf16": self.bf16,
             "trust_remote_code": self.tokenizer_options.trust_remote_code,
             "context_length": context_length or self.context_length,

@@ -21,6 +21,7 @@ from megatron_infifpo.engine.older import accept_older  # noqa: E402
 from megatron_infifpo.engine.packed import score_rows  # noqa: E402
 from megatron_infifpo.engine.parallel import ModelLayout  # noqa: E402
 from megatron_infifpo.families import (  # noqa: E402
+    check_expert_parallel,
     check_pipeline_parallel,
     check_tensor_parallel,
     megatron_args,
@@ -47,8 +48,6 @@ def load_megatron_checkpoint(models: list[GPTModel], directory: str | Path) -> N
 class MegatronBackend:
     """A source model, or the pivot, run forward by Megatron at a parallel layout."""
 
-    facts: dict[str, Any] = {}
-
     def __init__(
         self,
         directory: str | Path,
@@ -56,6 +55,8 @@ class MegatronBackend:
         tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
         context_parallel: int = 1,
+        expert_parallel: int = 1,
+        expert_tensor_parallel: int = 1,
         bf16: bool = False,
     ):
         """Build the model and load its weights.
@@ -64,6 +65,8 @@ class MegatronBackend:
             directory: a Hugging Face folder (converted in memory) or a Megatron checkpoint.
             tensor_parallel, pipeline_parallel, context_parallel: the layout; the other ranks are
                 data parallel.
+            expert_parallel, expert_tensor_parallel: ranks that the experts of a layer, and each of
+                them, are spread over: of those that compute a row together.
             bf16: weights and activations in bfloat16, else float32; log-softmax is float32.
 
         Raises:
@@ -72,16 +75,25 @@ class MegatronBackend:
         architecture = megatron_args(scored_config(directory))
         check_tensor_parallel(architecture, tensor_parallel)
         check_pipeline_parallel(architecture, pipeline_parallel)
+        check_expert_parallel(architecture, expert_parallel, expert_tensor_parallel)
         layout = ModelLayout(
-            tensor_parallel, pipeline_parallel, context_parallel=context_parallel, bf16=bf16
+            tensor_parallel,
+            pipeline_parallel,
+            context_parallel=context_parallel,
+            expert_parallel=expert_parallel,
+            expert_tensor_parallel=expert_tensor_parallel,
+            bf16=bf16,
         )
+        layout.check_experts_of_a_row()
         self.models = build_model(architecture, layout)
         if (Path(directory) / "config.json").is_file():
             load_into_model(self.models, directory, scored=True)
         else:
             load_megatron_checkpoint(self.models, directory)
+        config = get_model_config(self.models[0])
+        self.facts = {"router_dtype": config.moe_router_dtype} if config.num_moe_experts else {}
         self.vocab_size: int = architecture["padded_vocab_size"]
-        kind: LayerKind = get_model_config(self.models[0]).layer_kind
+        kind: LayerKind = config.layer_kind
         self.layout = kind.row_layout(tensor_parallel, context_parallel=context_parallel)
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()

@@ -38,7 +38,7 @@ from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer, tokenizer_finge
 from megatron_infifpo.tokens.options import open_tokenizer
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
-_UNUSUAL = ("context_parallel", "max_row_tokens")
+_UNUSUAL = ("context_parallel", "expert_parallel", "expert_tensor_parallel", "max_row_tokens")
 MAY_MOVE = ("path",)  # in a plan: the same tokenizer may lie elsewhere now
 
 
@@ -222,8 +222,14 @@ def _plan(
 
 def _unless_usual(job: ScoringJob) -> dict[str, int]:
     """What a plan says of flags that jobs had not at first, and that few have."""
-    values = zip(_UNUSUAL, (job.context_parallel_size, job.max_row_tokens), strict=True)
-    return {name: value for name, value in values if value not in (None, 1)}
+    values = (
+        job.context_parallel_size,
+        job.expert_model_parallel_size,
+        job.expert_tensor_parallel_size,
+        job.max_row_tokens,
+    )
+    named = zip(_UNUSUAL, values, strict=True)
+    return {name: value for name, value in named if value not in (None, 1)}
 
 
 def _check_finished(job: ScoringJob, plan: dict[str, Any]) -> None:

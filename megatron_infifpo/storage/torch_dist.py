@@ -4,7 +4,7 @@ import math
 import pickle
 import sys
 from collections.abc import Iterator
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.storage.archives import Archives
 from megatron_infifpo.storage.checkpoints import TRACKER
 from megatron_infifpo.storage.checksums import Checksums
 from megatron_infifpo.storage.safetensors_io import Scratch, read_into
@@ -95,6 +95,9 @@ class TorchDistCheckpoint:
         self.directory = directory
         self.checksums = Checksums(directory)
         self._reader = _Reader(directory)
+        self._archives = Archives()
+        # Chunks of a tensor by where they begin, if they are one long in the first dimension.
+        self._chunks: dict[str, dict[int | None, list[ChunkStorageMetadata]]] = {}
         try:
             self._metadata = self._reader.read_metadata()
             self._metadata.state_dict_metadata.items()
@@ -174,7 +177,7 @@ class TorchDistCheckpoint:
         dtype = self.dtype(key)
         chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
         try:
-            items = create_read_items_for_chunk_list(key, self._tensor(key), [chunk])
+            items = create_read_items_for_chunk_list(key, self._near(key, offset, shape), [chunk])
         except BROKEN_PICKLE as error:
             raise UserError(f"{self.directory}/.metadata is broken at {key}: {error}") from error
         data = torch.empty(shape, dtype=dtype) if scratch is None else scratch.take(shape, dtype)
@@ -193,6 +196,25 @@ class TorchDistCheckpoint:
             raise UserError(f"cannot read {key} from {self.directory}: {error}") from error
         return data
 
+    def _near(
+        self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]
+    ) -> TensorStorageMetadata:
+        """A tensor's description with those of its chunks alone that a part of it can be in.
+
+        PyTorch looks at all of them, for every part: of experts there are as many parts as chunks.
+        """
+        tensor = self._tensor(key)
+        if not shape or shape[0] != 1:
+            return tensor
+        if key not in self._chunks:
+            by_first: dict[int | None, list[ChunkStorageMetadata]] = {}
+            self._chunks[key] = by_first
+            for chunk in tensor.chunks:
+                first = (chunk.offsets[0], chunk.sizes[0])
+                by_first.setdefault(first[0] if first[1] == 1 else None, []).append(chunk)
+        found = self._chunks[key]
+        return replace(tensor, chunks=found.get(offset[0], []) + found.get(None, []))
+
     def _read_directly(self, item: ReadItem, target: Tensor) -> bool:
         """Read a stored chunk straight into its place in the target, if it fills it whole.
 
@@ -203,13 +225,10 @@ class TorchDistCheckpoint:
         part = target
         for dim, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
             part = part.narrow(dim, start, length)
-        with open(path, "rb") as file, FakeTensorMode():
-            # Shape, strides and place of the data, without the data.
-            stored = torch.load(self._reader._slice_file(file, info), weights_only=True)
+        with open(path, "rb") as file:
+            stored = self._archives.stored(file, info.offset, info.length)
         whole = stored.shape == part.shape and stored.dtype == part.dtype
-        if not (whole and stored.is_contiguous() and part.is_contiguous()):
+        if not (whole and stored.contiguous and part.is_contiguous()):
             return False
-        start = stored.untyped_storage()._checkpoint_offset
-        start += info.offset + stored.storage_offset() * stored.element_size()
-        read_into(path, start, part)
+        read_into(path, info.offset + stored.start, part)
         return True

@@ -7,6 +7,7 @@ from megatron_infifpo import pair_weights
 from megatron_infifpo.reference import FUSIONS
 from megatron_infifpo.references.reference import logprobs_identity
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
+from megatron_infifpo.training.experts import BALANCING
 from megatron_infifpo.training.resharding import KEPT
 from megatron_infifpo.training.resume import schedule_identity
 from megatron_infifpo.training.settings import Run
@@ -39,6 +40,9 @@ def identity(run: Run, train: PreferenceDataset) -> dict[str, Any]:
         if "accuracy" in pair_weights.reads(method.pair_weights):
             # As they are given, not by the records' domains: rounds need not have the same ones.
             found["source_accuracies"] = train.references.given_accuracies
+    if arguments["num_experts"]:
+        names = ("moe_router_dtype", *BALANCING)
+        found["experts"] = {name: arguments[name] for name in names}
     if method.several_pairs:  # which pairs share a row is a part of the loss
         found["micro_batch_size"] = run.batch.micro
         found["data_parallel_size"] = arguments["data_parallel_size"]

@@ -18,6 +18,7 @@ from megatron_infifpo.ranks import rank_and_size
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.training.config import RunConfig, run_parser
 from megatron_infifpo.training.data import Datasets, lengths
+from megatron_infifpo.training.experts import expert_arguments
 from megatron_infifpo.training.folders import Folders
 from megatron_infifpo.training.rates import Schedule
 from megatron_infifpo.training.resume import settled_schedule, stop
@@ -74,7 +75,8 @@ def megatron_args(
 
     Raises:
         UserError: a flag contradicts the checkpoint or the layers, has no effect, or Megatron
-            refuses it; a batch cannot be laid out; a resumed run has another schedule.
+            refuses it; experts cannot be spread over the ranks; a batch cannot be laid out; a
+            resumed run has another schedule.
     """
     usual, rows = defaults(run_parser()), rows_of(config, kind)
     values = copy.deepcopy(config.named())  # Megatron changes some of the lists
@@ -84,6 +86,7 @@ def megatron_args(
     values["layer_kind"] = kind.name
     values["share_prompt"] = rows.share_prompt
     values |= architecture(values, usual, start.folder)
+    values |= expert_arguments(values)
     values |= _unless_given(fixed_arguments(kind), values, usual)
     if recomputes_attention(config):
         values["recompute_granularity"] = "selective"

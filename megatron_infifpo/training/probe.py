@@ -1,6 +1,6 @@
 """Run the pivot on some records as it is now, and compare it with the initial log-probs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,7 +85,11 @@ def compare(
     groups = [mine[i : i + size] for i in range(0, len(mine), size)]
     rows = [collate([dataset[i] for i in group], run.batch.rows) for group in groups]
     found: list[Difference] = []
-    for group, output in zip(groups, run_rows(run, models, rows), strict=False):
+
+    def one() -> Row:
+        return collate([dataset[int(records[0])]], run.batch.rows)
+
+    for group, output in zip(groups, run_rows(run, models, rows, one), strict=False):
         found += _unpack(group, output, dataset)
     return from_all(found)
 
@@ -95,13 +99,23 @@ def share[T](items: Sequence[T]) -> Sequence[T]:
     return items[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
 
 
-def run_rows(run: Run, models: Sequence[torch.nn.Module], rows: Sequence[Row]) -> list[Tensor]:
-    """Run the model as it is on a replica's rows; all its ranks call it.
+def run_rows(
+    run: Run, models: Sequence[torch.nn.Module], rows: Sequence[Row], one: Callable[[], Row]
+) -> list[Tensor]:
+    """Run the model as it is on a replica's rows; all ranks call it.
+
+    Args:
+        run: that is about to start.
+        models: this rank's chunks of the model.
+        rows: of this replica.
+        one: returns any row, for a replica that has none.
 
     Returns:
         The `[K]` log-probs of each row on the replica's first rank of the last pipeline stage, else
         an empty list.
     """
+    count = len(rows)
+    rows = _in_step(run, rows, one)
     if not rows:
         return []
     # Interleaved stages take rows by the pipeline's size.
@@ -117,7 +131,15 @@ def run_rows(run: Run, models: Sequence[torch.nn.Module], rows: Sequence[Row]) -
     if hooks:
         enable_forward_pre_hook(models)
     first = mpu.get_tensor_model_parallel_rank() == mpu.get_context_parallel_rank() == 0
-    return outputs[: len(rows)] if first else []
+    return outputs[:count] if first else []
+
+
+def _in_step(run: Run, rows: Sequence[Row], one: Callable[[], Row]) -> Sequence[Row]:
+    """As many rows on all replicas: those that share experts ask them at the same time."""
+    if not run.arguments["num_experts"]:
+        return rows
+    lacking = max(from_all([len(rows)])) - len(rows)
+    return [*rows, *[rows[0] if rows else one()] * lacking] if lacking else rows
 
 
 def from_all[T](found: list[T]) -> list[T]:

@@ -7,6 +7,7 @@ import datetime
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.storage.aside import Aside, make_folder, whole_folder
 from megatron_infifpo.storage.checkpoints import HF_FOLDER, RUN_FILE
 from megatron_infifpo.storage.manifests import Format
+from megatron_infifpo.training.experts import LAYOUT as EXPERT_LAYOUT
 from megatron_infifpo.training.identity import SCHEDULE_KEY, changed_identity, data_identity
 from megatron_infifpo.training.lock import RunLock
 from megatron_infifpo.training.rounds import CHANGED, Round, began, continued, read_rounds
@@ -196,12 +198,17 @@ def _attempt(run: Run, iteration: str) -> dict[str, Any]:
         "command": [*sys.argv],
         "flags": run.config.given(),  # those of a file, and of a caller in Python, too
         "files": {name: _absolute(getattr(run.config, name)) for name in _FILES},
-        "layout": {name: run.arguments[name] for name in _LAYOUT},
+        "layout": _layout(run.arguments),
         "dtype": run.precision.dtype,
         "device": device,
         "versions": {"megatron_infifpo": __version__, **packages},
         "git_revision": git_revision(),
     }
+
+
+def _layout(arguments: Mapping[str, Any]) -> dict[str, int]:
+    experts = EXPERT_LAYOUT if arguments["num_experts"] else ()
+    return {name: arguments[name] for name in (*_LAYOUT, *experts)}
 
 
 def _absolute(path: str | None) -> str | None:

@@ -19,6 +19,9 @@ from megatron_infifpo.training.start import Start
 # Mean absolute difference of a response's log-probs, in nats a token, that precision explains.
 # Products in float8 move SmolLM2's by 0.2 on average and 0.3 at most (docs/lab-log.md).
 TOLERANCES = {"float32": 0.002, "float16": 0.04, "bfloat16": 0.25, "float8": 1.0}
+# Of models with experts so many times as much, but in float32: rounding changes which ones a token
+# goes to. Tiny ones differ by 0.2 in the worst response, dense ones of their size by 0.05.
+OF_EXPERTS = 2.0
 SHOWN = 3  # worst responses of a failed check
 AROUND = 4  # tokens shown at each end of a response
 
@@ -61,6 +64,8 @@ def check_initial_logprobs(
         types = [initial.manifest["dtype"], dtype]
         types += ["float8"] if run.precision.fp8 else []
         tolerance = max(TOLERANCES.get(name, TOLERANCES["bfloat16"]) for name in types)
+        if run.arguments["num_experts"] and set(types) != {"float32"}:
+            tolerance *= OF_EXPERTS
     worst = max(found, key=lambda difference: difference.size)
     if worst.size <= tolerance:
         print_rank_0(

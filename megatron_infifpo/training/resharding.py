@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.training.experts import LAYOUT as EXPERT_LAYOUT
 from megatron_infifpo.training.start import Start
 
 DISTRIBUTED = "use_distributed_optimizer"
@@ -113,7 +114,8 @@ def differences(
         run: those of the run.
         sharding: how the distributed optimizer was saved, None where there was none.
     """
-    names = (DISTRIBUTED, *(LAYOUT if sharding == "dp_reshardable" else ()))
+    layout = (*LAYOUT, *EXPERT_LAYOUT) if run.get("num_experts") else LAYOUT
+    names = (DISTRIBUTED, *(layout if sharding == "dp_reshardable" else ()))
     found = changed(names, saved, run)
     if sharding == "dp_reshardable":
         before, now = (bucket_size(args) or "all" for args in (saved, run))

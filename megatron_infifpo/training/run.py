@@ -28,6 +28,7 @@ from megatron_infifpo.training.data import (
     describe_sources,
     open_datasets,
 )
+from megatron_infifpo.training.experts import balances
 from megatron_infifpo.training.export import check_export, export_finished, exported_at_end
 from megatron_infifpo.training.failures import explained
 from megatron_infifpo.training.folders import Folders
@@ -47,10 +48,10 @@ from megatron_infifpo.training.reference_check import check_initial_logprobs
 from megatron_infifpo.training.resharding import check_optimizer_state
 from megatron_infifpo.training.resume import check_batch, nothing_left, schedule_changes
 from megatron_infifpo.training.sampler_check import check_samples, read_samples
-from megatron_infifpo.training.schedule import get_training_schedule
+from megatron_infifpo.training.schedule import training_schedule
 from megatron_infifpo.training.settings import Run
 from megatron_infifpo.training.start import Start, find_start
-from megatron_infifpo.training.step import TrainingStep
+from megatron_infifpo.training.step import TrainingStep, losses_of
 from megatron_infifpo.training.token_check import check_tokens
 from megatron_infifpo.training.weights_check import begin_weights_check
 
@@ -155,7 +156,9 @@ def introduction(run: Run, start: Start, datasets: Datasets, accepted: Accepted)
 
 def prepare_megatron(run: Run, start: Start) -> None:
     """Mend Megatron's loop as this run needs it."""
-    apply_patches(get_training_schedule, write_checksums)
+    balanced = balances(run.arguments)
+    count = partial(losses_of, run.config.method) if balanced else None
+    apply_patches(training_schedule(count), write_checksums)
     if start.resumed and run.conduct.fresh_optimizer:
         learning_rate.start_schedule_at(start.samples)
     if run.folders.save is None:

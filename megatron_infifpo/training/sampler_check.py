@@ -12,6 +12,7 @@ import torch
 from megatron.training import print_rank_0
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.rows import Row
 from megatron_infifpo.rows.packing import collate_text
 from megatron_infifpo.tokens.measured import MeasuredResponse, read_measured
 from megatron_infifpo.training.probe import Difference, from_all, run_rows, share
@@ -111,11 +112,13 @@ def compare_samples(
     run: Run, samples: Sequence[MeasuredResponse], models: Sequence[torch.nn.Module]
 ) -> list[Difference]:
     """Run every response under the model as it is; each replica its share, and all get all."""
+
+    def row(index: int) -> Row:
+        one = samples[index]
+        return collate_text(one.prompt_ids, one.response_ids, run.batch.rows)
+
     mine = share(range(len(samples)))
-    rows = [
-        collate_text(samples[i].prompt_ids, samples[i].response_ids, run.batch.rows) for i in mine
-    ]
-    outputs = run_rows(run, models, rows)
+    outputs = run_rows(run, models, [row(i) for i in mine], lambda: row(0))
     return from_all(
         [
             Difference(i, 0, output.float().numpy(), samples[i].logprobs)

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_infifpo.engine.packed import run_packed, to_device
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.logprobs import segment_sums
+from megatron_infifpo.methods import Method
 from megatron_infifpo.rows import Row
 from megatron_infifpo.storage.checkpoints import TRACKER
 from megatron_infifpo.training.data import Datasets
@@ -106,7 +107,7 @@ class TrainingStep:
         for name in self.method.growing:
             metrics[name] = losses.new_full((2,), float(len(losses)))
             metrics[name][0] *= options[name]
-        return losses.sum(), _count(row, losses), metrics
+        return losses.sum(), self.count(row, losses), metrics
 
     def check(self, row: Row, sums: Tensor) -> None:
         """Refuse log-probs that no optimizer should see: sums `[B, R]`, 0 where one is absent.
@@ -149,10 +150,18 @@ class TrainingStep:
             sums = segment_sums(observed, row["segment_ids"], records)
             metrics = token_metrics(row, found, sums, self.source_names, self.domains)
         self.check(row, sums[:, None])
-        return found.losses.sum(), _count(row, found.losses), metrics | waste_metrics(row)
+        return found.losses.sum(), self.count(row, found.losses), metrics | waste_metrics(row)
+
+    def count(self, row: Row, losses: Tensor) -> Tensor:
+        """Return the number of a row's losses, int32 on their device; 0 where another counts."""
+        return losses.new_full((), losses_of(self.method, row), dtype=torch.int)
 
 
-def _count(row: Row, losses: Tensor) -> Tensor:
-    """Return the number of a row's losses, int32 on their device; 0 where another rank counts."""
+def losses_of(method: Method, row: Row) -> int:
+    """How many losses a row has: of its records, or of their tokens; 0 where another rank counts.
+
+    Ranks that share a row compute the same ones.
+    """
     counts = "scored_places" not in row or mpu.get_context_parallel_rank() == 0
-    return losses.new_full((), len(losses) if counts else 0, dtype=torch.int)
+    every = row["token_counts"] if method.token_loss is None else row["target_ids"]
+    return len(every) if counts else 0

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_infifpo.convert.hf_export import export_checkpoint
 from megatron_infifpo.convert.hf_import import import_checkpoint
+from megatron_infifpo.engine.hf_names import as_saved
 from megatron_infifpo.families import (
     FAMILIES,
     PUBLISHED,
@@ -35,6 +36,8 @@ SIZES = {
     "olmo-3-7b": (7_298_011_136, [1, 2, 4, 8, 16, 32]),
     "smollm3-3b": (3_075_098_624, [1, 2, 4]),
     "phi-4-mini": (3_836_021_760, [1, 2, 4, 8]),
+    "mixtral-8x7b": (46_702_792_704, [1, 2, 4, 8]),
+    "qwen3-30b-a3b": (30_532_122_624, [1, 2, 4]),
 }
 
 
@@ -54,7 +57,8 @@ def test_shapes_of_published_models(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(text))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
-    found = {tensor: tuple(value.shape) for tensor, value in model.state_dict().items()}
+    saved = as_saved(model, model.state_dict())
+    found = {tensor: tuple(value.shape) for tensor, value in saved.items()}
     if text.get("tie_word_embeddings"):
         del found["lm_head.weight"]
     assert found == expected
@@ -104,13 +108,15 @@ def weights_of(folder: Path, family: str, shape: dict, dtype: torch.dtype, seed:
     if family.startswith(("phi3", "qwen2")):  # their heads always fill the hidden size
         shape = shape | {"hidden_size": shape["head_dim"] * shape["num_attention_heads"]}
         shape = {k: v for k, v in shape.items() if k != "head_dim"}
+    if "decoder_sparse_step" in special:  # of its tiny layers only the last has experts
+        shape = shape | {"num_hidden_layers": tiny.SHAPE["num_hidden_layers"]}
     config = AutoConfig.for_model(**shape, **special, pad_token_id=None, max_position_embeddings=64)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     weights = {
         name: torch.randn(tensor.shape, generator=generator).to(dtype)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in as_saved(model, model.state_dict()).items()
         if not (config.tie_word_embeddings and name == "lm_head.weight")
     }
     folder.mkdir()

@@ -5,7 +5,8 @@ Its Python is real, its kernels are emulated in float32: see te_emulation.py.
 
 import pytest
 
-from support import tiny
+from megatron_infifpo.families import megatron_args
+from support import experts, tiny
 
 # Nats a token, and of a tensor's largest gradient; float32 in another order of sums. Measured:
 # 7.2e-6 and 5.2e-6.
@@ -15,6 +16,13 @@ KINDS = ("local", "te")
 # does only the latter, and is left out for both.
 UNFUSED = ("glm", "glm4", "glm4-unbiased", "olmo3", "phi3-longrope", "qwen2-yarn")
 LAYERS = tiny.SHAPE["num_hidden_layers"]
+
+
+def sparse_layers(family: str) -> tuple[int, bool]:
+    """How many layers of a tiny model have experts, and whether they have a shared one."""
+    args = megatron_args(tiny.config(family, vocab_size=320).to_dict())
+    shared = args.get("moe_shared_expert_intermediate_size") is not None
+    return (sum(args["moe_layer_freq"]) if args.get("num_experts") else 0), shared
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -27,11 +35,14 @@ def test_family(te_ranks, tmp_path, family):
     assert found["gradients"] >= 6 * LAYERS
     assert found["parameters"] == set()
     assert found["keys"] == {"local": set(), "te": set(), "te-attention": set()}
-    calls = found["calls"]
-    assert calls["local", True] == {}
-    # Four products a layer, each once forward and twice backward.
-    products = {run: kernels["gemm"] for run, kernels in calls.items() if run[0] != "local"}
-    assert set(products.values()) == {12 * LAYERS}
+    calls, sparse, shared = found["calls"], *sparse_layers(family)
+    # A router's product is Transformer Engine's on any layers.
+    assert calls["local", True] == ({"gemm": 3 * sparse} if sparse else {})
+    # Four products a layer, each once forward and twice backward; experts have two for all of them.
+    expected = 12 * LAYERS - 6 * sparse * (not shared) + 3 * sparse
+    for run, kernels in calls.items():
+        if run[0] != "local":
+            assert (kernels["gemm"], kernels.get("grouped gemm", 0)) == (expected, 6 * sparse), run
     for run, kernels in calls.items():
         if run[0] != "local":  # queries and keys, both ways
             fused = 0 if family in UNFUSED else 4 * LAYERS
@@ -39,7 +50,7 @@ def test_family(te_ranks, tmp_path, family):
             assert kernels.get("attention", 0) == (LAYERS if run[0] == "te-attention" else 0), run
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3", "olmo2"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "olmo2", "qwen3_moe-mixed", "qwen2_moe"])
 def test_loading(te_ranks, tmp_path, family):
     """Norms of heads, norms after layers: each has an extra state that some kinds expect."""
     (different,) = te_ranks(1, "support.te_layers:reload", str(tmp_path), family)
@@ -57,6 +68,13 @@ def test_on_meta(newest_te_ranks, tmp_path, family):
     (found,) = newest_te_ranks(1, "support.te_layers:on_meta", str(tmp_path), family)
     types = {"local bf16": "bfloat16", "local fp32": "float32", "te bf16": "bfloat16"}
     assert found == {run: ("meta", {("meta", f"torch.{kind}")}) for run, kind in types.items()}
+
+
+@pytest.mark.parametrize("kind", ["local", "te"])
+def test_keys_of_experts(newest_te_ranks, tmp_path, kind):
+    """What a checkpoint is to hold, written down; import is held to the same file."""
+    (found,) = newest_te_ranks(1, "support.te_layers:keys", str(tmp_path), "qwen3_moe-mixed", kind)
+    assert found == experts.golden_keys()
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])

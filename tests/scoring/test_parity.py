@@ -15,6 +15,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import megatron_args
 from megatron_infifpo.scoring.transformers_backend import TransformersBackend
 from support import tiny
+from support.launcher import RankError
 
 TOLERANCE = 1e-4
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
@@ -71,6 +72,42 @@ def test_tiny_models(models, ranks, tmp_path, family, tp, pp):
         for lengths in ([31, 17, 52], [100], [9, 3, 64, 4])  # multiples of TP as the loader pads
     ]
     assert compare(ranks, models[family], rows, tp, pp, tmp_path) <= TOLERANCE
+
+
+EXPERTS = {
+    "tp2-ep2": {"tensor_parallel": 2, "expert_parallel": 2},
+    "tp2-etp2": {"tensor_parallel": 2, "expert_tensor_parallel": 2},
+    "cp2-ep2": {"context_parallel": 2, "expert_parallel": 2},
+    "cp2-tp2-ep4": {"context_parallel": 2, "tensor_parallel": 2, "expert_parallel": 4},
+}
+
+
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_experts(models, ranks, layout):
+    """Spread over the ranks of a row, however these share it."""
+    generator = torch.Generator().manual_seed(6)
+    texts = [torch.randint(0, 307, (n,), generator=generator).tolist() for n in (31, 100, 9)]
+    hf, sizes = models["qwen3_moe"], EXPERTS[layout]
+    world = sizes.get("tensor_parallel", 1) * sizes.get("context_parallel", 1)
+    results = ranks(world, "support.scoring:megatron_logprobs_at", str(hf), texts, sizes)
+    (found,) = [result for result in results if result is not None]
+    expected = TransformersBackend.load(hf)([make_row([text]) for text in texts])
+    for got, wanted in zip(found, expected, strict=True):
+        assert float((got - wanted).abs().max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ({"expert_parallel": 2}, "1 ranks compute a row together"),
+        ({"expert_parallel": 3, "tensor_parallel": 2}, "expected one of 1, 2, 4, 8"),
+    ],
+)
+def test_experts_that_ranks_of_other_rows_would_share(models, ranks, sizes, sentence):
+    with pytest.raises(RankError) as failure:
+        hf = str(models["qwen3_moe"])
+        ranks(2, "support.scoring:megatron_logprobs_at", hf, [[1, 2]], sizes)
+    assert sentence in "".join(failure.value.logs)
 
 
 def real_row(model: Path, shared_data: Path) -> dict:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from support.tools import run_tool
@@ -33,3 +34,16 @@ def score_jobs(jobs: list[list[str]]) -> None:
     """Score several models one after the other, at one layout."""
     for argv in jobs:
         score(argv)
+
+
+def megatron_logprobs_at(
+    hf: str, texts: list[list[int]], layout: dict[str, Any]
+) -> list[torch.Tensor] | None:
+    """Log-probs of texts, each in a row of its own, at any layout: options of the backend."""
+    from megatron_infifpo.rows.packing import collate_text
+    from megatron_infifpo.scoring.megatron_backend import MegatronBackend
+
+    backend = MegatronBackend(hf, **layout)
+    ids = [np.array(text, dtype=np.int32) for text in texts]
+    output = backend([collate_text(one[:1], one[1:], backend.layout) for one in ids])
+    return output if backend.is_writer else None

@@ -19,7 +19,7 @@ def start_megatron() -> dict[str, Any]:
 
     from megatron_infifpo.patches.apply import apply_patches
     from megatron_infifpo.storage.checksums import write_checksums
-    from megatron_infifpo.training.schedule import get_training_schedule
+    from megatron_infifpo.training.schedule import training_schedule
 
     found: dict[str, Any] = {"helpers before": dataset_utils.compile_helpers.__module__}
     found["processes"], found["ops"] = [], 0
@@ -33,7 +33,7 @@ def start_megatron() -> dict[str, Any]:
         if event in ("subprocess.Popen", "os.system", "os.posix_spawn"):
             found["processes"].append(str(arguments))
 
-    apply_patches(get_training_schedule, write_checksums)
+    apply_patches(training_schedule(), write_checksums)
     dist.init_process_group("gloo")
     initialize.get_args = lambda: SimpleNamespace()  # whoever reads an argument fails
     sys.addaudithook(note)

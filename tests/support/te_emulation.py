@@ -111,6 +111,39 @@ def generic_gemm(
     return result.to(dtype), bias_grad, None, None
 
 
+def te_general_grouped_gemm(
+    a: list[Tensor],
+    transpose_a: bool,
+    b: list[Tensor],
+    transpose_b: bool,
+    out: list[Tensor],
+    out_dtype: Any,
+    splits: list[int] | None,
+    bias: list[Tensor],
+    bias_dtype: Any,
+    single_output: bool,
+    gelu_in: list[Tensor],
+    grad: bool,
+    workspaces: list[Tensor],
+    workspace_size: int,
+    accumulate: bool,
+    use_split_accumulator: bool,
+    multiprocessors: int,
+) -> list[Tensor]:
+    """Products of pairs of matrices, each into its own tensor or into its rows of one."""
+    CALLS["grouped gemm"] += 1
+    assert not any(tensor.numel() for tensor in (*bias, *gelu_in))
+    if single_output:
+        assert splits is not None and len(out) == 1
+        out = list(out[0].split(list(splits)))
+    for left, right, target in zip(a, b, out, strict=True):
+        assert left.dtype == right.dtype
+        rows = right.reshape(-1, right.shape[-1])
+        result = kernels.product(left, transpose_a, rows, transpose_b, None)
+        target.add_(result) if accumulate else target.copy_(result)
+    return bias
+
+
 def rmsnorm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -226,8 +259,10 @@ def _replace_cuda() -> None:
 def _replace_extension() -> None:
     extension: Any = _Extension("transformer_engine_torch")
     extension.__path__ = []
-    for kernel in (generic_gemm, rmsnorm_fwd, rmsnorm_bwd, *te_optimizer_kernels.KERNELS):
+    products = (generic_gemm, te_general_grouped_gemm)
+    for kernel in (*products, rmsnorm_fwd, rmsnorm_bwd, *te_optimizer_kernels.KERNELS):
         setattr(extension, kernel.__name__, kernel)
+    extension.get_num_cublas_streams = lambda: 4
     extension.fused_rope_forward, extension.fused_rope_backward = _rope(1.0), _rope(-1.0)
     extension.get_cudnn_version = lambda: 92000
     for name in ("layernorm_fwd", "layernorm_bwd"):  # found by `import *` only if they are there

@@ -130,6 +130,18 @@ def family(folder: str, name: str) -> dict[str, Any]:
     }
 
 
+def keys(folder: str, name: str, kind: str) -> dict[str, list[int]]:
+    """Return what a kind of layers saves: tensors with their shapes, extra states with shards."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import apply_factories
+
+    as_on_a_gpu()
+    model = build(str(tiny.save_model(Path(folder) / "hf", name, vocab_size=256, seed=8)), kind)
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    return {value.key: list(value.global_shape) for value in nested_values(state)}
+
+
 def reload(folder: str, name: str) -> dict[str, list]:
     """Load checkpoints of every origin into every kind of layers.
 

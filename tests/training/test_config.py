@@ -89,7 +89,7 @@ def test_the_command_line_goes_before_the_file(file):
         ("tokenizer-check: no", "run.yaml: argument --tokenizer-check: invalid choice: 'no'"),
         ("- lr", "run.yaml holds no flags: expected `name: value`, one a line"),
         ("lr: [", "run.yaml cannot be read: while parsing"),
-        ("num-experts: 4", "--num-experts is not supported"),
+        ("moe-latent-size: 4", "--moe-latent-size is not supported"),
     ],
 )
 def test_refused_files(file, text, message):
