@@ -89,7 +89,7 @@ def linears(model: Mapping[str, Any]) -> dict[str, Linear]:
     mapping = WeightMapping(FAMILIES[model["family"]].rows, model)
     entries = [mapping.entry(key, 0) for key, row in mapping.rows.items() if row.per_layer]
     return {
-        name.split(".")[-2]: Linear(*shape, entry.row.key.endswith(_BY_COLUMNS))
+        name.split(".")[-2]: Linear(shape[0], shape[1], entry.row.key.endswith(_BY_COLUMNS))
         for entry in entries
         if len(entry.shape) == 2
         for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)

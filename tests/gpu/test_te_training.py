@@ -4,6 +4,7 @@ Its Python is real, its kernels are emulated: see te_emulation.py.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -211,7 +212,11 @@ def test_optimizers_train_alike(six):
         assert step["host steps"] == step["device steps"] == {number}
 
 
-LIGHTER = {"plain": {}, "bits": {"aware": True}, "host": {"offload": 0.5}}
+LIGHTER: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bits": {"aware": True},
+    "host": {"offload": 0.5},
+}
 
 
 @pytest.mark.parametrize("name", LIGHTER)

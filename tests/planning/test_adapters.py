@@ -51,6 +51,7 @@ def test_on_ranks():
 def test_memory():
     """Frozen weights are two bytes a parameter; the rest is the adapters'."""
     plan, layout = job().plan, Layout(4, 1, 2)
+    assert plan.adapters is not None
     found, whole = plan.memory(layout, 8192, 16), Plan(LLAMA).memory(layout, 8192, 16)
     mine = 80 * plan.adapters.on_rank(4)
     assert found.weights == pytest.approx(whole.weights + 2 * mine)
