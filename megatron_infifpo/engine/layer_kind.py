@@ -117,9 +117,7 @@ class LayerKind:
         first = get_transformer_layer_offset(config, vp_stage)
         count = get_num_layers_to_build(config, vp_stage)
         sparse = sparse_layers(config)[first : first + count]
-        kinds = {
-            kind: family.adapt(adapt(self.layer(config, kind)), parts) for kind in set(sparse)
-        }
+        kinds = {kind: family.adapt(adapt(self.layer(config, kind)), parts) for kind in set(sparse)}
         specs = [kinds[kind] for kind in sparse]
         return TransformerBlockSubmodules(layer_specs=specs, layer_norm=parts.norm)
 

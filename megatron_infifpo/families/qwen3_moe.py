@@ -5,13 +5,13 @@ from typing import Any
 
 from megatron_infifpo.families import qwen3
 from megatron_infifpo.families.common import Family, dense_args, refuse, window_args
-from megatron_infifpo.families.ropes import rope_args
 from megatron_infifpo.families.experts import (
     expert_args,
     one_sparse_layer,
     sparse_layers,
     with_experts,
 )
+from megatron_infifpo.families.ropes import rope_args
 
 # transformers' defaults, which a file may leave out. Heads are not hidden_size / their number.
 _DEFAULTS = {

@@ -105,7 +105,7 @@ class Data(Part):
 
 
 class Sampling(Part):
-    """Responses to the prompts of `data.prompts`; see `infifpo sample`."""
+    """Responses to prompts, where data has some; see `infifpo sample`."""
 
     models: list[str] = []
     """Which ones answer: `pivot` and names of sources; without them all."""

@@ -101,7 +101,7 @@ def test_a_command_in_a_command(capsys):
     [
         (["prepaer"], "there is no command 'prepaer': expected prepare"),
         (["gpu_check"], "there is no command 'gpu_check': expected gpu-check"),
-        (["zzz"], "there is no command 'zzz': expected sample, label, split, import, "),
+        (["zzz"], "there is no command 'zzz': expected init, show, fuse, status, "),
     ],
 )
 def test_near_names(words, expected):
