@@ -81,6 +81,7 @@ def test_backends_are_given_what_they_take(monkeypatch, name):
     last: dict[str, Any] = {"trust_remote_code": True}
     if name == "megatron":
         last = {"pipeline_parallel": 4, "context_parallel": 1}
+        last |= {"expert_parallel": 1, "expert_tensor_parallel": 1}
     if name == "vllm":
         last |= {"context_length": 99, "top_k": None, "tokenizer": None}
         last |= {"server": None, "server_model": None}

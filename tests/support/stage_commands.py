@@ -1,10 +1,11 @@
 """What follows `infifpo` in each stage of the recipe, word for word."""
 
 TRAINING = (
-    "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --use-distributed-optimizer "
-    "--overlap-grad-reduce --overlap-param-gather --sequence-parallel --bf16 "
+    "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel "
+    "--micro-batch-tokens 8192 --use-distributed-optimizer "
+    "--overlap-grad-reduce --overlap-param-gather --bf16 "
     "--preference-epochs {epochs} --lr {lr} --lr-decay-style cosine "
-    "--lr-warmup-fraction 0.1 --global-batch-size 128 --micro-batch-tokens 8192 --seq-length 4096 "
+    "--lr-warmup-fraction 0.1 --global-batch-size 128 --seq-length 4096 "
     "--pretrained-checkpoint run/{load} --save run/{save} --save-interval 100 --log-interval 1 "
     "--tensorboard-dir run/{save}/tensorboard --exit-signal-handler"
 )
