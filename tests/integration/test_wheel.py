@@ -1,5 +1,6 @@
-"""The wheel has everything: the demo's pipeline by `infifpo` alone, away from the checkout."""
+"""The wheel has everything: a whole run by `infifpo` alone, away from the checkout."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -52,44 +53,50 @@ def venv(tmp_path_factory) -> Iterator[Path]:
     yield made
 
 
-def test_the_demo_by_infifpo_alone(venv, tmp_path):
-    def infifpo(*words: object) -> str:
-        return run(venv / "bin" / "infifpo", *words, folder=tmp_path)
+RUN = """\
+output: out
+precision: fp32
+pivot: {model: hf}
+sources: [{name: qwen, model: qwen}]
+data: {pairs: [pairs.jsonl]}
+train:
+  - &usual {method: sft, lr: 1e-3, global_batch_size: 4, seq_length: 256, micro_batch_tokens: 512}
+  - {<<: *usual, method: infifpo}
+cluster: {at_once: 2}
+"""
+
+
+def test_a_run_by_infifpo_alone(venv, tmp_path):
+    """From Hugging Face to Hugging Face, looked at, and skipped when it is asked for again."""
+
+    def infifpo(line: str) -> str:
+        return run(venv / "bin" / "infifpo", *line.split(), folder=tmp_path)
 
     where = "import megatron_infifpo; print(megatron_infifpo.__file__)"
     assert str(venv) in run(venv / "bin" / "python", "-c", where, folder=tmp_path)
     tiny.save_model(tmp_path / "hf", "llama", seed=1)
     tiny.save_model(tmp_path / "qwen", "qwen2", vocab_size=290, seed=2)
-    tiny.write_records(tmp_path / "pairs.jsonl", 8)
-    sources = "initial: initial\nsources: [{name: qwen, logprobs: qwen-logprobs}]\n"
-    (tmp_path / "sources.yaml").write_text(sources)
-
-    def together(*commands: str) -> list[str]:
-        """Most of a command is imports, so two go beside each other."""
-        with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(lambda line: infifpo(*line.split()), commands))
-
-    score = "score --backend megatron --input pairs.jsonl"
-    together("split --input pairs.jsonl --sft sft.jsonl --preference rest.jsonl", "launch list")
-    together(
-        "import --hf hf --save pivot",
-        "prepare --input pairs.jsonl --tokenizer hf --output data",
-        f"{score} --model qwen --output qwen-logprobs",
-        "plan --model hf --gpus 2",
+    tiny.write_records(tmp_path / "pairs.jsonl", 20)
+    (tmp_path / "run.yaml").write_text(RUN)
+    printed = infifpo("fuse run.yaml")
+    assert "export-infifpo: out/infifpo-hf" in printed and "verify-infifpo: done in" in printed
+    out = tmp_path / "out"
+    assert (out / "infifpo-hf" / "model.safetensors").exists()
+    assert (out / "infifpo" / "report.html").stat().st_size > 50_000
+    data = "--data out/data/preference --sources out/sources/infifpo.yaml"
+    looks = (
+        f"check {data} --run out/infifpo --weights qwen=qwen initial=out/sft",
+        f"inspect {data} --id {json.loads(first_line(out / 'data' / 'preference.jsonl'))['id']}",
+        "status run.yaml",
+        "fuse run.yaml",
     )
-    together(f"{score} --model pivot --output initial", "verify --hf hf --load pivot")
-    infifpo(*(
-        "train --method infifpo --preference-data data --preference-sources sources.yaml "
-        "--pretrained-checkpoint pivot --save run --save-interval 2 --train-iters 2 --lr 1e-3 "
-        "--lr-decay-style constant --global-batch-size 4 --micro-batch-size 2 --seq-length 256 "
-        "--tensorboard-dir run/tensorboard --tensorboard-log-interval 1"
-    ).split())  # fmt: skip
-    printed = together(
-        "export --load run --save fused",
-        "inspect --data data --sources sources.yaml --id pairs-0 --tokens",
-        "check --data data --sources sources.yaml --run run --weights qwen=qwen initial=pivot",
-        "report run",
-    )
-    assert (tmp_path / "fused" / "model.safetensors").exists()
-    assert "qwen" in printed[1] and "all is as it should be" in printed[2]
-    assert (tmp_path / "run" / "report.html").stat().st_size > 50_000
+    with ThreadPoolExecutor(2) as pool:  # most of a command is imports
+        checked, inspected, status, again = pool.map(infifpo, looks)
+    assert "all is as it should be" in checked and "qwen" in inspected
+    states = [line.split()[1] for line in status.splitlines()[1:]]
+    assert states == ["done"] * len(states) and len(states) > 8
+    assert "done already: split" in again and "..." not in again
+
+
+def first_line(path: Path) -> str:
+    return path.read_text(encoding="utf-8").splitlines()[0]
