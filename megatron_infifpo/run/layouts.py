@@ -83,7 +83,7 @@ def _training(run: Run, training: Training, gpus: int) -> tuple[str, ...]:
         model=_architecture(run.pivot.model), gpus=gpus, gpus_per_node=ranks_of(run),
         gpu_memory=run.cluster.gpu_memory, precision=run.precision,
         micro_batch_tokens=training.micro_batch_tokens,
-        global_batch_size=training.global_batch_size,
+        global_batch_size=training.global_batch_size, lora_rank=training.lora_rank,
     )  # fmt: skip
     try:
         return fit(plan).chosen_flags

@@ -165,6 +165,8 @@ class Training(Part):
     """Of a prompt with one response, at most; longer records are left out."""
     save_interval: PositiveInt = 100
     """Steps from one checkpoint to the next."""
+    lora_rank: PositiveInt | None = None
+    """Train low-rank adapters of this rank alone; without it the whole model."""
     layout: Layout | None = None
     """Of its ranks; without it chosen for the GPUs that are there."""
     export: bool | None = None

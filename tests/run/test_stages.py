@@ -100,6 +100,12 @@ def test_without_sft(folder, plain):
     assert "--pretrained-checkpoint pivot " in found["infifpo"]
 
 
+def test_adapters(folder, plain):
+    """Of a low rank."""
+    run = base(train=[{"method": "infifpo", "lora_rank": 16}])
+    assert "--lora-rank 16" in lines(run, plain)["infifpo"]
+
+
 def test_from_prompts(folder, plain):
     (folder / "judge.py").write_text("")
     run = base(
@@ -199,6 +205,11 @@ def test_layouts_are_planned(folder, monkeypatch):
     )
     with pytest.raises(UserError, match="training infifpo: nothing fits 1 GPUs of 24 GiB"):
         choose_layouts(small)
+    one = {"cluster": {"ranks": 1, "gpu_memory": 80}, "precision": "bf16"}
+    with pytest.raises(UserError, match="training infifpo: nothing fits 1 GPUs of 80 GiB"):
+        choose_layouts(base(train=[{"method": "infifpo"}], **one))
+    adapters = base(train=[{"method": "infifpo", "lora_rank": 16}], **one)
+    assert choose_layouts(adapters).training["infifpo"]
 
 
 def test_paths(folder):
