@@ -49,8 +49,19 @@ class Known:
 
     @property
     def other(self) -> str | None:
-        """How it was begun otherwise than it would be now; None where it was not."""
-        return difference(self.stamp["made"], self.made) if self.stamp else None
+        """How it was made, or begun, otherwise than it would be now; None where it was not.
+
+        What was begun and has left nothing may be begun anew.
+        """
+        if not self.stamp or not (self.done or self.left):
+            return None
+        return difference(self.stamp["made"], self.made)
+
+    @property
+    def left(self) -> bool:
+        """Whether something of what it makes is there."""
+        paths = self.stage.outputs
+        return any(any(path.parent.glob(f"{path.name}*")) for path in paths)
 
 
 def know(stages: Sequence[Stage], names: Names) -> dict[str, Known]:

@@ -10,7 +10,6 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.run.layouts import choose_layouts
 from megatron_infifpo.run.names import Names
 from megatron_infifpo.run.plan import Plan
-from megatron_infifpo.run.reading import make_run, read_run
 from megatron_infifpo.run.schema import Run
 from megatron_infifpo.run.stage import Stage
 from megatron_infifpo.run.stages import stages_of
@@ -36,18 +35,6 @@ def run_of_flags(
     found: dict[str, Any] = {"output": output, "pivot": {"model": pivot}}
     found["sources"] = [read_source(text) for text in sources]
     return found | {"data": {"pairs": list(pairs)}}
-
-
-def open_run(file: str | None, flags: dict[str, Any] | None) -> tuple[Run, str]:
-    """Return the run and the file's name for messages.
-
-    Raises:
-        UserError: it is wrong.
-    """
-    if file is not None:
-        return read_run(file), file
-    assert flags is not None
-    return make_run(flags, "these flags"), "these flags"
 
 
 def plan(run: Run) -> list[Stage]:

@@ -130,6 +130,16 @@ def test_a_failure(run, capfd):
     assert ran().count("first") == 1 and ran().count("last") == 1
 
 
+def test_what_has_left_nothing_is_begun_anew(run, capfd):
+    """A stage that failed at once, for its words: no --redo is needed once they are mended."""
+    Path("left.fails").write_text("2")
+    with pytest.raises(UserError, match="left ended with 2"):
+        run_stages(run, chain())
+    Path("left.fails").unlink()
+    run_stages(run, chain(more=("--", "--lr", "2")))
+    assert ran().count("first") == 1 and ran().count("last") == 1
+
+
 def test_ended_without_what_it_makes(run):
     with pytest.raises(StageError, match="ended without out/first/none"):
         made = Path("out/first/none")
