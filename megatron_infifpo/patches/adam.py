@@ -12,7 +12,9 @@ Megatron also expects Adam's step count where Transformer Engine and Apex have i
 groups. PyTorch's Adam has it in the state of every parameter, so loading fails in three places,
 each mended here: a fresh optimizer has no state to take the count from; the count is looked for
 among the loaded tensors, or taken from the fresh state; and all parameters are given one and the
-same count, which would then rise by the number of parameters in every step.
+same count, which would then rise by the number of parameters in every step. And a rank that holds
+none
+of the parameters, of experts on a pipeline stage without any, has no count at all.
 
 `host_optimizer` mends what is partly on the host. Needless once Megatron's own tests resume with
 PyTorch's Adam, from one Adam with another, and from all that it lets an optimizer be.
@@ -74,7 +76,7 @@ def _load_lacking_bits(distributed: Any) -> None:
 
 def _keep_own_steps(distributed: Any) -> None:
     """Let PyTorch's Adam have its counts where it looks for them."""
-    sharded_state_dict = distributed.sharded_state_dict
+    sharded_state_dict, state_dict = distributed.sharded_state_dict, distributed.state_dict
     set_states = distributed._set_main_param_and_optimizer_states
     load_state_dict = distributed.load_state_dict
 
@@ -83,6 +85,14 @@ def _keep_own_steps(distributed: Any) -> None:
         if is_loading and not self.optimizer.state:
             self._init_optimizer_states_with_dummy_values()
         return sharded_state_dict(self, model, is_loading, **options)
+
+    @functools.wraps(state_dict)
+    def of_nothing(self: Any) -> dict[str, Any]:
+        if self.optimizer.state:
+            return dict(state_dict(self))
+        groups = self.optimizer.state_dict()["param_groups"]
+        kept = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        return {"optimizer": {"param_groups": [group | {"step": None} for group in kept]}}
 
     @functools.wraps(set_states)
     def without_step(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
@@ -94,6 +104,6 @@ def _keep_own_steps(distributed: Any) -> None:
         for values in self.optimizer.state.values():
             values["step"] = values["step"].clone()
 
-    distributed.sharded_state_dict = with_state
+    distributed.sharded_state_dict, distributed.state_dict = with_state, of_nothing
     distributed._set_main_param_and_optimizer_states = without_step
     distributed.load_state_dict = with_own_steps
