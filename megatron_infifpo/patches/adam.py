@@ -13,8 +13,7 @@ groups. PyTorch's Adam has it in the state of every parameter, so loading fails 
 each mended here: a fresh optimizer has no state to take the count from; the count is looked for
 among the loaded tensors, or taken from the fresh state; and all parameters are given one and the
 same count, which would then rise by the number of parameters in every step. And a rank that holds
-none
-of the parameters, of experts on a pipeline stage without any, has no count at all.
+none of the parameters, of experts on a pipeline stage without any, has no count at all.
 
 `host_optimizer` mends what is partly on the host. Needless once Megatron's own tests resume with
 PyTorch's Adam, from one Adam with another, and from all that it lets an optimizer be.

@@ -71,7 +71,7 @@ def expected(run):
         *(("qwen3_moe", layout) for layout in LAYOUTS),
         ("qwen3_moe-mixed", "pp2-ep2"),
         ("mixtral", "tp2-ep4"),
-        ("qwen2_moe", "tp2-ep4"),
+        ("qwen2_moe", "pp2-ep2"),
     ],
 )
 def test_layouts(run, expected, family, layout):
