@@ -146,10 +146,12 @@ class _CudaMeansCpu(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.get("pin_memory"):  # for a copy to CUDA; only its driver can pin
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to:
             args = tuple("cpu" if _is_cuda(a) else a for a in args)
         if func is torch.Tensor.type and len(args) == 1 and "dtype" not in kwargs:

@@ -32,8 +32,6 @@ class _Places(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == IS_CUDA.__get__:
             return not hasattr(args[0], "on_host")
-        if func is Tensor.pin_memory:
-            return args[0]
         result = func(*args, **(kwargs or {}))
         moved = func is Tensor.cpu or (args and hasattr(args[0], "on_host"))
         if moved and isinstance(result, Tensor):
