@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_infifpo.checks.weights import worst_tensor
+from megatron_infifpo.convert.megatron_folder import carries_architecture
 from megatron_infifpo.engine.hf_model import load_causal_lm
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import megatron_args
@@ -67,7 +68,7 @@ class VerificationJob:
 
     Attributes:
         hf: Hugging Face folder.
-        load: Megatron checkpoint, or another Hugging Face folder.
+        load: Megatron checkpoint, of other programs too, or another Hugging Face folder.
         tensor_model_parallel_size, pipeline_model_parallel_size: layout of Megatron's model.
         expert_model_parallel_size, expert_tensor_parallel_size: of its experts.
         by_layers: hold one layer of each model in memory at a time, on the CPU.
@@ -99,6 +100,11 @@ class VerificationJob:
         check_number(self, "tolerance")
         if self.by_layers and self.pipeline_model_parallel_size != 1:
             raise UserError("--pipeline-model-parallel-size has no effect with --by-layers")
+
+    @property
+    def architecture(self) -> str | None:
+        """The Hugging Face folder, where `load` does not say itself which model it is."""
+        return None if carries_architecture(self.load) else self.hf
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -187,7 +193,7 @@ def verify(job: VerificationJob) -> Verification:
     Raises:
         UserError: unusable folders, layout or texts.
     """
-    context = _check_same_model(job.hf, job.load)["max_position_embeddings"]
+    context = _check_same_model(job.hf, job.architecture or job.load)["max_position_embeddings"]
     tokenizer = load_tokenizer(job.hf)
     if job.texts is None:
         ids = [tokens[:context] for tokens in _tokenize(tokenizer, TEXTS)]
@@ -211,7 +217,7 @@ def verify(job: VerificationJob) -> Verification:
             worst,
             tokenizer.decode(ids[worst.text][worst.token]),
             layer,
-            None if is_hf else worst_tensor(job.hf, job.load),
+            None if is_hf else worst_tensor(job.hf, job.load, job.architecture),
         )
     verdict = torch.tensor([int(failed)], device=torch.cuda.current_device())
     torch.distributed.all_reduce(verdict)
@@ -238,7 +244,7 @@ def _whole(
     job: VerificationJob, ids: list[np.ndarray]
 ) -> tuple[list[Tensor], list[Tensor], None] | None:
     """Log-probs of both models, each whole in memory, on the rank that has them."""
-    backend = MegatronBackend(job.load, **job.layout)
+    backend = MegatronBackend(job.load, hf=job.architecture, **job.layout)
     megatron = backend([collate_text(tokens[:1], tokens[1:], backend.layout) for tokens in ids])
     if backend.is_writer and backend.data_parallel_rank == 0:
         return hf_logprobs(job.hf, ids, job.dtype), [observed(one) for one in megatron], None
@@ -251,7 +257,7 @@ def _by_layers(
     """The same, one layer in memory at a time, with the layer in which the sides part most."""
     from megatron_infifpo.checks.layers import layer_logprobs
 
-    return layer_logprobs(job.hf, job.load, ids, job.layout)
+    return layer_logprobs(job.hf, job.load, ids, job.layout, job.architecture)
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_infifpo.convert.hf_export import open_checkpoint
 from megatron_infifpo.convert.hf_folder import open_hf
 from megatron_infifpo.convert.hf_weights import fill
+from megatron_infifpo.convert.megatron_folder import open_checkpoint
 from megatron_infifpo.engine.gpt import build_model
 from megatron_infifpo.engine.hf_names import load_tensors
 from megatron_infifpo.engine.packed import packed_params
@@ -42,6 +42,7 @@ def layer_logprobs(
     load_dir: str | Path,
     ids: list[np.ndarray],
     layout: Mapping[str, Any],
+    architecture: str | Path | None = None,
 ) -> tuple[list[Tensor], list[Tensor], str] | None:
     """Log-probs `[tokens - 1]` of each text under both models, on the first rank; else None.
 
@@ -51,11 +52,12 @@ def layer_logprobs(
         hf_dir, load_dir: Hugging Face folder and Megatron checkpoint.
         ids: token ids of each text.
         layout: of Megatron's layers, as `ModelLayout` takes it; both sides compute in its type.
+        architecture: of a checkpoint that carries no config.json, the folder that has it.
 
     Raises:
         UserError: unusable folders or layout.
     """
-    ours = _MegatronLayers(load_dir, ModelLayout(**layout))
+    ours = _MegatronLayers(load_dir, ModelLayout(**layout), architecture)
     theirs = _HfLayers(hf_dir, ours.dtype)
     first = torch.distributed.get_rank() == 0
     states = [side.embed(ids) for side in (theirs, ours)]
@@ -190,8 +192,8 @@ class _HfLayers:
 class _MegatronLayers:
     """Megatron's layers at a tensor-parallel size, one in memory."""
 
-    def __init__(self, directory: str | Path, layout: ModelLayout):
-        self.weights, self.mapping, config = open_checkpoint(directory)
+    def __init__(self, directory: str | Path, layout: ModelLayout, hf: str | Path | None):
+        self.weights, self.mapping, config = open_checkpoint(directory, hf=hf)
         kind = family(config)
         self.rows, self.args = kind.rows, megatron_args(config)
         self.scale = kind.layers().embedding_scale(self.args["extras"])

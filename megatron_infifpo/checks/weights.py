@@ -5,15 +5,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_infifpo.convert.hf_export import hf_tensors, open_checkpoint
+from megatron_infifpo.convert.hf_export import hf_tensors
 from megatron_infifpo.convert.hf_folder import open_hf
+from megatron_infifpo.convert.megatron_folder import open_checkpoint
 from megatron_infifpo.storage.safetensors_io import bytes_of
 
 
-def worst_tensor(hf_dir: str | Path, load_dir: str | Path) -> str:
-    """Compare the weights themselves, as Hugging Face names them; a sentence about the worst."""
+def worst_tensor(
+    hf_dir: str | Path, load_dir: str | Path, architecture: str | Path | None = None
+) -> str:
+    """Compare the weights themselves, as Hugging Face names them; a sentence about the worst.
+
+    Args:
+        hf_dir, load_dir: Hugging Face folder and Megatron checkpoint.
+        architecture: of a checkpoint that carries no config.json, the folder that has it.
+    """
     weights, mapping, _ = open_hf(hf_dir)
-    opened, _, _ = open_checkpoint(load_dir)
+    opened, _, _ = open_checkpoint(load_dir, hf=architecture)
     worst, where = 0.0, ""
     for group in hf_tensors(opened, mapping):
         for name, ours in group.items():

@@ -27,8 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", metavar="DIR", help="of adapters, where it is no longer where training read it"
     )
+    add_architecture(parser)
     add_dtype(parser)
     add_iteration(parser)
+
+
+def add_architecture(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says what a checkpoint of another program is."""
+    parser.add_argument(
+        "--hf",
+        metavar="DIR",
+        help="Hugging Face folder of the same model, for a checkpoint of Megatron-LM, "
+        "Megatron-Bridge or NeMo, which carries none",
+    )
 
 
 def add_iteration(parser: argparse.ArgumentParser) -> None:
@@ -51,5 +62,5 @@ def run(args: argparse.Namespace) -> None:
             raise UserError("--dtype has no effect with --adapter-only: they stay as they are")
         export_adapter(args.load, args.save, args.iteration, args.base)
     else:
-        export_checkpoint(args.load, args.save, dtype, args.iteration, base=args.base)
+        export_checkpoint(args.load, args.save, dtype, args.iteration, base=args.base, hf=args.hf)
     print(f"{args.load} -> {args.save}")

@@ -25,7 +25,7 @@ from megatron_infifpo.errors import UserError
 STAGES: dict[str, tuple[str, ...]] = {
     "A whole run, of one file": ("init", "show", "fuse", "status"),
     "From prompts to preference pairs": ("sample", "label", "split"),
-    "Checkpoints": ("import", "export", "merge", "describe", "verify"),
+    "Checkpoints": ("import", "export", "merge", "describe", "verify", "bridge-config"),
     "What training reads": (
         "prepare",
         "score",

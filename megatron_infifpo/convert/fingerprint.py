@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from megatron_infifpo.convert.hf_export import hf_tensors, open_checkpoint
+from megatron_infifpo.convert.hf_export import hf_tensors
 from megatron_infifpo.convert.hf_folder import HfWeights
+from megatron_infifpo.convert.megatron_folder import open_checkpoint
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import FAMILIES, megatron_args
 from megatron_infifpo.families.architecture import read_hf_config

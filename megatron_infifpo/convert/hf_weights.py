@@ -8,13 +8,17 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
-from megatron_infifpo.convert.hf_export import open_weights
+from megatron_infifpo.convert.megatron_folder import open_weights
 from megatron_infifpo.families.lora import is_adapter
 from megatron_infifpo.families.mapping import Entry, WeightMapping
 
 
 def load_into_model(
-    models: Sequence[torch.nn.Module], directory: str | Path, *, scored: bool = False
+    models: Sequence[torch.nn.Module],
+    directory: str | Path,
+    *,
+    scored: bool = False,
+    hf: str | Path | None = None,
 ) -> None:
     """Copy weights into this rank's model chunks, in place; adapters that these have are left.
 
@@ -26,11 +30,12 @@ def load_into_model(
         models: GPTModel chunks of this rank, one a virtual pipeline stage.
         directory: a Hugging Face folder, or a checkpoint, of adapters too: with their base.
         scored: for scoring alone, where weights may be in FP8 with scales of blocks.
+        hf: of a checkpoint that carries no config.json, the Hugging Face folder that has it.
 
     Raises:
         UserError: an unsupported model, or tensors that do not fit config.json.
     """
-    weights, mapping = open_weights(directory, scored=scored)
+    weights, mapping = open_weights(directory, scored=scored, hf=hf)
     fill(models, mapping, weights.read)
 
 

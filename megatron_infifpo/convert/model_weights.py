@@ -15,7 +15,7 @@ from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint
 class ModelWeights(Protocol):
     """What converters read weights from."""
 
-    def dtype(self, key: str) -> torch.dtype:
+    def dtype(self, entry: Entry) -> torch.dtype:
         """Dtype that a Megatron tensor is stored in."""
 
     def read(self, entry: Entry, scratch: Scratch | None = None) -> Tensor:
@@ -28,30 +28,34 @@ class ModelWeights(Protocol):
 class MegatronWeights:
     """Those of a checkpoint."""
 
-    def __init__(self, checkpoint: TorchDistCheckpoint):
-        """Take the checkpoint's files."""
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: TorchDistCheckpoint, mapping: WeightMapping):
+        """Take the checkpoint's files, and the mapping with the names that it gives tensors."""
+        self.checkpoint, self.mapping = checkpoint, mapping
 
-    def dtype(self, key: str) -> torch.dtype:
+    def dtype(self, entry: Entry) -> torch.dtype:
         """See `ModelWeights`."""
-        return self.checkpoint.dtype(key)
+        return self.checkpoint.dtype(self._stored(entry).key)
 
     def read(self, entry: Entry, scratch: Scratch | None = None) -> Tensor:
         """See `ModelWeights`."""
-        part = self.checkpoint.read(entry.key, entry.offset, entry.chunk, scratch)
+        stored = self._stored(entry)
+        part = self.checkpoint.read(stored.key, stored.offset, stored.chunk, scratch)
         return part.view(entry.shape)
+
+    def _stored(self, entry: Entry) -> Entry:
+        return self.mapping.entry(entry.row.key, entry.layer, entry.expert)
 
 
 class FolderWeights:
     """Those of a Hugging Face folder, in Megatron's layout."""
 
-    def __init__(self, weights: HfWeights, mapping: WeightMapping):
-        """Take the folder's tensors, and which of them form which of Megatron's."""
-        self.weights, self.mapping = weights, mapping
+    def __init__(self, weights: HfWeights):
+        """Take the folder's tensors."""
+        self.weights = weights
 
-    def dtype(self, key: str) -> torch.dtype:
+    def dtype(self, entry: Entry) -> torch.dtype:
         """See `ModelWeights`."""
-        return self.weights.dtype(self.mapping.tensors[key][0].hf_names[0])
+        return self.weights.dtype(entry.hf_names[0])
 
     def read(self, entry: Entry, scratch: Scratch | None = None) -> Tensor:
         """See `ModelWeights`."""
@@ -65,9 +69,9 @@ class AdaptedWeights:
         """Take the base, the checkpoint of adapters, and what they are."""
         self.base, self.adapters, self.lora = base, adapters, lora
 
-    def dtype(self, key: str) -> torch.dtype:
+    def dtype(self, entry: Entry) -> torch.dtype:
         """See `ModelWeights`: the base's."""
-        return self.base.dtype(key)
+        return self.base.dtype(entry)
 
     def read(self, entry: Entry, scratch: Scratch | None = None) -> Tensor:
         """See `ModelWeights`: added in float32."""

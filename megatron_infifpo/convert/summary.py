@@ -3,15 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_infifpo.convert.hf_export import open_checkpoint
 from megatron_infifpo.convert.hf_folder import check_weights, open_hf
+from megatron_infifpo.convert.megatron_folder import open_checkpoint
 from megatron_infifpo.convert.model_weights import AdaptedWeights
 from megatron_infifpo.families import megatron_args, tensor_parallel_sizes
 from megatron_infifpo.storage.checkpoints import find_checkpoint
 
 
-def describe(directory: str | Path, iteration: int | None = None) -> dict[str, str]:
+def describe(
+    directory: str | Path, iteration: int | None = None, hf: str | Path | None = None
+) -> dict[str, str]:
     """Describe a Hugging Face folder or a Megatron checkpoint; the values are for reading.
+
+    Args:
+        directory: of either kind.
+        iteration: of a checkpoint; default: the latest.
+        hf: of a checkpoint that carries no config.json, the Hugging Face folder that has it.
 
     Raises:
         UserError: neither kind of folder, or its tensors do not fit its config.json.
@@ -22,8 +29,8 @@ def describe(directory: str | Path, iteration: int | None = None) -> dict[str, s
         dtypes = set(check_weights(weights, mapping))
         facts = {"format": "Hugging Face safetensors"}
     else:
-        opened, mapping, config = open_checkpoint(directory, iteration)
-        dtypes = {opened.dtype(key) for key in mapping.tensors}
+        opened, mapping, config = open_checkpoint(directory, iteration, hf=hf)
+        dtypes = {opened.dtype(entries[0]) for entries in mapping.tensors.values()}
         facts = {
             "format": "Megatron torch_dist",
             "iteration": find_checkpoint(directory, iteration).name,

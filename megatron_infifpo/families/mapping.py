@@ -1,7 +1,7 @@
 """Which Megatron tensor is made of which Hugging Face tensors: declarative rows, and their use."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_infifpo.families.transforms import IDENTITY, Dims, Transform
+from megatron_infifpo.storage.checkpoints import NEMO_PREFIX
 
 LAYER_PREFIX = "decoder.layers."
 OUTPUT_LAYER = "output_layer.weight"
@@ -112,35 +113,68 @@ class Entry:
         return self.row.transform.to_hf(tensor, self.dims)
 
 
-class WeightMapping:
-    """All tensors of one model.
+@dataclass(frozen=True)
+class Keys:
+    """How a checkpoint names tensors.
 
-    Tensors of all layers lie in one, `[L, ...]`, where all layers are of one kind. Where some have
-    experts each layer's have names of their own, as Megatron has it for a *list* of the layers with
-    experts, all or some: those of a layer's experts lie in one, `[E, ...]`.
+    Attributes:
+        stacked: tensors of all layers lie in one, `[L, ...]`, and those of experts in one,
+            `[L, E, ...]`; else the names of a layer's have its number, and those of its experts lie
+            in one, `[E, ...]`.
+        prefix: before every name.
     """
 
-    def __init__(self, rows: Sequence[Row], args: Mapping[str, Any]):
+    stacked: bool
+    prefix: str = ""
+
+    @classmethod
+    def found(cls, names: Collection[str]) -> "Keys | None":
+        """Tell it by the names of a checkpoint's tensors; None: it holds no GPT model."""
+        for prefix in ("", NEMO_PREFIX):
+            start = prefix + LAYER_PREFIX
+            inside = [name for name in names if name.startswith(start)]
+            if inside:
+                return cls(not any(name[len(start)].isdigit() for name in inside), prefix)
+        return None
+
+    @classmethod
+    def ours(cls, args: Mapping[str, Any]) -> "Keys":
+        """As import and training name them, given the model's Megatron arguments.
+
+        Layers are stacked but where some have experts: Megatron has it so for a *list* of those.
+        """
+        return cls(stacked=_kinds(args) is None)
+
+
+class WeightMapping:
+    """All tensors of one model."""
+
+    def __init__(self, rows: Sequence[Row], args: Mapping[str, Any], keys: Keys | None = None):
         """Take a family's rows and the model's Megatron arguments.
 
         A model that ties its output layer to the embedding has no row for the output layer.
+
+        Args:
+            rows, args: as above.
+            keys: how a checkpoint names them; default: `Keys.ours`.
         """
         self.rows = {row.key: row for row in rows if row.needs is None or args[row.needs]}
         self.dims = Dims.from_args(args)
         self.num_layers: int = args["num_layers"]
         self._kinds = _kinds(args)
+        self.keys = keys or Keys.ours(args)
 
     def entry(self, key: str, layer: int | None = None, expert: int | None = None) -> Entry:
         """Return the entry of a row, at a layer and an expert where it has them."""
-        row, own = self.rows[key], self._kinds is not None and layer is not None
-        places = []
-        if layer is not None and not own:
+        row, places, name = self.rows[key], [], key
+        if layer is not None and self.keys.stacked:
             places.append(Place(layer, self.num_layers))
+        elif layer is not None:
+            name = key.replace(LAYER_PREFIX, f"{LAYER_PREFIX}{layer}.", 1)
         if row.per_expert:
             assert expert is not None
             places.append(Place(expert, self.dims.experts))
-        name = key.replace(LAYER_PREFIX, f"{LAYER_PREFIX}{layer}.", 1) if own else key
-        return Entry(row, layer, expert, self.dims, name, tuple(places))
+        return Entry(row, layer, expert, self.dims, self.keys.prefix + name, tuple(places))
 
     def entries(self) -> Iterator[Entry]:
         """Every entry, in the order of Hugging Face files: embedding, layers, norm, output."""
@@ -175,8 +209,10 @@ class WeightMapping:
             key: the tensor's name.
             offset: where the part begins in it.
         """
-        entries = self.tensors[key]
-        return entries[offset[0]] if entries[0].places else entries[0]
+        entries, number = self.tensors[key], 0
+        for place, start in zip(entries[0].places, offset, strict=False):
+            number = number * place.size + start
+        return entries[number]
 
     @cached_property
     def extra_state_keys(self) -> dict[str, int]:
@@ -187,7 +223,7 @@ class WeightMapping:
         return {
             key.removesuffix("weight") + "_extra_state": len(entries)
             for key, entries in self.tensors.items()
-            if key.startswith("decoder.") and key.endswith(".weight")
+            if key.startswith(f"{self.keys.prefix}decoder.") and key.endswith(".weight")
             if not entries[0].row.stateless
         }
 

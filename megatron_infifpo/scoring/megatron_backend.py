@@ -15,6 +15,7 @@ from megatron.core.utils import get_model_config  # noqa: E402
 from megatron_infifpo.convert.adapters import holds_adapters  # noqa: E402
 from megatron_infifpo.convert.block_fp8 import scored_config  # noqa: E402
 from megatron_infifpo.convert.hf_weights import load_into_model  # noqa: E402
+from megatron_infifpo.convert.megatron_folder import named_otherwise  # noqa: E402
 from megatron_infifpo.engine.gpt import build_model  # noqa: E402
 from megatron_infifpo.engine.layer_kind import LayerKind  # noqa: E402
 from megatron_infifpo.engine.older import accept_older  # noqa: E402
@@ -35,7 +36,7 @@ def load_megatron_checkpoint(models: list[GPTModel], directory: str | Path) -> N
     """Fill built model chunks from a torch_dist checkpoint, whatever layout saved it."""
     path = str(find_checkpoint(directory))
     checkpoint = TorchDistCheckpoint(Path(path))  # refused before PyTorch unpickles it
-    if holds_adapters(checkpoint):
+    if holds_adapters(checkpoint) or named_otherwise(checkpoint, directory):
         load_into_model(models, directory)
         return
     accept_older(checkpoint, models)
@@ -58,6 +59,7 @@ class MegatronBackend:
         expert_parallel: int = 1,
         expert_tensor_parallel: int = 1,
         bf16: bool = False,
+        hf: str | Path | None = None,
     ):
         """Build the model and load its weights.
 
@@ -68,11 +70,12 @@ class MegatronBackend:
             expert_parallel, expert_tensor_parallel: ranks that the experts of a layer, and each of
                 them, are spread over: of those that compute a row together.
             bf16: weights and activations in bfloat16, else float32; log-softmax is float32.
+            hf: of a checkpoint that carries no config.json, the Hugging Face folder that has it.
 
         Raises:
             UserError: an unknown architecture, an illegal layout, or unreadable weights.
         """
-        architecture = megatron_args(scored_config(directory))
+        architecture = megatron_args(scored_config(hf or directory))
         check_tensor_parallel(architecture, tensor_parallel)
         check_pipeline_parallel(architecture, pipeline_parallel)
         check_expert_parallel(architecture, expert_parallel, expert_tensor_parallel)
@@ -86,8 +89,8 @@ class MegatronBackend:
         )
         layout.check_experts_of_a_row()
         self.models = build_model(architecture, layout)
-        if (Path(directory) / "config.json").is_file():
-            load_into_model(self.models, directory, scored=True)
+        if hf is not None or (Path(directory) / "config.json").is_file():
+            load_into_model(self.models, directory, scored=True, hf=hf)
         else:
             load_megatron_checkpoint(self.models, directory)
         config = get_model_config(self.models[0])

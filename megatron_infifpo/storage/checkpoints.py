@@ -17,6 +17,8 @@ from megatron_infifpo.storage.share import Share
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "hf"
+NEMO_FOLDER = "weights"  # of NeMo 2's checkpoints, in a folder of their own
+NEMO_PREFIX = "module."  # before the names of tensors in them
 RUN_FILE = "run.json"  # what a training run was made of
 # config.json's names of the dtypes that weights may have.
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +43,7 @@ def find_checkpoint(directory: str | Path, iteration: int | None = None) -> Path
     """Return the folder of the torch_dist files of a Megatron checkpoint.
 
     Args:
-        directory: what Megatron calls --save or --load.
+        directory: what Megatron calls --save or --load; an iteration's folder in it; or NeMo's.
         iteration: training iteration; default: what the tracker file names.
 
     Raises:
@@ -49,6 +51,11 @@ def find_checkpoint(directory: str | Path, iteration: int | None = None) -> Path
     """
     directory = Path(directory)
     tracker = directory / TRACKER
+    for folder in (directory, directory / NEMO_FOLDER):
+        if (folder / ".metadata").is_file():
+            if iteration is not None:
+                raise UserError(f"--iteration has no effect: {folder} is a single checkpoint")
+            return _complete(folder)
     if iteration is None:
         if not tracker.is_file():
             raise UserError(
@@ -64,7 +71,11 @@ def find_checkpoint(directory: str | Path, iteration: int | None = None) -> Path
     if not path.is_dir():
         there = sorted(p.name for p in directory.glob("iter_*")) or ["none"]
         raise UserError(f"{directory} has no {path.name}: its iterations are {', '.join(there)}")
-    # Megatron writes metadata.json last: without it, saving was interrupted.
+    return _complete(path)
+
+
+def _complete(path: Path) -> Path:
+    """Return the folder if saving into it ended; Megatron writes metadata.json last."""
     for name in ("metadata.json", ".metadata"):
         if not (path / name).is_file():
             raise UserError(

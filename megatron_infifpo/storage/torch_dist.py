@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.storage.archives import Archives
-from megatron_infifpo.storage.checkpoints import TRACKER
+from megatron_infifpo.storage.checkpoints import NEMO_PREFIX, TRACKER
 from megatron_infifpo.storage.checksums import Checksums
 from megatron_infifpo.storage.safetensors_io import Scratch, read_into
 
@@ -139,13 +139,24 @@ class TorchDistCheckpoint:
     def names(self) -> Iterator[str]:
         """Keys of all model tensors."""
         for key, value in self._metadata.state_dict_metadata.items():
-            model = key.startswith(("decoder.", "embedding.", "output_layer."))
+            model = key.removeprefix(NEMO_PREFIX).startswith(
+                ("decoder.", "embedding.", "output_layer.")
+            )
             if model and isinstance(value, TensorStorageMetadata):
                 yield key
 
     def has_object(self, key: str) -> bool:
         """Whether there is an object of this key, in any number of shards."""
         return any(name.startswith(f"{key}/") for name in self._metadata.state_dict_metadata)
+
+    def object_bytes(self, key: str) -> bytes | None:
+        """Return an object as it is stored, unread; None if there is none of this key."""
+        info = self._reader.storage_data.get(MetadataIndex(key))
+        if info is None:
+            return None
+        with open(self.directory / info.relative_path, "rb") as file:
+            file.seek(info.offset)
+            return file.read(info.length)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Global shape of a tensor; `[L, ...]` for tensors of layers."""

@@ -17,6 +17,7 @@ from megatron_infifpo.convert.adapters import Adapters, holds_adapters
 from megatron_infifpo.convert.fingerprint import Weights, read_weights
 from megatron_infifpo.convert.hf_folder import check_weights, open_hf
 from megatron_infifpo.convert.hf_weights import load_into_model
+from megatron_infifpo.convert.megatron_folder import named_otherwise
 from megatron_infifpo.engine.older import accept_older
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.ranks import rank
@@ -190,7 +191,8 @@ def find_start(folders: Folders, *, lora: bool = False) -> Start:
     checkpoint = TorchDistCheckpoint(find_checkpoint(folder))
     if rank() == 0:
         checkpoint.check_sizes()
-    own = folder if lora or holds_adapters(checkpoint) else None
+    ours = lora or holds_adapters(checkpoint) or named_otherwise(checkpoint, folder)
+    own = folder if ours else None
     start = Start(folder, tracker, checkpoint, resumed, own)
     return _with_base(start, folders, lora) if resumed else start
 

@@ -5,8 +5,9 @@ import json
 import pytest
 from safetensors.torch import save_file
 
-from megatron_infifpo.convert.hf_export import export_checkpoint, open_checkpoint
+from megatron_infifpo.convert.hf_export import export_checkpoint
 from megatron_infifpo.convert.hf_import import import_checkpoint
+from megatron_infifpo.convert.megatron_folder import open_checkpoint
 from megatron_infifpo.convert.summary import describe
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import (

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_infifpo.convert.hf_export import hf_tensors, open_checkpoint
+from megatron_infifpo.convert.hf_export import hf_tensors
 from megatron_infifpo.convert.hf_folder import open_hf
 from megatron_infifpo.convert.hf_import import import_checkpoint
+from megatron_infifpo.convert.megatron_folder import open_checkpoint
 from megatron_infifpo.families import megatron_args, weight_mapping
 from megatron_infifpo.families.architecture import read_hf_config
 from megatron_infifpo.methods import METHODS
