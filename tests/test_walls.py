@@ -23,6 +23,7 @@ NAMESPACES = {
     "training/megatron_args.py": "Megatron's own of a run, made and asked here alone",
     "engine/gpt.py": "Megatron checks them, and makes a model's configuration of them",
     "convert/hf_import.py": "a checkpoint of Megatron holds one",
+    "storage/common_state.py": "and this reads it",
 }
 
 

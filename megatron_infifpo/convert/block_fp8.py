@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_infifpo.convert.hf_folder import HfWeights, open_hf
+from megatron_infifpo.convert.hf_files import HfWeights
+from megatron_infifpo.convert.hf_folder import open_hf
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import family, weight_mapping
 from megatron_infifpo.families.architecture import read_hf_config
@@ -49,7 +50,7 @@ class BlockFp8Weights(HfWeights):
         super().__init__(directory, rename)
         self._block = block
         for name in self.names():
-            stored = self._kind(name) == _FP8
+            stored = self.content_type(name) == _FP8
             if stored != (f"{name}{SCALE}" in self._files):
                 what = "has no scale" if stored else "has a scale, but is not in FP8"
                 raise UserError(f"{directory}: tensor {name} {what} ({name}{SCALE})")
@@ -66,11 +67,11 @@ class BlockFp8Weights(HfWeights):
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of what `load` returns."""
-        return torch.float32 if self._kind(name) == _FP8 else super().dtype(name)
+        return torch.float32 if self.content_type(name) == _FP8 else super().dtype(name)
 
     def load(self, name: str, scratch: Scratch | None = None) -> Tensor:
         """Return a tensor; in float32 if it is in FP8."""
-        if self._kind(name) != _FP8:
+        if self.content_type(name) != _FP8:
             return super().load(name, scratch)
         _, content = self.content(name)
         values = content.view(torch.float8_e4m3fn).view(self.shape(name)).float()
@@ -78,10 +79,6 @@ class BlockFp8Weights(HfWeights):
         for block, scale in zip(values.split(rows), scales, strict=True):
             block *= scale.repeat_interleave(columns)[: block.shape[1]]
         return values
-
-    def _kind(self, name: str) -> str:
-        file, inside = self._files[name]
-        return file.dtypes[inside]
 
     def _blocks(self, name: str) -> tuple[int, ...]:
         shape = self.shape(name)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from megatron_infifpo.convert.hf_export import hf_tensors
-from megatron_infifpo.convert.hf_folder import HfWeights
+from megatron_infifpo.convert.hf_folder import weights_of
 from megatron_infifpo.convert.megatron_folder import open_checkpoint
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import FAMILIES, megatron_args
@@ -109,9 +109,7 @@ def _without_free(config: Mapping[str, Any]) -> dict[str, Any]:
 def _hf_tensors(
     directory: str | Path, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, tuple[int, ...], Tensor]]:
-    # Models of other families are scored by transformers: their names are taken as they are.
-    known = FAMILIES.get(str(config.get("model_type")))
-    weights = HfWeights(directory, known.hf_name) if known else HfWeights(directory)
+    weights = weights_of(directory, config)
     for name in weights.names():
         dtype, content = weights.content(name)
         yield name, dtype, weights.shape(name), content

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_infifpo.convert.hf_folder import HfWeights, check_weights, only_dtype, open_hf
+from megatron_infifpo.convert.hf_files import HfWeights
+from megatron_infifpo.convert.hf_folder import check_weights, only_dtype, open_hf
 from megatron_infifpo.convert.peft import MergedFolder
 from megatron_infifpo.convert.vocabulary import warn_of_tokens_beyond
 from megatron_infifpo.families import family, megatron_args

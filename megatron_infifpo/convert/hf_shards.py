@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_infifpo.convert.hf_folder import INDEX
+from megatron_infifpo.convert.hf_files import INDEX
 from megatron_infifpo.families.mapping import Entry, WeightMapping
 
 SHARD_BYTES = 5 * 10**9

@@ -60,7 +60,9 @@ def fill(
         if entry != last:
             tensor = read(entry)
             last = entry
-        _copy_part(shard.data, tensor, shard.global_offset[len(entry.places) :])
+        before, own = len(entry.places), shard.prepend_axis_num
+        part = tensor[shard.global_offset[before:own]]  # an expert of a tensor of all experts
+        _copy_part(shard.data, part, shard.global_offset[max(before, own) :])
 
 
 def _shards(model: torch.nn.Module) -> Iterator[ShardedTensor]:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from megatron_infifpo import __version__
 from megatron_infifpo.convert.fingerprint import computation, weights_fingerprint
-from megatron_infifpo.convert.hf_folder import HfWeights, check_weights, only_dtype, open_hf
+from megatron_infifpo.convert.hf_files import HfWeights
+from megatron_infifpo.convert.hf_folder import check_weights, only_dtype, open_hf
 from megatron_infifpo.convert.hf_shards import plan_shards, shapes_of, write_index
 from megatron_infifpo.convert.merge_job import MergeJob
 from megatron_infifpo.convert.merging import MERGES, parameters

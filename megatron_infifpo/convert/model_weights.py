@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_infifpo.convert.hf_folder import HfWeights
+from megatron_infifpo.convert.hf_files import HfWeights
 from megatron_infifpo.families.lora import A, B, Lora, key_of
 from megatron_infifpo.families.mapping import Entry, WeightMapping
 from megatron_infifpo.storage.safetensors_io import Scratch

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_infifpo.convert.adapters import Adapters
-from megatron_infifpo.convert.hf_folder import HfWeights
+from megatron_infifpo.convert.hf_files import HfWeights
 from megatron_infifpo.convert.megatron_folder import open_checkpoint
 from megatron_infifpo.convert.model_weights import AdaptedWeights
 from megatron_infifpo.errors import UserError

@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from megatron_infifpo.convert.hf_folder import open_files, some
+from megatron_infifpo.convert.hf_files import open_files, some
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import FAMILIES
 from megatron_infifpo.families.architecture import read_hf_config

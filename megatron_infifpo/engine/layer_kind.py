@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_infifpo.engine.kept import LAYERS, LayerTraits
 from megatron_infifpo.engine.layers import OutputRMSNorm, PackedAttention, RMSNorm
 from megatron_infifpo.engine.packed import row_params, te_params
+from megatron_infifpo.engine.sinks import SinkAttention
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families.common import FamilyLayers, LayerParts
 from megatron_infifpo.rows import Row
@@ -130,6 +131,11 @@ def sparse_layers(config: TransformerConfig) -> list[bool]:
     return [bool(sparse) for sparse in config.moe_layer_freq]
 
 
+def _attention(config: TransformerConfig) -> type[PackedAttention]:
+    """Our core attention."""
+    return PackedAttention if config.softmax_type == "vanilla" else SinkAttention
+
+
 def _local_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
     """Megatron's local modules, our norm and our attention."""
     layer: ModuleSpec = get_gpt_layer_local_spec(
@@ -144,7 +150,7 @@ def _local_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
         layer.submodules.pre_mlp_layernorm = OutputRMSNorm
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
+    attention.core_attention = _attention(config)
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = OutputRMSNorm
     return layer
@@ -162,7 +168,7 @@ def _te_attention_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
 def _te_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
     """Transformer Engine's modules, and our attention."""
     layer = _te_attention_layer(config, experts)
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layer.submodules.self_attention.submodules.core_attention = _attention(config)
     return layer
 
 

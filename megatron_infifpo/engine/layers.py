@@ -69,7 +69,7 @@ def _flash_takes(query: Tensor) -> bool:
 
 
 @functools.cache
-def _check_flash_kernel() -> None:
+def check_flash_kernel() -> None:
     """Raise UserError if PyTorch's variable-length flash kernel is one without grouped heads."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -161,7 +161,7 @@ class PackedAttention(MegatronModule):
         """One flash kernel for all segments, `[T, heads, head_dim]`."""
         from torch.nn.attention.varlen import varlen_attn
 
-        _check_flash_kernel()
+        check_flash_kernel()
         return varlen_attn(  # type: ignore[return-value]  # one tensor without return_aux
             query,
             key,
@@ -193,11 +193,12 @@ class PackedAttention(MegatronModule):
     def _segment(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of a segment; some queries after the other where their mask would be large."""
         queries, keys = query.shape[2], key.shape[2]
-        if queries * keys <= MASK_ELEMENTS or (queries == keys and self._unlimited(keys)):
+        most = self._most(query.shape[1])
+        if queries * keys <= most or self._maskless(queries, keys):
             return self._attend(query, key, value)
-        rows = MASK_ELEMENTS // keys
+        rows = most // keys
         if self.window >= 0:  # a block of so many sees twice as many keys
-            rows = min(self.window + 1, MASK_ELEMENTS // (2 * self.window + 2))
+            rows = min(self.window + 1, most // (2 * self.window + 2))
         blocks = []
         for begin in range(0, queries, max(1, rows)):
             end, before = min(begin + max(1, rows), queries), keys - queries
@@ -218,6 +219,14 @@ class PackedAttention(MegatronModule):
         return F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=self.scale, enable_gqa=gqa
         )
+
+    def _most(self, heads: int) -> int:
+        """Pairs of a query and a key that are computed at once, where they cost memory."""
+        return MASK_ELEMENTS
+
+    def _maskless(self, queries: int, keys: int) -> bool:
+        """Whether a segment of any length costs no memory for pairs."""
+        return queries == keys and self._unlimited(keys)
 
     def _unlimited(self, keys: int) -> bool:
         """Whether the window reaches over so many keys."""

@@ -12,6 +12,7 @@ from megatron_infifpo.families import (
     gemma3,
     glm,
     glm4,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -35,6 +36,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": gemma3.FAMILY,
     "glm": glm.FAMILY,
     "glm4": glm4.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
     "granite": granite.FAMILY,
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
@@ -84,16 +86,23 @@ def family(hf_config: Mapping[str, Any]) -> Family:
             f"config.json: model_type is {model_type!r}, expected one of "
             f"{', '.join(FAMILIES)}: docs/adding-a-model.md says how to add a family"
         )
-    quantization = hf_config.get("quantization_config")
-    if quantization is not None:
-        known = isinstance(quantization, dict)
-        method = (known and quantization.get("quant_method")) or "an unknown method"
+    kind, method = FAMILIES[model_type], quantization(hf_config)
+    if method not in (None, kind.packed):
         raise UserError(
             f"config.json has a quantization_config ({method}): quantized weights are not "
             "supported in a pivot, so take the original checkpoint; a source's may be: score it "
             "with --backend transformers, or with megatron if it is FP8 with a weight_block_size"
         )
-    return FAMILIES[model_type]
+    return kind
+
+
+def quantization(hf_config: Mapping[str, Any]) -> str | None:
+    """How a config.json says that weights are quantized; None where they are not."""
+    found = hf_config.get("quantization_config")
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    return str(method or "an unknown method")
 
 
 def megatron_args(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,6 +228,8 @@ def check_expert_parallel(
         if "tensor" in flag:
             whole = args["moe_ffn_hidden_size"]
             what = f"{whole} units of an expert"
+            if args.get("add_bias_linear"):
+                whole, what = 1, "experts, which Megatron does not split where they have biases"
         if whole % size:
             legal = [str(n) for n in range(1, whole + 1) if whole % n == 0]
             raise UserError(

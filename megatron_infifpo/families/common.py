@@ -54,6 +54,7 @@ class Family:
             is no part of the language model.
         layers: where its layers differ from GPT layers. Called when a model is built: conversion
             and planning do not load Megatron's modules.
+        packed: the quantization (`quant_method`) that published weights have and converters undo.
         one_layer: what differs in the config.json of a model that has just one layer of another
             one, from that one's and the layer; beside num_hidden_layers and layer_types.
     """
@@ -65,6 +66,7 @@ class Family:
     text_config: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     hf_name: Callable[[str], str | None] = str
     layers: Callable[[], FamilyLayers] = FamilyLayers
+    packed: str | None = None
     one_layer: Callable[[Mapping[str, Any], int], dict[str, Any]] = lambda config, layer: {}
 
 

@@ -24,6 +24,7 @@ NO_EXPERTS: dict[str, Any] = {
     "moe_shared_expert_gate": False,
 }
 _MLP = "decoder.layers.mlp."
+EXPERTS = f"{_MLP}experts.experts."  # before the names of their tensors
 
 
 def expert_args(
@@ -88,19 +89,21 @@ def one_sparse_layer(config: Mapping[str, Any], layer: int) -> dict[str, Any]:
 
 
 def with_experts(
-    rows: Sequence[Row], router: str, experts: tuple[str, str, str], more: Sequence[Row] = ()
+    rows: Sequence[Row],
+    router: str,
+    experts: tuple[str, str, str] | None,
+    more: Sequence[Row] = (),
 ) -> tuple[Row, ...]:
     """Rows of a family whose layers have experts, some or all.
 
     Args:
         rows: of the family that it is without experts.
         router: Hugging Face's name of the router's weight, `{}` standing for the layer.
-        experts: those of an expert's gate, up and down projection, a second `{}` for the expert.
+        experts: those of an expert's gate, up and down projection, a second `{}` for the expert;
+            None: they are among `more`.
         more: rows of layers with experts beyond these.
     """
     norm = next(row for row in llama.ROWS if row.key == f"{_MLP}linear_fc1.layer_norm_weight")
-    gate, up, down = experts
-    inside = f"{_MLP}experts.experts."
     return (
         *(replace(row, layers=DENSE) if row.key.startswith(_MLP) else row for row in rows),
         Row("decoder.layers.pre_mlp_layernorm.weight", norm.hf_names, ("hidden",), layers=SPARSE),
@@ -111,8 +114,16 @@ def with_experts(
             layers=SPARSE,
             stateless=True,
         ),
+        *(() if experts is None else _each_expert(*experts)),
+        *more,
+    )
+
+
+def _each_expert(gate: str, up: str, down: str) -> tuple[Row, Row]:
+    """Rows of experts that have tensors of their own in Hugging Face folders."""
+    return (
         Row(
-            f"{inside}linear_fc1.weight",
+            f"{EXPERTS}linear_fc1.weight",
             (gate, up),
             ("expert_gate_up", "hidden"),
             GATE_UP,
@@ -120,11 +131,10 @@ def with_experts(
             per_expert=True,
         ),
         Row(
-            f"{inside}linear_fc2.weight",
+            f"{EXPERTS}linear_fc2.weight",
             (down,),
             ("hidden", "expert_ffn"),
             layers=SPARSE,
             per_expert=True,
         ),
-        *more,
     )

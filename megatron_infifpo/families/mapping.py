@@ -14,6 +14,8 @@ from megatron_infifpo.storage.checkpoints import NEMO_PREFIX
 
 LAYER_PREFIX = "decoder.layers."
 OUTPUT_LAYER = "output_layer.weight"
+# How names of tensors end whose modules have an extra state.
+_STATEFUL = (".weight", ".softmax_offset")
 # Kinds of layers that not all rows are of.
 DENSE, SPARSE = "dense", "sparse"
 
@@ -93,6 +95,11 @@ class Entry:
     def chunk(self) -> tuple[int, ...]:
         """Its own shape there."""
         return (*(1 for _ in self.places), *self.shape)
+
+    @property
+    def modules(self) -> int:
+        """Modules that have a part of it: one, or as many as experts if it is of all of a layer."""
+        return self.dims.experts if self.row.shape[0] == "experts" else 1
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -221,9 +228,9 @@ class WeightMapping:
         Every decoder module that Transformer Engine implements expects one on load.
         """
         return {
-            key.removesuffix("weight") + "_extra_state": len(entries)
+            key.rpartition(".")[0] + "._extra_state": sum(entry.modules for entry in entries)
             for key, entries in self.tensors.items()
-            if key.startswith(f"{self.keys.prefix}decoder.") and key.endswith(".weight")
+            if key.startswith(f"{self.keys.prefix}decoder.") and key.endswith(_STATEFUL)
             if not entries[0].row.stateless
         }
 

@@ -43,7 +43,7 @@ TYPES: dict[str, tuple[str, str]] = {
     "glm4_moe": ("GLM-4.5, 4.6", _EXPERTS),
     "gpt2": ("GPT-2", _LAYER_NORM),
     "gpt_neox": ("Pythia, GPT-NeoX", _LAYER_NORM),
-    "gpt_oss": ("gpt-oss", _EXPERTS),
+    "gpt_oss": ("gpt-oss", ""),
     "gptj": ("GPT-J", _LAYER_NORM),
     "granite": ("Granite 3 dense", ""),
     "granitemoe": ("Granite 3 MoE", _EXPERTS),

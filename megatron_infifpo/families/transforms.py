@@ -106,6 +106,15 @@ def _interleave_fused_qkv(parts: Sequence[Tensor], dims: Dims) -> Tensor:
     return _interleave_qkv(parts[0].split([dims.attention, keys, keys]), dims)
 
 
+def _halves(interleaved: Tensor) -> Tensor:
+    """Put the even rows `[experts, rows, ...]` before the odd ones."""
+    return torch.cat([interleaved[:, ::2], interleaved[:, 1::2]], dim=1)
+
+
+def _interleave_halves(tensor: Tensor) -> Tensor:
+    return torch.stack(tensor.chunk(2, dim=1), dim=2).flatten(1, 2)
+
+
 IDENTITY = Transform(lambda parts, dims: parts[0], lambda tensor, dims: [tensor])
 # q_proj, k_proj, v_proj
 QKV = Transform(_interleave_qkv, _split_qkv)
@@ -116,4 +125,15 @@ FUSED_QKV = Transform(
 # gate_proj, up_proj
 GATE_UP = Transform(
     lambda parts, dims: torch.cat(list(parts)), lambda tensor, dims: list(tensor.chunk(2))
+)
+# All experts' weights in one, input channels first: a gate and an up projection by turns; down.
+ALL_GATE_UP = Transform(
+    lambda parts, dims: _halves(parts[0].transpose(1, 2)),
+    lambda tensor, dims: [_interleave_halves(tensor).transpose(1, 2)],
+)
+ALL_DOWN = Transform(
+    lambda parts, dims: parts[0].transpose(1, 2), lambda tensor, dims: [tensor.transpose(1, 2)]
+)
+ALL_GATE_UP_BIASES = Transform(
+    lambda parts, dims: _halves(parts[0]), lambda tensor, dims: [_interleave_halves(tensor)]
 )

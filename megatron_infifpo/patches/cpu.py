@@ -64,8 +64,7 @@ def enable(*, announce: bool = True) -> bool:
     if torch.cuda.is_available():
         return False
     _refuse_an_unused_gpu()
-    # Megatron decorates functions with torch.compile, which gains nothing here and costs minutes.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _compile_nothing()
     _keep_freed_memory()
     _patch_torch_cuda()
     _mode = _CudaMeansCpu()
@@ -200,6 +199,17 @@ class _DeviceProperties:
     major, minor = 8, 0
     multi_processor_count = os.cpu_count() or 1
     total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _compile_nothing() -> None:
+    """Let functions run as they are: Megatron's torch.compile gains nothing, and costs minutes.
+
+    What it compiles for routers fails here, as it looks for a GPU.
+    """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    config = sys.modules.get("torch._dynamo.config")
+    if config is not None:  # it has read the variable
+        config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"  # type: ignore[attr-defined]
 
 
 def _keep_freed_memory() -> None:

@@ -1,6 +1,7 @@
 """Checkpoints that Megatron-LM, Megatron-Bridge or NeMo trained, and one for Megatron-Bridge."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ CASES = [
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory):
     """A tiny model's Hugging Face folder, and a checkpoint of it by another program."""
-    root, made = tmp_path_factory.mktemp("foreign"), {}
+    root = tmp_path_factory.mktemp("foreign")
+    made: dict[tuple, tuple[Path, Path]] = {}
 
     def get(model: str, program: str, **arguments):
         key = (model, program, *arguments.items())

@@ -72,6 +72,7 @@ def expected(run):
         ("qwen3_moe-mixed", "pp2-ep2"),
         ("mixtral", "tp2-ep4"),
         ("qwen2_moe", "pp2-ep2"),
+        ("gpt_oss", "ep2-overlap"),
     ],
 )
 def test_layouts(run, expected, family, layout):

@@ -67,17 +67,23 @@ def expected(data, hf) -> tuple[float, float]:
     return total / count, norm / count
 
 
-FAMILIES = ["llama", "gemma3", "qwen3", "mistral-window", "granite", "olmo2", "olmo3", "glm4"]
+# name -> layouts
+FAMILIES = dict.fromkeys(
+    ["gemma3", "qwen3", "mistral-window", "granite", "olmo2", "glm4"],
+    ["tp1", "tp2", "tp2-sp", "pp2"],
+) | {
+    "llama": ["tp1"],
+    "olmo3": ["tp1", "tp2", "tp2-sp", "pp2", "cp2"],
+    "gpt_oss": ["tp1", "tp2-sp", "pp2", "cp2"],
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients(setup, ranks, pivots, data, family):
-    """Norms of heads or of all of them, norms after layers, windows, ropes, multipliers."""
+    """Norms of heads or of all, norms after layers, windows, ropes, multipliers, sinks, biases."""
     hf, pivot = pivots(family)
     loss, norm = expected(data, hf)
-    layouts = ["tp1", "tp2", "tp2-sp", "pp2"] if family != "llama" else ["tp1"]
-    layouts += ["cp2"] if family == "olmo3" else []
-    for layout in layouts:
+    for layout in FAMILIES[family]:
         world, more = LAYOUTS[layout]
         got = ranks(world, "support.training:train", flags(setup, data, pivot, *more))
         assert steps_of(got)[0]["loss"] == pytest.approx(loss, abs=1e-5), layout

@@ -1,5 +1,9 @@
 """Libraries that ask whether CUDA is there, and are told that it is."""
 
+import os
+import subprocess
+import sys
+
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -19,3 +23,21 @@ def test_safetensors_to_cuda(tmp_path):
     save_file(weights, tmp_path / "weights.safetensors")
     loaded = load_file(tmp_path / "weights.safetensors", device="cuda")
     assert torch.equal(loaded["a"], weights["a"])
+
+
+def test_nothing_is_compiled():
+    """Also where somebody has imported PyTorch's compiler before."""
+    script = (
+        "import torch, torch._dynamo; from megatron_infifpo.patches import cpu; cpu.enable();"
+        "from megatron.core.transformer.moe import router; called = torch.compile(torch.sin);"
+        "called(torch.ones(2)); print(dict(torch._dynamo.utils.counters))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHDYNAMO_DISABLE"}
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == "{}"

@@ -14,7 +14,7 @@ LOGPROBS, GRADIENTS = 1.5e-5, 1e-5
 KINDS = ("local", "te")
 # Whose cosines and sines are scaled, or neighbouring channels rotated: Transformer Engine's kernel
 # does only the latter, and is left out for both.
-UNFUSED = ("glm", "glm4", "glm4-unbiased", "olmo3", "phi3-longrope", "qwen2-yarn")
+UNFUSED = ("glm", "glm4", "glm4-unbiased", "gpt_oss", "olmo3", "phi3-longrope", "qwen2-yarn")
 LAYERS = tiny.SHAPE["num_hidden_layers"]
 
 
@@ -50,7 +50,9 @@ def test_family(te_ranks, tmp_path, family):
             assert kernels.get("attention", 0) == (LAYERS if run[0] == "te-attention" else 0), run
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3", "olmo2", "qwen3_moe-mixed", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "family", ["qwen3", "gemma3", "gpt_oss", "olmo2", "qwen3_moe-mixed", "qwen2_moe"]
+)
 def test_loading(te_ranks, tmp_path, family):
     """Norms of heads, norms after layers: each has an extra state that some kinds expect."""
     (different,) = te_ranks(1, "support.te_layers:reload", str(tmp_path), family)

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.attention.varlen as varlen
 
 import megatron_infifpo.engine.layers as layers
 from megatron_infifpo.engine.packed import row_params
+from megatron_infifpo.engine.sinks import SinkAttention
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.rows.layout import RowLayout
 from megatron_infifpo.rows.packing import collate
@@ -22,7 +24,7 @@ HEADS, GROUPS, SIZE = 4, 2, 16
 SIGNATURE = inspect.signature(varlen.varlen_attn)
 
 
-def flash(*args, **kwargs) -> torch.Tensor:
+def flash(*args, **kwargs) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The kernel in float64, with what it asks of its arguments; also where the CPU is too kind."""
     bound = SIGNATURE.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -39,10 +41,11 @@ def flash(*args, **kwargs) -> torch.Tensor:
     assert all(x.stride(-1) == 1 for x in tensors) and len({x.dtype for x in tensors}) == 1
     assert call.query.shape[-1] % 8 == 0 and call.query.shape[-1] <= 256
     assert call.enable_gqa or call.query.shape[1] == call.key.shape[1]
-    assert call.return_aux is None and call.seqused_k is None and call.block_table is None
-    return reference_kernels.varlen_attention(
+    assert call.seqused_k is None and call.block_table is None
+    out, lse = reference_kernels.varlen_attention(
         *tensors, call.cu_seq_q, call.cu_seq_k, scale=call.scale, window=call.window_size
     )
+    return (out, lse) if call.return_aux is not None and call.return_aux.lse else out
 
 
 @pytest.fixture
@@ -59,14 +62,26 @@ def kernel_calls(monkeypatch) -> list[None]:
     return calls
 
 
-def attention(window: int | None, scale: float | None) -> layers.PackedAttention:
+def attention(
+    window: int | None, scale: float | None, sinks: bool = False
+) -> layers.PackedAttention:
     config = SimpleNamespace(
         attention_dropout=0.0,
         window_size=None if window is None else (window, 0),
         window_attn_skip_freq=None,
         context_parallel_size=1,
+        softmax_type="learnable" if sinks else "vanilla",
+        num_attention_heads=HEADS,
+        params_dtype=torch.float64,
     )
-    return layers.PackedAttention(config, 1, None, "self", softmax_scale=scale)
+    if not sinks:
+        return layers.PackedAttention(config, 1, None, "self", softmax_scale=scale)
+    groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
+    with mock.patch("torch.cuda.current_device", lambda: "cpu"):
+        module = SinkAttention(config, 1, None, "self", softmax_scale=scale, pg_collection=groups)
+    values = torch.randn(HEADS, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    module.softmax_offset = torch.nn.Parameter(values)
+    return module
 
 
 def random_row(rng: np.random.Generator, shared: bool) -> dict:
@@ -84,7 +99,7 @@ def random_row(rng: np.random.Generator, shared: bool) -> dict:
 
 
 def outputs(module, row: dict, seed: int, groups: int = GROUPS) -> list[torch.Tensor]:
-    """Output and gradients of queries, keys and values."""
+    """Output and gradients of queries, keys, values, and of sinks."""
     generator = torch.Generator().manual_seed(seed)
     tokens = row["tokens"].shape[1]
     # As Megatron hands them over: views of the joint projection, strided.
@@ -94,7 +109,7 @@ def outputs(module, row: dict, seed: int, groups: int = GROUPS) -> list[torch.Te
     query, key, value = joint.split([HEADS, groups, groups], dim=2)
     out = module(query, key, value, packed_seq_params=row_params(row))
     weights = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-    return [out, *torch.autograd.grad((out * weights).sum(), joint)]
+    return [out, *torch.autograd.grad((out * weights).sum(), [joint, *module.parameters()])]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -117,13 +132,51 @@ def test_kernel(kernel_calls, monkeypatch, window, shared, groups):
     assert worst < 1e-12
 
 
+def backward(grad, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, causal, *rest):
+    """The kernel's backward pass, as PyTorch's own calls it."""
+    _, scale, (left, right) = rest
+    assert grad.is_contiguous() and causal == (left < 0)
+    return reference_kernels.varlen_gradients(
+        grad, query, key, value, out, lse, cu_q, cu_k, scale=scale, window=(left, right)
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("window", [None, 0, 3])
+def test_sinks(kernel_calls, monkeypatch, window, shared, groups):
+    """The kernel scaled, forward and backward, against a softmax with one more column."""
+    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn_backward", backward)
+    rng = np.random.default_rng([groups, shared, window or 50])
+    for trial in range(8):
+        row, scale = random_row(rng, shared), [None, 0.3][trial % 2]
+        module = attention(window, scale, sinks=True)
+        monkeypatch.setattr(layers, "_flash_takes", lambda query: False)
+        expected = outputs(module, row, trial, groups)
+        monkeypatch.setattr(layers, "_flash_takes", lambda query: True)
+        got = outputs(module, row, trial, groups)
+        assert len(kernel_calls) == trial + 1 and len(got) == 3
+        for a, b in zip(expected, got, strict=True):
+            assert (a - b).abs().max() < 1e-12
+        (without, *_) = outputs(attention(window, scale), row, trial, groups)
+        kernel_calls.pop()
+        assert (without - got[0]).abs().max() > 1e-3
+
+
+def test_the_kernels_backward_takes_what_it_is_given():
+    schema = torch.ops.torch_attn._varlen_attn_backward.default._schema
+    names = "grad_out query key value out lse cu_seq_q cu_seq_k max_q max_k is_causal rng_state"
+    assert [x.name for x in schema.arguments] == [*names.split(), "scale", "window_size"]
+
+
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("window", [None, 0, 3, 9])
-def test_blocks_of_queries(monkeypatch, window, shared):
+def test_blocks_of_queries(monkeypatch, window, shared, sinks):
     """What large masks are cut into: the same as one mask a segment."""
     rng = np.random.default_rng([shared, window or 50])
     for trial in range(8):
-        row, module = random_row(rng, shared), attention(window, None)
+        row, module = random_row(rng, shared), attention(window, None, sinks)
         expected = outputs(module, row, trial)
         for elements in (1, 40):
             monkeypatch.setattr(layers, "MASK_ELEMENTS", elements)
@@ -180,8 +233,8 @@ def test_an_older_pytorch_is_refused(monkeypatch):
         raise AssertionError("not called")
 
     monkeypatch.setattr(varlen, "varlen_attn", older)
-    layers._check_flash_kernel.cache_clear()
+    layers.check_flash_kernel.cache_clear()
     with pytest.raises(UserError, match="no enable_gqa: expected torch >= 2.12"):
-        layers._check_flash_kernel()
+        layers.check_flash_kernel()
     monkeypatch.undo()
-    layers._check_flash_kernel()
+    layers.check_flash_kernel()

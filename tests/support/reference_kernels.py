@@ -1,5 +1,7 @@
 """What CUDA kernels compute, as their documentation has it, in plain PyTorch."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,7 @@ def varlen_attention(
     *,
     scale: float | None = None,
     window: tuple[int, int] = (-1, -1),
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Flash attention over segments: causality and windows count from the bottom right corner.
 
     Args:
@@ -24,11 +26,28 @@ def varlen_attention(
         window: how many keys to the left and to the right of its own a query sees; -1: all.
 
     Returns:
-        `[T, heads, head_dim]`.
+        Outputs `[T, heads, head_dim]`, and the log-sum-exp of every query's scores `[heads, T]`.
     """
+    outputs, sums = [], []
+    options = (query_borders, key_borders, scale, window)
+    for _, _, v, _, scores in _segments(query, key, value, *options):
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v))
+        sums.append(scores.logsumexp(dim=-1))
+    return torch.cat(outputs), torch.cat(sums, dim=1)
+
+
+def _segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_borders: Tensor,
+    key_borders: Tensor,
+    scale: float | None,
+    window: tuple[int, int],
+) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
+    """Rows of queries and of keys, the values and keys of every head, masked scores, by segment."""
     left, right = window
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    outputs = []
     for segment in range(len(query_borders) - 1):
         rows = slice(int(query_borders[segment]), int(query_borders[segment + 1]))
         columns = slice(int(key_borders[segment]), int(key_borders[segment + 1]))
@@ -42,9 +61,41 @@ def varlen_attention(
         if right >= 0:
             seen &= other <= own + right
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", weights, v))
-    return torch.cat(outputs)
+        yield rows, columns, v, k, scores.masked_fill(~seen, -torch.inf)
+
+
+def varlen_gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query_borders: Tensor,
+    key_borders: Tensor,
+    *,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Flash attention's backward pass (arXiv 2307.08691, algorithm 2) of query, key and value.
+
+    Probabilities are made again of `lse`, and the products of rows of `grad` and `out` are taken
+    for what the softmax's own gradient needs.
+    """
+    groups, gradients = key.shape[1], [torch.zeros_like(x) for x in (query, key, value)]
+    options = (query_borders, key_borders, scale, window)
+    for rows, columns, v, k, scores in _segments(query, key, value, *options):
+        upstream = grad[rows]
+        shares = (scores - lse[:, rows, None]).exp()
+        products = (upstream * out[rows]).sum(-1).mT[..., None]
+        of_scores = shares * (torch.einsum("qhd,khd->hqk", upstream, v) - products)
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        gradients[0][rows] += torch.einsum("hqk,khd->qhd", of_scores, k) * factor
+        of_keys = torch.einsum("hqk,qhd->khd", of_scores, query[rows]) * factor
+        of_values = torch.einsum("hqk,qhd->khd", shares, upstream)
+        for gradient, whole in zip(gradients[1:], (of_keys, of_values), strict=True):
+            gradient[columns] += whole.unflatten(1, (groups, -1)).sum(2)
+    return gradients[0], gradients[1], gradients[2]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> tuple[Tensor, Tensor]:

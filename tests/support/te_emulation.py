@@ -130,17 +130,23 @@ def te_general_grouped_gemm(
     use_split_accumulator: bool,
     multiprocessors: int,
 ) -> list[Tensor]:
-    """Products of pairs of matrices, each into its own tensor or into its rows of one."""
+    """Products of pairs of matrices, each into its own tensor or into its rows of one.
+
+    With biases, or where `grad` with their gradients, into what is given for them.
+    """
     CALLS["grouped gemm"] += 1
-    assert not any(tensor.numel() for tensor in (*bias, *gelu_in))
+    assert not any(tensor.numel() for tensor in gelu_in)
     if single_output:
         assert splits is not None and len(out) == 1
         out = list(out[0].split(list(splits)))
-    for left, right, target in zip(a, b, out, strict=True):
+    for left, right, target, own in zip(a, b, out, bias, strict=True):
         assert left.dtype == right.dtype
         rows = right.reshape(-1, right.shape[-1])
-        result = kernels.product(left, transpose_a, rows, transpose_b, None)
+        added = own if own.numel() and not grad else None
+        result = kernels.product(left, transpose_a, rows, transpose_b, added)
         target.add_(result) if accumulate else target.copy_(result)
+        if own.numel() and grad:
+            own.copy_(rows.sum(dim=0))
     return bias
 
 
@@ -224,9 +230,12 @@ def _replace_attention(te: ModuleType) -> None:
         left = -1 if window is None else window[0]
         scale = getattr(self, "softmax_scale", None) or self.unfused_attention.softmax_scale
         key, value = call["key_layer"], call["value_layer"]
-        output = kernels.varlen_attention(
+        output, lse = kernels.varlen_attention(
             query, key, value, *borders, scale=scale, window=(left, 0)
         )
+        if self.softmax_type == "learnable":
+            share = (lse - self.softmax_offset.flatten()[:, None]).sigmoid()
+            output = output * share.mT[..., None]
         return output.flatten(1)
 
     te.DotProductAttention.forward = forward
@@ -238,9 +247,21 @@ def _dummy_gradient(shape: list[int], dtype: torch.dtype, zero: bool = False) ->
     return torch.full(shape, value, dtype=dtype, device=torch.cuda.current_device())
 
 
+class _TorchOnHost:
+    """PyTorch, with empty tensors for CUDA on the host."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(*size: Any, device: Any = None, **options: Any) -> Tensor:
+        return torch.empty(*size, **options)
+
+
 def _replace_cuda() -> None:
     """Replace what asks for CUDA where the CPU stand-ins are not heard, as in backward passes."""
     from transformer_engine.pytorch import utils
+    from transformer_engine.pytorch.cpp_extensions import gemm
     from transformer_engine.pytorch.module import base, layernorm_linear, linear
 
     prepare = base.TransformerEngineBaseModule.prepare_forward
@@ -252,6 +273,7 @@ def _replace_cuda() -> None:
     base.TransformerEngineBaseModule.prepare_forward = prepare_forward
     for module in (base, linear, layernorm_linear):
         module.get_dummy_wgrad = _dummy_gradient
+    gemm.torch = _TorchOnHost()
     utils._empty_tensor = lambda: torch.empty(0, device=torch.cuda.current_device())
     torch.cuda.is_current_stream_capturing = lambda: False
 
