@@ -38,6 +38,12 @@ def te_ranks(request, te_zygotes) -> Ranks:
 
 
 @pytest.fixture(scope="session")
+def oldest_te_ranks(te_zygotes) -> Ranks:
+    """The oldest version, for what differs between them if anything does."""
+    return te_zygotes(VERSIONS[0])
+
+
+@pytest.fixture(scope="session")
 def newest_te_ranks(te_zygotes) -> Ranks:
     """The newest version, for what takes longer."""
     return te_zygotes(VERSIONS[-1])

@@ -5,7 +5,7 @@ Its Python is real, its kernels are emulated in float32: see te_emulation.py.
 
 import pytest
 
-from megatron_infifpo.families import megatron_args
+from megatron_infifpo.families import OWN_LAYERS, megatron_args
 from support import experts, tiny
 
 # Nats a token, and of a tensor's largest gradient; float32 in another order of sums. Measured:
@@ -25,10 +25,9 @@ def sparse_layers(family: str) -> tuple[int, bool]:
     return (sum(args["moe_layer_freq"]) if args.get("num_experts") else 0), shared
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_family(te_ranks, tmp_path, family):
+def check(ranks, folder, family):
     """With our attention, prompts shared or not, and with Transformer Engine's own."""
-    (found,) = te_ranks(1, "support.te_layers:family", str(tmp_path), family)
+    (found,) = ranks(1, "support.te_layers:family", str(folder), family)
     for run, (logprobs, gradients) in found["differences"].items():
         assert logprobs <= LOGPROBS, run
         assert gradients <= GRADIENTS, run
@@ -48,6 +47,17 @@ def test_family(te_ranks, tmp_path, family):
             fused = 0 if family in UNFUSED else 4 * LAYERS
             assert kernels.get("rope", 0) == fused, run
             assert kernels.get("attention", 0) == (LAYERS if run[0] == "te-attention" else 0), run
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_family(newest_te_ranks, tmp_path, family):
+    check(newest_te_ranks, tmp_path, family)
+
+
+@pytest.mark.parametrize("family", ["llama", *OWN_LAYERS, "mistral-window", "qwen3_moe-mixed"])
+def test_family_on_the_oldest(oldest_te_ranks, tmp_path, family):
+    """Whatever has modules of its own, experts, and a window."""
+    check(oldest_te_ranks, tmp_path, family)
 
 
 @pytest.mark.parametrize(
