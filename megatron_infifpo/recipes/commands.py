@@ -67,6 +67,7 @@ def score(
     tensor: int = 2,
     pipeline: int = 1,
     context: int = 1,
+    expert: int = 1,
     bf16: bool = True,
     flags: str = "",
 ) -> Job:
@@ -80,6 +81,7 @@ def score(
         top_k: most probable tokens that are kept of the chosen responses: none, or 16 for `sft`.
         tensor: tensor-parallel size, where the source's `score` does not say another.
         pipeline, context: pipeline- and context-parallel sizes, likewise.
+        expert: expert-parallel size, likewise: of models that all have experts.
         bf16: weights in bfloat16, else float32.
         flags: further ones of `infifpo score`.
 
@@ -89,9 +91,10 @@ def score(
     tokens = split == "sft"
     config = token_sources(run) if tokens else read_sources(f"{run}/sources.yaml")
     usual: dict[str, Any] = {"bf16": bf16, "backend": "megatron"}
-    usual |= dict(zip(LAYOUT, (tensor, pipeline, context), strict=True))
-    if context == 1:
-        del usual["context-parallel-size"]
+    usual |= dict(zip(LAYOUT, (tensor, pipeline, context, expert), strict=True))
+    for flag, size in zip(LAYOUT[2:], (context, expert), strict=True):
+        if size == 1:
+            del usual[flag]
     if top_k or tokens:
         usual |= {"top-k": top_k or TOP_K, "top-k-responses": "chosen"}
     domains: tuple[str, ...] = ()
@@ -126,6 +129,7 @@ def infifpo(
     tensor: int = 2,
     pipeline: int = 2,
     context: int = 1,
+    expert: int = 1,
     global_batch_size: int = 128,
     micro_batch_tokens: int = 8192,
     seq_length: int = 4096,
@@ -147,6 +151,7 @@ def infifpo(
         tensor: tensor-parallel size, with sequence parallelism above 1.
         pipeline: pipeline-parallel size; the ranks that remain are data-parallel.
         context: context-parallel size, for long texts: ranks that share a row.
+        expert: expert-parallel size, of a model with experts.
         global_batch_size: pairs of a step.
         micro_batch_tokens: at most, of a packed row.
         seq_length: at most, of a prompt with one response; longer pairs are left out.
@@ -159,6 +164,7 @@ def infifpo(
     layout = ["--tensor-model-parallel-size", str(tensor)]
     layout += ["--pipeline-model-parallel-size", str(pipeline)]
     layout += ["--context-parallel-size", str(context)] if context > 1 else []
+    layout += ["--expert-model-parallel-size", str(expert)] if expert > 1 else []
     layout += ["--sequence-parallel"] if tensor > 1 else []
     layout += ["--micro-batch-tokens", str(micro_batch_tokens)]
     arguments = training_words(

@@ -15,7 +15,10 @@ PIVOT = "models/phi-4"
 PROGRAM = "megatron_infifpo"
 SHELL = Path(__file__).parent / "slurm"
 """Folder of what job scripts source."""
-LAYOUT = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
+LAYOUT = (
+    "tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size",
+    "expert-model-parallel-size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

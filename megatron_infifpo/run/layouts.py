@@ -1,5 +1,6 @@
 """Layouts for the GPUs that are there: of training by the planner, of scoring by size."""
 
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from megatron_infifpo.families import megatron_args
 from megatron_infifpo.families.architecture import read_hf_config
 from megatron_infifpo.planning.fit import fit
 from megatron_infifpo.planning.job import PlanningJob
+from megatron_infifpo.planning.layout import Layout as Spread
 from megatron_infifpo.planning.plan import GIB
 from megatron_infifpo.run.checks import name_of
 from megatron_infifpo.run.names import PIVOT
@@ -64,14 +66,16 @@ def _scoring(run: Run, model: str, ranks: int) -> Layout:
     """The fewest ranks that hold a model, inside of a node; all others have rows of their own."""
     if ranks == 1:
         return Layout()
-    plan = PlanningJob(model=_architecture(model), gpus=1).plan
+    sizes = PlanningJob(model=_architecture(model), gpus=1).plan.sizes
     size = 2 if run.precision == "bf16" else 4
-    sizes = [n for n in _tensor_sizes(model) if ranks % n == 0]
-    for tensor in sizes:
-        if plan.sizes.parameters * size / tensor <= ROOM * run.cluster.gpu_memory * GIB:
-            return Layout(tensor=tensor)
-    tensor = sizes[-1]
-    return Layout(tensor=tensor, pipeline=ranks // tensor)
+    room = ROOM * run.cluster.gpu_memory * GIB
+    experts = sizes.experts.count if sizes.experts else 1
+    for tensor in (n for n in _tensor_sizes(model) if ranks % n == 0):
+        expert = math.gcd(experts, tensor)  # over the ranks of a row, which are those
+        spread = Spread(tensor=tensor, pipeline=1, data=1, expert=expert)
+        if sum(sizes.stage(spread, 0).on_rank(spread)) * size <= room:
+            return Layout(tensor=tensor, expert=expert)
+    return Layout(tensor=tensor, pipeline=ranks // tensor, expert=expert)
 
 
 def _training(run: Run, training: Training, gpus: int) -> tuple[str, ...]:
@@ -96,7 +100,7 @@ def _training(run: Run, training: Training, gpus: int) -> tuple[str, ...]:
 
 def _flags(layout: Layout) -> tuple[str, ...]:
     sizes = {"tensor-model": layout.tensor, "pipeline-model": layout.pipeline}
-    sizes["context"] = layout.context
+    sizes |= {"context": layout.context, "expert-model": layout.expert}
     words = [w for name, n in sizes.items() if n > 1 for w in (f"--{name}-parallel-size", str(n))]
     return (*words, *(["--sequence-parallel"] if layout.tensor > 1 else []))
 

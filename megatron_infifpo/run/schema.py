@@ -33,6 +33,8 @@ class Layout(Part):
     """Pipeline-parallel size."""
     context: PositiveInt = 1
     """Context-parallel size, for long texts: ranks that share a row."""
+    expert: PositiveInt = 1
+    """Expert-parallel size, of a model with experts; in scoring it divides tensor times context."""
 
     @property
     def ranks(self) -> int:

@@ -71,7 +71,7 @@ def _flags(plan: Plan, name: str, model: Model, *, top: bool) -> dict[str, Any]:
     scoring = plan.layouts.scoring
     layout = model.layout or (scoring.get(name, scoring[PIVOT]) if backend == "megatron" else None)
     if layout is not None:
-        sizes = (layout.tensor, layout.pipeline, layout.context)
+        sizes = (layout.tensor, layout.pipeline, layout.context, layout.expert)
         found |= {flag: n for flag, n in zip(LAYOUT, sizes, strict=True) if n > 1}
     if plan.run.precision == "bf16":
         found["bf16"] = True

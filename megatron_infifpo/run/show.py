@@ -54,7 +54,8 @@ def _layout(training: Training | None) -> str:
     if training is None or training.layout is None:
         return ""
     layout = training.layout
-    return f"tensor={layout.tensor} pipeline={layout.pipeline} context={layout.context}"
+    sizes = ("tensor", "pipeline", "context", "expert")
+    return " ".join(f"{name}={getattr(layout, name)}" for name in sizes)
 
 
 def _options(training: Training | None) -> str:

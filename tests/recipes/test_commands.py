@@ -125,6 +125,14 @@ def test_the_options_of_jobs(run_folder):
     assert found == ["x=1", "flags=--a b", "y=2", "flags=--c 'd e'", "z="]
 
 
+def test_experts(run_folder):
+    flag = ("--expert-model-parallel-size", "8")
+    for stage in ("sft", "infifpo", "score"):
+        found = " ".join(STAGES[stage](run="run", expert=8).arguments)
+        assert " ".join(flag) in found
+        assert flag[0] not in " ".join(STAGES[stage](run="run").arguments)
+
+
 def test_the_pivots_template(run_folder):
     words = "--chat-template-options '{\"enable_thinking\": false}'"
     for stage in ("prepare", "score"):

@@ -180,21 +180,39 @@ def test_a_flag_that_is_none(folder, plain):
         check_words(run, stages_of(Plan(run, plain)), "run.yaml")
 
 
-def test_layouts_are_planned(folder, monkeypatch):
-    """On eight GPUs a 14B model gets a layout that fits; a small source one GPU."""
-    from megatron_infifpo.families import PUBLISHED
+@pytest.fixture
+def eight_gpus(folder, monkeypatch):
+    """Let the pivot be a published model, by name, on eight GPUs."""
+    from megatron_infifpo.families import PUBLISHED, megatron_args
     from megatron_infifpo.run import layouts
 
     monkeypatch.setattr(layouts, "count_gpus", lambda: 8)
     tiny.save_model(folder / "qwen", "qwen2", seed=1)
     real = layouts._architecture
 
-    def architecture(model):
-        from megatron_infifpo.families import megatron_args
+    def with_pivot(name: str) -> None:
+        known = megatron_args(PUBLISHED[name])
+        monkeypatch.setattr(
+            layouts, "_architecture", lambda model: known if model == "pivot" else real(model)
+        )
 
-        return megatron_args(PUBLISHED["phi-4"]) if model == "pivot" else real(model)
+    return with_pivot
 
-    monkeypatch.setattr(layouts, "_architecture", architecture)
+
+def test_layouts_with_experts_are_planned(eight_gpus):
+    """61 GB of weights, but for a tenth experts, over two ranks that compute a row together."""
+    eight_gpus("qwen3-30b-a3b")
+    found = choose_layouts(base(precision="bf16", train=[{"method": "infifpo"}]))
+    assert found.scoring["pivot"] == Layout(tensor=2, expert=2)
+    given = {"pivot": {"model": "pivot", "layout": {"tensor": 4, "expert": 4}}}
+    run = base(precision="bf16", train=[{"method": "infifpo"}], **given)
+    words = lines(run, choose_layouts(run))
+    assert "--expert-model-parallel-size 4" in words["score-pivot"]
+
+
+def test_layouts_are_planned(eight_gpus):
+    """On eight GPUs a 14B model gets a layout that fits; a small source one GPU."""
+    eight_gpus("phi-4")
     run = base(precision="bf16", train=[{"method": "infifpo"}])
     found = choose_layouts(run)
     words = found.training["infifpo"]
