@@ -67,6 +67,11 @@ def check_optimizer_state(run: Mapping[str, Any], start: Start) -> None:
         found.append(
             f"main parameters were {before} and are {now} (--use-precision-aware-optimizer)"
         )
+    if (before := state_of_experts(saved)) != (now := state_of_experts(run)):
+        found.append(
+            f"the optimizer's state of experts was {before} and is {now}, as Megatron keeps it on "
+            "these ranks (--expert-model-parallel-size 1, and expert- like tensor-parallel size)"
+        )
     if found:
         raise UserError(
             f"{', '.join(found)}: the optimizer's state keeps what it was; resume as it was, or "
@@ -93,6 +98,19 @@ def main_parameters(args: Mapping[str, Any]) -> str:
     if aware and args.get("bf16") and args.get("main_params_dtype") == torch.float32:
         return "the 16 bits that bfloat16 lacks"
     return "whole"
+
+
+def state_of_experts(args: Mapping[str, Any]) -> str:
+    """Say whether experts have an optimizer beside that of all else, which has other names.
+
+    They have where their gradients are reduced over other ranks.
+
+    Args:
+        args: validated by Megatron; those of an older checkpoint may lack some.
+    """
+    sizes = [args.get(f"{kind}_parallel_size") for kind in ("tensor_model", "expert_tensor")]
+    spread = (args.get("expert_model_parallel_size") or 1) > 1 or sizes[0] != sizes[1]
+    return "apart" if args.get("num_experts") and spread else "with all other"
 
 
 def changed(names: Sequence[str], saved: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:

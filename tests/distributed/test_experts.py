@@ -154,3 +154,53 @@ def test_refused(flags, ranks, family, world, more, sentence):
     with pytest.raises(RankError) as failure:
         ranks(world, "support.training:train", flags(family, *more))
     assert sentence in "".join(failure.value.logs)
+
+
+MODEL, SCHEDULE = "qwen3_moe", ["--save-interval", "3", "--train-iters", "6"]
+BY_NAME = "--dist-ckpt-optim-fully-reshardable"
+EP2 = (2, [EP, "2"])
+
+
+@pytest.fixture(scope="module")
+def resume(flags, ranks, tmp_path_factory):
+    """Train six steps, or three and then three on other ranks; losses and norms of the last."""
+
+    def resume(first: tuple[int, list[str]], then: tuple[int, list[str]] | None, *more: str):
+        save = ["--save", str(tmp_path_factory.mktemp("resumed") / "run"), *SCHEDULE]
+        (world, layout), stop = first, [*more, "--exit-interval", "3"] if then else []
+        results = ranks(world, "support.training:train", flags(MODEL, *save, *layout, *stop))
+        if then:
+            world, layout = then
+            results = ranks(world, "support.training:train", flags(MODEL, *save, *layout))
+        losses = [step["loss"] for step in steps_of(results)]
+        return losses[-3:], results[0]["norms"][-3:]
+
+    return resume
+
+
+@pytest.mark.parametrize("then", ["tp2-ep4", "pp2-ep2"])
+def test_resumed_on_other_ranks(resume, then):
+    """Optimizer state of experts that two ranks shared."""
+    whole = resume(EP2, None)
+    for values, expected in zip(resume(EP2, LAYOUTS[then], BY_NAME), whole, strict=True):
+        assert values == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("then", "more", "sentence"),
+    [
+        ((2, [TP, "2", SP]), [], "expert model parallel size was 2 and is 1"),
+        ((2, []), [BY_NAME], "the optimizer's state of experts was apart and is with all other"),
+        ((2, [TP, "2", SP, ETP, "2"]), [BY_NAME], "apart and is with all other"),
+    ],
+)
+def test_state_that_does_not_fit(resume, then, more, sentence):
+    """By rank it is for those alone; by name for all layouts that keep experts apart."""
+    with pytest.raises(RankError) as failure:
+        resume(EP2, then, *more)
+    said = "".join(failure.value.logs)
+    assert sentence in said and "--no-load-optim" in said and "errors.UserError: " in said
+
+
+def test_resumed_as_it_was(resume):
+    assert resume(EP2, EP2) == resume(EP2, None)
