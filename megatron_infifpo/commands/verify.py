@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=real(0),
         metavar="X",
-        help="largest difference of a token's log-prob (default: 1e-3, or 0.5 with --bf16)",
+        help="largest difference of a token's log-prob (default: 1e-3, or 0.5 with --bf16; with "
+        "experts and --bf16 a mean one of 0.3)",
     )
     parser.add_argument("--texts", metavar="FILE", help="one a line (default: built in)")
 

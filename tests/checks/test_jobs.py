@@ -28,15 +28,25 @@ def test_verifications_that_cannot_be(change, said):
 
 
 def test_tolerances():
-    assert VerificationJob("hf", "load").largest_accepted == 1e-3
-    assert VerificationJob("hf", "load", bf16=True).largest_accepted == 0.5
-    assert VerificationJob("hf", "load", tolerance=0.0).largest_accepted == 0.0
+    whole, half = VerificationJob("hf", "load"), VerificationJob("hf", "load", bf16=True)
+    exact = VerificationJob("hf", "load", tolerance=0.0, bf16=True)
+
+    def of(size, mean=0.0):
+        return Difference(text=0, token=1, hf=-1.0, megatron=-1.0 - size, mean=mean, tokens=9)
+
+    for experts in (False, True):
+        assert whole.accepts(of(0.0009), experts) == (True, "0.001")
+        assert not whole.accepts(of(0.0011), experts)[0]
+        assert not exact.accepts(of(1e-9), experts)[0]
+    assert half.accepts(of(0.49, 0.4), False) == (True, "0.5")
+    assert not half.accepts(of(0.51), False)[0]
+    assert half.accepts(of(2.2, 0.29), True)[0] and not half.accepts(of(0.4, 0.31), True)[0]
 
 
 def test_what_a_verification_says():
     """One rank has the numbers; the others have the verdict alone."""
     worst = Difference(1, 2, -0.5, -0.25, 0.125, 30)
-    found = Verification(False, 0.1, worst, "the", weights="all weights are equal to the bit")
+    found = Verification(False, "0.1", worst, "the", weights="all weights are equal to the bit")
     assert found.sentences() == [
         "30 tokens: mean difference 1.25e-01, largest 2.50e-01 at text 1, token 2 'the': Hugging "
         "Face -0.500000, Megatron -0.250000",

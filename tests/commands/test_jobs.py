@@ -113,7 +113,7 @@ def test_jobs_that_cannot_be(job, change, said):
 def test_jobs_that_can_be():
     """A path where a text is wanted, a whole number for a number, a preset without sources."""
     assert ScoringJob(**WHOLE[ScoringJob] | {"model": Path("m")}).model_name == "m"
-    assert VerificationJob("h", "c", tolerance=1).largest_accepted == 1
+    assert VerificationJob("h", "c", tolerance=1).tolerance == 1
     assert InspectionJob("d", "r", method=resolve("sft")).method == resolve("sft")
     assert InspectionJob("d", "r", "s.yaml", tokens=True, method=resolve("dpo", beta=1.0)).tokens
     assert HarnessOptions(dtype="fp16").torch_dtype == "float16"
