@@ -19,6 +19,8 @@ _CHECKED = {
     "num_query_groups": (),
     "kv_channels": (),
     "rotary_base": (),
+    "rotary_percent": (),
+    "rotary_interleaved": (),
     "layernorm_epsilon": ("norm_epsilon",),
     "normalization": (),
     "layernorm_zero_centered_gamma": ("apply_layernorm_1p",),
@@ -46,6 +48,7 @@ def check_arguments(checkpoint: TorchDistCheckpoint, args: Mapping[str, Any]) ->
         UserError: names an argument, and both values.
     """
     trained = _trained_with(checkpoint)
+    args = {**args, "rotary_interleaved": bool(args["extras"].get("interleaved"))}
     for name, others in _CHECKED.items():
         theirs = next((trained[one] for one in (name, *others) if one in trained), None)
         ours = args.get(name)
@@ -70,7 +73,11 @@ def _trained_with(checkpoint: TorchDistCheckpoint) -> dict[str, Any]:
     )
     # Arguments of grouped queries have a value where there are none, too.
     if found.get("group_query_attention") is False:
-        del found["num_query_groups"]
+        found.pop("num_query_groups", None)
+    every = found.get("window_attn_skip_freq")
+    if type(every) is int:  # all layers but every so many
+        layers = range(1, 1 + found["num_layers"])
+        found["window_attn_skip_freq"] = [int(layer % every != 0) for layer in layers]
     return found
 
 

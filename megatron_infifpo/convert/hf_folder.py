@@ -23,7 +23,7 @@ def open_hf(directory: str | Path) -> tuple[HfWeights, WeightMapping, dict[str, 
     """
     config = read_hf_config(directory)
     kind = family(config)
-    check_quantized(Path(directory), kind.text_config(config))
+    check_quantized(Path(directory), kind.text_config(config) if kind.packed else config)
     return weights_of(directory, config), weight_mapping(config), kind.text_config(config)
 
 

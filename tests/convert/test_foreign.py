@@ -93,6 +93,8 @@ def test_verified(ranks, saved, case, by_layers):
         ("layernorm_epsilon", 1e-3),
         ("num_query_groups", 1),
         ("layernorm_zero_centered_gamma", True),
+        ("rotary_percent", 0.5),
+        ("rotary_interleaved", True),
     ],
 )
 def test_another_model_of_the_same_shapes(saved, tmp_path, argument, value):
@@ -101,6 +103,15 @@ def test_another_model_of_the_same_shapes(saved, tmp_path, argument, value):
     with pytest.raises(UserError, match=f"was trained with {argument} {value}"):
         export_checkpoint(folder, tmp_path / "out", hf=hf)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_window_on_all_layers_but_some(saved, tmp_path):
+    """Which Megatron-LM also takes as a number; and experts in one tensor, also on disk."""
+    hf, folder = saved("gpt_oss", "megatron-lm", window_attn_skip_freq=2)
+    export_checkpoint(folder, tmp_path / "out", hf=hf)
+    hf, folder = saved("gpt_oss", "megatron-lm", window_attn_skip_freq=3)
+    with pytest.raises(UserError, match=r"was trained with window_attn_skip_freq \[1, 1, 0, 1\]"):
+        export_checkpoint(folder, tmp_path / "other", hf=hf)
 
 
 @pytest.mark.parametrize("program", ["bridge", "nemo"])
