@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from megatron_infifpo.bench.jobs import recorded_training, training_flags
-from megatron_infifpo.families import OWN_LAYERS
+from megatron_infifpo.families import OWN_LAYERS, TINY
 from megatron_infifpo.gpu_check import processes
 from megatron_infifpo.gpu_check.host_waits import counting
 from megatron_infifpo.gpu_check.jobs import SMALL, prepare
 from megatron_infifpo.gpu_check.records import Options, Recorder
 
-FAMILIES = ("llama", *OWN_LAYERS)
+# Experts wait in every layer: Megatron asks the GPU how many tokens each of them gets.
+FAMILIES = ("llama", *(name for name in OWN_LAYERS if "num_local_experts" not in TINY[name]))
 STEPS, MICRO_BATCHES, PAIRS = 3, 4, 2
 # A step: one look for log-probs that are not finite. On a CPU what is then done with what came back
 # to the host counts as well.

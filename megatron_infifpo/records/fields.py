@@ -1,6 +1,7 @@
 """Fields that preference records of every form may have, and what makes a reply."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_infifpo.records.conversations import system_before
@@ -138,3 +139,23 @@ def template_options(value: dict[str, Any]) -> dict[str, Any]:
                 "that a record may choose; expected such as enable_thinking"
             )
     return check_json(found, "chat_template_kwargs")
+
+
+def refuse_rendered(messages: Sequence[Message], name: str) -> None:
+    """Refuse text that a chat template has rendered: each model's own would render it again.
+
+    Args:
+        messages: of a prompt, or of a reply.
+        name: of its field.
+
+    Raises:
+        BadRecordError: a message is rendered.
+    """
+    for message in messages:
+        mark = rendered_mark(message["content"], reply=message["role"] == "assistant")
+        if mark is not None:
+            raise BadRecordError(
+                f"{name!r} is rendered by a chat template already (it begins or ends with "
+                f"{mark!r}), expected plain text or messages: every model's own template renders "
+                "them"
+            )

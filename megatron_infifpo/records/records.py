@@ -16,6 +16,7 @@ from megatron_infifpo.records.fields import (
     label,
     read_tools,
     refuse_lost,
+    refuse_rendered,
     system_messages,
     template_options,
 )
@@ -31,7 +32,6 @@ from megatron_infifpo.records.messages import (
     reply,
 )
 from megatron_infifpo.records.read_report import ReadReport
-from megatron_infifpo.records.rendered_text import rendered_mark
 from megatron_infifpo.records.replies import add_pair_fields, check_list, check_pair
 
 __all__ = [
@@ -243,10 +243,10 @@ def parse_record(
     else:
         add_pair_fields(value, parts, ignored)
         check_pair(parts, RESPONSES)
-    _refuse_rendered(prompt, "prompt")
+    refuse_rendered(prompt, "prompt")
     for number, messages in enumerate(parts.replies):
         name = f"{parts.listed}[{number}]" if parts.listed else RESPONSES[number]
-        _refuse_rendered(messages, name)
+        refuse_rendered(messages, name)
     unused = value.keys() - COMMON - {*form.fields, *parts.used}
     ignored |= {str(name) for name in unused if value[name] is not None}
     record = PreferenceRecord(
@@ -261,15 +261,3 @@ def parse_record(
         template_options=template_options(value),
     )
     return record, ignored
-
-
-def _refuse_rendered(messages: Sequence[Message], name: str) -> None:
-    """Refuse text that a chat template has rendered: each model's own would render it again."""
-    for message in messages:
-        mark = rendered_mark(message["content"], reply=message["role"] == "assistant")
-        if mark is not None:
-            raise BadRecordError(
-                f"{name!r} is rendered by a chat template already (it begins or ends with "
-                f"{mark!r}), expected plain text or messages: every model's own template renders "
-                "them"
-            )

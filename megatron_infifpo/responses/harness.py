@@ -13,6 +13,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_choice, check_positive, check_types
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.responses.benchmarks import Benchmark
+from megatron_infifpo.tokens.chat_template import with_one_date
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -132,6 +133,9 @@ def load(folder: str, options: HarnessOptions) -> Any:
         named["batch_size"] = 1
         model.register_forward_pre_hook(lambda *_: rule.reset())
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
+    if tokenizer.chat_template:
+        # The same results tomorrow.
+        tokenizer.chat_template = with_one_date(tokenizer.get_chat_template())
     return get_model("hf")(pretrained=model.to(cpu.device()), tokenizer=tokenizer, **named)
 
 

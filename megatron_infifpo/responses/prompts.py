@@ -13,6 +13,7 @@ from megatron_infifpo.records.fields import (
     label,
     read_tools,
     refuse_lost,
+    refuse_rendered,
     system_messages,
     template_options,
 )
@@ -149,6 +150,7 @@ def parse_prompt(
             "role user that is not empty, or of role tool"
         )
     refuse_lost(value)
+    refuse_rendered(messages, "prompt")
     used |= {*COMMON, *EXTRA, "question_id"}
     ignored |= {str(n) for n in value if n not in used and value[n] is not None}
     extra = {name: value[name] for name in EXTRA if value.get(name) is not None}

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jinja2
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,8 +16,10 @@ from megatron_infifpo.patches import cpu
 from megatron_infifpo.responses.answers import Response
 from megatron_infifpo.responses.programs import Scorer, UnjudgedError, program_scorer
 from megatron_infifpo.responses.prompts import Prompt
-from megatron_infifpo.tokens.habits import fold_system
+from megatron_infifpo.tokens.chat_template import ChatTemplate, RefusedRecordError
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
+from megatron_infifpo.tokens.rendering import Renderer
+from megatron_infifpo.tokens.special_text import SpecialText
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,17 @@ def reward_scorer(judge: Judge) -> Scorer:
             "model, with one score and a chat template"
         )
     rule = BatchRule(network)
+    template = ChatTemplate(tokenizer, model, {})
+    renderer = Renderer(template, SpecialText(tokenizer), score="last", reasoning="auto")
 
     def render(prompt: Prompt, answer: Response) -> str:
         # Its reasoning is not judged, and reward models have seen none.
         chat = [*prompt.messages, replace(answer, reasoning=None).message()]
-        options = {"tools": list(prompt.tools)} if prompt.tools else {}
         try:
-            try:
-                return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
-            except jinja2.TemplateError:  # Gemma's knows no system messages
-                chat = fold_system(chat)
-                return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            return renderer.conversation(chat, prompt.id, tools=prompt.tools)
+        except RefusedRecordError as error:
             reason = "the reward model's chat template refuses it"
-            detail = " ".join(str(error).split())
-            raise UnjudgedError(f"{prompt.id!r}: {reason} ({detail})", reason) from None
+            raise UnjudgedError(f"{prompt.id!r}: {reason} ({error.reason})", reason) from None
 
     def scores(prompt: Prompt, answers: Sequence[Response]) -> list[float]:
         rendered = [render(prompt, answer) for answer in answers]

@@ -55,6 +55,11 @@ def _reserved() -> set[str]:
     return {"messages", "content", "reasoning_content", "tool_call", *parameters}
 
 
+def with_one_date(template: str) -> str:
+    """Return a template that prints `TODAY` where it would print the date."""
+    return _DATE.sub(lambda call: repr(TODAY.strftime(call[2])), template)
+
+
 class RefusedRecordError(UserError):
     """A chat template cannot render a record, or not so that what is scored is known.
 
@@ -87,9 +92,7 @@ class ChatTemplate:
         template = tokenizer.chat_template
         if isinstance(template, dict):
             template = tokenizer.get_chat_template()
-        tokenizer.chat_template = self.text = _DATE.sub(
-            lambda call: repr(TODAY.strftime(call[2])), template
-        )
+        tokenizer.chat_template = self.text = with_one_date(template)
         if "strftime_now(" in self.text:
             raise UserError(
                 f"the chat template of {path} prints a date in a form that it computes, so that "

@@ -111,6 +111,23 @@ class Renderer:
         except RewrittenError as error:
             raise RefusedRecordError(record_id, str(error), self.template.path) from None
 
+    def conversation(
+        self, messages: Iterable[Message], record_id: str, *, tools: Sequence[dict[str, Any]] = ()
+    ) -> str:
+        """Return a whole conversation, nothing of which the template leaves out.
+
+        Raises:
+            RefusedRecordError: the template cannot render it, or drops or rewrites some of it.
+        """
+        record = PreferenceRecord(record_id, "", tuple(messages), (), tools=tuple(tools))
+        try:
+            self._check_able(record, record.prompt)
+            text = self._render(record, ())
+            _check_written(record.prompt, text)
+        except RewrittenError as error:
+            raise RefusedRecordError(record_id, str(error), self.template.path) from None
+        return text
+
     def split(self, record: PreferenceRecord) -> Rendering:
         """Render a record and find what of it is scored.
 

@@ -1,6 +1,7 @@
 """From responses to pairs: best, worst, the pivot's own best, and what is left out."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,6 +235,23 @@ def test_prompts_that_the_reward_model_refuses(files, label, tmp_path):
         label("--reward-model", str(folder))
     found = label("--reward-model", str(folder), "--on-bad-record", "skip")
     assert set(found) == {"p1", "p3"}
+    # What it would leave out: a prompt with tools, and all turns but the last two.
+    (folder / "chat_template.jinja").write_text(tiny.TEMPLATE.replace("messages", "messages[-2:]"))
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
+    for name, change, said in (
+        ("p1", {"tools": tools}, "it does not write tools"),
+        ("p3", {"prompt": [*turns, {"role": "user", "content": "x"}]}, "a message of role user"),
+    ):
+        for path in map(Path, files):
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            changed = [line | change if line["id"] == name else line for line in lines]
+            path.write_text("\n".join(map(json.dumps, changed)))
+        with pytest.raises(UserError, match=f"'{name}': the reward model's .*{said}"):
+            label("--reward-model", str(folder), output=f"{name}.jsonl")
+        for path in map(Path, files):
+            kept = [line for line in path.read_text().splitlines() if f'"{name}"' not in line]
+            path.write_text("\n".join(kept))
     with pytest.raises(UserError, match="none is not a folder"):
         label("--reward-model", str(tmp_path / "none"), output="b.jsonl")
 

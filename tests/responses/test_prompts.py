@@ -167,6 +167,14 @@ def test_a_choice_depends_on_the_ids_alone(tmp_path):
         ),
         ('{"prompt": "x", "id": "a"}\n{"prompt": "y", "id": "a"}', "duplicate id 'a'"),
         ("{", "broken JSON"),
+        (
+            json.dumps({"prompt": "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"}),
+            "'prompt' is rendered by a chat template already",
+        ),
+        (
+            json.dumps({"messages": [{"role": "user", "content": "[INST] x [/INST]"}]}),
+            "'prompt' is rendered by a chat template already",
+        ),
     ],
 )
 def test_bad_prompts_are_refused(tmp_path, line, message):

@@ -23,7 +23,8 @@ def test_baselines(cluster, run_folder, monkeypatch):
     run = run_folder.folder
     environment = {**run_folder.environment, "INFIFPO_ENV": str(SCRIPTS / "env.sh")}
     environment |= {"SFT": run_folder.environment["TRAIN"], "LOGS": str(run / "logs")}
-    environment |= {"NODES": "1"}  # of training; test_jobs.py has two
+    # One rank; test_jobs.py has two.
+    environment |= {"NODES": "1", "LAYOUT": "tensor=1 pipeline=1 bf16=false"}
     environment |= {"FUSE": 'ambiguous=id flags="--top-k 8"', "MERGE": 'flags="--select-top 0.5"'}
     monkeypatch.chdir(ROOT)
     (run / "logs").mkdir()
