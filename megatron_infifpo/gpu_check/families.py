@@ -77,7 +77,11 @@ def in_transformers(
 
     from megatron_infifpo.engine.hf_names import as_saved
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).train()
+    # Experts one by one: their grouped products know no float64.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, experts_implementation="eager"
+    )
+    model = model.to(device).train()
     found = []
     for pair in pairs:
         for response in pair.response_ids:

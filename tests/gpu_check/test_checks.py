@@ -21,8 +21,10 @@ from megatron_infifpo.gpu_check.records import (
     Result,
     read_checks,
 )
+from megatron_infifpo.gpu_check.rows import random_pairs
 from megatron_infifpo.gpu_check.waits import Waits
 from megatron_infifpo.planning.plan import GIB
+from support import tiny
 
 CPU = Options("cpu", True, 2, ("tiny",), "", 60.0)
 CUDA = Options("cuda", False, 1, ("7b",), "", 600.0)
@@ -308,3 +310,15 @@ def test_a_broken_package_says_why(monkeypatch, tmp_path, broken):
     assert it.status == (FAILED if broken else PASSED)
     assert it.note == ("RuntimeError: install me for your CUDA" if broken else "2.20")
     assert found(record)["other"].status == SKIPPED
+
+
+def test_experts_are_computed_in_float64(tmp_path):
+    """What all else is compared with: transformers' grouped products would not take it."""
+    pairs = random_pairs(families.LENGTHS, families.VOCABULARY - 1)
+    folder = tiny.save_model(tmp_path / "hf", "gpt_oss", vocab_size=families.VOCABULARY)
+    exact, close = (
+        families.in_transformers(folder, pairs, dtype, "cpu")
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert 0 < (exact.logprobs - close.logprobs).abs().max() < 1e-4
+    assert any("experts" in name for name in exact.gradients)
