@@ -60,8 +60,7 @@ pivot: {model: hf}
 sources: [{name: qwen, model: qwen}]
 data: {pairs: [pairs.jsonl]}
 train:
-  - &usual {method: sft, lr: 1e-3, global_batch_size: 4, seq_length: 256, micro_batch_tokens: 512}
-  - {<<: *usual, method: infifpo}
+  - {method: infifpo, lr: 1e-3, global_batch_size: 4, seq_length: 256, micro_batch_tokens: 512}
 cluster: {at_once: 2}
 """
 
@@ -85,8 +84,8 @@ def test_a_run_by_infifpo_alone(venv, tmp_path):
     assert (out / "infifpo" / "report.html").stat().st_size > 50_000
     data = "--data out/data/preference --sources out/sources/infifpo.yaml"
     looks = (
-        f"check {data} --run out/infifpo --weights qwen=qwen initial=out/sft",
-        f"inspect {data} --id {json.loads(first_line(out / 'data' / 'preference.jsonl'))['id']}",
+        f"check {data} --run out/infifpo --weights qwen=qwen initial=hf",
+        f"inspect {data} --id {json.loads(first_line(tmp_path / 'pairs.jsonl'))['id']}",
         "status run.yaml",
         "fuse run.yaml",
     )
@@ -94,8 +93,8 @@ def test_a_run_by_infifpo_alone(venv, tmp_path):
         checked, inspected, status, again = pool.map(infifpo, looks)
     assert "all is as it should be" in checked and "qwen" in inspected
     states = [line.split()[1] for line in status.splitlines()[1:]]
-    assert states == ["done"] * len(states) and len(states) > 8
-    assert "done already: split" in again and "..." not in again
+    assert states == ["done"] * len(states) and len(states) > 6
+    assert "done already: prepare-preference" in again and "..." not in again
 
 
 def first_line(path: Path) -> str:
