@@ -36,8 +36,7 @@ TEXTS = (
 )
 # Largest absolute difference of a token's log-prob. A misplaced weight moves it by whole nats.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-# Mean one, of models with experts in bfloat16: rounding sends a token to other experts, which moves
-# the worst one of a right model by 2 nats, and the mean by 0.1 (docs/lab-log.md).
+# Of the mean one, with experts in bfloat16, whose rounding sends tokens to others: docs/lab-log.md.
 MEAN_TOLERANCE = 0.3
 
 

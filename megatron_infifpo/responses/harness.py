@@ -13,7 +13,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_choice, check_positive, check_types
 from megatron_infifpo.patches import cpu
 from megatron_infifpo.responses.benchmarks import Benchmark
-from megatron_infifpo.tokens.chat_template import with_one_date
+from megatron_infifpo.tokens.dates import with_one_date
 from megatron_infifpo.tokens.hf_tokenizer import load_tokenizer
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -4,7 +4,6 @@ Nothing is assumed of a template: every habit is what it writes for a few conver
 letters, for each set of options, since options such as `enable_thinking` change the habits.
 """
 
-import datetime
 import inspect
 import json
 import os
@@ -18,12 +17,9 @@ import jinja2.meta
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import Message
+from megatron_infifpo.tokens.dates import with_one_date
 from megatron_infifpo.tokens.habits import Habits, in_parts, without_opening
 from megatron_infifpo.tokens.special_text import SpecialText
-
-# What templates that print today's date (Llama 3, Mistral) print: prompts must not change by night.
-TODAY = datetime.date(2025, 1, 1)
-_DATE = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)")
 
 # Plain letters: no template trims, escapes or splits them.
 _REPLY, _THOUGHT = "INFIFPOREPLY", "INFIFPOTHOUGHT"
@@ -53,11 +49,6 @@ def _reserved() -> set[str]:
 
     parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     return {"messages", "content", "reasoning_content", "tool_call", *parameters}
-
-
-def with_one_date(template: str) -> str:
-    """Return a template that prints `TODAY` where it would print the date."""
-    return _DATE.sub(lambda call: repr(TODAY.strftime(call[2])), template)
 
 
 class RefusedRecordError(UserError):

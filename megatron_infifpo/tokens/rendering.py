@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.records.messages import SYSTEM_ROLES
 from megatron_infifpo.records.records import Message, PreferenceRecord
 from megatron_infifpo.tokens.chat_template import ChatTemplate, RefusedRecordError
 from megatron_infifpo.tokens.habits import Habits, fold_system, in_parts, said_in
@@ -27,13 +26,13 @@ from megatron_infifpo.tokens.turns import (
     Whole,
     answer_start,
     asked_before,
+    check_written,
     common_start,
     earlier_end,
     holds,
     last_end,
     later_ends,
     prompt_ends,
-    written_until,
 )
 
 SCORE, REASONING = ("last", "all"), ("auto", "yes", "no")
@@ -123,7 +122,7 @@ class Renderer:
         try:
             self._check_able(record, record.prompt)
             text = self._render(record, ())
-            _check_written(record.prompt, text)
+            check_written(record.prompt, text)
         except RewrittenError as error:
             raise RefusedRecordError(record_id, str(error), self.template.path) from None
         return text
@@ -146,7 +145,7 @@ class Renderer:
             replies = tuple(tuple(map(self._special.hide, reply)) for reply in replies)
             texts = [self._render(record, reply) for reply in replies]
             for reply, text in zip(replies, texts, strict=True):
-                _check_written([*prompt, *reply], text)
+                check_written([*prompt, *reply], text)
             asked = self._asked(record, texts[0], replies[0])
             cuts = record.cut or (False,) * len(replies)
             wholes = [
@@ -186,7 +185,7 @@ class Renderer:
 
     def _prompt(self, record: PreferenceRecord) -> str:
         text = self._render(record, (), generate=True)
-        _check_written(record.prompt, text)
+        check_written(record.prompt, text)
         return text + self.template.habits(record.template_options).adds
 
     def _with_known_options(
@@ -298,20 +297,3 @@ class Renderer:
                 raise RewrittenError("it writes one call of a message, not several")
             if message["role"] == "tool" and not able("tool", options):
                 raise RewrittenError("it does not write messages of role tool")
-
-
-def _check_written(messages: Iterable[Message], text: str) -> None:
-    """Refuse what the template has dropped or rewritten: contents stand in their order."""
-    place = 0
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role == "assistant":
-            content = said_in(message).answer
-            for call in message.get("tool_calls", ()):
-                if call.get("function", call).get("name", "") not in text:
-                    raise RewrittenError("it leaves out a call of a tool")
-        # Some put the system's message before the user's last one.
-        found = written_until(text, content.strip(), 0 if role in SYSTEM_ROLES else place)
-        if found < 0:
-            raise RewrittenError(f"it does not write a message of role {role} as it is")
-        place = place if role in SYSTEM_ROLES else found

@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megatron_infifpo.records.messages import SYSTEM_ROLES
 from megatron_infifpo.records.records import Message
 from megatron_infifpo.tokens.habits import Habits, only_opens, said_in, without_opening
 from megatron_infifpo.tokens.special_text import SpecialText
@@ -222,3 +223,28 @@ def common_start(wholes: Sequence[Whole]) -> int:
         for start in candidates
         if all(whole.text.startswith(wholes[0].text[:start]) for whole in wholes)
     )
+
+
+def check_written(messages: Iterable[Message], text: str) -> None:
+    """Refuse what the template has dropped or rewritten: contents stand in their order.
+
+    Args:
+        messages: of a conversation.
+        text: what the template has made of it.
+
+    Raises:
+        RewrittenError: a content or a call is not in the text.
+    """
+    place = 0
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "assistant":
+            content = said_in(message).answer
+            for call in message.get("tool_calls", ()):
+                if call.get("function", call).get("name", "") not in text:
+                    raise RewrittenError("it leaves out a call of a tool")
+        # Some put the system's message before the user's last one.
+        found = written_until(text, content.strip(), 0 if role in SYSTEM_ROLES else place)
+        if found < 0:
+            raise RewrittenError(f"it does not write a message of role {role} as it is")
+        place = place if role in SYSTEM_ROLES else found
