@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace, length: int, ranks: int) -> None:
 
     step.run_packed = run_packed
     training_steps(
-        args.folder / str(length), timer, args.steps + 1, "--seq-length", str(2 * length),
+        args.folder / str(length), timer, args.steps + 1, "--seq-length", str(4 * length),
         "--global-batch-size", "1", "--micro-batch-size", "1",
         "--context-parallel-size", str(ranks), "--recompute-granularity", "selective",
     )  # fmt: skip
