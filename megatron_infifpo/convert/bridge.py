@@ -7,13 +7,12 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_infifpo.convert.adapters import holds_adapters
 from megatron_infifpo.convert.foreign import RUN_CONFIG
 from megatron_infifpo.convert.megatron_folder import open_checkpoint
+from megatron_infifpo.convert.model_weights import AdaptedWeights
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import megatron_args
 from megatron_infifpo.storage.checkpoints import HF_FOLDER, find_checkpoint
-from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint
 
 _PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
 _TOKENIZER = "megatron.bridge.training.tokenizers.config.TokenizerConfig"
@@ -46,7 +45,7 @@ def write_run_config(load_dir: str | Path, iteration: int | None = None) -> Path
     """
     folder = find_checkpoint(load_dir, iteration)
     weights, mapping, config = open_checkpoint(load_dir, iteration)
-    if holds_adapters(TorchDistCheckpoint(folder)):
+    if isinstance(weights, AdaptedWeights):
         raise UserError(f"{load_dir} holds adapters: export them with --adapter-only instead")
     args = megatron_args(config)
     if args["extras"] or "rope" in args:

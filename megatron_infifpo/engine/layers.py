@@ -7,6 +7,7 @@ those of Transformer Engine's layers, so checkpoints move between the two.
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,43 @@ def check_flash_kernel() -> None:
         raise UserError(
             f"PyTorch {torch.__version__}'s varlen_attn has no enable_gqa: expected torch >= 2.12"
         )
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: RowParams,
+    *,
+    scale: float | None,
+    window: int,
+    **more: Any,
+) -> Any:
+    """PyTorch's variable-length flash kernel on all segments of a row, causal.
+
+    Args:
+        query: `[T, heads, head_dim]`; `key` and `value`: `[T_kv, groups, head_dim]`.
+        row: where segments lie.
+        scale: of the products; None: one over the root of head_dim.
+        window: tokens before itself that a token sees; -1: all.
+        more: of `varlen_attn`.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    check_flash_kernel()
+    return varlen_attn(
+        query,
+        key,
+        value,
+        row.cu_seqlens_q,
+        row.cu_seqlens_kv,
+        row.max_seqlen_q,
+        row.max_seqlen_kv,
+        scale=scale,
+        window_size=(window, 0),
+        enable_gqa=True,
+        **more,
+    )
 
 
 class PackedAttention(MegatronModule):
@@ -159,21 +197,10 @@ class PackedAttention(MegatronModule):
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, row: RowParams) -> Tensor:
         """One flash kernel for all segments, `[T, heads, head_dim]`."""
-        from torch.nn.attention.varlen import varlen_attn
-
-        check_flash_kernel()
-        return varlen_attn(  # type: ignore[return-value]  # one tensor without return_aux
-            query,
-            key,
-            value,
-            row.cu_seqlens_q,
-            row.cu_seqlens_kv,
-            row.max_seqlen_q,
-            row.max_seqlen_kv,
-            scale=self.scale,
-            window_size=(self.window, 0),  # causal
-            enable_gqa=True,
+        found: Tensor = flash_attention(
+            query, key, value, row, scale=self.scale, window=self.window
         )
+        return found
 
     def _by_segment(self, query: Tensor, key: Tensor, value: Tensor, row: RowParams) -> Tensor:
         """One call of PyTorch's attention a segment, `[T, heads, head_dim]`."""

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_infifpo.engine.layers import PackedAttention, check_flash_kernel
+from megatron_infifpo.engine.layers import PackedAttention, flash_attention
 from megatron_infifpo.engine.packed import RowParams
 
 
@@ -46,7 +46,6 @@ class SinkAttention(PackedAttention):
         """Take nothing."""
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, row: RowParams) -> Tensor:
-        check_flash_kernel()
         options = (self.scale, self.window)
         out: Tensor = FlashWithSinks.apply(query, key, value, self.softmax_offset, row, options)
         return out
@@ -105,21 +104,12 @@ class FlashWithSinks(torch.autograd.Function):
 
         `options` are `scale` and `window`: of `varlen_attn`, and tokens before a query, -1: all.
         """
-        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+        from torch.nn.attention.varlen import AuxRequest
 
         scale, window = options
-        out, lse = varlen_attn(
-            query,
-            key,
-            value,
-            row.cu_seqlens_q,
-            row.cu_seqlens_kv,
-            row.max_seqlen_q,
-            row.max_seqlen_kv,
-            scale=scale,
-            window_size=(window, 0),
-            enable_gqa=True,
-            return_aux=AuxRequest(lse=True),
+        lse_too = AuxRequest(lse=True)
+        out, lse = flash_attention(
+            query, key, value, row, scale=scale, window=window, return_aux=lse_too
         )
         assert lse.shape == query.shape[1::-1], "the kernel has its log-sum-exp as [heads, T]"
         whole = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])

@@ -99,7 +99,8 @@ What becomes of a model, by the `model_type` of its config.json. A pivot is impo
 Megatron and exported ([converting.md](converting.md)); a source is scored, by Megatron where it may
 be a pivot and else by transformers {version} ([scoring.md](scoring.md)). This page is made by
 `python -m megatron_infifpo.families.page`. A field of config.json that would be computed otherwise
-is refused by name, in any family; quantized weights can be those of a source alone.
+is refused by name, in any family; quantized weights can be those of a source
+alone, but for gpt-oss, whose four bits are read as the numbers that they are.
 
 {pivots} of these {all} model types may be pivots, and {sources} sources.
 
