@@ -3,10 +3,14 @@
 import os
 import select
 import sys
+import time
 from collections.abc import Callable
 
 from megatron_infifpo.errors import user_errors
 from megatron_infifpo.ranks import rank, ranks_from_srun
+
+# Where all ranks stop, the first says why; a launcher that sees another end at once would kill it.
+FIRST_SPEAKS_S = 2.0
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -14,6 +18,15 @@ def run(main: Callable[[], int | None]) -> None:
     ranks_from_srun(os.environ)
     # PyTorch's checkpoint reader would unpickle objects of any kind.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        _run(main)
+    except SystemExit as end:
+        if rank() and end.code == 2:
+            time.sleep(FIRST_SPEAKS_S)
+        raise
+
+
+def _run(main: Callable[[], int | None]) -> None:
     with user_errors(f"[rank {rank()}] " if rank() else ""):
         try:
             code = main() or 0

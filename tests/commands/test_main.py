@@ -9,6 +9,7 @@ import time
 import pytest
 
 from megatron_infifpo import __version__
+from megatron_infifpo.commands import entry
 from megatron_infifpo.commands.flags import hidden_alias
 from megatron_infifpo.commands.help import pages_of
 from megatron_infifpo.commands.main import COMMANDS, PAGES, make_parser, run_words
@@ -153,6 +154,22 @@ def test_a_reader_that_goes_away(words):
         ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True
     )
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("3", [entry.FIRST_SPEAKS_S])])
+def test_the_first_rank_says_why(monkeypatch, capsys, rank, waits):
+    """A launcher ends all ranks when it sees one end, so the others leave after the first."""
+
+    def refuse() -> None:
+        raise UserError("no such thing")
+
+    slept = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(entry.time, "sleep", slept.append)
+    with pytest.raises(SystemExit) as end:
+        entry.run(refuse)
+    assert end.value.code == 2 and slept == waits
+    assert "error: no such thing" in capsys.readouterr().err
 
 
 def test_an_alias_of_nothing():

@@ -130,4 +130,5 @@ def test_said(run, ranks):
 def test_refused(run, ranks):
     with pytest.raises(RankError):
         run(2, CP, "4")
-    assert "tensor x pipeline x context parallel groups of 1 x 1 x 4" in ranks.logs[0]
+    said = "tensor x pipeline x context parallel groups of 1 x 1 x 4"
+    assert said in "\n".join(ranks.logs)  # whichever rank is first

@@ -94,7 +94,7 @@ def test_context_parallel(newest_te_ranks, job, straight, kind):
         with pytest.raises(RankError):
             newest_te_ranks(2, "support.te_training:train", argv, kind)
         said = "--context-parallel-size does not work with Transformer Engine's attention"
-        assert said in newest_te_ranks.logs[0]
+        assert said in "\n".join(newest_te_ranks.logs)  # whichever rank is first
         return
     for record in newest_te_ranks(2, "support.te_training:train", argv, kind):
         assert losses(record) == pytest.approx(losses(straight["local"])[:2], abs=1e-4)
