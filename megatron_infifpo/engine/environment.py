@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_infifpo import __version__
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.patches import cpu
 
 # Distribution -> what it is for.
@@ -36,24 +37,37 @@ class ShowEnvironment(argparse.Action):
         parser.exit()
 
 
-def report() -> str:
-    """Lines on versions, devices and the path that each part takes; imports Megatron."""
+def report(refused: UserError | None = None) -> str:
+    """Lines on versions, devices and the path that each part takes; imports Megatron.
+
+    Args:
+        refused: why no run can start here. Megatron is not imported then, and no part has a path.
+    """
     lines = [f"megatron_infifpo {__version__}, Python {platform.python_version()}"]
     for name, purpose in PACKAGES.items():
         lines.append(f"  {name:<24}{version(name):<16}{purpose}")
     on_cpu = cpu.is_enabled()
-    if on_cpu:
-        lines.append("devices: none; Megatron runs on the CPU, for tests and demos")
-    else:
-        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-        lines.append(f"devices: {torch.cuda.device_count()} x {', '.join(sorted(names))}")
+    lines.append(f"devices: {devices(on_cpu, refused)}")
     found = {
         "NVIDIA driver": driver_version() or "none",
         "CUDA of this PyTorch": torch.version.cuda or "none",
-        "CUDA": cuda_state(on_cpu),
+        "CUDA": "refused: see below" if refused else cuda_state(on_cpu),
     }
-    lines += [f"  {part:<24}{path}" for part, path in (found | paths(on_cpu)).items()]
+    if not refused:
+        found |= paths(on_cpu)
+    lines += [f"  {part:<24}{path}" for part, path in found.items()]
     return "\n".join(lines)
+
+
+def devices(on_cpu: bool, refused: UserError | None = None) -> str:
+    """Say what a run here would use."""
+    if on_cpu:
+        return "none; Megatron runs on the CPU, for tests and demos"
+    count = torch.cuda.device_count()
+    if refused and not count:
+        return "none that PyTorch can use"
+    names = {torch.cuda.get_device_name(i) for i in range(count)}
+    return f"{count} x {', '.join(sorted(names))}"
 
 
 def paths(on_cpu: bool) -> dict[str, str]:

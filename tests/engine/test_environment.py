@@ -1,7 +1,14 @@
 """`--environment` says what a run would use, whatever is installed."""
 
-import pytest
+import argparse
+import re
+import sys
 
+import pytest
+import torch
+
+from megatron_infifpo.commands import environment as command
+from megatron_infifpo.errors import UserError
 from megatron_infifpo.patches import cpu
 
 cpu.enable(announce=False)
@@ -16,6 +23,34 @@ def test_report_of_this_machine():
     assert found["layers, bf16 and fp16"].startswith("Megatron's local ones")
     assert found["CUDA"] == "hidden by CUDA_VISIBLE_DEVICES", "as conftest.py says"
     assert found["collectives"] == "gloo" and found["FP8"].startswith("no:")
+
+
+@pytest.mark.parametrize("fault", ["driver", "transformer engine"])
+def test_where_no_run_starts(monkeypatch, capsys, tmp_path, fault):
+    """Versions and the driver are said even then: they are what has to be changed."""
+    monkeypatch.setattr(cpu, "_mode", None)
+    if fault == "driver":
+        monkeypatch.setattr(cpu, "DRIVER", tmp_path)  # there
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        said, devices = "finds no GPU: is the driver older", "none that PyTorch can use"
+    else:
+        (tmp_path / "transformer_engine").mkdir()
+        (tmp_path / "transformer_engine" / "__init__.py").write_text("raise RuntimeError('no abi')")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA X100")
+        said, devices = "does not import (RuntimeError: no abi)", "2 x NVIDIA X100"
+    with pytest.raises(UserError, match=re.escape(said)):
+        command.run(argparse.Namespace())
+    printed = capsys.readouterr().out
+    assert f"devices: {devices}\n" in printed
+    for part in ("  torch   ", "  NVIDIA driver", "  CUDA of this PyTorch", "refused: see below"):
+        assert part in printed
+    assert "collectives" not in printed
 
 
 def test_with_transformer_engine(monkeypatch):
