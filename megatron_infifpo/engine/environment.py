@@ -80,7 +80,7 @@ def paths(on_cpu: bool) -> dict[str, str]:
     }
     fused = distrib_optimizer.HAVE_APEX_OR_TE
     accumulation = "added by the products themselves"
-    if _kind(True) == "local" and (on_cpu or not _installed("fused_weight_gradient_mlp_cuda")):
+    if _kind(True) == "local" and (on_cpu or not installed("fused_weight_gradient_mlp_cuda")):
         accumulation = "added after them (fused: Transformer Engine's layers, or apex)"
     return kinds | {
         "FP8": "yes" if _kind(True) == "te" else "no: it needs Transformer Engine's layers",
@@ -113,7 +113,7 @@ def attention(on_cpu: bool) -> str:
     by_segment = "PyTorch's attention, one call a segment"
     if on_cpu:
         return by_segment
-    if not _installed("torch.nn.attention.varlen"):
+    if not installed("torch.nn.attention.varlen"):
         return f"{by_segment}: PyTorch {torch.__version__} has no varlen_attn, 2.12 has"
     from torch.nn.attention.varlen import varlen_attn
 
@@ -129,7 +129,7 @@ def flash_attention_3() -> str:
     current = getattr(implementations, "current_flash_attention_impl", lambda: None)()
     if current is not None:
         return f"{current} is active"
-    return "installed, not activated" if _installed("flash_attn_interface") else "not installed"
+    return "installed, not activated" if installed("flash_attn_interface") else "not installed"
 
 
 def cuda_state(on_cpu: bool) -> str:
@@ -156,7 +156,8 @@ def version(name: str) -> str:
         return "not installed"
 
 
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
+    """Whether a module is there; whether it imports is another question."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ModuleNotFoundError, ValueError):

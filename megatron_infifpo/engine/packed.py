@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_infifpo.engine.schedule import get_schedule
 from megatron_infifpo.logprobs import TopLogprobs, response_logprobs
 from megatron_infifpo.rows import Row
+from megatron_infifpo.rows.packing import pin
 from megatron_infifpo.rows.pieces import cut
 
 
@@ -176,7 +177,9 @@ def score_rows(
 
     def forward_step(rows: Iterator[Row], model: torch.nn.Module) -> tuple[Tensor, partial[Any]]:
         row = next(rows)
-        output = run_packed(model, to_device(row) | {"top_ids": "own_top" in row}, vocab_size)
+        # Pinned one by one, while the device is busy with the row before.
+        on_device = to_device(pin(row))
+        output = run_packed(model, on_device | {"top_ids": "own_top" in row}, vocab_size)
         if on_row is not None:
             on_row(row)
         return output, partial(_collect)

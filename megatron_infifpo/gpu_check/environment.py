@@ -1,7 +1,6 @@
 """Group 1: driver, PyTorch, the packages that GPUs bring into play, and a product on every GPU."""
 
 import importlib
-import importlib.util
 import os
 import platform
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_infifpo import __version__
-from megatron_infifpo.engine.environment import DRIVER, driver_version, version
+from megatron_infifpo.engine.environment import DRIVER, driver_version, installed, version
 from megatron_infifpo.gpu_check.records import FAILED, PASSED, Options, Recorder, first_line
 
 # Distributions that decide what runs. They are looked up and not imported: one may be broken.
@@ -108,7 +107,7 @@ def product_error(device: str) -> float:
 
 def check_import(record: Recorder, name: str, package: str, module: str) -> None:
     """Import a package as Megatron will: missing is fine, broken is not."""
-    if importlib.util.find_spec(package) is None:
+    if not installed(package):
         record.skip(name, "not installed")
         return
     with record.check(name) as result:

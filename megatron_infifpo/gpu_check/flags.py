@@ -4,7 +4,6 @@ What concerns the optimizer's state goes on from what it saved, too, beside itse
 refuses these flags, one run with a flag for any device stands for them.
 """
 
-import importlib.util
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_infifpo.engine.environment import installed
 from megatron_infifpo.gpu_check.jobs import CALM, TITLES, prepare
 from megatron_infifpo.gpu_check.records import Options, Recorder, Result
 from megatron_infifpo.gpu_check.training import (
@@ -56,7 +56,7 @@ def choose(
 
 def check(options: Options, record: Recorder) -> None:
     """Run what this machine can, then what is resumed; compare losses and norms of gradients."""
-    packages = {name for name in (TE, NVML, FLASH) if importlib.util.find_spec(name) is not None}
+    packages = {name for name in (TE, NVML, FLASH) if installed(name)}
     fp8 = options.cuda and torch.cuda.get_device_capability() >= FP8_CAPABILITY
     chosen, skipped = choose(options, packages=packages, fp8=fp8)
     for name, reason in skipped.items():

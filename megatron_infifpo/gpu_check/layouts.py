@@ -1,11 +1,11 @@
 """Group 6: the same losses and gradients at every parallel layout that the devices allow."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.bench.jobs import training_flags
+from megatron_infifpo.engine.environment import installed
 from megatron_infifpo.gpu_check import processes
 from megatron_infifpo.gpu_check.jobs import CALM, SMALL, TITLES, prepare, train
 from megatron_infifpo.gpu_check.records import Options, Recorder, Result
@@ -57,7 +57,7 @@ def check(options: Options, record: Recorder) -> None:
     folder = Path(options.folder)
     prepare(folder, "llama", num_hidden_layers=8 if devices >= 8 else 4, **CALM)
     precisions: dict[str, tuple[tuple[str, ...], tuple[float, float]]] = {"fp32": (LOCAL, FP32)}
-    if options.cuda and importlib.util.find_spec("transformer_engine") is not None:
+    if options.cuda and installed("transformer_engine"):
         precisions["te bf16"] = (("--bf16",), BF16)
     seconds = HANGS if options.cuda else options.seconds / 2
     for precision, (flags, limits) in precisions.items():

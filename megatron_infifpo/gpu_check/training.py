@@ -3,7 +3,6 @@
 The runs are independent processes: those of a wave share the device.
 """
 
-import importlib.util
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_infifpo.bench.jobs import training_flags
+from megatron_infifpo.engine.environment import installed
 from megatron_infifpo.gpu_check import processes
 from megatron_infifpo.gpu_check.jobs import CALM, SMALL, TITLES, prepare, train
 from megatron_infifpo.gpu_check.records import Options, Recorder, Result
@@ -126,7 +126,7 @@ def make_plan(*, te: bool, fp8: bool, exact: bool) -> Plan:
 
 def check(options: Options, record: Recorder) -> None:
     """Run the plan of this machine."""
-    te = options.cuda and importlib.util.find_spec("transformer_engine") is not None
+    te = options.cuda and installed("transformer_engine")
     fp8 = options.cuda and torch.cuda.get_device_capability() >= FP8_CAPABILITY
     plan = make_plan(te=te, fp8=fp8, exact=not options.cuda)
     for title, reason in plan.skipped.items():

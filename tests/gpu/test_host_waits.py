@@ -57,6 +57,32 @@ def test_counter():
     assert counts == {"wait made_up.wait": 6, "constant made_up.constant": 2}
 
 
+def test_scored_rows_are_pinned(monkeypatch):
+    """Else each copy of a row to the GPU waits for all rows before it."""
+    from megatron_infifpo.engine import packed
+
+    log = []
+
+    def schedule(forward_step_func, data_iterator, model, num_microbatches, **_):
+        return [forward_step_func(data_iterator, model[0])[0] for _ in range(num_microbatches)]
+
+    def note(what):
+        return lambda row: log.append((what, row["n"])) or row
+
+    state = packed.parallel_state
+    monkeypatch.setattr(state, "get_context_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(state, "get_context_parallel_rank", lambda: 0)
+    monkeypatch.setattr(packed, "get_schedule", lambda: schedule)
+    monkeypatch.setattr(packed, "cut", lambda row, *_: row)
+    monkeypatch.setattr(packed, "run_packed", lambda model, row, _: torch.tensor(row["n"]))
+    monkeypatch.setattr(packed, "pin", note("pinned"))
+    monkeypatch.setattr(packed, "to_device", note("copied"))
+    found = packed.score_rows([torch.nn.Identity()], [{"n": 1}, {"n": 2}], 10)
+    assert [int(x) for x in found] == [1, 2]
+    # One after the other: a row is pinned while the GPU computes the one before.
+    assert log == [("pinned", 1), ("copied", 1), ("pinned", 2), ("copied", 2)]
+
+
 @pytest.fixture(scope="module")
 def jobs(newest_te_ranks, tmp_path_factory):
     made = {}
@@ -87,3 +113,18 @@ def test_none_in_a_micro_batch(newest_te_ranks, jobs, family, kind):
     assert {place: count for place, count in step.items() if count > STEP[place] * STEPS} == {}
     for what, most in (("wait", LOG_WAITS), ("constant", LOG_CONSTANTS)):
         assert sum(n for place, n in log.items() if place.startswith(what)) <= most * STEPS
+
+
+@pytest.mark.parametrize("method", ["fuserlhf", "pad", "fusellm", "infifusion", "infifpo-lora"])
+def test_other_methods(setup, newest_te_ranks, method):
+    """Lists, soft targets and adapters wait for no more, and all metrics take one reduction."""
+    name, adapters, _ = method.partition("-lora")
+    flags = ["--bf16", "--train-iters", str(STEPS), "--global-batch-size", "8"]
+    flags += ["--micro-batch-size", "1", *(["--lora-rank", "4"] if adapters else [])]
+    argv = setup.method_flags(name, *flags)
+    (found,) = newest_te_ranks(1, "support.te_training:count_waits", argv, "te")
+    step = found["train_step"]
+    assert step.keys() <= STEP.keys()
+    assert {place: count for place, count in step.items() if count > STEP[place] * STEPS} == {}
+    assert found["reductions"]["schedule.reduced"] == STEPS
+    assert "training.train_step" not in found["reductions"]

@@ -23,9 +23,11 @@ from megatron_infifpo.gpu_check.records import (
 )
 from megatron_infifpo.gpu_check.rows import random_pairs
 from megatron_infifpo.gpu_check.waits import Waits
+from megatron_infifpo.patches import cpu
 from megatron_infifpo.planning.plan import GIB
 from support import tiny
 
+cpu.enable(announce=False)
 CPU = Options("cpu", True, 2, ("tiny",), "", 60.0)
 CUDA = Options("cuda", False, 1, ("7b",), "", 600.0)
 
@@ -35,9 +37,11 @@ def found(recorder: Recorder) -> dict:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_attention_that_sees_one_token_too_many_fails(monkeypatch, dtype, shared):
-    case = attention.Case(64, shared, True, 2, dtype)
+@pytest.mark.parametrize(
+    "dtype, sinks", [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)]
+)
+def test_attention_that_sees_one_token_too_many_fails(monkeypatch, dtype, sinks, shared):
+    case = attention.Case(64, shared, True, 2, dtype, sinks)
     errors, limits, difference = attention.compare(case, "cpu")
     assert difference == 0.0
     assert all(error <= limit for error, limit in zip(errors, limits, strict=True))
@@ -53,6 +57,17 @@ def test_attention_that_sees_one_token_too_many_fails(monkeypatch, dtype, shared
     monkeypatch.setattr(attention, "make_attention", wider)
     monkeypatch.setattr(attention, "reference", lambda i, row, window: plain(i, row, window - 1))
     errors, limits, _ = attention.compare(case, "cpu")
+    assert all(error > 2 * limit for error, limit in zip(errors, limits, strict=True))
+
+
+def test_attention_with_wrong_sinks_fails(monkeypatch):
+    case = attention.Case(64, True, False, 2, torch.float32, sinks=True)
+    plain = attention.reference
+    monkeypatch.setattr(
+        attention, "reference", lambda i, row, window: plain((*i[:3], i[3] + 0.1), row, window)
+    )
+    errors, limits, _ = attention.compare(case, "cpu")
+    assert len(errors) == 5
     assert all(error > 2 * limit for error, limit in zip(errors, limits, strict=True))
 
 

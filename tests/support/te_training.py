@@ -80,16 +80,7 @@ def train(argv: list[str], kind: str | None, old: bool = False) -> dict[str, Any
 
 
 def count_waits(argv: list[str], kind: str | None) -> dict[str, dict[str, int]]:
-    """Train, and count waits for the host by place: in steps, and in writing the log line."""
-    import collections
-
-    import megatron.training.training as loop
-
-    from megatron_infifpo.gpu_check.host_waits import counted
-
-    found: dict[str, collections.Counter[str]] = {}
-    for name in ("train_step", "training_log"):
-        found[name] = collections.Counter()
-        setattr(loop, name, counted(found[name], getattr(loop, name)))
+    """Train, and return what `training.counted_places` counts."""
+    found = training.counted_places()
     train(argv, kind)
-    return {name: dict(counts) for name, counts in found.items()}
+    return found

@@ -1,6 +1,7 @@
 """Training as one of several ranks, and what is recorded of it."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -46,6 +47,34 @@ def train_in_rounds(argv: list[str], steps: int) -> dict[str, Any]:
     plan = loaders.plan_step
     loaders.plan_step = lambda *args, step, **rest: plan(*args, step=step % steps, **rest)
     return train(argv)
+
+
+def counted_places() -> dict[str, dict[str, int]]:
+    """Count from now on waits for the host by place, in steps and in writing the log line.
+
+    Returns what is counted: train_step and training_log; and reductions over ranks, by who asks.
+    """
+    import collections
+
+    import megatron.training.training as loop
+    import torch.distributed as dist
+
+    from megatron_infifpo.gpu_check.host_waits import counted
+
+    found: dict[str, collections.Counter[str]] = {}
+    for name in ("train_step", "training_log"):
+        found[name] = collections.Counter()
+        setattr(loop, name, counted(found[name], getattr(loop, name)))
+    found["reductions"] = collections.Counter()
+    all_reduce = dist.all_reduce
+
+    def noted(*args: Any, **options: Any) -> Any:
+        caller = sys._getframe(1).f_code
+        found["reductions"][f"{Path(caller.co_filename).stem}.{caller.co_name}"] += 1
+        return all_reduce(*args, **options)
+
+    dist.all_reduce = noted
+    return found  # type: ignore[return-value]
 
 
 def kept_bytes(argv: list[str]) -> dict[str, float]:
