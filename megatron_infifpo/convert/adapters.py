@@ -84,9 +84,10 @@ def adapted(
         UserError: an adapter is missing, surplus or of another shape.
     """
     expected = {
-        key_of(row, name): (mapping.num_layers, *shape)
+        key_of(entry, name): (*(place.size for place in entry.places), *shape)
         for row in lora.rows(mapping)
-        for name, shape in lora.shapes(mapping.entry(row.key, 0)).items()
+        for entry in (mapping.entry(row.key, layer) for layer in range(mapping.num_layers))
+        for name, shape in lora.shapes(entry).items()
     }
     found = {name: checkpoint.shape(name) for name in checkpoint.names()}
     for key in sorted(expected.keys() | found.keys()):
@@ -95,7 +96,7 @@ def adapted(
                 f"{checkpoint.directory}: {key} is {_shape(found.get(key))}, but {LORA_FILE} of "
                 f"the run asks for {_shape(expected.get(key))}: the two are not of one run"
             )
-    return AdaptedWeights(base, checkpoint, lora)
+    return AdaptedWeights(base, checkpoint, mapping, lora)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_infifpo.convert.hf_files import HfWeights
-from megatron_infifpo.families.lora import A, B, Lora, key_of
+from megatron_infifpo.families.lora import Lora, key_of
 from megatron_infifpo.families.mapping import Entry, WeightMapping
 from megatron_infifpo.storage.safetensors_io import Scratch
 from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint
@@ -65,9 +65,15 @@ class FolderWeights:
 class AdaptedWeights:
     """Those of a base with low-rank adapters that a checkpoint holds."""
 
-    def __init__(self, base: ModelWeights, adapters: TorchDistCheckpoint, lora: Lora):
-        """Take the base, the checkpoint of adapters, and what they are."""
-        self.base, self.adapters, self.lora = base, adapters, lora
+    def __init__(
+        self,
+        base: ModelWeights,
+        adapters: TorchDistCheckpoint,
+        mapping: WeightMapping,
+        lora: Lora,
+    ):
+        """Take the base; the checkpoint of adapters, the names in it, and what they are."""
+        self.base, self.adapters, self.mapping, self.lora = base, adapters, mapping, lora
 
     def dtype(self, entry: Entry) -> torch.dtype:
         """See `ModelWeights`: the base's."""
@@ -81,11 +87,12 @@ class AdaptedWeights:
 
     def adapters_of(self, entry: Entry) -> tuple[Tensor, Tensor] | None:
         """A and B of a Megatron tensor, in its layout; None where it has none."""
-        if key_of(entry.row, A) not in self.adapters.names():
+        if not self.lora.has(entry.row):
             return None
-        shapes, found = self.lora.shapes(entry), []
-        assert entry.layer is not None
-        for name in (A, B):  # those of all layers lie in one tensor
-            whole, part = (entry.layer, 0, 0), (1, *shapes[name])
-            found.append(self.adapters.read(key_of(entry.row, name), whole, part).squeeze(0))
+        stored, found = self.mapping.entry(entry.row.key, entry.layer), []
+        starts = tuple(place.start for place in stored.places)
+        for name, shape in self.lora.shapes(entry).items():
+            part = (*(1 for _ in starts), *shape)
+            whole = self.adapters.read(key_of(stored, name), (*starts, 0, 0), part)
+            found.append(whole.view(shape))
         return found[0], found[1]

@@ -178,15 +178,15 @@ def adapt_layer(layer: ModuleSpec, lora: Lora, mapping: WeightMapping) -> Module
         lora: which of them have some.
         mapping: of the model's tensors.
     """
-    parts = {
-        "self_attention": layer.submodules.self_attention.submodules,
-        "mlp": layer.submodules.mlp.keywords["submodules"],
-    }
     for row in lora.rows(mapping):
         part, name = path_of(row).split(".")
-        linear = getattr(parts[part], name)
+        if part == "mlp":  # of a layer without experts
+            modules = layer.submodules.mlp.keywords["submodules"]
+        else:
+            modules = getattr(layer.submodules, part).submodules
+        linear = getattr(modules, name)
         own = {"lora": lora, "entry": mapping.entry(row.key, 0)}
-        setattr(parts[part], name, type(f"Adapted{linear.__name__}", (AdaptedLinear, linear), own))
+        setattr(modules, name, type(f"Adapted{linear.__name__}", (AdaptedLinear, linear), own))
     return layer
 
 

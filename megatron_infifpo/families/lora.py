@@ -7,7 +7,7 @@ trains as PEFT's, and what a family's rows say about weights says all about adap
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,7 +52,11 @@ class Lora:
 
     def rows(self, mapping: WeightMapping) -> Iterator[Row]:
         """Rows of the Megatron tensors that have adapters."""
-        return (row for row in linear_rows(mapping.rows) if self.places(row))
+        return filter(self.has, mapping.rows.values())
+
+    def has(self, row: Row) -> bool:
+        """Whether a Megatron tensor has adapters."""
+        return is_linear(row) and bool(self.places(row))
 
     def places(self, row: Row) -> list[int]:
         """Which of a row's Hugging Face tensors have one."""
@@ -109,9 +113,9 @@ def path_of(row: Row) -> str:
     return row.key.removeprefix(LAYER_PREFIX).removesuffix(".weight")
 
 
-def key_of(row: Row, name: str) -> str:
-    """Key of an adapter, A or B, in a checkpoint."""
-    return f"{row.key.removesuffix('weight')}{name}"
+def key_of(entry: Entry, name: str) -> str:
+    """Key of an adapter, A or B, in a checkpoint: it lies there as the entry of its weight."""
+    return f"{entry.key.removesuffix('weight')}{name}"
 
 
 def is_adapter(key: str) -> bool:
@@ -119,13 +123,14 @@ def is_adapter(key: str) -> bool:
     return key.endswith((f".{A}", f".{B}"))
 
 
-def linear_rows(rows: Mapping[str, Row]) -> list[Row]:
-    """Rows of linear layers, which adapters can be added to."""
-    return [
-        row
-        for row in rows.values()
-        if row.per_layer and row.key.endswith(".weight") and len(row.shape) == 2
-    ]
+def is_linear(row: Row) -> bool:
+    """Whether a row is of a linear layer that all layers have: adapters can be added to these.
+
+    Experts, and what stands in their place in other layers, have none. PEFT adds none to experts
+    either where their weights are no linear layers, as in transformers 5.
+    """
+    weight = row.key.endswith(".weight") and len(row.shape) == 2
+    return weight and row.per_layer and row.layers is None
 
 
 def choose(
@@ -140,18 +145,15 @@ def choose(
         targets: names of Hugging Face's linear layers, or `all-linear`, the default.
 
     Raises:
-        UserError: a name that no layer has, a rank that is too large for one, or a model with
-            experts.
+        UserError: a name that no such layer has, or a rank that is too large for one.
     """
-    if mapping.dims.experts:
-        raise UserError("--lora-rank: models with experts are trained whole, leave it out")
-    rows = linear_rows(mapping.rows)
+    rows = [row for row in mapping.rows.values() if is_linear(row)]
     names = list(dict.fromkeys(module_name(name) for row in rows for name in row.hf_names))
     given = names if not targets or list(targets) == [ALL_LINEAR] else list(targets)
     for name in given:
         if name not in names:
             raise UserError(
-                f"--lora-targets: {name} is no linear layer of this model, expected some of "
+                f"--lora-targets: {name} is no linear layer that all layers have, expected some of "
                 f"{', '.join(names)}; or {ALL_LINEAR} alone, the default"
             )
     alpha = float(2 * rank if alpha is None else alpha)

@@ -6,9 +6,9 @@ from typing import Any
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.families import FAMILIES
+from megatron_infifpo.families.lora import ALL_LINEAR, is_linear, module_name
 from megatron_infifpo.families.mapping import WeightMapping
 
-ALL_LINEAR = "all-linear"
 # Megatron's linear layers whose outputs are split over tensor-parallel ranks; of others, inputs.
 _BY_COLUMNS = ("linear_qkv.weight", "linear_fc1.weight")
 
@@ -44,7 +44,7 @@ class Adapters:
             targets: names of linear layers in Hugging Face files; none, or `all-linear`: all.
 
         Raises:
-            UserError: the model has no linear layer of such a name, or adapted ones with experts.
+            UserError: the model has no linear layer of such a name in all layers.
         """
         found = linears(model)
         targets = () if list(targets) == [ALL_LINEAR] else targets
@@ -79,18 +79,11 @@ class Adapters:
 
 
 def linears(model: Mapping[str, Any]) -> dict[str, Linear]:
-    """Return the linear layers of a decoder layer, by their names in Hugging Face files.
-
-    Raises:
-        UserError: layers have experts, whose adapters are not planned.
-    """
-    if model.get("num_experts"):
-        raise UserError("--lora-rank: adapters of a model with experts are not planned")
+    """Return the linear layers of a decoder layer, by their names in Hugging Face files."""
     mapping = WeightMapping(FAMILIES[model["family"]].rows, model)
-    entries = [mapping.entry(key, 0) for key, row in mapping.rows.items() if row.per_layer]
+    entries = [mapping.entry(row.key, 0) for row in mapping.rows.values() if is_linear(row)]
     return {
-        name.split(".")[-2]: Linear(shape[0], shape[1], entry.row.key.endswith(_BY_COLUMNS))
+        module_name(name): Linear(shape[0], shape[1], entry.row.key.endswith(_BY_COLUMNS))
         for entry in entries
-        if len(entry.shape) == 2
         for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
     }

@@ -226,7 +226,7 @@ def _more_gpus(job: PlanningJob) -> Iterator[tuple[str, PlanningJob]]:
 
 def _adapters(job: PlanningJob) -> Iterator[tuple[str, PlanningJob]]:
     """Adapters in place of the whole model."""
-    if job.lora_rank is None and job.plan.sizes.experts is None:
+    if job.lora_rank is None:
         yield f"--lora-rank {LORA_RANK}", replace(job, lora_rank=LORA_RANK)
 
 

@@ -33,7 +33,7 @@ class Condition:
         sources: which ones may be its reference.
         on_policy: responses are the policy's own, else those of models before SFT.
         methods: names of the methods that are compared there.
-        seeds: how many seeds are reported.
+        seeds, first_seed: how many seeds are reported, and from which on.
         also, also_seeds: the same of methods that are compared after all others.
         tuned: methods that are tuned there, too.
     """
@@ -48,7 +48,12 @@ class Condition:
     also: tuple[str, ...] = ()
     also_seeds: int = 0
     seeds: int
+    first_seed: int = 0
     tuned: tuple[str, ...] = ()
+
+    def reported(self, count: int) -> range:
+        """Return the first so many of its reported seeds."""
+        return range(self.first_seed, self.first_seed + count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +153,7 @@ class Settings:
         return {**self.report, **words}
 
     def _check(self, path: Path) -> None:
-        reported = {seed for each in self.conditions.values() for seed in range(each.seeds)}
+        reported = {seed for each in self.conditions.values() for seed in each.reported(each.seeds)}
         if both := reported & set(self.tuning_seeds):
             raise UserError(f"{path}: tuning_seeds has {min(both)}, which is reported")
         for condition in self.conditions.values():

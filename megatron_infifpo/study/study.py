@@ -93,7 +93,9 @@ class Study:
 
     def matched(self) -> list[Run]:
         """Runs with the settings that methods share, of those that are compared everywhere."""
-        return [run for c in self.conditions() for run in self.shared(c, c.methods, range(c.seeds))]
+        return [
+            run for c in self.conditions() for run in self.shared(c, c.methods, c.reported(c.seeds))
+        ]
 
     def tuned(self) -> list[Run]:
         """Runs with the settings that the tuning seeds have chosen, once these are finished."""
@@ -102,7 +104,7 @@ class Study:
             chosen = choose(self.rows(), self.tuning(), condition)
             found += [
                 self.run(condition, name, TUNED, FINAL, chosen[name], seed)
-                for seed in range(condition.seeds)
+                for seed in condition.reported(condition.seeds)
                 for name in condition.tuned
                 if name in chosen
             ]
@@ -111,7 +113,9 @@ class Study:
     def further(self) -> list[Run]:
         """The same of the methods that are compared in one condition only."""
         return [
-            run for c in self.conditions() for run in self.shared(c, c.also, range(c.also_seeds))
+            run
+            for c in self.conditions()
+            for run in self.shared(c, c.also, c.reported(c.also_seeds))
         ]
 
     def shared(

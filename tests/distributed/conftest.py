@@ -11,12 +11,13 @@ def pivots(setup, ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pivots")
     made = {}
 
-    def get(family: str):
-        if family not in made:
-            hf = tiny.save_model(folder / f"{family}-hf", family, seed=4)
-            argv = ["import", "--hf", str(hf), "--save", str(folder / family)]
+    def get(family: str, seed: int = 4):
+        name = f"{family}-{seed}"
+        if name not in made:
+            hf = tiny.save_model(folder / f"{name}-hf", family, seed=seed)
+            argv = ["import", "--hf", str(hf), "--save", str(folder / name)]
             ranks(1, "support.tools:run_tool", "convert_checkpoint", argv)
-            made[family] = hf, folder / family
-        return made[family]
+            made[name] = hf, folder / name
+        return made[name]
 
     return get

@@ -38,6 +38,20 @@ def test_parameters():
     assert fused == 40 * 16 * (5120 + 7680 + 2 * 5120 + 5120 + 2 * 17_920 + 17_920 + 5120)
 
 
+def test_experts_are_frozen():
+    """Of Qwen3-30B-A3B the attention is adapted; experts are held whole, over their ranks."""
+    model = planned_model("qwen3-30b-a3b")
+    plan, whole, layout = job(model).plan, Plan(model), Layout(1, 1, 8, expert=8)
+    hidden, query, key = 2048, 4096, 512
+    expected = 48 * 16 * ((hidden + query) + 2 * (hidden + key) + (query + hidden))
+    assert plan.trained == expected == 13_369_344
+    found = plan.memory(layout, 8192, 16)
+    assert found.weights == pytest.approx(whole.memory(layout, 8192, 16).weights + 2 * expected)
+    assert found.gradients == 4 * expected and found.optimizer == pytest.approx(12 * expected / 8)
+    fitting = fit(job(model, lora_rank=16))
+    assert fitting.measures == () and fitting.recompute == NONE
+
+
 def test_on_ranks():
     """One of A and B is split, the other whole: together they are the adapter and more of these."""
     adapters = Adapters.of(LLAMA, 16, ["q_proj", "down_proj"])
@@ -100,7 +114,11 @@ def test_flags():
         ("phi-4", {"lora_targets": ["q_proj"]}, "q_proj: a phi3 model has qkv_proj, o_proj, gate"),
         ("phi-4", {"lora_rank": None, "lora_targets": ["o_proj"]}, "has no effect without --lora"),
         ("phi-4", {"lora_rank": 0}, "--lora-rank is 0, expected a whole number"),
-        ("qwen3-30b-a3b", {}, "adapters of a model with experts are not planned"),
+        (
+            "qwen3-30b-a3b",
+            {"lora_targets": ["gate_proj"]},
+            "gate_proj: a qwen3_moe model has q_pro",
+        ),
     ],
 )
 def test_jobs_that_cannot_be(model, options, said):

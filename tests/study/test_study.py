@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.study.asked import Asked
 from megatron_infifpo.study.inputs import Run, key
+from megatron_infifpo.study.outcomes import read_outcomes
+from megatron_infifpo.study.report import pages
 from megatron_infifpo.study.settings import FINAL, MATCHED, TUNED, TUNING, Settings
 from megatron_infifpo.study.study import Study, choose
 from support.launcher import ROOT
 
-PUBLISHED = ROOT / "examples" / "study" / "study.yaml"
+EXAMPLES, DOCS = ROOT / "examples" / "study", ROOT / "docs" / "study"
+PUBLISHED = EXAMPLES / "study.yaml"
 SMALL = """
 sets: 2
 tuning_seeds: [100, 101]
@@ -54,6 +58,22 @@ def test_runs(settings: Settings, tmp_path: Path):
     assert len({key(run.named) for run in runs}) == len({run.name for run in runs}) == len(runs)
     assert study.tuned() == []  # nothing is tuned yet
     assert Study(tmp_path / "out", settings, print, ["clean"]).matched() == matched[-2:]
+
+
+def test_seeds_that_begin_later(tmp_path: Path):
+    """They confirm, on models that nothing was chosen by."""
+    text = SMALL.replace("sets: 2", "sets: 9").replace("seeds: 3", "first_seed: 13, seeds: 3")
+    (tmp_path / "study.yaml").write_text(text.replace("tuned: [dpo]", "tuned: []"))
+    study = Study(tmp_path / "out", Settings.read(tmp_path / "study.yaml"), print)
+    found = {(r.condition.name, r.seed, r.of_set) for r in study.matched()}
+    # What the second condition takes over begins there, too.
+    assert found == {
+        ("noisy", 13, 4), ("noisy", 14, 5), ("noisy", 15, 6), ("clean", 13, 4), ("clean", 14, 5),
+    }  # fmt: skip
+    assert {r.seed for r in study.further()} == {13}
+    (tmp_path / "study.yaml").write_text(text.replace("tuning_seeds: [100", "tuning_seeds: [14"))
+    with pytest.raises(UserError, match="14, which is reported"):
+        Settings.read(tmp_path / "study.yaml")
 
 
 def row(run: Run, accuracy: float) -> dict:
@@ -110,22 +130,45 @@ def test_folder_of_other_settings(settings: Settings, tmp_path: Path):
         Study(tmp_path / "out", Settings.read(tmp_path / "study.yaml"), print)
 
 
-def test_published_settings():
+@pytest.mark.parametrize("name", ["study", "confirm"])
+def test_published_settings(name: str):
     """Every method's flags are a method; what is compared is there."""
     from megatron_infifpo.study.inputs import method_of
 
-    settings = Settings.read(PUBLISHED)
+    settings = Settings.read(EXAMPLES / f"{name}.yaml")
     for method in settings.methods.values():
         if method.flags:
             for variant in method.variants():
                 method_of(method, variant)
     compared = {name for c in settings.conditions.values() for name in (*c.methods, *c.also)}
     assert compared == set(settings.methods)
-    assert len(settings.report["primary"]) == 5
+    assert len(settings.report["primary"]) == {"study": 5, "confirm": 2}[name]
     for contrast in settings.report["primary"]:
         condition = settings.conditions[contrast["condition"]]
         names = condition.tuned if contrast["settings"] == TUNED else condition.methods
         assert {contrast["a"], contrast["b"]} <= set(names)
+
+
+def test_what_confirms_is_fresh():
+    """No model, prompt or order of what it confirms is in it again; methods are the same."""
+    first, fresh = (Settings.read(EXAMPLES / f"{name}.yaml") for name in ("study", "confirm"))
+    seen = {s for c in first.conditions.values() for s in c.reported(c.seeds)}
+    seeds = {s for c in fresh.conditions.values() for s in c.reported(c.seeds)}
+    assert not seeds & (seen | set(first.tuning_seeds))
+    assert not {s % fresh.sets for s in seeds} & set(range(first.sets + 1))
+    for part in ("prompts", "pretraining", "sft", "training"):
+        assert getattr(fresh, part) == getattr(first, part)
+    for name in fresh.methods.keys() & first.methods.keys():
+        assert fresh.methods[name].flags == first.methods[name].flags, name
+
+
+@pytest.mark.parametrize("name", ["study", "confirm"])
+def test_published_report_is_of_the_published_results(name: str):
+    folder = DOCS if name == "study" else DOCS / name
+    asked = Asked.read(Settings.read(EXAMPLES / f"{name}.yaml").told)
+    outcomes = read_outcomes(folder / "results.jsonl.gz")
+    made = pages(outcomes, asked, [path.stem for path in folder.glob("*.svg")])
+    assert made == {path.name: path.read_text() for path in folder.glob("*.md")}
 
 
 @pytest.mark.parametrize(
