@@ -34,6 +34,7 @@ RECIPES: list[tuple[str, int, dict[str, Any]]] = [
     ("qwen3-30b-a3b", 8, {}),
     ("qwen3-30b-a3b", 8, {"measures": MEASURES}),
     ("qwen3-30b-a3b", 16, {}),
+    *(("qwen3-30b-a3b", gpus, ADAPTERS) for gpus in (4, 2, 1)),
 ]
 
 
