@@ -62,13 +62,9 @@ def remember_help_of_flags() -> None:
 def start_queues() -> SyncManager:
     """Start the one process that keeps the queues in which forks gather what a save has written.
 
-    Megatron starts one in every process that saves, which takes seconds to import PyTorch.
+    Megatron starts one in every process that saves.
     """
-    from torch.distributed.checkpoint.metadata import MetadataIndex
-
-    manager = multiprocessing.get_context("spawn").Manager()
-    manager.Queue().put(MetadataIndex("any"))  # imports PyTorch there
-    return manager
+    return multiprocessing.get_context("spawn").Manager()
 
 
 def take_queue(manager: SyncManager) -> None:
@@ -76,7 +72,8 @@ def take_queue(manager: SyncManager) -> None:
     saving: Any = importlib.import_module(
         "megatron.core.dist_checkpointing.strategies.filesystem_async"
     )
-    saving._results_queue = manager.Queue()
+    results: Any = importlib.import_module("megatron_infifpo.patches.saves")
+    saving._results_queue = results.Results(manager.Queue())
 
 
 def in_fork(main: Callable[[list[str]], None], words: Sequence[object], log: Path) -> None:
