@@ -111,7 +111,7 @@ def _import_when_used(name: str) -> None:
     spec = None if name in sys.modules else importlib.util.find_spec(name)
     if spec is not None:
         sys.modules[name] = importlib.util.module_from_spec(spec)
-        sys.modules[name].__class__ = _Unread
+        sys.modules[name].__class__ = _Unread  # type: ignore[assignment]
 
 
 def _import_for_good(name: str) -> None:
