@@ -4,6 +4,8 @@ import os
 
 # Tests fork ranks and run on the CPU; PyTorch must not find a GPU before that is said.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Hundreds of processes import the same files: the first of them may keep what it has compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402

@@ -10,11 +10,13 @@ Call `enable()` before the first import of `megatron`.
 import collections
 import contextlib
 import ctypes
+import gc
 import importlib
 import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -64,7 +66,6 @@ def enable(*, announce: bool = True) -> bool:
     if torch.cuda.is_available():
         return False
     _refuse_an_unused_gpu()
-    _compile_nothing()
     _keep_freed_memory()
     _patch_torch_cuda()
     _mode = _CudaMeansCpu()
@@ -76,10 +77,10 @@ def enable(*, announce: bool = True) -> bool:
 
 
 def before_megatron() -> None:
-    """Make Megatron importable; idempotent, and enough for who does not run a model.
+    """Import Megatron; idempotent, and enough for who does not run a model.
 
     Megatron imports Transformer Engine and Apex where they are, and bears no other failure than
-    ImportError. Where there is no GPU they are hidden from it.
+    ImportError. Where there is no GPU they are hidden from it, and PyTorch's compiler with them.
 
     Raises:
         UserError: Transformer Engine is installed on a machine with a GPU, and does not import.
@@ -89,6 +90,42 @@ def before_megatron() -> None:
     else:
         for package in GPU_ONLY:
             sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # as if not installed
+        _compile_nothing()
+    if "megatron.core" not in sys.modules:
+        _import_when_used("wandb")
+        _import_for_good("megatron.core")
+
+
+class _Unread(ModuleType):
+    """A package that is imported when somebody takes something from it."""
+
+    def __getattr__(self, name: str) -> Any:
+        self.__class__ = ModuleType
+        assert self.__spec__ is not None and self.__spec__.loader is not None
+        self.__spec__.loader.exec_module(self)
+        return getattr(self, name)
+
+
+def _import_when_used(name: str) -> None:
+    """Let Megatron import a package, if there is one, in name only."""
+    spec = None if name in sys.modules else importlib.util.find_spec(name)
+    if spec is not None:
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        sys.modules[name].__class__ = _Unread  # type: ignore[assignment]
+
+
+def _import_for_good(name: str) -> None:
+    """Import a large package without garbage collection: none now, of all that is there none later.
+
+    It would look through a million objects that stay, again and again, and once more at the end:
+    a third of the time that a short command takes.
+    """
+    gc.disable()
+    try:
+        importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _refuse_an_unused_gpu() -> None:
@@ -204,12 +241,21 @@ class _DeviceProperties:
 def _compile_nothing() -> None:
     """Let functions run as they are: Megatron's torch.compile gains nothing, and costs minutes.
 
-    What it compiles for routers fails here, as it looks for a GPU.
+    What it compiles for routers fails here, as it looks for a GPU. Who sets the variable to another
+    value keeps the compiler.
     """
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if os.environ.setdefault("TORCHDYNAMO_DISABLE", "1") != "1":
+        return
     config = sys.modules.get("torch._dynamo.config")
     if config is not None:  # it has read the variable
-        config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"  # type: ignore[attr-defined]
+        config.disable = True  # type: ignore[attr-defined]
+    # The first decorated function would import the compiler all the same.
+    module: Any = torch
+    module.compile = lambda model=None, **how: _as_it_is if model is None else model
+
+
+def _as_it_is(function: Any) -> Any:
+    return function
 
 
 def _keep_freed_memory() -> None:

@@ -7,6 +7,7 @@ fork has all the state of a fresh process, since the parent runs none itself.
 import argparse
 import ctypes
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -26,6 +27,11 @@ HEAVY = (
     "megatron_infifpo.scoring.megatron_backend",
     "megatron_infifpo.scoring.transformers_backend",
     "megatron_infifpo.responses.engines",
+    # What these import as they run: at the first step of an optimizer, tokenizer, model.
+    "torch._dynamo",
+    "megatron.core.models.mimo",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
 )
 
 
@@ -34,17 +40,23 @@ _queues: list[SyncManager] = []
 
 
 def warm_up() -> None:
-    """Import what commands import, and let Megatron read its sources for the help of flags."""
+    """Import what commands import, one thread each, and start what their saves share."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # as every command does
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import_commands()
+    importlib.import_module("torch").set_num_threads(1)  # a core each; numbers depend on it
+    _queues.append(start_queues())
+
+
+def import_commands() -> None:
+    """Import what commands import, and let Megatron read its sources for the help of flags."""
     for name in HEAVY:
         importlib.import_module(name)
-    importlib.import_module("torch").set_num_threads(1)  # a core each; numbers depend on it
     transformers = importlib.import_module("transformers")
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast"):
         getattr(transformers, name)  # imports it
     remember_help_of_flags()
-    _queues.append(start_queues())
+    gc.freeze()  # forks share it all, unless a collection writes to it
 
 
 def remember_help_of_flags() -> None:
@@ -62,13 +74,9 @@ def remember_help_of_flags() -> None:
 def start_queues() -> SyncManager:
     """Start the one process that keeps the queues in which forks gather what a save has written.
 
-    Megatron starts one in every process that saves, which takes seconds to import PyTorch.
+    Megatron starts one in every process that saves.
     """
-    from torch.distributed.checkpoint.metadata import MetadataIndex
-
-    manager = multiprocessing.get_context("spawn").Manager()
-    manager.Queue().put(MetadataIndex("any"))  # imports PyTorch there
-    return manager
+    return multiprocessing.get_context("spawn").Manager()
 
 
 def take_queue(manager: SyncManager) -> None:
@@ -76,7 +84,8 @@ def take_queue(manager: SyncManager) -> None:
     saving: Any = importlib.import_module(
         "megatron.core.dist_checkpointing.strategies.filesystem_async"
     )
-    saving._results_queue = manager.Queue()
+    results: Any = importlib.import_module("megatron_infifpo.patches.saves")
+    saving._results_queue = results.Results(manager.Queue())
 
 
 def in_fork(main: Callable[[list[str]], None], words: Sequence[object], log: Path) -> None:

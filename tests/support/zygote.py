@@ -17,19 +17,7 @@ from multiprocessing.managers import SyncManager
 from pathlib import Path
 
 from megatron_infifpo.gpu_check.processes import free_port
-from megatron_infifpo.study.forks import remember_help_of_flags, start_queues, take_queue
-
-
-def import_everything() -> None:
-    """Import what every rank would import anew."""
-    import megatron_infifpo.scoring.megatron_backend
-    import megatron_infifpo.training.run  # noqa: F401  (readies Megatron for the CPU)
-
-    importlib.import_module("support.tiny")  # models of all families
-    transformers = importlib.import_module("transformers")
-    for name in ("AutoModelForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast"):
-        getattr(transformers, name)  # imports it
-    remember_help_of_flags()
+from megatron_infifpo.study.forks import import_commands, start_queues, take_queue
 
 
 def run_rank(request: dict, rank: int, port: int, queues: SyncManager) -> None:
@@ -88,7 +76,9 @@ if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print must not mix with the answers
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # as every command does
-    import_everything()
+    for name in ("training", "tools", "tiny"):
+        importlib.import_module(f"support.{name}")
+    import_commands()
     queues = start_queues()
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line), queues)), file=answers, flush=True)
