@@ -13,7 +13,8 @@ from megatron_infifpo.planning.fit import MEASURES, Fitted, fit
 from megatron_infifpo.planning.job import PlanningJob
 from megatron_infifpo.planning.layout import Layout
 from megatron_infifpo.planning.models import planned_model
-from megatron_infifpo.planning.plan import GIB, NONE
+from megatron_infifpo.planning.plan import GIB
+from megatron_infifpo.planning.recompute import NONE
 from support.launcher import ROOT
 from support.tools import run_command
 
