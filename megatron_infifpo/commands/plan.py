@@ -12,7 +12,8 @@ memory of a node, beside its GPUs, that a save takes, and an optimizer that is t
 With --seq-length memory is that of the longest text's pair, or list, and ranks may share a row
 (context parallelism, CP); tensor and context parallel groups are kept inside a node.
 
-With --fit N the planner also chooses what makes memory go further: layers computed again, an Adam
+With --fit N the planner also chooses what makes memory go further: MLPs or whole layers computed
+again (`mlp`, `full`; attention is, too, where ranks share a row: `selective`, `attn+mlp`), an Adam
 that keeps less of a parameter, a share of the optimizer on the host. It prints the fastest plan
 that fits, what each of these saves and costs, and all flags for `infifpo train`; or, if nothing
 fits, what would. With --lora-rank adapters alone are trained, here and in all layouts.
@@ -239,7 +240,7 @@ def fitted(found: Fitted) -> Iterator[str]:
 
 
 LONG = {
-    "recompute": "layers computed again",
+    "recompute": "layers, or their MLPs, computed again",
     "precision-aware": "16 bits of a parameter beside its bfloat16, exact",
     "moments": "Adam's moments in bfloat16, less exact",
     "offload": "optimizer on the host",

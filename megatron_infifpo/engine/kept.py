@@ -18,6 +18,7 @@ class Kept:
         gathered: keys and values that attention selects, for shared prompts and under context
             parallelism, in place of `key` and `joint`.
         mlp: both halves of the first product, what the gate became, their product.
+        fused_norm: of `hidden`, the outputs of norms that are a part of an MLP's first product.
         rope: sines and cosines, of a head's width.
     """
 
@@ -27,6 +28,7 @@ class Kept:
     joint: int
     gathered: int
     mlp: int
+    fused_norm: int
     rope: int
 
 
@@ -46,12 +48,17 @@ class LayerTraits:
 # Transformer Engine's layers with this program's attention, and with their own; Megatron's local
 # layers, where the norm, attention and the gate are one kernel each.
 LAYERS = {
-    "te": LayerTraits(Kept(hidden=4, query=2, key=1, joint=1, gathered=2, mlp=3, rope=0)),
-    "te-attention": LayerTraits(
-        Kept(hidden=4, query=2, key=1, joint=1, gathered=0, mlp=3, rope=0), shares_prompts=False
+    "te": LayerTraits(
+        Kept(hidden=4, query=2, key=1, joint=1, gathered=2, mlp=3, fused_norm=1, rope=0)
     ),
-    "local": LayerTraits(Kept(hidden=4, query=2, key=1, joint=1, gathered=2, mlp=3, rope=4)),
+    "te-attention": LayerTraits(
+        Kept(hidden=4, query=2, key=1, joint=1, gathered=0, mlp=3, fused_norm=1, rope=0),
+        shares_prompts=False,
+    ),
+    "local": LayerTraits(
+        Kept(hidden=4, query=2, key=1, joint=1, gathered=2, mlp=3, fused_norm=0, rope=4)
+    ),
 }
 # Of local layers on a CPU: norms keep the normalised rows beside, attention its output once a
 # segment and once whole, the gate what it became and that in place of both.
-ON_CPU = Kept(hidden=6, query=3, key=1, joint=1, gathered=2, mlp=5, rope=4)
+ON_CPU = Kept(hidden=6, query=3, key=1, joint=1, gathered=2, mlp=5, fused_norm=0, rope=4)

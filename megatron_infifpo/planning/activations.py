@@ -49,6 +49,12 @@ class Activations:
             return (rows + kept.mlp * sizes.ffn) * self.weight
         return rows * self.weight + self.of_experts(spread)
 
+    def of_mlp(self) -> float:
+        """Bytes of these that an MLP does not keep which is computed again: all but its input."""
+        return (
+            self.kept.fused_norm * self.sizes.hidden + self.kept.mlp * self.sizes.ffn
+        ) * self.weight
+
     def of_experts(self, spread: bool) -> float:
         """Bytes that experts keep of one token; `of_layer` says the rest.
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from megatron_infifpo.families import tensor_parallel_sizes
 from megatron_infifpo.planning.job import SAVINGS, PlanningJob
 from megatron_infifpo.planning.layout import Layout, layouts
-from megatron_infifpo.planning.plan import FLASH, FULL, GIB, NONE, SELECTIVE, Memory
+from megatron_infifpo.planning.plan import FLASH, GIB, Memory
+from megatron_infifpo.planning.recompute import NONE, tried
 
 # Left free for the allocator, NCCL and the CUDA context.
 RESERVED = 6 * GIB
@@ -47,7 +48,7 @@ class Estimate:
 
     Attributes:
         layout: of the ranks.
-        recompute: what is computed again in the backward pass: NONE, SELECTIVE or FULL.
+        recompute: what is computed again in the backward pass, a key of `recompute.FLAGS`.
         memory: of the fullest GPU.
         host: bytes of a node's memory that a save and the optimizer take.
         spent: hours of all training, by what they go into.
@@ -71,9 +72,9 @@ def estimate(job: PlanningJob) -> list[Estimate]:
     """Estimate every legal layout, with what may be computed again; the best one comes first.
 
     Context parallelism is taken into account where `seq_length` is given. Under it training
-    computes attention again, at least: each layer would keep keys of all ranks. Elsewhere that
-    would save nothing, since a fused kernel keeps its inputs and its output only.
+    computes attention again, at least: each layer would keep keys of all ranks.
     """
+    experts = job.plan.sizes.experts
     found = layouts(
         job.gpus,
         tensor_parallel_sizes(job.model),
@@ -81,12 +82,12 @@ def estimate(job: PlanningJob) -> list[Estimate]:
         job.gpus_per_node,
         job.global_batch_size,
         contexts=job.seq_length is not None and job.traits.shares_prompts,
-        experts=experts.count if (experts := job.plan.sizes.experts) else 1,
+        experts=experts.count if experts else 1,
     )
     estimates = [
         estimate_at(job, layout, recompute)
         for layout in found
-        for recompute in (NONE if layout.context == 1 else SELECTIVE, FULL)
+        for recompute in tried(layout, dense=experts is None)
     ]
 
     def order(one: Estimate) -> tuple:

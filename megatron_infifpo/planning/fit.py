@@ -14,7 +14,8 @@ from megatron_infifpo.planning.estimate import RESERVED, Estimate, Hours, estima
 from megatron_infifpo.planning.flags import all_training_flags, training_flags
 from megatron_infifpo.planning.job import PlanningJob
 from megatron_infifpo.planning.layout import Layout
-from megatron_infifpo.planning.plan import GIB, NONE, SELECTIVE, Memory
+from megatron_infifpo.planning.plan import GIB, Memory
+from megatron_infifpo.planning.recompute import plain
 
 # What may be taken: layers are computed again, Adam keeps 16 bits of a parameter in place of 32, a
 # share of the optimizer is on the host; and Adam's moments are in bfloat16, which is less exact: of
@@ -66,7 +67,7 @@ class Fitted:
 
     @property
     def recompute(self) -> str:
-        """What is computed again: `plan.NONE`, `SELECTIVE` or `FULL`."""
+        """What is computed again, a key of `recompute.FLAGS`."""
         return self.estimate.recompute
 
     @property
@@ -103,9 +104,9 @@ class Fitted:
 def fit(job: PlanningJob, *, measures: Collection[str] = EXACT) -> Fitted:
     """Find the fastest plan that fits the GPUs and the memory of the host.
 
-    Tried are all legal layouts, with nothing, attention or whole layers computed again, and with an
-    optimizer as the job has it or, where the job leaves it as it is by default, a lighter one. Of
-    plans that take as long, one that changes less is taken.
+    Tried are all legal layouts, with nothing, attention, MLPs or whole layers computed again, and
+    with an optimizer as the job has it or, where the job leaves it as it is by default, a lighter
+    one. Of plans that take as long, one that changes less is taken.
 
     Args:
         job: the model, the GPUs (how many: `gpus`), what is trained on.
@@ -129,17 +130,12 @@ def _fastest(job: PlanningJob, measures: Collection[str]) -> tuple[PlanningJob, 
         (one.hours, changes, place, lighter, one)
         for changes, lighter in enumerate(_optimizers(job, measures))
         for place, one in enumerate(estimate(lighter))
-        if one.fits and (RECOMPUTE in measures or one.recompute == _plain(one.layout))
+        if one.fits and (RECOMPUTE in measures or one.recompute == plain(one.layout))
     ]
     if not fitting:
         return None
     *_, lighter, one = min(fitting, key=lambda found: found[:3])
     return lighter, one
-
-
-def _plain(layout: Layout) -> str:
-    """What is computed again where nothing has to be: attention of ranks that share rows."""
-    return NONE if layout.context == 1 else SELECTIVE
 
 
 def _optimizers(job: PlanningJob, measures: Collection[str]) -> Iterator[PlanningJob]:
@@ -163,15 +159,15 @@ def _taken(
     asked: PlanningJob, job: PlanningJob, one: Estimate, measures: Collection[str]
 ) -> Iterator[Measure]:
     """What a plan takes, each with what it saves and costs."""
-    plain = _plain(one.layout)
+    least = plain(one.layout)
     taken = {
-        RECOMPUTE: one.recompute != plain,
+        RECOMPUTE: one.recompute != least,
         AWARE: job.precision_aware != asked.precision_aware,
         OFFLOAD: job.optimizer_offload != asked.optimizer_offload,
         MOMENTS: job.adam_moments != asked.adam_moments,
     }
     for name in (name for name in MEASURES if taken[name]):
-        other = (job, plain) if name == RECOMPUTE else (asked, one.recompute)
+        other = (job, least) if name == RECOMPUTE else (asked, one.recompute)
         before = estimate_at(other[0], one.layout, other[1])
         instead = _fastest(asked, set(measures) - {name})
         yield Measure(

@@ -4,13 +4,8 @@ from collections.abc import Iterator
 
 from megatron_infifpo.planning.estimate import Estimate
 from megatron_infifpo.planning.job import PlanningJob
-from megatron_infifpo.planning.plan import FULL, NONE, SELECTIVE
+from megatron_infifpo.planning.recompute import FLAGS as RECOMPUTE
 
-RECOMPUTE = {
-    NONE: "",
-    SELECTIVE: "--recompute-granularity selective",
-    FULL: "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-}
 PRECISION = {"bf16": "--bf16", "fp8": "--bf16 --fp8-format hybrid", "fp32": ""}
 LAYERS = {"te": "--transformer-impl transformer_engine", "te-attention": "--te-attention"}
 LAYERS |= {"local": "--transformer-impl local"}

@@ -12,12 +12,12 @@ from megatron_infifpo.planning.activations import Activations
 from megatron_infifpo.planning.adapters import Adapters
 from megatron_infifpo.planning.layout import Layout
 from megatron_infifpo.planning.precision import PRECISIONS
+from megatron_infifpo.planning.recompute import ATTENTION, BOTH, FULL, MLP, NONE
 from megatron_infifpo.planning.saves import BY_RANK, SAVED, Saving
 from megatron_infifpo.planning.sizes import Sizes
+from megatron_infifpo.planning.traffic import Traffic
 
 GIB = 2**30
-# What is computed again in the backward pass: nothing, attention, all of a layer.
-NONE, SELECTIVE, FULL = "none", "selective", "full"
 # Of attention, in units of its forward pass with two products: backward four, and scores again.
 FLASH = 3.5
 
@@ -28,7 +28,7 @@ class Memory:
 
     Attributes:
         attention: what the backward pass of a layer's attention adds for a moment, or of its
-            experts, if that is more.
+            experts, or of an MLP that is computed again, if that is more.
         head: what log-probs add, before that.
         update: what the optimizer's step adds for a moment.
         save: what a save adds for a moment.
@@ -49,28 +49,6 @@ class Memory:
         lasting = self.weights + self.gradients + self.optimizer
         step = self.activations + max(self.attention, self.head)
         return lasting + max(step, self.update, self.save)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that a rank gets of others. What is computed again is sent again.
-
-    Attributes:
-        tensor: with sequence parallelism attention and an MLP each gather rows and scatter sums
-            forward, and so they do backward, where they gather once more for their gradients.
-        context: keys and values of ranks that share its rows are gathered forward, and their
-            gradients scattered backward; gathered again where attention is computed again.
-        expert: rows go to their experts and back, and so do their gradients.
-    """
-
-    tensor: float
-    context: float
-    expert: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.tensor + self.context + self.expert
 
 
 @dataclass(frozen=True)
@@ -144,7 +122,7 @@ class Plan:
             micro_batches: of a step on a rank.
             gathered: keys that a rank's attention selects, for a token of the row (`Texts.keys`);
                 0 without shared prompts and context parallelism.
-            recompute: one of NONE, SELECTIVE, FULL, Megatron's `--recompute-granularity`.
+            recompute: what is computed again, a key of `recompute.FLAGS`.
             fused_adam: Transformer Engine's or Apex's, else PyTorch's.
             saving: how checkpoints are saved.
         """
@@ -190,23 +168,25 @@ class Plan:
 
         inner = self.adapters.rows(layout.tensor) * self.bytes.weight if self.adapters else 0
 
+        mlp = self.activations.of_mlp() if recompute in (MLP, BOTH) else 0.0
+        seen = 0.0 if recompute in ATTENTION else gathered * layout.context
+
         def of_layer(keys: float, sparse: bool) -> float:
             return self.activations.of_layer(keys, sparse=sparse, spread=spread) + inner
 
-        whole = {kind: of_layer(gathered * layout.context, kind) for kind in set(kinds)}
-        kept = {
-            NONE: whole,
-            SELECTIVE: {kind: of_layer(0.0, kind) for kind in whole},
-            FULL: dict.fromkeys(whole, float(self.sizes.hidden * self.bytes.weight)),
-        }[recompute]
+        kept = {kind: of_layer(seen, kind) - mlp * (not kind) for kind in set(kinds)}
         keys = row_tokens * max(gathered, 1.0)
         moment = self.activations.attention(layout, keys, row_tokens)
-        if recompute == SELECTIVE:
+        again = 0.0
+        if recompute == FULL:
+            again = max(of_layer(gathered * layout.context, kind) for kind in kept)
+            kept = dict.fromkeys(kept, float(self.sizes.hidden * self.bytes.weight))
+        elif recompute in ATTENTION:
             selected = self.activations.kept.gathered * gathered * self.sizes.key
             moment += selected * self.bytes.weight * row_tokens / layout.tensor
-        if True in whole:  # gradients of all that experts keep
+        moment = max(moment, tokens * mlp)
+        if True in kept:  # gradients of all that experts keep
             moment = max(moment, tokens * self.activations.of_experts(spread))
-        again = max(whole.values()) if recompute == FULL else 0.0
         return tokens * (in_flight * sum(kept[kind] for kind in kinds) + again), moment
 
     def _quantized(self, layout: Layout, stage: int) -> float:
@@ -266,12 +246,12 @@ class Plan:
             tokens: of rows.
             scored: of them.
             length: of texts; `2 A / tokens` where they differ.
-            recompute: what is computed twice forward.
+            recompute: what is computed twice forward, a key of `recompute.FLAGS`.
             attention: its passes, forward and backward, in units of the forward one; `FLASH` counts
                 what a fused kernel computes again.
         """
-        sizes, again = self.sizes, attention + (recompute != NONE)
-        forward = 1.0 + (recompute == FULL)
+        sizes, again = self.sizes, attention + (recompute in ATTENTION)
+        forward = 1.0 + self._again(recompute)
         products = (forward + (1.0 if self.adapters else 2.0)) * sizes.multiplied
         if self.adapters:
             products += (forward + 2.0) * self.trained
@@ -279,15 +259,12 @@ class Plan:
         # The head computes its logits twice: eight a parameter, six of a frozen one.
         return layers + (6.0 if self.adapters else 8.0) * sizes.table * scored
 
+    def _again(self, recompute: str) -> float:
+        """Share of the products with weights that are computed again."""
+        if recompute in (MLP, BOTH):
+            return self.sizes.sparse.count(False) * self.sizes.mlp / self.sizes.multiplied
+        return float(recompute == FULL)
+
     def communication(self, layout: Layout, tokens: float, recompute: str) -> Traffic:
         """Bytes that a rank gets of others while its group trains on `tokens`."""
-        sizes, full = self.sizes, recompute == FULL
-        rank = self.bytes.weight * tokens / (layout.tensor * layout.pipeline)
-        shared = bool(sizes.experts and sizes.experts.shared)
-        sublayers = 2 * sizes.layers - sum(sizes.sparse) * (not shared)
-        rows = (5 + 2 * full) * (layout.tensor - 1) * sublayers * sizes.hidden / layout.context
-        keys = (2 + (recompute != NONE)) * (1 - 1 / layout.context) * sizes.layers * 2.0 * sizes.key
-        sent = sum(sizes.sparse) * sizes.hidden / layout.context
-        sent *= sizes.experts.chosen if sizes.experts else 0
-        sent *= (4 + 2 * full) * (1 - 1 / layout.expert)
-        return Traffic(rank * rows, rank * keys, rank * sent)
+        return Traffic.of(self.sizes, self.bytes.weight, layout, tokens, recompute)

@@ -101,10 +101,15 @@ class Sizes:
         """Parameters of a layer's attention; norms and biases do not show."""
         return self.hidden * (2 * self.query + 2 * self.key)
 
+    @property
+    def mlp(self) -> int:
+        """Parameters of the MLP of a layer without experts, which has a gate."""
+        return 3 * self.hidden * self.ffn
+
     def layer(self, sparse: bool = False) -> Held:
         """Parameters of a layer, with experts or without."""
         if not sparse or self.experts is None:
-            return Held(self.attention + 3 * self.hidden * self.ffn)
+            return Held(self.attention + self.mlp)
         experts = self.experts
         every = 3.0 * self.hidden * experts.ffn * experts.count
         split = self.attention + 3 * self.hidden * experts.shared

@@ -13,7 +13,8 @@ from megatron_infifpo.planning.flags import training_flags
 from megatron_infifpo.planning.job import PlanningJob
 from megatron_infifpo.planning.layout import Layout
 from megatron_infifpo.planning.models import planned_model
-from megatron_infifpo.planning.plan import FULL, NONE, Plan
+from megatron_infifpo.planning.plan import Plan
+from megatron_infifpo.planning.recompute import FULL, NONE
 from megatron_infifpo.planning.saves import BY_RANK
 
 LLAMA = planned_model("llama-3.3-70b")

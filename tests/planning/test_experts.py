@@ -14,7 +14,8 @@ from megatron_infifpo.planning.flags import training_flags
 from megatron_infifpo.planning.job import PlanningJob
 from megatron_infifpo.planning.layout import Layout, layouts
 from megatron_infifpo.planning.models import planned_model
-from megatron_infifpo.planning.plan import FULL, NONE, Plan
+from megatron_infifpo.planning.plan import Plan
+from megatron_infifpo.planning.recompute import FULL, NONE
 
 QWEN = planned_model("qwen3-30b-a3b")
 EXPERTS = 48 * 128 * 3 * 2048 * 768  # parameters of Qwen3-30B-A3B's

@@ -1,4 +1,4 @@
-"""docs/fewer-gpus.md says what the planner says."""
+"""docs/fewer-gpus.md and examples/long say what the planner says."""
 
 import contextlib
 import io
@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.planning.estimate import estimate
 from megatron_infifpo.planning.fit import MEASURES, Fitted, fit
 from megatron_infifpo.planning.job import PlanningJob
 from megatron_infifpo.planning.layout import Layout
 from megatron_infifpo.planning.models import planned_model
-from megatron_infifpo.planning.plan import GIB, NONE
+from megatron_infifpo.planning.plan import GIB
+from megatron_infifpo.planning.recompute import FULL, NONE
 from support.launcher import ROOT
 from support.tools import run_command
 
 PAGE = (ROOT / "docs/fewer-gpus.md").read_text(encoding="utf-8")
+LONG = (ROOT / "examples/long/README.md").read_text(encoding="utf-8")
 NAMES = {
     "phi-4": "Phi-4, 14B",
     "mistral-small-24b": "Mistral-Small, 24B",
@@ -80,10 +83,10 @@ def test_rows(name, gpus, options):
     assert row(name, gpus, **options) in PAGE.splitlines()
 
 
-def blocks() -> Iterator[list[str]]:
-    """Indented blocks of the page that begin with a command of the planner."""
+def blocks(page: str) -> Iterator[list[str]]:
+    """Indented blocks of a page that begin with a command of the planner."""
     lines: list[str] = []
-    for line in [*PAGE.splitlines(), "end"]:
+    for line in [*page.splitlines(), "end"]:
         if line.startswith("    ") or (lines and not line):
             lines.append(line[4:])
             continue
@@ -92,9 +95,13 @@ def blocks() -> Iterator[list[str]]:
         lines = []
 
 
-@pytest.mark.parametrize("lines", list(blocks()), ids=lambda lines: lines[0])
+BLOCKS = [*blocks(PAGE), *blocks(LONG)]
+
+
+@pytest.mark.parametrize("lines", BLOCKS, ids=lambda lines: lines[0])
 def test_output(lines):
     """What is shown of a command is what it prints."""
+    assert len(BLOCKS) == 4 and len(lines) > 1
     printed, words = io.StringIO(), shlex.split(lines[0])
     with contextlib.redirect_stdout(printed):
         try:
@@ -103,3 +110,32 @@ def test_output(lines):
             print(f"error: {error}")
     shown = [line for line in lines[1:] if line]
     assert shown == printed.getvalue().splitlines()
+
+
+LIGHTER: list[tuple[str, dict[str, Any]]] = [
+    ("--grad-reduce-in-bf16", {"grad_reduce_in_bf16": True}),
+    ("--adam-moments bf16", {"adam_moments": "bf16"}),
+    ("--optimizer-offload 1", {"optimizer_offload": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("flag", "options"), [("", {}), *LIGHTER])
+def test_long_reasoning(flag, options):
+    """What fits where responses are longer than prompts: a row of the table in examples/long."""
+    options = options | {"seq_length": 131_072, "prompt_tokens": 4000, "response_tokens": 28_000}
+    one = estimate(PlanningJob(planned_model("phi-4"), 8, **options))[0]
+    assert one.fits == bool(flag)
+    if flag:
+        assert one.recompute == FULL
+        row = f"| `{flag}` | TP {one.layout.tensor}, CP {one.layout.context} |"
+        row += f" {one.memory.total / GIB:.1f} | {one.host / GIB:.0f} |"
+        assert one.layout.pipeline == 1 and row in LONG.splitlines()
+
+
+def test_long_commands():
+    """The page trains with the flags that the plan prints first."""
+    flags = next(line.split() for line in BLOCKS[-1] if line.startswith("    --"))
+    trained = [part.split("\n\n")[0] for part in LONG.split("-m megatron_infifpo train ")[1:]]
+    assert len(trained) == 2
+    for command in trained:
+        assert " ".join(flags) in " ".join(command.replace("\\", " ").split())

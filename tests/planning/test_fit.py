@@ -14,7 +14,8 @@ from megatron_infifpo.planning.fit import AWARE, EXACT, MEASURES, MOMENTS, OFFLO
 from megatron_infifpo.planning.job import PlanningJob
 from megatron_infifpo.planning.layout import Layout
 from megatron_infifpo.planning.models import planned_model
-from megatron_infifpo.planning.plan import FULL, GIB, NONE
+from megatron_infifpo.planning.plan import GIB
+from megatron_infifpo.planning.recompute import FULL, NONE
 from megatron_infifpo.training.config import RunConfig
 
 SEVENTY = 70_553_706_496  # parameters, published; norms are 0.002 % of them

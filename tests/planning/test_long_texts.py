@@ -13,7 +13,8 @@ from megatron_infifpo.planning.estimate import best, estimate
 from megatron_infifpo.planning.flags import training_flags
 from megatron_infifpo.planning.job import PlanningJob
 from megatron_infifpo.planning.layout import Layout
-from megatron_infifpo.planning.plan import FLASH, FULL, GIB, NONE, SELECTIVE, Plan
+from megatron_infifpo.planning.plan import FLASH, GIB, Plan
+from megatron_infifpo.planning.recompute import BOTH, FULL, MLP, NONE, SELECTIVE
 from megatron_infifpo.planning.saves import BY_RANK
 from megatron_infifpo.planning.texts import Texts
 from megatron_infifpo.rows.layout import RowLayout
@@ -89,6 +90,41 @@ def test_communication():
         again / 2 * 2 / 3
     )
     assert plan.communication(Layout(2, 1, 4), LONG, SELECTIVE).context == 0
+
+
+def test_mlps_that_are_computed_again():
+    """Two more operations a parameter of an MLP, its sums once more, and what it kept is free."""
+    plan, mlps = Plan(PHI), 40 * 3 * 5120 * 17_920
+    more = plan.operations(1000, 0, 500, recompute=MLP) - plan.operations(1000, 0, 500)
+    assert more == pytest.approx(2 * mlps * 1000)
+    both = plan.operations(1000, 0, 500, recompute=BOTH) - plan.operations(1000, 0, 500)
+    assert both - more == pytest.approx(2 * 500 * 5120 * 40 * 1000)
+    layout = Layout(2, 1, 1, 2)
+    sent = {kind: plan.communication(layout, LONG, kind) for kind in (NONE, SELECTIVE, MLP, BOTH)}
+    assert sent[MLP].tensor == sent[BOTH].tensor == pytest.approx(1.2 * sent[NONE].tensor)
+    assert sent[MLP].context == sent[NONE].context and sent[BOTH].context == sent[SELECTIVE].context
+    attention, also = (
+        plan.memory(layout, LONG, 1, gathered=1.25, recompute=kind) for kind in (SELECTIVE, BOTH)
+    )
+    # In bfloat16: three of the inner width, and the output of a norm that is in the first product.
+    kept = (3 * 17_920 + 5120) * 2 * LONG / 4
+    assert attention.activations - also.activations == pytest.approx(40 * kept)
+    one = plan.memory(Layout(2, 1, 2), LONG, 1, recompute=MLP)
+    assert one.attention == pytest.approx(2 * kept), "those of one MLP, for its backward pass"
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute", "modules"),
+    [(Layout(2, 1, 4), MLP, ["mlp"]), (Layout(2, 1, 2, 2), BOTH, ["core_attn", "mlp"])],
+)
+def test_flags_of_what_is_computed_again(layout, recompute, modules):
+    """Training takes them; what is tried leaves attention to ranks that share rows."""
+    job = long_job()
+    (one,) = (x for x in estimate(job) if (x.layout, x.recompute) == (layout, recompute))
+    words = ["--preference-data", "p", "--preference-sources", "s.yaml", "--global-batch-size", "8"]
+    flags = training_flags(job, one).split()
+    given = RunConfig.from_arguments([*words, "--bf16", *flags]).flags
+    assert (given["recompute_granularity"], given["recompute_modules"]) == ("selective", modules)
 
 
 def test_hours_of_traffic():

@@ -15,7 +15,8 @@ from megatron_infifpo.flag_types import flag as spelled
 from megatron_infifpo.planning.estimate import estimate
 from megatron_infifpo.planning.job import PlanningJob
 from megatron_infifpo.planning.layout import Layout, layouts
-from megatron_infifpo.planning.plan import FLASH, FULL, NONE, SELECTIVE, Plan
+from megatron_infifpo.planning.plan import FLASH, Plan
+from megatron_infifpo.planning.recompute import FULL, NONE, SELECTIVE
 from megatron_infifpo.planning.saves import BY_NAME, BY_RANK, SPARING
 from support.saves import LiveBytes
 
@@ -157,9 +158,9 @@ def test_the_command(ranks):
     first, all_of_them = ranks.logs[0].split("\n\n")
     assert first in best.strip()
     lines = [line for line in all_of_them.splitlines() if line.strip()[:1].isdigit()]
-    assert len(lines) == 16 and sum("does not fit" in line for line in lines) == 6
+    assert len(lines) == 24 and sum("does not fit" in line for line in lines) == 7
     hours = [float(line.split()[-1]) for line in lines if "does not fit" not in line]
-    assert hours == sorted(hours) and len(hours) == 10
+    assert hours == sorted(hours) and len(hours) == 17
 
 
 @pytest.mark.parametrize(

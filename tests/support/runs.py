@@ -1,7 +1,12 @@
 """Training runs of several layouts: what tests start, and how they read the results."""
 
+from pathlib import Path
+
 import torch
 from safetensors.torch import load_file
+
+from megatron_infifpo.storage.checkpoints import find_checkpoint
+from megatron_infifpo.storage.torch_dist import TorchDistCheckpoint
 
 # name -> ranks, flags
 LAYOUTS = {
@@ -30,6 +35,16 @@ def exported(ranks, checkpoint, folder) -> dict[str, torch.Tensor]:
     """Parameters of a trained checkpoint under their Hugging Face names."""
     ranks(1, "support.tools:export", str(checkpoint), str(folder))
     return load_file(folder / "model.safetensors")
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    """Whole parameters of a run's newest checkpoint, under Megatron's names, of any layout."""
+    checkpoint = TorchDistCheckpoint(find_checkpoint(folder))
+    found = {}
+    for name in checkpoint.names():
+        shape = checkpoint.shape(name)
+        found[name] = checkpoint.read(name, (0,) * len(shape), shape)
+    return found
 
 
 def flags(setup, *more: str, without: tuple[str, ...] = ()) -> list[str]:
