@@ -8,6 +8,7 @@ import torch
 from megatron_infifpo.convert import merging
 from megatron_infifpo.convert.merging import linear, sce, task_arithmetic, varm
 from megatron_infifpo.options import declared
+from support import mergekit_numbers
 
 DELTAS = torch.tensor([[0.4, 0.1, -0.2, 0.05], [0.2, 0.12, 0.3, 0.05]], dtype=torch.float64)
 ZERO = torch.zeros(4, dtype=torch.float64)
@@ -202,31 +203,15 @@ def test_inputs_stay_as_they_are():
     assert torch.equal(base, before[0]) and torch.equal(models, before[1])
 
 
-# What mergekit 0.1.5 makes of these in float32.
-BASE = [0.5, -0.25, 1.5, 0.125, -2.0, 0.75, 0.0, 3.0, -0.5, 1.0]
-STEPS = [
-    [3, -1, 4, 1, -5, 9, 2, -6, 5, 3],
-    [5, 8, -9, 7, 9, -3, 2, 3, -8, 4],
-    [-6, 2, 6, -4, 3, 3, 8, 3, 2, -7],
-]
-MERGEKIT = {
-    1.0: [
-        0.9320197105407715, 0.3280564546585083, 2.0065462589263916, 0.6210590600967407,
-        -1.3219435214996338, 1.330361247062683, 0.36757397651672363, 3.299999952316284,
-        -1.2999999523162842, 0.30000001192092896,
-    ],
-    0.3: [
-        0.5, -0.25, 1.9852173328399658, 0.125, -1.206908941268921, 0.75, 0.0, 3.0,
-        -1.2999999523162842, 1.0,
-    ],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("share", MERGEKIT)
-def test_numbers_of_mergekit(share):
-    base = torch.tensor(BASE)
-    models = base + torch.tensor(STEPS) * 0.1
-    assert sce(base, models, select_top=share).tolist() == MERGEKIT[share]
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", mergekit_numbers.CASES)
+def test_numbers_of_mergekit(name, dtype):
+    case = mergekit_numbers.CASES[name]
+    base, *targets = mergekit_numbers.models(getattr(torch, dtype))
+    known = {"base": base, "targets": targets, **case.options}
+    takes = merging.parameters(case.method)
+    found = merging.MERGES[case.method](**{key: known[key] for key in known if key in takes})
+    assert found.tolist() == getattr(case, dtype)
 
 
 def test_options_are_declared():
