@@ -1,13 +1,13 @@
 """What follows from a run.yaml, and its stages ask for: splits, starts, sources, layouts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_infifpo.run.checks import name_of
 from megatron_infifpo.run.names import PIVOT, Names
-from megatron_infifpo.run.schema import Layout, Run, Source, Training
+from megatron_infifpo.run.schema import Layout, Merge, Run, Source, Training
 
 HELDOUT = "heldout"
 
@@ -58,6 +58,17 @@ class Plan:
                 first = name
         return found
 
+    def base_of(self, merge: Merge) -> str:
+        """What all models of a merge were trained from: the last such training, or the pivot."""
+        lines = [list(self._line_of(name)) for name in merge.models]
+        return next(name for name in lines[0] if all(name in line for line in lines))
+
+    def _line_of(self, name: str) -> Iterator[str]:
+        """What a training starts from, what that starts from, and so on to the pivot."""
+        while name != PIVOT:
+            name = self.starts[name]
+            yield name
+
     def split_of(self, training: Training) -> str:
         """Which records a training is trained on."""
         usual = "sft" if self.methods[name_of(training)].reference is None else "preference"
@@ -95,9 +106,9 @@ class Plan:
         return list(self.run.data.pairs), ()
 
     def exports(self, training: Training) -> bool:
-        """Whether it is exported: what is merged, and what no other training starts from."""
+        """Whether it is exported: what a merge reads, and what no other training starts from."""
         name = name_of(training)
-        if any(name in merge.models for merge in self.run.merge):
+        if any(name in (*merge.models, self.base_of(merge)) for merge in self.run.merge):
             return True
         return name not in self.starts.values() if training.export is None else training.export
 

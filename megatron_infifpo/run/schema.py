@@ -178,7 +178,7 @@ class Training(Part):
 
 
 class Merge(Part):
-    """Exported trainings merged into one model; see `infifpo merge`."""
+    """Trainings merged into one model; see `infifpo merge`. The base is what all start from."""
 
     name: Name
     """Of the merged model: OUT/NAME-hf."""

@@ -88,10 +88,12 @@ def _export(plan: Plan, name: str) -> Iterator[Stage]:
 
 
 def merge_stage(plan: Plan, merge: Merge) -> Stage:
-    """Merge exported trainings."""
-    save, pivot = plan.names.exported(merge.name), plan.run.pivot.model
-    words: list[Any] = ["--method", merge.method, "--base", pivot, "--models"]
+    """Merge exported trainings by what they have changed of what all of them start from."""
+    start, save = plan.base_of(merge), plan.names.exported(merge.name)
+    base = plan.run.pivot.model if start == PIVOT else plan.names.exported(start)
+    words: list[Any] = ["--method", merge.method, "--base", base, "--models"]
     words += [*map(plan.names.exported, merge.models), "--output", save, *words_of(merge.flags)]
-    after, made = [f"export-{name}" for name in merge.models], save / "config.json"
+    after = [f"export-{name}" for name in (start, *merge.models) if name != PIVOT]
+    inputs, made = [plan.run.pivot.model] if start == PIVOT else [], save / "config.json"
     title = f"merge-{merge.name}"
-    return stage("merge", words, after=after, made=made, inputs=[pivot], outputs=[save], name=title)
+    return stage("merge", words, after=after, made=made, inputs=inputs, outputs=[save], name=title)

@@ -22,7 +22,7 @@ from megatron_infifpo.convert.hf_import import import_checkpoint
 from megatron_infifpo.convert.merge import MERGE_FILE, merge
 from megatron_infifpo.convert.merge_job import MergeJob
 from megatron_infifpo.errors import UserError
-from support import tiny
+from support import mergekit_numbers, tiny
 from support.launcher import ROOT
 from support.tiny import assert_same_weights, load_weights
 
@@ -317,6 +317,23 @@ def test_ranks_share_the_files(tmp_path, made, ranks):
     ranks(2, "support.conversion:merge", "sce", base, others, str(tmp_path / "two"), 50_000)
     merge(job(made, tmp_path / "one"))
     assert_same_weights(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_folder_has_the_numbers_of_mergekit(tmp_path):
+    """By the command, in one tensor of four small models; the next test is of all tensors."""
+    name, sizes = "model.layers.1.self_attn.k_proj.bias", {"hidden_size": 20}
+    sizes |= {"intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    folders = []
+    for seed, tensor in enumerate(mergekit_numbers.models(torch.float32)):
+        folders.append(tiny.save_model(tmp_path / f"m{seed}", "qwen2", seed=seed, **sizes))
+        edit_weights(folders[-1], **{name: tensor})
+    for number, case in enumerate(mergekit_numbers.CASES.values()):
+        words = ["merge", "--method", case.method, "--base", folders[0], "--models", *folders[1:]]
+        for key, value in case.options.items():
+            flag = f"--{key.replace('_', '-')}"
+            words += [flag, *(value if isinstance(value, list) else [value])]
+        run_words([str(word) for word in [*words, "--output", tmp_path / f"out{number}"]])
+        assert load_weights(tmp_path / f"out{number}")[name].tolist() == case.float32, case.method
 
 
 MERGEKIT: dict[str, tuple[dict[str, Any], list[dict[str, float]]]] = {

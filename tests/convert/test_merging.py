@@ -8,6 +8,7 @@ import torch
 from megatron_infifpo.convert import merging
 from megatron_infifpo.convert.merging import linear, sce, task_arithmetic, varm
 from megatron_infifpo.options import declared
+from support import mergekit_numbers
 
 DELTAS = torch.tensor([[0.4, 0.1, -0.2, 0.05], [0.2, 0.12, 0.3, 0.05]], dtype=torch.float64)
 ZERO = torch.zeros(4, dtype=torch.float64)
@@ -38,12 +39,14 @@ def test_selecting_weights():
 
 
 def test_variation_ratio():
+    """The models weigh 0.59126 and 0.40874, by the sums of their squares."""
     a, b = 0.16 + 0.01 + 0.04 + 0.0025, 0.04 + 0.0144 + 0.09 + 0.0025
     first = a / (a + b)
-    assert (round(first, 6), round(1 - first, 6)) == (0.591263, 0.408737)
+    assert first == pytest.approx(0.59126321647189761, abs=1e-12)
     expected = [first * x + (1 - first) * y for x, y in DELTAS.T.tolist()]
     close(varm(ZERO, DELTAS), expected)
-    close(varm(ZERO, DELTAS), [0.318253, 0.108175, 0.004368, 0.05], 5e-7)
+    digits = [0.31825264329437952, 0.10817473567056205, 0.0043683917640511964, 0.05]
+    close(torch.tensor(expected, dtype=torch.float64), digits)
 
 
 def test_sce_of_all_elements_of_equal_signs_is_varm():
@@ -200,31 +203,15 @@ def test_inputs_stay_as_they_are():
     assert torch.equal(base, before[0]) and torch.equal(models, before[1])
 
 
-# What mergekit 0.1.5 makes of these in float32.
-BASE = [0.5, -0.25, 1.5, 0.125, -2.0, 0.75, 0.0, 3.0, -0.5, 1.0]
-STEPS = [
-    [3, -1, 4, 1, -5, 9, 2, -6, 5, 3],
-    [5, 8, -9, 7, 9, -3, 2, 3, -8, 4],
-    [-6, 2, 6, -4, 3, 3, 8, 3, 2, -7],
-]
-MERGEKIT = {
-    1.0: [
-        0.9320197105407715, 0.3280564546585083, 2.0065462589263916, 0.6210590600967407,
-        -1.3219435214996338, 1.330361247062683, 0.36757397651672363, 3.299999952316284,
-        -1.2999999523162842, 0.30000001192092896,
-    ],
-    0.3: [
-        0.5, -0.25, 1.9852173328399658, 0.125, -1.206908941268921, 0.75, 0.0, 3.0,
-        -1.2999999523162842, 1.0,
-    ],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("share", MERGEKIT)
-def test_numbers_of_mergekit(share):
-    base = torch.tensor(BASE)
-    models = base + torch.tensor(STEPS) * 0.1
-    assert sce(base, models, select_top=share).tolist() == MERGEKIT[share]
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", mergekit_numbers.CASES)
+def test_numbers_of_mergekit(name, dtype):
+    case = mergekit_numbers.CASES[name]
+    base, *targets = mergekit_numbers.models(getattr(torch, dtype))
+    known = {"base": base, "targets": targets, **case.options}
+    takes = merging.parameters(case.method)
+    found = merging.MERGES[case.method](**{key: known[key] for key in known if key in takes})
+    assert found.tolist() == getattr(case, dtype)
 
 
 def test_options_are_declared():

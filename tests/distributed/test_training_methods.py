@@ -39,17 +39,13 @@ METHOD_LAYOUTS += [(m, "tp2-pp2") for m in ("sft", "wrpo", "infifpo-wrpo", "fuse
 METHOD_LAYOUTS += [("fuserlhf", "pp2-vpp2")]
 # Losses of tokens differ in what the head gives them, which tensor parallelism splits.
 METHOD_LAYOUTS += [("fusellm", layout) for layout in ("pp2", "dp2", "tp2-sp", "tp2-pp2")]
-METHOD_LAYOUTS += [("infifusion", layout) for layout in ("tp2", "dp2")]
+METHOD_LAYOUTS += [("infifusion", layout) for layout in ("tp2", "pp2", "dp2", "tp2-sp")]
 # Ranks hold parts of a response, of a chunk of tokens, of a list.
 METHOD_LAYOUTS += [(m, "cp2") for m in ("sft", "wrpo", "fuserlhf", "fusellm", "infifusion")]
 
 
-@pytest.mark.parametrize("method, layout", METHOD_LAYOUTS)
-def test_layouts_agree(setup, ranks, one_rank, method, layout):
-    world, flags = LAYOUTS[layout]
-    argv = setup.method_flags(method, *flags, *SLOWER.get(method, ()))
-    got = ranks(world, "support.training:train", argv)
-    expected = one_rank[method]
+def assert_agree(got: list[dict], expected: list[dict]) -> None:
+    """Two runs of three steps: norms within 1e-4 of each other, and metrics within 1e-4."""
     assert len(expected[0]["norms"]) == 3
     assert got[0]["norms"] == pytest.approx(expected[0]["norms"], rel=1e-4)
     for step, reference in zip(steps_of(got), steps_of(expected), strict=True):
@@ -60,6 +56,22 @@ def test_layouts_agree(setup, ranks, one_rank, method, layout):
                 # The variance of summed log-probs is some tens, of numbers with seven digits.
                 close = pytest.approx(value, abs=1e-4, rel=1e-5, nan_ok=True)
                 assert step[name] == close, name
+
+
+@pytest.mark.parametrize("method, layout", METHOD_LAYOUTS)
+def test_layouts_agree(setup, ranks, one_rank, method, layout):
+    world, flags = LAYOUTS[layout]
+    argv = setup.method_flags(method, *flags, *SLOWER.get(method, ()))
+    assert_agree(ranks(world, "support.training:train", argv), one_rank[method])
+
+
+def test_layouts_agree_with_tied_embeddings(setup, ranks, pivots):
+    """The head's weight is the embedding, of which pipeline stages keep two copies."""
+    argv = setup.method_flags("fusellm", "--pretrained-checkpoint", str(pivots("llama-tied")[1]))
+    expected = ranks(1, "support.training:train", argv)
+    for layout in ("tp2-sp", "tp2-pp2"):
+        world, flags = LAYOUTS[layout]
+        assert_agree(ranks(world, "support.training:train", [*argv, *flags]), expected)
 
 
 def expected_first_loss(setup, argv: list[str]) -> float:

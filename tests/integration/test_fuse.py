@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -34,8 +35,13 @@ train:
   - {<<: *second, name: dpo, flags: {reference: initial}}
   - &chat {<<: *second, name: chat-qwen, method: fusechat, data: preference, sources: [qwen]}
   - {<<: *chat, name: chat-phi, sources: [phi]}
+  - &once {<<: *usual, method: fusellm, epochs: 1, export: false}
+  - {<<: *once, method: infifusion}
+  - &uld {<<: *once, name: uld-qwen, method: infifusion, sources: [qwen]}
+  - {<<: *uld, name: uld-phi, sources: [phi]}
 merge:
   - {name: chat, models: [chat-qwen, chat-phi]}
+  - {name: uld, models: [uld-qwen, uld-phi], method: varm}
 evaluation: {sources: true}
 """
 
@@ -96,7 +102,8 @@ def test_from_hugging_face_to_hugging_face(forked, folder):
     # Every model is another one, and the exported ones are those that were trained.
     rows = {row["model"]: row for row in json.loads((out / "heldout.json").read_text())}
     assert list(rows) == [
-        "qwen", "phi", "pivot", "sft", "infifpo", "dpo", "chat-qwen", "chat-phi", "chat"
+        "qwen", "phi", "pivot", "sft", "infifpo", "dpo", "chat-qwen", "chat-phi",
+        "fusellm", "infifusion", "uld-qwen", "uld-phi", "chat", "uld",
     ]  # fmt: skip
     prints = {
         LogprobStore(out / "logprobs" / "heldout" / name).manifest["weights_sha256"]
@@ -106,14 +113,28 @@ def test_from_hugging_face_to_hugging_face(forked, folder):
     assert all(row["records"] == 8 for name, row in rows.items() if name != "phi")
     assert set(rows["phi"]["domains"]) == {"code"}
     assert all(name in text for name in rows)
-    for name in ("infifpo", "dpo", "chat"):
+    for name in ("infifpo", "dpo"):
         assert load_file(out / f"{name}-hf" / "model.safetensors")
-    assert not (out / "sft-hf").exists()
+    assert not (out / "fusellm-hf").exists() and not (out / "infifusion-hf").exists()
     targets = {
-        name: SoftTargetStore(out / "tokens" / "targets" / name).sources
-        for name in ("chat-qwen", "chat-phi")
+        path.stem: SoftTargetStore(path.with_suffix("")).sources
+        for path in (out / "tokens" / "targets").glob("*.json")
     }
-    assert targets == {"chat-qwen": ("qwen", "initial"), "chat-phi": ("phi", "initial")}
+    assert targets == {
+        "chat-qwen": ("qwen", "initial"), "chat-phi": ("phi", "initial"),
+        "fusellm": ("qwen", "phi", "initial"), "infifusion": ("qwen", "phi"),
+        "uld-qwen": ("qwen",), "uld-phi": ("phi",),
+    }  # fmt: skip
+    # What is merged is what the models have changed of what they start from.
+    start, first, second, merged = (
+        load_file(out / f"{name}-hf" / "model.safetensors")
+        for name in ("sft", "uld-qwen", "uld-phi", "uld")
+    )
+    for name, tensor in merged.items():
+        changes = torch.stack([first[name] - start[name], second[name] - start[name]])
+        weights = (changes.double() ** 2).flatten(1).mean(1)
+        change = torch.einsum("m,m...->...", weights / weights.sum(), changes.double())
+        torch.testing.assert_close(tensor.double(), start[name] + change, atol=1e-6, rtol=0)
     assert (out / "infifpo" / "report.html").exists()
     # Given again it does nothing, and says the same.
     count = len(forked)

@@ -158,12 +158,39 @@ def test_fusechat(folder, plain):
         "prepare-preference", "score-tokens-sft", "score-tokens-coder"
     )  # fmt: skip
     assert "score-qwen" not in stages  # nothing reads log-probs without top-k
+    # What they have learnt is what they differ in from that result, which is exported for it.
     assert str(stages["merge-chat"].job) == (
-        "infifpo merge --method sce --base pivot --models out/chat-qwen-hf out/chat-coder-hf "
+        "infifpo merge --method sce --base out/sft-hf --models out/chat-qwen-hf out/chat-coder-hf "
         "--output out/chat-hf"
     )
+    assert stages["merge-chat"].after == ("export-sft", "export-chat-qwen", "export-chat-coder")
+    assert stages["merge-chat"].inputs == ()
     heldout = stages["score-heldout-chat"]
     assert "merge-chat" in heldout.after and heldout.inputs == ("heldout.jsonl",)
+
+
+@pytest.mark.parametrize(
+    ("starts", "merged", "expected"),
+    [
+        ({}, "b c", "out/a-hf"),
+        ({"b": "pivot", "c": "pivot"}, "b c", "pivot"),
+        ({"c": "pivot"}, "b c", "pivot"),
+        ({"d": "b"}, "c d", "out/a-hf"),
+        ({"c": "b", "d": "b"}, "c d", "out/b-hf"),
+        ({}, "a b", "pivot"),
+    ],
+)
+def test_the_base_of_a_merge(folder, plain, starts, merged, expected):
+    """What all of its models were trained from last: a and, usually from it, b, c and d."""
+    train = [{"name": "a", "method": "sft"}]
+    train += [{"name": name, "method": "infifpo"} for name in "bcd"]
+    train = [one | ({"start": starts[n]} if (n := one["name"]) in starts else {}) for one in train]
+    plain.training.update(dict.fromkeys("abcd", ()))
+    run = base(train=train, merge=[{"name": "m", "models": merged.split(), "method": "linear"}])
+    stages = {stage.name: stage for stage in stages_of(Plan(run, plain))}
+    assert f"--base {expected} --models" in str(stages["merge-m"].job)
+    assert stages["merge-m"].inputs == (("pivot",) if expected == "pivot" else ())
+    assert all(name in stages for name in stages["merge-m"].after)
 
 
 def test_all_commands_read_their_words(folder, plain):
