@@ -1,6 +1,6 @@
 """One record as training sees it: tokens, every model's log-probs, the fused reference."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,13 @@ from megatron_infifpo.checks.token_table import token_table
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_types
 from megatron_infifpo.methods import METHODS, Method, resolve
-from megatron_infifpo.records.records import iter_records
+from megatron_infifpo.records.records import PreferenceRecord, iter_records
 from megatron_infifpo.references.logprob_store import LogprobStore
 from megatron_infifpo.references.sources import SourcesConfig, read_sources
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset, PreferencePair
 from megatron_infifpo.tokens.dataset import TokenDataset
 from megatron_infifpo.tokens.encoding import scored_marks
+from megatron_infifpo.tokens.rendering import Reply
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 EDGE = 6  # tokens shown on each side of a border
@@ -29,11 +30,12 @@ class InspectionJob:
     Attributes:
         data: prefix of the token dataset.
         id: of the record.
-        sources: sources.yaml; None: only tokens are shown.
+        sources: sources.yaml; None: no log-probs are shown.
         soft_targets: prefix of soft targets of these tokens; what they say of each is shown, and no
             reference.
         tokenizer: folder, if it is no longer where the dataset was made with it.
-        tokens: show every model's prompt, and its tokens of each response with their log-probs.
+        tokens: show what every model's template renders, and its tokens of each response with
+            their log-probs; without sources those of the pivot.
         trust_remote_code: run code that comes with the tokenizers.
         method: how the record is used; None: "infifpo" for pairs, and of lists, where no method is
             the usual one, only what does not depend on it is shown.
@@ -59,10 +61,8 @@ class InspectionJob:
         changed = self.method not in (None, *map(resolve, METHODS))
         if changed and self.soft_targets is not None:
             raise UserError("an option of the method has no effect with --soft-targets")
-        if self.sources is None:
-            for given, what in ((self.tokens, "--tokens"), (changed, "an option of the method")):
-                if given:
-                    raise UserError(f"{what} has no effect without --sources")
+        if self.sources is None and changed:
+            raise UserError("an option of the method has no effect without --sources")
 
 
 def inspect_record(job: InspectionJob) -> Iterator[str]:
@@ -104,8 +104,9 @@ def inspect_record(job: InspectionJob) -> Iterator[str]:
         yield f"\nused, in this order: {', '.join(dataset.names(index))}"
     if dataset.initial is not None:
         yield from _models_table(dataset, pair)
-        if job.tokens:
-            yield from _scored_tokens(dataset, index, job.trust_remote_code)
+    if job.tokens:
+        yield from _renderings(dataset, index, tokenizer, job.trust_remote_code)
+    if dataset.initial is not None:
         if missing is None and method is not None:
             yield from reference_table(dataset, pair, method)
     if job.soft_targets is not None:
@@ -203,15 +204,19 @@ def _origin(manifest: dict[str, Any]) -> str:
     )
 
 
-def _scored_tokens(
-    dataset: PreferenceDataset, index: int, trust_remote_code: bool
+def _renderings(
+    dataset: PreferenceDataset, index: int, tokenizer: ChatTokenizer, trust_remote_code: bool
 ) -> Iterator[str]:
-    """Each model's prompt and response tokens: `[not scored]`, or with the log-prob."""
+    """What each model is shown of a record, or the pivot alone where there are no log-probs."""
     files, record_id = dataset.tokens.manifest["source_files"], dataset.tokens.ids(index)
     records = iter_records(files, on_bad="skip", lists=dataset.tokens.listed)
     record = next((r for r in records if r.id == record_id), None)
     if record is None:
         raise UserError(f"--tokens needs the record's text, but {record_id!r} is not in {files}")
+    if dataset.initial is None:
+        yield "\npivot: what it is shown"
+        yield from _rendering(record, tokenizer, None)
+        return
     for name, store in _models(dataset):
         yield f"\n{name}: what it was shown, and the log-probs of its tokens"
         known = store.has_values and store.manifest["tokenizer"]["path"] is not None
@@ -225,22 +230,37 @@ def _scored_tokens(
         except UserError as error:
             yield f"  not shown: {error}"
             continue
-        rendered, tokens, decode = chat.render(record), chat.encode(record), chat.tokenizer.decode
-        yield f"the template renders: {rendered.prompt}"
-        if (shown := decode(tokens.prompt_ids.tolist())) != rendered.prompt:
-            yield f"its tokens read: {shown}"
-        marks = scored_marks(tokens.response_ids, tokens.scored)
-        for r, (response, mark) in enumerate(zip(record.names, marks, strict=True)):
-            values = iter(store.logprobs(index, r).tolist())
-            shown = []
-            for token, scored in zip(tokens.response_ids[r].tolist(), mark.tolist(), strict=True):
-                value = next(values, None) if scored else None
-                if scored and value is None:
-                    break  # it was cut
-                shown.append(
-                    f"[{decode([token])!r}]"
-                    if value is None
-                    else f"{decode([token])!r} {value:.3f}"
-                )
-            yield f"{response}, rendered: {rendered.replies[r].text}"
-            yield f"{response}, tokens: " + " ".join(shown)
+        responses = range(len(record.responses))
+        values = [store.logprobs(index, r).tolist() for r in responses]
+        yield from _rendering(record, chat, values)
+
+
+def _rendering(
+    record: PreferenceRecord, chat: ChatTokenizer, logprobs: Sequence[Sequence[float]] | None
+) -> Iterator[str]:
+    """What a template renders, and its tokens: `[not scored]`, or with the log-prob if known."""
+    rendered, tokens, decode = chat.render(record), chat.encode(record), chat.tokenizer.decode
+    yield f"the template renders: {rendered.prompt}"
+    if (shown := decode(tokens.prompt_ids.tolist())) != rendered.prompt:
+        yield f"its tokens read: {shown}"
+    marks = scored_marks(tokens.response_ids, tokens.scored)
+    for r, (response, mark) in enumerate(zip(record.names, marks, strict=True)):
+        values = None if logprobs is None else iter(logprobs[r])
+        words = []
+        for token, scored in zip(tokens.response_ids[r].tolist(), mark.tolist(), strict=True):
+            value = next(values, None) if scored and values is not None else None
+            if scored and values is not None and value is None:
+                break  # it was cut
+            word = repr(decode([token])) if scored else f"[{decode([token])!r}]"
+            words.append(word if value is None else f"{word} {value:.3f}")
+        yield f"{response}, rendered, what is scored in « »: {_marked(rendered.replies[r])}"
+        yield f"{response}, tokens: " + " ".join(words)
+
+
+def _marked(reply: Reply) -> str:
+    """Return a reply's text with marks around what is scored."""
+    text, end = "", 0
+    for start, stop in reply.scored:
+        text += f"{reply.text[end:start]}«{reply.text[start:stop]}»"
+        end = stop
+    return text + reply.text[end:]

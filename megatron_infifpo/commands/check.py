@@ -8,7 +8,7 @@ Records must have the fingerprint that the manifests name; their texts are token
 pivot and for every source; every stored log-prob is read, and what is stored with --top-k beside
 it. --soft-targets reads all values of soft targets, and with --sources compares the log-probs that
 they were fused from. --weights reads models' weights, too, and compares their fingerprints; --run
-compares a training run's run.json. One line a check; the exit code is 1 if any failed.
+compares a training run's run.json. One line a check; the exit code is 2 if any failed.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line a check; 1 if any failed."""
+    """Print one line a check; 2 if any failed."""
     from megatron_infifpo.checks.data import DataJob, check_data
 
     weights = read_folders("--weights", args.weights)
@@ -40,4 +40,4 @@ def run(args: argparse.Namespace) -> int:
         print(f"{'ok' if check.error is None else 'FAILED':<8}{check.what}: ", end="")
         print(check.error or check.note, flush=True)
     print(f"{failed} failed" if failed else "all is as it should be")
-    return int(failed > 0)
+    return 2 if failed else 0

@@ -1,5 +1,6 @@
 """Show one record as training sees it: tokens, every model's log-probs, the fused reference.
 
+    infifpo inspect --data data/train --id train-17 --tokens
     infifpo inspect --data data/train --sources sources.yaml --id train-17
     infifpo inspect --data data/sft --soft-targets fusion/fusellm --sources fusion/sources.yaml \\
         --id sft-17
@@ -26,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         action="store_true",
-        help="print every model's prompt, and its tokens of each response with their log-probs",
+        help="print what every model's template renders, with what is scored of it, and its tokens "
+        "with their log-probs; without --sources those of the pivot",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the tokenizers"

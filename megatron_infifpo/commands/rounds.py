@@ -29,6 +29,7 @@ from megatron_infifpo.commands.main import make_parser
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import positive, whole
 from megatron_infifpo.recipes.ends import StageError, StoppedError
+from megatron_infifpo.records.records import ON_BAD
 from megatron_infifpo.references.sources import INITIAL
 from megatron_infifpo.rounds.inputs import check_inputs
 from megatron_infifpo.rounds.job import OPTIMIZERS, STAGES, RoundsJob
@@ -58,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", required=True, nargs="+", metavar="FILE[=COUNT]",
         help="the pool, as infifpo sample reads it: each prompt comes once an epoch",
+    )  # fmt: skip
+    parser.add_argument(
+        "--on-bad-record", choices=ON_BAD,
+        help="stop at the first malformed prompt, or leave such prompts and those that a stage "
+        "cannot take out (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--method", required=True, help="of infifpo train; not of wrpo's kind")
     parser.add_argument("--sources", metavar="FILE", help="sources.yaml, each with its `score`")

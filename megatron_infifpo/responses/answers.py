@@ -32,13 +32,14 @@ FINISH = {
 UNKNOWN = "unknown"  # the server does not say
 
 # Why a response is not a whole one.
-CUT, EMPTY, FILTERED, BROKEN, UNSENT, REFUSED = (
+CUT, EMPTY, FILTERED, BROKEN, UNSENT, REFUSED, UNREAD_CALL = (
     "cut",
     "empty",
     "content_filter",
     "not Unicode",
     "not sent",
     "refused",
+    "a tool call as text",
 )
 
 
@@ -66,7 +67,7 @@ class Response:
             return BROKEN
         if self.finish == "length":
             return CUT
-        if self.finish in (FILTERED, REFUSED):
+        if self.finish in (FILTERED, REFUSED, UNREAD_CALL):
             return self.finish
         if self.finish not in ("stop", "tool_calls", UNKNOWN):
             return f"ended by {self.finish}"

@@ -9,10 +9,12 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.responses.answers import (
     MARKERS,
     REFUSED,
+    UNREAD_CALL,
     Response,
     from_choice,
     split_reasoning,
 )
+from megatron_infifpo.responses.calls import writes_call
 from megatron_infifpo.responses.engines import Measured, NotMeasuredError, Sampling
 from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.scoring.client import Client, RefusedError, ServerAddress
@@ -56,7 +58,7 @@ class ServerEngine:
             how = self.how
             try:
                 answer = self._ask(prompt, count, seed, how.temperature, how.top_p, how.max_tokens)
-                return [self._response(choice) for choice in answer]
+                return [self._response(choice, prompt) for choice in answer]
             except RefusedError as error:
                 if not self.options.skip_refused:
                     raise UserError(f"{self.address} refuses {prompt.id!r}: {error}") from None
@@ -77,19 +79,22 @@ class ServerEngine:
                 content = choice["logprobs"]["content"]
                 tokens = [str(one["token"]) for one in content]
                 values = [float(one["logprob"]) for one in content]
-                found.append(Measured(prompt, [], self._response(choice), tokens, values))
+                found.append(Measured(prompt, [], self._response(choice, prompt), tokens, values))
             except RefusedError as error:
                 raise NotMeasuredError(f"the server refuses to give log-probs ({error})") from None
             except (LookupError, TypeError, ValueError):
                 raise NotMeasuredError("the server gives no log-probs") from None
         return found
 
-    def _response(self, choice: dict[str, Any]) -> Response:
+    def _response(self, choice: dict[str, Any], prompt: Prompt) -> Response:
         response = from_choice(choice)
-        if response.reasoning is not None:
-            return response
-        text, reasoning = split_reasoning(response.text, _ANY_TEMPLATE, "")
-        return replace(response, text=text, reasoning=reasoning)
+        if response.reasoning is None:
+            text, reasoning = split_reasoning(response.text, _ANY_TEMPLATE, "")
+            response = replace(response, text=text, reasoning=reasoning)
+        # A server without a parser of calls leaves them in the content, too.
+        if not response.tool_calls and writes_call(response.text, prompt.tools):
+            return replace(response, finish=UNREAD_CALL)
+        return response
 
     def _ask(
         self,

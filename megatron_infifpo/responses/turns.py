@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from megatron_infifpo.errors import UserError
-from megatron_infifpo.responses.answers import Response, split_reasoning
+from megatron_infifpo.responses.answers import UNREAD_CALL, Response, split_reasoning
+from megatron_infifpo.responses.calls import writes_call
 from megatron_infifpo.responses.prompts import Prompt
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
 
 
 class Opened(NamedTuple):
-    """A prompt up to and with the generation prompt."""
+    """A prompt up to and with the generation prompt, and the tools that it may call."""
 
     text: str
     ids: list[int]
+    tools: Sequence[dict[str, Any]] = ()
 
 
 class Turns:
@@ -67,7 +69,8 @@ class Turns:
             UserError: the chat template refuses it, or it leaves no room for a response.
         """
         asked = (prompt.messages, prompt.id, prompt.tools, prompt.template_options)
-        opened = Opened(self.chat.render_prompt(*asked), self.chat.prompt_ids([asked])[0])
+        text, ids = self.chat.render_prompt(*asked), self.chat.prompt_ids([asked])[0]
+        opened = Opened(text, ids, prompt.tools)
         if len(opened.ids) >= self.context:
             raise UserError(
                 f"prompt {prompt.id!r} has {len(opened.ids)} tokens, expected fewer than the "
@@ -116,6 +119,8 @@ class Turns:
             text, ended = before, ended or bool(found)
         text = text.removesuffix(self._before_end) if ended else text
         answer, reasoning = split_reasoning(text, self.chat.template.text, opened.text)
+        if writes_call(answer if answer.strip() else text, opened.tools):
+            finish = UNREAD_CALL
         return Response(
             self._specials.sub("", answer),
             finish or ("stop" if ended else "length"),

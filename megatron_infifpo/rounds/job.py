@@ -12,6 +12,7 @@ from megatron_infifpo.errors import UserError
 from megatron_infifpo.flag_types import check_choice, check_files, check_positive, check_types
 from megatron_infifpo.methods import METHODS, Method, add_method_flags, method_from_options
 from megatron_infifpo.recipes.job import split_words
+from megatron_infifpo.records.records import ON_BAD
 from megatron_infifpo.references.sources import INITIAL, Source, read_sources
 from megatron_infifpo.storage.yaml_files import read_yaml
 
@@ -38,6 +39,7 @@ class RoundsJob:
         round_prompts: prompts of a round.
         count: responses to a prompt.
         sources: sources.yaml, each source with its `score`; None for methods without sources.
+        on_bad_record: "error" or "skip", for prompts that are malformed or that a stage refuses.
         optimizer: "carry": one training run goes through all rounds; "fresh": a run a round.
         seed: of the plan of prompts and, with the round's number, of sampling.
         sampler_check: compare the sampler's own log-probs with the trainer's.
@@ -59,6 +61,7 @@ class RoundsJob:
     round_prompts: int
     count: int = 8
     sources: str | None = None
+    on_bad_record: str = "error"
     optimizer: str = "carry"
     seed: int = 1234
     sampler_check: bool = True
@@ -79,6 +82,7 @@ class RoundsJob:
         check_files(self, "prompts")
         check_types(self)
         check_choice("method", self.method, METHODS)
+        check_choice("on_bad_record", self.on_bad_record, ON_BAD)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_positive(self, "rounds", "steps", "round_prompts", "keep_rounds")
         check_positive(self, "count", least=2)

@@ -18,6 +18,7 @@ from typing import Any
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.recipes.job import PROGRAM, Job, split_words
 from megatron_infifpo.recipes.processes import Start, begun, stoppable
+from megatron_infifpo.records.read_report import ReadReport
 from megatron_infifpo.responses.prompts import Prompt, read_prompts
 from megatron_infifpo.rounds.clean import remove_old
 from megatron_infifpo.rounds.ends import check_end
@@ -171,12 +172,14 @@ def shown(job: RoundsJob, stage: Job) -> str:
 
 
 def read_pool(job: RoundsJob) -> list[Prompt]:
-    """Read the prompts of all rounds.
+    """Read the prompts of all rounds, and say what of them was left out.
 
     Raises:
         UserError: a bad one, fewer than a round takes, or none of a source's domain.
     """
-    pool = read_prompts(job.prompts)
+    report = ReadReport()
+    pool = read_prompts(job.prompts, on_bad=job.on_bad_record, report=report)
+    report.show()
     if len(pool) < job.round_prompts:
         raise UserError(
             f"--round-prompts is {job.round_prompts}, but {' '.join(job.prompts)} has {len(pool)}"

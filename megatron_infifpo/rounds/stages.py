@@ -123,6 +123,7 @@ def sample(job: RoundsJob, here: RoundFolder, model: str) -> Stage:
     words += ["--output", here.responses, "--count", job.count, "--temperature", 1, "--top-p", 1]
     words += ["--seed", job.seed + here.number, "--keep-cut"]
     words += [] if job.sampler_check else ["--check", 0]
+    words += on_bad_record(job, judged=True)
     measured = here.measured if job.sampler_check else None
     made = Job("sample", with_options(job, "sample", words))
     return Stage(made, here.responses, measured=measured)
@@ -132,13 +133,14 @@ def label(job: RoundsJob, here: RoundFolder) -> Stage:
     """Judge the responses; a list has those that were cut, too, else it were of another policy."""
     words: list[Any] = ["--input", here.responses, "--output", here.records]
     words += ["--list", job.count, "--keep-cut"] if job.lists else []
+    words += on_bad_record(job, judged=True)
     return Stage(Job("label", with_options(job, "label", words)), here.records)
 
 
 def prepare(job: RoundsJob, here: RoundFolder) -> Stage:
     """Tokenize for the pivot."""
     words: list[Any] = ["--input", here.records, "--tokenizer", job.pivot, "--output", here.tokens]
-    words += on_bad_record(job)
+    words += on_bad_record(job, judged=job.judged)
     return Stage(Job("prepare", with_options(job, "prepare", words)), suffixed(here.tokens))
 
 
@@ -156,16 +158,16 @@ def score(
     words: list[Any] = ["--name", name, "--input", here.records, "--output", output]
     # A training that goes through all rounds has all sources in each, though it has no such prompt.
     words += ["--domains", *domains, "--absent-domains", "mask"] if domains else []
-    words += on_bad_record(job)
+    words += on_bad_record(job, judged=job.judged)
     for stage in ("score", INITIAL):
         check_own(stage, [*words, "--model"], job.words(stage))
     made = ("score", *scoring_words(usual, own), *map(str, words))
     return Stage(Job(f"score-{file}", made, every_rank=True), suffixed(output))
 
 
-def on_bad_record(job: RoundsJob) -> list[str]:
+def on_bad_record(job: RoundsJob, *, judged: bool) -> list[str]:
     """Without a judge who leaves them out, prompts with one text alone are left out here."""
-    return [] if job.judged else ["--on-bad-record", "skip"]
+    return ["--on-bad-record", "skip"] if job.on_bad_record == "skip" or not judged else []
 
 
 def train(job: RoundsJob, here: RoundFolder) -> Stage:

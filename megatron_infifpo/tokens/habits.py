@@ -108,3 +108,25 @@ def fold_system(messages: Iterable[Message]) -> list[Message]:
 def in_parts(messages: Iterable[Message]) -> list[Message]:
     """Return messages with their contents as lists of parts, as templates of vision models ask."""
     return [{**m, "content": [{"type": "text", "text": m.get("content", "")}]} for m in messages]
+
+
+def as_taken(messages: Iterable[Message], habits: Habits) -> list[Message]:
+    """Return messages in the form that a template takes them in."""
+    taken = [_message(message, habits) for message in messages]
+    if habits.folds_system:
+        taken = fold_system(taken)
+    return in_parts(taken) if habits.as_parts else taken
+
+
+def _message(message: Message, habits: Habits) -> Message:
+    role = message["role"]
+    if role == "developer" and not habits.knows_developer:
+        return {**message, "role": "system"}
+    if role != "assistant" or not habits.writes_reasoning or habits.takes_think_text:
+        return message
+    said = said_in(message)
+    if not said.block:
+        return message
+    thought = said.thought.strip("\n")
+    given = {"reasoning_content": thought} if thought.strip() else {}
+    return {**message, **given, "content": said.answer}

@@ -19,7 +19,7 @@ from typing import Any
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.records.records import Message, PreferenceRecord
 from megatron_infifpo.tokens.chat_template import ChatTemplate, RefusedRecordError
-from megatron_infifpo.tokens.habits import Habits, fold_system, in_parts, said_in
+from megatron_infifpo.tokens.habits import Habits, as_taken, said_in
 from megatron_infifpo.tokens.special_text import SpecialText
 from megatron_infifpo.tokens.turns import (
     RewrittenError,
@@ -32,6 +32,7 @@ from megatron_infifpo.tokens.turns import (
     holds,
     last_end,
     later_ends,
+    leaves_out_reasoning,
     prompt_ends,
 )
 
@@ -146,6 +147,8 @@ class Renderer:
             texts = [self._render(record, reply) for reply in replies]
             for reply, text in zip(replies, texts, strict=True):
                 check_written([*prompt, *reply], text)
+            if leaves_out_reasoning(prompt, texts[0]):
+                notes["the template leaves out the reasoning of an earlier turn"] = None
             asked = self._asked(record, texts[0], replies[0])
             cuts = record.cut or (False,) * len(replies)
             wholes = [
@@ -172,7 +175,7 @@ class Renderer:
     ) -> str:
         """Render a record's prompt with messages behind it."""
         options = record.template_options
-        shown = self._as_taken([*record.prompt, *reply], self.template.habits(options))
+        shown = as_taken([*record.prompt, *reply], self.template.habits(options))
         return self.template.try_render(
             record.id, shown, tools=record.tools, options=options, generate=generate
         )
@@ -263,26 +266,6 @@ class Renderer:
         if place > starts[0]:
             starts.insert(0, place)
         return starts[0]
-
-    def _as_taken(self, messages: Iterable[Message], habits: Habits) -> list[Message]:
-        """Return messages in the form that the template takes them in."""
-        taken = [self._message(message, habits) for message in messages]
-        if habits.folds_system:
-            taken = fold_system(taken)
-        return in_parts(taken) if habits.as_parts else taken
-
-    def _message(self, message: Message, habits: Habits) -> Message:
-        role = message["role"]
-        if role == "developer" and not habits.knows_developer:
-            return {**message, "role": "system"}
-        if role != "assistant" or not habits.writes_reasoning or habits.takes_think_text:
-            return message
-        said = said_in(message)
-        if not said.block:
-            return message
-        thought = said.thought.strip("\n")
-        given = {"reasoning_content": thought} if thought.strip() else {}
-        return {**message, **given, "content": said.answer}
 
     def _check_able(self, record: PreferenceRecord, messages: Iterable[Message]) -> None:
         """Refuse what the template has no form for."""

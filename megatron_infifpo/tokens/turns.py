@@ -2,8 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_infifpo.records.messages import SYSTEM_ROLES
 from megatron_infifpo.records.records import Message
@@ -225,6 +227,12 @@ def common_start(wholes: Sequence[Whole]) -> int:
     )
 
 
+def leaves_out_reasoning(prompt: Iterable[Message], text: str) -> bool:
+    """Whether a template leaves out reasoning that a prompt's earlier turns have."""
+    thoughts = (said_in(m).thought.strip() for m in prompt if m["role"] == "assistant")
+    return not all(holds(text, thought) for thought in thoughts)
+
+
 def check_written(messages: Iterable[Message], text: str) -> None:
     """Refuse what the template has dropped or rewritten: contents stand in their order.
 
@@ -233,18 +241,46 @@ def check_written(messages: Iterable[Message], text: str) -> None:
         text: what the template has made of it.
 
     Raises:
-        RewrittenError: a content or a call is not in the text.
+        RewrittenError: a content, a call or its arguments are not in the text.
     """
     place = 0
     for message in messages:
         role, content = message["role"], message["content"]
+        calls = message.get("tool_calls", ()) if role == "assistant" else ()
         if role == "assistant":
             content = said_in(message).answer
-            for call in message.get("tool_calls", ()):
-                if call.get("function", call).get("name", "") not in text:
-                    raise RewrittenError("it leaves out a call of a tool")
         # Some put the system's message before the user's last one.
         found = written_until(text, content.strip(), 0 if role in SYSTEM_ROLES else place)
         if found < 0:
             raise RewrittenError(f"it does not write a message of role {role} as it is")
-        place = place if role in SYSTEM_ROLES else found
+        # What follows calls stands behind all of them, however they and the content are ordered.
+        ends = [found, *(_call_end(text, call.get("function", call), place) for call in calls)]
+        place = place if role in SYSTEM_ROLES else max(ends)
+
+
+def _call_end(text: str, call: Mapping[str, Any], place: int) -> int:
+    """Return where a call ends that is written from a place on, in whichever notation.
+
+    Raises:
+        RewrittenError: its name, or a word of its arguments, is not there.
+    """
+    end = text.find(call.get("name", ""), place)
+    if end < 0:
+        raise RewrittenError("it leaves out a call of a tool")
+    for word in _words(call.get("arguments", {})):
+        found = written_until(text, word, place)
+        if found < 0:
+            raise RewrittenError("it leaves out arguments of a call of a tool")
+        end = max(end, found)
+    return end
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Words of a JSON value; true, false and null are spelled in too many ways."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _words(item)
+    elif isinstance(value, str) or type(value) in (int, float):
+        yield from re.findall(r"\w+", str(value))

@@ -270,6 +270,6 @@ def test_the_command(folder, capsys):
     assert lines[-1] == "all is as it should be" and len(lines) == 4
     assert lines[2].startswith(f"ok      {folder / 'mince'}: mince: 6 responses, ")
     change(folder / "mince_sources.bin", np.uint8, (0, 9))
-    assert run_command("check", words) == 1
+    assert run_command("check", words) == 2
     with pytest.raises(UserError, match="other.json"):
         run_command("check", [*words[:3], str(folder / "other")])

@@ -52,7 +52,7 @@ def test_good_data(setup, verify):
 
 def test_other_weights(setup, verify):
     code, lines = verify("--weights", f"qwen={setup.folder / 'phi'}")
-    assert code == 1
+    assert code == 2
     assert ["qwen, weights" in line for line in failures(lines)] == [True]
 
 
@@ -93,7 +93,7 @@ def test_damage_is_named(data, verify, change, expected):
 
     change(data)
     code, lines = verify()
-    assert code == 1
+    assert code == 2
     found = failures(lines)
     assert len(found) == 1 and re.search(expected, found[0]), lines
 
@@ -107,5 +107,5 @@ def test_a_run_of_other_data(setup, ranks, data, verify):
     assert code == 0 and "1 attempts on these data" in lines[-2]
     sources.write_text("initial: initial\nsources: [{name: qwen, logprobs: qwen}]\n")
     code, lines = verify("--run", str(data / "run"))
-    assert code == 1 and "data.sources.phi" not in lines[-1]
+    assert code == 2 and "data.sources.phi" not in lines[-1]
     assert "sources.phi is missing, but was there" in failures(lines)[0]

@@ -76,7 +76,13 @@ def test_inspect(prepared, tool):
     code, _, err = tool("inspect_preferences", *data, *sources, "--id", "q1", "--method", "wrpo")
     assert code == 2 and "record 'q0'" in err and "has no 'pivot_chosen'" in err
     code, out, _ = tool("inspect_preferences", *data, "--id", "q1")
-    assert code == 0 and "log-probs" not in out
+    assert code == 0 and "log-probs" not in out and "renders" not in out
+    asked = "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+    code, out, err = tool("inspect_preferences", *data, "--id", "q1", "--tokens")
+    assert code == 0 and f"the template renders: {asked}\n" in out, err
+    assert "chosen, rendered, what is scored in « »: «yes 1<|im_end|>»\n" in out
+    assert "rejected, rendered, what is scored in « »: «</s> no<|im_end|>»\n" in out
+    assert "rejected, tokens: '<' '/' 's' '>' ' ' 'n' 'o' '<|im_end|>'" in out
     code, _, err = tool("inspect_preferences", *data, "--id", "zz")
     assert code == 2 and "has no record 'zz', expected an id such as 'q0'" in err
 

@@ -87,7 +87,6 @@ WHOLE: dict[Any, dict[str, Any]] = {
         (SamplingJob, {"shard_prompts": 0}, "--shard-prompts is 0"),
         (SamplingJob, {"retries": -1}, "--retries is -1, expected a whole number of at least 0"),
         (SamplingJob, {"on_bad_record": "mend"}, "--on-bad-record is 'mend', expected one of"),
-        (InspectionJob, {"tokens": True}, "--tokens has no effect without --sources"),
         (InspectionJob, {"method": resolve("dpo", beta=1.0)}, "an option of the method has no eff"),
         (DataJob, {"input": "r.jsonl"}, "--input is 'r.jsonl', expected a list"),
         (ReportJob, {"shown": 0}, "--shown is 0"),

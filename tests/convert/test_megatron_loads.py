@@ -123,10 +123,10 @@ def test_verify_notices_one_wrong_weight(ranks, models, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     flags = ["--hf", str(tmp_path), "--load", str(megatron), "--tensor-model-parallel-size", "2"]
-    assert ranks(2, "support.conversion:verify", flags) == [1, 1]
+    assert ranks(2, "support.conversion:verify", flags) == [2, 2]
     assert "MISMATCH" in ranks.logs[0] + ranks.logs[1]
     assert f"the weights that differ most: {name}" in ranks.logs[0] + ranks.logs[1]
-    assert ranks(1, "support.conversion:verify", [*flags[:4], "--by-layers"]) == [1]
+    assert ranks(1, "support.conversion:verify", [*flags[:4], "--by-layers"]) == [2]
     assert "hidden states part most in layer 1: from" in ranks.logs[0]
 
 

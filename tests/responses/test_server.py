@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_infifpo.errors import UserError
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
+from support.chats import SUM
 from support.talkers import answer, choice
 
 
@@ -135,6 +136,17 @@ def test_tools_and_options(ask, server, prompts):
     (question,) = server.asked
     assert question["tools"] == [tool]
     assert question["chat_template_kwargs"] == {"effort": "low", "enable_thinking": False}
+
+
+def test_calls_that_a_server_does_not_parse(ask, prompts, capsys):
+    """They come as text, which is no answer; without tools the same text is one."""
+    said = '<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call>'
+    records = [{"id": "with", "prompt": "1+1?", "tools": [SUM]}, {"id": "none", "prompt": "1+1?"}]
+    prompts.write_text("\n".join(map(json.dumps, records)))
+    calling, plain = ask(lambda _: answer(choice("two"), choice(said)), "--count", "2")
+    assert calling["responses"] == ["two", "two"] and plain["responses"] == ["two", said]
+    assert calling["left_out"] == {"a tool call as text": 1} and "left_out" not in plain
+    assert "left out while asking: 1 a tool call as text" in capsys.readouterr().out
 
 
 def test_refusals(ask, capsys):

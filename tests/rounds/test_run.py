@@ -293,6 +293,18 @@ def test_two_at_once(make_job):
     run_rounds(job, StandIn())
 
 
+def test_prompts_that_are_malformed(make_job, capsys):
+    """They stop rounds, or are left out, named, in every stage that reads them."""
+    file = Path("prompts.jsonl")
+    file.write_text(file.read_text() + '{"id": "p99", "prompt": "", "hint": 1}\n')
+    with pytest.raises(UserError, match="prompts.jsonl:11: .*expected"):
+        run_rounds(make_job(), StandIn())
+    run_rounds(make_job(on_bad_record="skip", rounds=1), StandIn())
+    assert "skipped 1 bad records:\n  prompts.jsonl:11: " in capsys.readouterr().err
+    with pytest.raises(UserError, match="--on-bad-record is 'leave', expected one of error, skip"):
+        make_job(on_bad_record="leave")
+
+
 def test_prompts_that_are_not_there(make_job):
     with pytest.raises(UserError, match="--round-prompts is 11, but prompts.jsonl has 10"):
         run_rounds(make_job(round_prompts=11), StandIn())

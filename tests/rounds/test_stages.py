@@ -61,6 +61,8 @@ def test_a_round(make_job):
         f"export --load out/checkpoint --save {here}/hf",
     ]
     assert words(job, 0)[0].startswith("sample --model hf --name policy")
+    reading = words(make_job(options=options, on_bad_record="skip"), 1)[:6]
+    assert all("--on-bad-record skip" in stage for stage in reading)
 
 
 def test_a_fresh_optimizer(make_job):

@@ -46,11 +46,6 @@ def pair(chosen="Yes.", rejected="No.", prompt=(USER,), pivot=None):
     return PreferenceRecord("x", "general", tuple(prompt), replies)
 
 
-@pytest.fixture(scope="module")
-def real(shared_data):
-    return {name: ChatTokenizer.from_pretrained(shared_data / "tokenizers" / name) for name in REAL}
-
-
 @pytest.mark.parametrize("name", REAL)
 def test_real_templates(real, name):
     chat = real[name]
