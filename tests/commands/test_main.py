@@ -163,7 +163,7 @@ def test_the_first_rank_says_why(monkeypatch, capsys, rank, waits):
     def refuse() -> None:
         raise UserError("no such thing")
 
-    slept = []
+    slept: list[float] = []
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(entry.time, "sleep", slept.append)
     with pytest.raises(SystemExit) as end:

@@ -61,13 +61,17 @@ def test_scored_rows_are_pinned(monkeypatch):
     """Else each copy of a row to the GPU waits for all rows before it."""
     from megatron_infifpo.engine import packed
 
-    log = []
+    log: list[tuple[str, int]] = []
 
     def schedule(forward_step_func, data_iterator, model, num_microbatches, **_):
         return [forward_step_func(data_iterator, model[0])[0] for _ in range(num_microbatches)]
 
-    def note(what):
-        return lambda row: log.append((what, row["n"])) or row
+    def note(what: str):
+        def noted(row):
+            log.append((what, row["n"]))
+            return row
+
+        return noted
 
     state = packed.parallel_state
     monkeypatch.setattr(state, "get_context_parallel_world_size", lambda: 1)
