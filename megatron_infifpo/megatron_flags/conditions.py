@@ -21,7 +21,11 @@ CHOICES: dict[str, tuple[str, str]] = {
     "transformer_impl": ("transformer_engine local", INFERENCE),
     "optimizer": ("adam sgd", OPTIMIZER),
     "ckpt_format": ("torch_dist", "other formats are for other trainings, or not safe to load"),
-    "recompute_modules": ("core_attn mlp moe", "layers of converted models have no such part"),
+    "recompute_modules": (
+        "core_attn mlp moe shared_experts",
+        "Megatron throws the output of such a part away, for which it needs Transformer Engine and "
+        "compiles C++ while it trains",
+    ),
     "attention_backend": ("flash fused unfused auto", "it is for --spec local"),
     "fp8_recipe": ("delayed tensorwise blockwise mxfp8", "it is code of your own"),
     "rerun_mode": ("validate_results disabled", "Megatron fails on its own name for it"),

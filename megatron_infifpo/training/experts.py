@@ -21,6 +21,7 @@ def expert_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         UserError: a flag without effect, or one that does not go with experts; or ranks that they
             cannot be spread over.
     """
+    _check_parts(given)
     if not given["num_experts"]:
         _check_none(given)
         return {}
@@ -50,10 +51,25 @@ def balances(args: Mapping[str, Any]) -> bool:
 def _check_none(given: Mapping[str, Any]) -> None:
     """Refuse flags of experts for a model that has none; its layout is looked at elsewhere."""
     flags = {f"--{name.replace('_', '-')}": given[name] for name in BALANCING}
-    flags["--recompute-modules moe"] = "moe" in (given["recompute_modules"] or ())
     for flag, value in flags.items():
         if value:
             raise UserError(f"{flag} has no effect: the model has no experts; leave it out")
+
+
+def _check_parts(given: Mapping[str, Any]) -> None:
+    """Refuse to compute parts again that no layer has."""
+    experts, shared = given["num_experts"], given["moe_shared_expert_intermediate_size"]
+    lacking = {
+        "mlp": experts and all(given["moe_layer_freq"]) and "an MLP beside its experts",
+        "moe": not experts and "experts",
+        "shared_experts": not (experts and shared) and "shared experts",
+    }
+    for part in given["recompute_modules"] or ():
+        if what := lacking.get(part):
+            raise UserError(
+                f"--recompute-modules {part} has no effect: no layer of the model has {what}; "
+                "leave it out"
+            )
 
 
 def _check_layout(given: Mapping[str, Any], expert_tensor: int) -> None:

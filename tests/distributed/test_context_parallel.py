@@ -19,14 +19,12 @@ from megatron_infifpo.rows.plan import plan_step
 from megatron_infifpo.rows.preference_dataset import PreferenceDataset
 from megatron_infifpo.tokens.dataset import TokenDataset
 from support.launcher import RankError
-from support.runs import BOTH, saved, steps_of
+from support.runs import BOTH, EPSILON, saved, steps_of
 
 CP = "--context-parallel-size"
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
 FULL += ["--recompute-num-layers", "1"]
-# Else Adam makes whole steps of gradients that are nothing but rounding, where sums cancel.
-EPSILON = ["--adam-eps", "1e-5"]
 # name -> ranks, flags
 LAYOUTS = {
     "cp4": (4, [CP, "4"]),

@@ -3,23 +3,30 @@
 The layouts that are not here were run once: docs/lab-log.md.
 """
 
+import json
+
 import pytest
 import torch
 
+from megatron_infifpo.engine.kept import ON_CPU
+from megatron_infifpo.errors import UserError
+from megatron_infifpo.training.experts import expert_arguments
 from support.experts import router_gradients
 from support.launcher import RankError
-from support.runs import BOTH, exported, steps_of
+from support.runs import BOTH, EPSILON, exported, steps_of
 
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 CP, EP = "--context-parallel-size", "--expert-model-parallel-size"
 ETP, SP = "--expert-tensor-parallel-size", "--sequence-parallel"
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
+SHARED = ("--recompute-granularity", "selective", "--recompute-modules", "shared_experts")
 # name -> ranks, flags
 LAYOUTS = {
     "ep2-overlap": (2, [EP, "2", *OVERLAP]),
     "tp2-etp2": (2, [TP, "2", SP, ETP, "2"]),
     "cp2-ep2": (2, [CP, "2", EP, "2", "--recompute-modules", "core_attn", "moe"]),
     "pp2-ep2": (4, [PP, "2", EP, "2"]),
+    "pp2-ep2-shared": (4, [PP, "2", EP, "2", *SHARED]),
     "tp2-ep4": (4, [TP, "2", SP, EP, "4"]),
 }
 
@@ -32,7 +39,7 @@ def flags(setup, pivots):
     def flags(family: str, *more: str) -> list[str]:
         _, pivot = pivots(family)
         argv = ["--pretrained-checkpoint", str(pivot), "--tokenizer-check", "warn"]
-        return setup.flags(sources, *argv, "--reference-check", "off", *more)
+        return setup.flags(sources, *argv, "--reference-check", "off", *EPSILON, *more)
 
     return flags
 
@@ -68,10 +75,10 @@ def expected(run):
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        *(("qwen3_moe", layout) for layout in LAYOUTS),
+        *(("qwen3_moe", layout) for layout in LAYOUTS if layout != "pp2-ep2-shared"),
         ("qwen3_moe-mixed", "pp2-ep2"),
         ("mixtral", "tp2-ep4"),
-        ("qwen2_moe", "pp2-ep2"),
+        ("qwen2_moe", "pp2-ep2-shared"),
         ("gpt_oss", "ep2-overlap"),
     ],
 )
@@ -83,8 +90,33 @@ def test_layouts(run, expected, family, layout):
     assert norms == pytest.approx(wanted[1], rel=1e-5)
     assert parameters.keys() == wanted[2].keys()
     for name, value in parameters.items():
-        # Adam's first steps are of the learning rate's size, also along gradients of rounding's.
         torch.testing.assert_close(value, wanted[2][name], atol=1e-4, rtol=1e-5, msg=name)
+
+
+def test_shared_experts_computed_again(flags, pivots, ranks):
+    """Their layers keep less: what is inside of them, their output and its gate."""
+    config = json.loads((pivots("qwen2_moe")[0] / "config.json").read_text())
+    (whole,) = ranks(1, "support.training:kept_bytes", flags("qwen2_moe"))
+    (less,) = ranks(1, "support.training:kept_bytes", flags("qwen2_moe", *SHARED))
+    saved = (whole["kept"] - less["kept"]) / whole["tokens"] / config["num_hidden_layers"]
+    inside = ON_CPU.mlp * config["shared_expert_intermediate_size"]
+    assert saved == pytest.approx(4 * (inside + config["hidden_size"]), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "part", "lacking"),
+    [
+        ((0, None, 1), "moe", "experts"),
+        ((0, None, 1), "shared_experts", "shared experts"),
+        ((8, None, [1, 1]), "shared_experts", "shared experts"),
+        ((8, 64, [1, 1]), "mlp", "an MLP beside its experts"),
+    ],
+)
+def test_parts_that_no_layer_has(sizes, part, lacking):
+    names = ("num_experts", "moe_shared_expert_intermediate_size", "moe_layer_freq")
+    given = dict(zip(names, sizes, strict=True)) | {"recompute_modules": ["core_attn", part]}
+    with pytest.raises(UserError, match=f"modules {part} has no effect: .* has {lacking}; leave"):
+        expert_arguments(given)
 
 
 def test_probes_in_step(flags, ranks):

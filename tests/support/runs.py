@@ -25,6 +25,10 @@ LAYOUTS = {
 }
 BOTH = ("{name: qwen, logprobs: qwen}", "{name: phi, logprobs: phi, domains: [code]}")
 
+# For runs that are compared: else Adam makes whole steps of gradients that are nothing but
+# rounding, where sums cancel.
+EPSILON = ("--adam-eps", "1e-5")
+
 
 def steps_of(results: list[dict]) -> list[dict]:
     """Metrics of each step, from a rank of the last pipeline stage."""
