@@ -10,19 +10,18 @@ Call `enable()` before the first import of `megatron`.
 import collections
 import contextlib
 import ctypes
-import gc
 import importlib
 import importlib.util
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_infifpo.errors import UserError
+from megatron_infifpo.patches import imports
 from megatron_infifpo.ranks import rank
 
 # There where NVIDIA's driver is, whether or not this PyTorch can use it.
@@ -62,10 +61,12 @@ def enable(*, announce: bool = True) -> bool:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if _mode is not None:
         return True
-    before_megatron()
     if torch.cuda.is_available():
+        before_megatron()
         return False
     _refuse_an_unused_gpu()
+    _compile_nothing()
+    before_megatron()
     _keep_freed_memory()
     _patch_torch_cuda()
     _mode = _CudaMeansCpu()
@@ -90,42 +91,10 @@ def before_megatron() -> None:
     else:
         for package in GPU_ONLY:
             sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # as if not installed
-        _compile_nothing()
+        imports.import_no_compiler()
     if "megatron.core" not in sys.modules:
-        _import_when_used("wandb")
-        _import_for_good("megatron.core")
-
-
-class _Unread(ModuleType):
-    """A package that is imported when somebody takes something from it."""
-
-    def __getattr__(self, name: str) -> Any:
-        self.__class__ = ModuleType
-        assert self.__spec__ is not None and self.__spec__.loader is not None
-        self.__spec__.loader.exec_module(self)
-        return getattr(self, name)
-
-
-def _import_when_used(name: str) -> None:
-    """Let Megatron import a package, if there is one, in name only."""
-    spec = None if name in sys.modules else importlib.util.find_spec(name)
-    if spec is not None:
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        sys.modules[name].__class__ = _Unread  # type: ignore[assignment]
-
-
-def _import_for_good(name: str) -> None:
-    """Import a large package without garbage collection: none now, of all that is there none later.
-
-    It would look through a million objects that stay, again and again, and once more at the end:
-    a third of the time that a short command takes.
-    """
-    gc.disable()
-    try:
-        importlib.import_module(name)
-    finally:
-        gc.freeze()
-        gc.enable()
+        imports.import_when_used("wandb")
+        imports.import_for_good("megatron.core")
 
 
 def _refuse_an_unused_gpu() -> None:
@@ -241,21 +210,12 @@ class _DeviceProperties:
 def _compile_nothing() -> None:
     """Let functions run as they are: Megatron's torch.compile gains nothing, and costs minutes.
 
-    What it compiles for routers fails here, as it looks for a GPU. Who sets the variable to another
-    value keeps the compiler.
+    What it compiles for routers fails here, as it looks for a GPU.
     """
-    if os.environ.setdefault("TORCHDYNAMO_DISABLE", "1") != "1":
-        return
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     config = sys.modules.get("torch._dynamo.config")
     if config is not None:  # it has read the variable
-        config.disable = True  # type: ignore[attr-defined]
-    # The first decorated function would import the compiler all the same.
-    module: Any = torch
-    module.compile = lambda model=None, **how: _as_it_is if model is None else model
-
-
-def _as_it_is(function: Any) -> Any:
-    return function
+        config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"  # type: ignore[attr-defined]
 
 
 def _keep_freed_memory() -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_infifpo.patches import cpu
+from megatron_infifpo.patches.imports import import_when_used
 
 cpu.enable(announce=False)
 
@@ -69,12 +70,12 @@ def test_imported_when_used(tmp_path, monkeypatch):
     (tmp_path / "large_package" / "part.py").write_text("two = 2\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "large_package", raising=False)
-    cpu._import_when_used("large_package")
+    import_when_used("large_package")
     package = importlib.import_module("large_package")
     assert "large_package.part" not in sys.modules
     assert package.two == 2 and type(package) is ModuleType
     assert importlib.import_module("large_package") is package
-    cpu._import_when_used("large_package")  # it is there
+    import_when_used("large_package")  # it is there
     assert sys.modules["large_package"] is package
-    cpu._import_when_used("no_such_package")
+    import_when_used("no_such_package")
     assert "no_such_package" not in sys.modules

@@ -201,4 +201,4 @@ def wait_until(true, seconds: float, what: str) -> None:
     while not true():
         if time.monotonic() > end:
             raise TimeoutError(f"waited {seconds} s for {what}")
-        time.sleep(0.1)
+        time.sleep(0.3)  # most questions start a program of SLURM's
