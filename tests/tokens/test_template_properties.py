@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import trl
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from megatron_infifpo.records.records import PreferenceRecord
@@ -91,9 +91,11 @@ def result(text):
     return {"role": "tool", "name": "route", "tool_call_id": "call00001", "content": f"HERE {text}"}
 
 
+# Reasoning that stands in a call or a result, too, cannot be told from it, and is refused.
+apart = st.none() | st.sampled_from(["HENCE", "HENCE\nTHUS"])
 asks = texts.map(lambda text: {"role": "user", "content": f"ASK {text}"})
-said = st.builds(assistant, texts, thoughts, st.just(False)).map(lambda m: (m,))
-steps = st.tuples(st.builds(call, texts, st.integers(0, 99), thoughts), texts.map(result))
+said = st.builds(assistant, texts, apart, st.just(False)).map(lambda m: (m,))
+steps = st.tuples(st.builds(call, texts, st.integers(0, 99), apart), texts.map(result))
 traces = st.builds(tuple.__add__, steps, said) | said
 turns = st.builds(lambda ask, trace: (ask, *trace), asks, traces)
 asked = st.builds(
@@ -107,12 +109,14 @@ VARIABLES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("score", ["last", "all"])
-@pytest.mark.parametrize("name", ["qwen2_5", "gemma4", "lfm2_v2", *VARIABLES])
+@pytest.mark.parametrize("name", ["qwen2_5", "gemma4_v2", "lfm2_v2", *VARIABLES])
 def test_tools_and_options(name, score):
     """Scored are answers and calls, of the last turn or of all; no result, no question."""
     chat = ChatTokenizer(templates.chat(name).tokenizer, name, score=score)
 
-    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
+    @settings(  # a failure is shown as it was found: making it small takes minutes
+        max_examples=15, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
+    )
     @given(asked, traces, steps.map(lambda s: s[:1]) | said, VARIABLES.get(name, st.just({})))
     def check(prompt, chosen, rejected, options):
         source = PreferenceRecord(
