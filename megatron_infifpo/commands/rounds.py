@@ -60,11 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", required=True, nargs="+", metavar="FILE[=COUNT]",
         help="the pool, as infifpo sample reads it: each prompt comes once an epoch",
     )  # fmt: skip
-    parser.add_argument(
-        "--on-bad-record", choices=ON_BAD,
-        help="stop at the first malformed prompt, or leave such prompts and those that a stage "
-        "cannot take out (default: %(default)s)",
-    )  # fmt: skip
+    bad = (
+        "stop at the first malformed prompt, or leave out such, and those that a stage cannot take"
+    )
+    parser.add_argument("--on-bad-record", choices=ON_BAD, help=f"{bad} (default: %(default)s)")
     parser.add_argument("--method", required=True, help="of infifpo train; not of wrpo's kind")
     parser.add_argument("--sources", metavar="FILE", help="sources.yaml, each with its `score`")
     parser.add_argument("--rounds", type=positive, required=True, help="how many in all")

@@ -1,6 +1,8 @@
 """Scoring by transformers from the command line: whole models, and numbers of a text alone."""
 
 import json
+import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -59,3 +61,15 @@ def test_a_missing_tensor_on_sharded_ranks(ranks, tmp_path):
     # The first rank to tell ends the others.
     assert "tensor lm_head.weight is missing" in "".join(failure.value.logs)
     assert not list(tmp_path.glob("o*"))
+
+
+def test_no_second_think_block(ranks, shared_data, tmp_path, monkeypatch):
+    """Sums known from a plain loop; behind one more, empty think block, -111.851 and -126.415."""
+    cases = shared_data.parent / "cases"
+    if not (cases / "make_models.py").is_file():
+        pytest.skip(f"no {cases / 'make_models.py'}, whose models the numbers are of")
+    monkeypatch.setattr(sys, "argv", ["make_models.py", str(tmp_path)])
+    runpy.run_path(str(cases / "make_models.py"))
+    score(ranks, 1, tmp_path / "qwen3", cases / "data" / "one_think.jsonl", tmp_path / "out")
+    found = LogprobStore(tmp_path / "out").sums(0)
+    assert found == pytest.approx([-110.021, -115.763], abs=1e-3)

@@ -1,14 +1,16 @@
 """Random conversations: what is tokenized is what transformers renders, whatever they say."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trl
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from megatron_infifpo.records.records import PreferenceRecord
 from megatron_infifpo.tokens.tokenization import ChatTokenizer
+from support import templates
 from support.datasets import byte_tokenizer
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -70,3 +72,71 @@ def known(name):
         hf.add_special_tokens({"additional_special_tokens": [*more, "<|im_start|>", "<|im_end|>"]})
         CHATS[name] = ChatTokenizer(hf, name)
     return CHATS[name]
+
+
+PARAMETERS = {"type": "object", "properties": {"to": {"type": "string"}}}
+TOOL = {"name": "route", "description": "Go.", "parameters": PARAMETERS}
+TOOLS = ({"type": "function", "function": TOOL},)
+
+
+def call(text, number, thought):
+    arguments = {"to": text, "by": [number, None, True]}
+    one = {"type": "function", "id": "call00001", "function": {"name": "route"}}
+    one["function"] |= {"arguments": arguments}  # type: ignore[operator]
+    found = {"role": "assistant", "content": "", "tool_calls": [one]}
+    return found | ({"reasoning_content": thought} if thought else {})
+
+
+def result(text):
+    return {"role": "tool", "name": "route", "tool_call_id": "call00001", "content": f"HERE {text}"}
+
+
+# Reasoning that stands in a call or a result, too, cannot be told from it, and is refused.
+apart = st.none() | st.sampled_from(["HENCE", "HENCE\nTHUS"])
+asks = texts.map(lambda text: {"role": "user", "content": f"ASK {text}"})
+said = st.builds(assistant, texts, apart, st.just(False)).map(lambda m: (m,))
+steps = st.tuples(st.builds(call, texts, st.integers(0, 99), apart), texts.map(result))
+traces = st.builds(tuple.__add__, steps, said) | said
+turns = st.builds(lambda ask, trace: (ask, *trace), asks, traces)
+asked = st.builds(
+    lambda before, ask, step: (*before, ask, *step), turns | st.just(()), asks, steps | st.just(())
+)
+VARIABLES: dict[str, Any] = {
+    "qwen3": st.fixed_dictionaries({"enable_thinking": st.booleans()}),
+    "llama3_1": st.just({"date_string": "1 May 2031"}),
+    "nemotron_3_nano": st.fixed_dictionaries({"enable_thinking": st.booleans()}),
+}
+
+
+@pytest.mark.parametrize("score", ["last", "all"])
+@pytest.mark.parametrize("name", ["qwen2_5", "gemma4_v2", "lfm2_v2", *VARIABLES])
+def test_tools_and_options(name, score):
+    """Scored are answers and calls, of the last turn or of all; no result, no question."""
+    chat = ChatTokenizer(templates.chat(name).tokenizer, name, score=score)
+
+    @settings(  # a failure is shown as it was found: making it small takes minutes
+        max_examples=15, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
+    )
+    @given(asked, traces, steps.map(lambda s: s[:1]) | said, VARIABLES.get(name, st.just({})))
+    def check(prompt, chosen, rejected, options):
+        source = PreferenceRecord(
+            "x", "general", prompt, (chosen, rejected), tools=TOOLS, template_options=options
+        )
+        found = chat.encode(source)
+        for number, messages in enumerate(source.responses):
+            whole = chat.tokenizer.apply_chat_template(
+                [*prompt, *messages], tools=list(TOOLS), tokenize=False, **options
+            )
+            ids = found.response_ids[number]
+            shown = chat.tokenizer.decode([*found.prompt_ids.tolist(), *ids.tolist()])
+            assert whole.startswith(shown) and not whole.removeprefix(shown).strip()
+            kept = ids if found.scored is None else ids[found.scored[number]]
+            spans = chat.tokenizer.decode(kept.tolist())
+            assert "HERE" not in spans and "ASK" not in spans
+            own = [
+                m for m in (*(prompt if score == "all" else ()), *messages) if "ass" in m["role"]
+            ]
+            assert all(m["content"].strip() in spans for m in own)
+            assert spans.count("route") == sum("tool_calls" in m for m in own)
+
+    check()
