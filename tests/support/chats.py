@@ -1,6 +1,10 @@
 """Small conversations, with and without tools."""
 
+from typing import Any
+
 from megatron_infifpo.records.messages import Message
+
+type Object = dict[str, Any]
 
 
 def said(*turns: str) -> list[Message]:
@@ -9,7 +13,7 @@ def said(*turns: str) -> list[Message]:
     return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
 
 
-SUM = {"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}
-CALL = {"type": "function", "function": {"name": "sum", "arguments": {"a": 1, "b": 1}}}
-CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+SUM: Object = {"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}
+CALL: Object = {"type": "function", "function": {"name": "sum", "arguments": {"a": 1, "b": 1}}}
+CALLING: Object = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 QUESTION, TWO, THREE = said("u:1+1?"), said("a:2"), said("a:3")
