@@ -48,6 +48,7 @@ class Turns:
         """
         self.chat, self.context, self._skip = chat, context or sys.maxsize, skip
         turn, added = chat.end_of_turn_ids, chat.tokenizer.added_tokens_decoder
+        self._lead = chat.template.habits({}).lead
         named = getattr(generation_config, "eos_token_id", None)
         # Files of converted models name ordinary tokens at times: those end no turn.
         ids = [i for i in (named if isinstance(named, list) else [named]) if i in added]
@@ -118,6 +119,7 @@ class Turns:
             before, found, _ = text.partition(end)
             text, ended = before, ended or bool(found)
         text = text.removesuffix(self._before_end) if ended else text
+        text = text.removeprefix(self._lead)  # before the answer, as before every plain one
         answer, reasoning = split_reasoning(text, self.chat.template.text, opened.text)
         if writes_call(answer if answer.strip() else text, opened.tools):
             finish = UNREAD_CALL

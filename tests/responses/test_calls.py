@@ -38,6 +38,8 @@ def check(chat: ChatTokenizer) -> None:
     assert response(called, without).fault != UNREAD, chat.path
     found = response(("</think>\n\n" if thinks else "") + "The sum is 2.", opened)
     assert (found.fault, found.text) == (None, "The sum is 2."), chat.path
+    lead = chat.template.habits({}).lead  # which a model writes itself, after the generation prompt
+    assert response(f"{lead}The sum is 2.", without).text == "The sum is 2." or thinks, chat.path
     special = [t.content for t in chat.tokenizer.added_tokens_decoder.values() if t.special]
     bare = re.sub("|".join(map(re.escape, sorted(special, key=len)[::-1])), "", called)
     assert writes_call(bare, (TOOL,)), "a server drops special tokens"
