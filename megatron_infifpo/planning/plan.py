@@ -205,9 +205,10 @@ class Plan:
         Its writer copies what is on GPUs; an `asynchronous` one, what is on the host, too.
         """
         ranks = layout.tensor * layout.shards
+        shares = [self._share(layout, stage) for stage in range(layout.pipeline)]
         nodes: dict[int, float] = {}
         for rank in range(ranks * layout.pipeline):
-            share, within = self._share(layout, rank // ranks), rank % ranks
+            share, within = shares[rank // ranks], rank % ranks
             first = within // layout.tensor == 0, within // layout.expert == 0
             weight = self.bytes.weight
             host = saving.host(share.trained, layout.shards, weight, first=first[0])
