@@ -21,6 +21,7 @@ def gpu_check(*flags: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.timeout(900)  # of nine groups
 def test_quick_on_a_cpu(tmp_path):
     done = gpu_check(
         "--device", "cpu", "--quick", "--timeout", 600, "--json", tmp_path / "report.json"
